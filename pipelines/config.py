@@ -1,0 +1,328 @@
+"""The settings of a build: each has one name, one description, one check and one kind, and all survive JSON.
+
+Kinds: `identity` changes pixels, labels or order, so another value cannot resume a build; `environment` says what the
+build runs on, is decided once and stored with the plan; `operational` is free to change from one run to the next.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Kind = Literal["identity", "environment", "operational"]
+ResizeMode = Literal["stretch", "center-crop", "pad", "none"]
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
+Normalization = Literal["imagenet", "unit", "signed", "none", "mean-std"]
+DType = Literal["float32", "float16", "uint8"]
+Layout = Literal["NCHW", "NHWC"]
+Channels = Literal["rgb", "bgr", "gray"]
+
+MAX_SIDE = 16_384
+BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache, a GPU batch should fill the decoders
+SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files pass
+
+
+def _setting(kind: Kind, default: Any, description: str, allowed: str = "", metavar: str = "") -> Any:
+    extra = {"kind": kind, "allowed": allowed, "metavar": metavar}
+    return Field(default, description=description, json_schema_extra=extra)
+
+
+class BuildConfig(BaseModel):
+    """Every setting of `gpu-npz build`. Frozen; equal settings compare equal; `model_dump_json` and back loses nothing.
+
+    Raises:
+        UsageError: a value is not allowed, or a combination makes no sense; every fault is named.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str = _setting(
+        "environment",
+        "auto",
+        "Where to decode: a GPU when one is usable (auto), a GPU by its number, or the CPU.",
+        "auto, cpu, or the number of a GPU: 0, 1, ...",
+        "auto|cpu|N",
+    )
+    backend: Literal["auto", "pillow", "dali"] = _setting(
+        "environment", "auto", "Decoder: dali on a GPU and pillow on a CPU (auto), or one by name."
+    )
+    require_gpu: bool = _setting("environment", False, "Fail where no GPU is usable, rather than take the CPU.")
+    reproducible: bool = _setting(
+        "identity", False, "On a GPU, decode every JPEG by the CUDA decoder, so that equal input gives equal bytes."
+    )
+
+    size: tuple[int, int] | None = _setting(
+        "identity",
+        None,
+        "Height and width of every image; 224 unless --resize-mode none takes the first readable image's.",
+        f"N or HxW, each side 1 to {MAX_SIDE}",
+        "N|HxW",
+    )
+    resize_mode: ResizeMode = _setting(
+        "identity",
+        "stretch",
+        "How an image gets its size: stretch; center-crop (cover, then cut the middle); pad (fit, then fill); none.",
+    )
+    crop_pct: float = _setting(
+        "identity", 0.875, "For center-crop: size divided by the covered size.", "more than 0, at most 1", "FRACTION"
+    )
+    pad_value: int = _setting("identity", 0, "For pad: the level that fills the border.", "0 to 255", "LEVEL")
+    interpolation: Interpolation = _setting("identity", "bilinear", "Resampling filter; all but nearest antialias.")
+    exif_orientation: bool = _setting("identity", True, "Turn images as their EXIF orientation says.")
+    background: tuple[int, int, int] = _setting(
+        "identity", (0, 0, 0), "The colour under transparent pixels.", "R,G,B, each 0 to 255", "R,G,B"
+    )
+    max_pixels: int = _setting(
+        "identity", 89_478_485, "Reject images with more pixels than this.", "a positive number", "PIXELS"
+    )
+    channels: Channels = _setting("identity", "rgb", "Channels of a stored image, in this order.")
+    normalize: Normalization = _setting(
+        "identity", "imagenet", "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std."
+    )
+    mean: tuple[float, ...] | None = _setting(
+        "identity",
+        None,
+        "For mean-std: a mean for R,G,B (or gray), of pixels scaled to 0..1.",
+        "as many numbers as channels, in the order R,G,B",
+        "R,G,B",
+    )
+    std: tuple[float, ...] | None = _setting(
+        "identity",
+        None,
+        "For mean-std: a standard deviation for R,G,B (or gray).",
+        "as many positive numbers as channels, in the order R,G,B",
+        "R,G,B",
+    )
+    dtype: DType = _setting(
+        "identity", "float32", "Stored type; uint8 stores pixels and leaves the normalization to the reader."
+    )
+    layout: Layout = _setting("identity", "NCHW", "Order of a stored batch's axes.")
+
+    shard_size: str = _setting(
+        "identity",
+        "1024",
+        "Rows a shard, or its size in bytes with a unit.",
+        "rows (1024) or bytes with a unit (512MB; B, kB, MB, GB, KiB, MiB, GiB)",
+        "ROWS|BYTES",
+    )
+    shuffle: int | None = _setting("identity", None, "Shuffle the items by this seed.", "0 or a positive number", "SEED")
+    limit: int | None = _setting(
+        "identity", None, "Take only the first N items (after the shuffle).", "a positive number", "N"
+    )
+    on_reject: Literal["skip", "blank", "fail"] = _setting(
+        "identity", "skip", "An item that cannot be decoded: no row; a zero row marked invalid; or stop."
+    )
+
+    classes_from: str | None = _setting(
+        "operational", None, "Number the classes as a finished dataset does, or a text file with a name a line.", "",
+        "OUT|FILE",
+    )  # fmt: skip
+    max_rejects: str = _setting(
+        "operational",
+        "1%",
+        f"Fail with exit 3 if more items are rejected; a percentage never means fewer than {MIN_REJECT_LIMIT}.",
+        "a number of items (50) or a percentage of the plan (0.5%)",
+        "N|P%",
+    )
+    batch_size: int | None = _setting(
+        "operational",
+        None,
+        f"Images decoded together; {BATCH_SIZE['cuda']} on a GPU, {BATCH_SIZE['cpu']} on a CPU unless given.",
+        "1 to 4096",
+        "N",
+    )
+    workers: int | None = _setting(
+        "operational", None, "Worker processes; as many as usable cores on a CPU unless given.", "1 to 1024", "N"
+    )
+    overwrite: bool = _setting("operational", False, "Delete what an earlier build left in OUT and start anew.")
+    accept_environment: bool = _setting(
+        "operational", False, "Resume although the decoder, its version or the GPU model has changed."
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as exc:
+            raise UsageError(_explain(exc)) from exc
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        if filled.get("size") is None and filled.get("resize_mode", "stretch") != "none":
+            filled["size"] = 224
+        if filled.get("normalize") is None and (filled.get("mean") is not None or filled.get("std") is not None):
+            filled["normalize"] = "mean-std"
+        return {name: value for name, value in filled.items() if value is not None or name in ("mean", "std")}
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _parse_size(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = (value, value)
+        elif isinstance(value, str):
+            match = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", value.strip())
+            value = match and (int(match[1]), int(match[2] or match[1]))
+        sides_fit = isinstance(value, (tuple, list)) and len(value) == 2
+        return _require(sides_fit and all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in value), value)
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _parse_device(cls, value: Any) -> str:
+        text = str(value).strip().lower()
+        text = str(int(text)) if text.isascii() and text.isdigit() else text
+        return str(_require(text in ("auto", "cpu") or text.isdigit(), text))
+
+    @field_validator("background", "mean", "std", mode="before")
+    @classmethod
+    def _split_numbers(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("shard_size", mode="before")
+    @classmethod
+    def _parse_shard_size(cls, value: Any) -> str:
+        match = re.fullmatch(r"(\d{1,15})\s*([a-zA-Z]*)", str(value).strip())
+        units = {unit.lower(): size for unit, size in SHARD_UNITS.items()}
+        _require(match and int(match[1]) > 0 and (not match[2] or match[2].lower() in units), value)
+        assert match
+        return str(int(match[1])) if not match[2] else f"{int(match[1]) * units[match[2].lower()]}B"
+
+    @field_validator("max_rejects", mode="before")
+    @classmethod
+    def _parse_max_rejects(cls, value: Any) -> str:
+        match = re.fullmatch(r"(\d{1,15})|(\d{1,3}(?:\.\d{1,6})?)\s*%", str(value).strip())
+        _require(match and (match[1] or float(match[2]) <= 100), value)
+        assert match
+        return str(int(match[1])) if match[1] else f"{float(match[2]):g}%"
+
+    @field_validator("crop_pct", "pad_value", "max_pixels", "limit", "shuffle", "batch_size", "workers", "background")
+    @classmethod
+    def _check_range(cls, value: Any, info: Any) -> Any:
+        low, high = {
+            "crop_pct": (1e-3, 1), "pad_value": (0, 255), "max_pixels": (1, 2**40), "limit": (1, 2**40),
+            "shuffle": (0, 2**63), "batch_size": (1, 4096), "workers": (1, 1024), "background": (0, 255),
+        }[info.field_name]  # fmt: skip
+        numbers = value if isinstance(value, tuple) else (value,)
+        return _require(all(number is None or low <= number <= high for number in numbers), value)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> BuildConfig:
+        channels = self.channel_count
+        given = [name for name in ("mean", "std") if getattr(self, name) is not None]
+        if self.normalize == "mean-std" and len(given) < 2:
+            raise ValueError("normalize mean-std needs both --mean and --std")
+        if self.normalize != "mean-std" and given:
+            raise ValueError(f"--mean and --std go with --normalize mean-std, not with {self.normalize}")
+        for name in given:
+            numbers = getattr(self, name)
+            if len(numbers) != channels:
+                raise ValueError(f"--{name} has {len(numbers)} numbers; --channels {self.channels} needs {channels}")
+            if not all(abs(number) < 1e9 and (name == "mean" or number > 1e-9) for number in numbers):
+                raise ValueError(f"--{name}: got {numbers}; allowed: {_allowed(name)}")
+        if self.normalize == "imagenet" and channels != 3:
+            raise ValueError(
+                "normalize imagenet has statistics for three channels; with --channels gray choose unit, signed or "
+                "none, or give --mean and --std with one number each"
+            )
+        if self.device.isdigit() and self.backend == "pillow":
+            raise ValueError(f"--backend pillow cannot use GPU {self.device}; choose --backend dali or --device cpu")
+        if self.device == "cpu" and self.require_gpu:
+            raise ValueError("--require-gpu and --device cpu contradict each other; leave one out")
+        return self
+
+    @property
+    def channel_count(self) -> int:
+        """How many channels a stored image has: 1 or 3."""
+        return 1 if self.channels == "gray" else 3
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the output's bytes, as JSON values by name."""
+        return self.model_dump(mode="json", include=set(settings_of("identity")))
+
+    def shard_rows(self, row_bytes: int) -> int:
+        """Rows in one shard when a stored image takes `row_bytes`."""
+        if not self.shard_size.endswith("B"):
+            return int(self.shard_size)
+        rows = int(self.shard_size[:-1]) // row_bytes
+        if rows < 1:
+            raise UsageError(
+                f"shard-size: got {self.shard_size}, but one image takes {row_bytes} bytes; give at least that much"
+            )
+        return rows
+
+    def reject_limit(self, items: int) -> int:
+        """The largest number of rejects that a plan of `items` may have."""
+        if not self.max_rejects.endswith("%"):
+            return int(self.max_rejects)
+        return max(MIN_REJECT_LIMIT, int(items * float(self.max_rejects[:-1]) / 100))
+
+
+def settings_of(kind: Kind) -> list[str]:
+    """The names of the settings of one kind, in the order in which they are declared."""
+    return [name for name in BuildConfig.model_fields if _extra(name)["kind"] == kind]
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """The settings that a TOML file gives, under the options' names (`resize-mode = "pad"`).
+
+    Raises:
+        UsageError: the file cannot be read or is not TOML.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UsageError(f"--config {path}: {exc.strerror or exc}; give a readable TOML file") from exc
+    except ValueError as exc:  # TOMLDecodeError and UnicodeDecodeError
+        raise UsageError(f"--config {path}: not TOML ({exc}); write lines such as: size = 224") from exc
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def _extra(name: str) -> dict[str, str]:
+    extra: Any = BuildConfig.model_fields[name].json_schema_extra
+    return dict(extra)
+
+
+def _allowed(name: str) -> str:
+    choices = get_args(BuildConfig.model_fields[name].annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return ", ".join(choices)
+    return _extra(name)["allowed"] or "true, false"
+
+
+def _require(condition: Any, value: Any) -> Any:
+    if not condition:
+        raise ValueError("not allowed")
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        name = str(fault["loc"][0]) if fault["loc"] else ""
+        if name in BuildConfig.model_fields:
+            line = f"{name.replace('_', '-')}: got {fault['input']!r}; allowed: {_allowed(name)}"
+        elif fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, BuildConfig.model_fields, n=1)
+            hint = f"did you mean {near[0].replace('_', '-')!r}?" if near else "`gpu-npz build --help` lists them"
+            line = f"unknown setting {name!r}; {hint}"
+        else:
+            line = fault["msg"].removeprefix("Value error, ")
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)

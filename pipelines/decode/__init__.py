@@ -1,0 +1,1 @@
+"""Encoded images to pixels: one protocol, one module a library."""

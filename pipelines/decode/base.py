@@ -1,0 +1,54 @@
+"""What a decoder takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..plan import Batch
+from ..rejects import Reject
+
+
+@dataclass
+class Decoded:
+    """A batch after decoding and resizing.
+
+    Attributes:
+        batch: what was asked for.
+        pixels: uint8 (N, H, W, C) in R,G,B (C=3) or gray (C=1), one image for each of `kept`: a NumPy array, or an
+            object with DLPack on the decoder's GPU, ordered on the stream that the decoder was given.
+        kept: positions in `batch.items` that have pixels, ascending, int64 (N,).
+        source_bytes: encoded size of every item of the batch, int64; 0 where nothing could be read.
+        rejects: the items without pixels, in order.
+        seconds: time spent in each stage, by its name.
+    """
+
+    batch: Batch
+    pixels: Any
+    kept: NDArray[np.int64]
+    source_bytes: NDArray[np.int64]
+    rejects: list[Reject]
+    seconds: dict[str, float]
+
+
+class Decoder(Protocol):
+    """Batches to pixels. Use as a context manager; it may read ahead, and keeps the order."""
+
+    def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
+        """The batches, decoded. Raises ShardError for trouble that is not an image's."""
+        ...
+
+    def environment(self) -> dict[str, Any]:
+        """What decides the pixels besides the settings: libraries with versions, and the GPU's model."""
+        ...
+
+    def __enter__(self) -> Decoder: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

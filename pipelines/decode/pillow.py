@@ -1,0 +1,234 @@
+"""Decoding and resizing by Pillow, or by Pillow-SIMD where that is what `PIL` is."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+
+from ..config import BuildConfig
+from ..errors import ShardError
+from ..geometry import Geometry, Placement
+from ..plan import Batch, Item
+from ..rejects import BadItem, Reject
+from ..sources.base import Source, read_item
+from .base import Decoded
+
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
+# Exif 2.32, table 6, tag 0x0112: how to turn the stored image upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+class PillowDecoder:
+    """Decodes one image after the other; `decode_image` is the whole of the preprocessing up to uint8 pixels."""
+
+    def __init__(self, config: BuildConfig, geometry: Geometry, source: Source) -> None:
+        self._config = config
+        self._geometry = geometry
+        self._source = source
+        self._mode = "L" if config.channels == "gray" else "RGB"
+        self._filter = _FILTERS[config.interpolation]
+        # Decoding at a half or a quarter is only for filters that would average those pixels anyway.
+        self._may_draft = config.interpolation != "nearest" and geometry.mode != "none"
+        self._limit: int | None = None
+
+    def __enter__(self) -> PillowDecoder:
+        # Pillow's own limit warns and raises at fixed sizes; ours is `max_pixels`, checked before pixels are allocated.
+        self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        Image.MAX_IMAGE_PIXELS = self._limit
+
+    def environment(self) -> dict[str, Any]:
+        """The libraries whose versions decide the pixels."""
+        return {"backend": "pillow", "device": "cpu", **versions()}
+
+    def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
+        """See `Decoder.decode`."""
+        shape = (self._geometry.height, self._geometry.width, self._config.channel_count)
+        for batch in batches:
+            pixels = np.empty((len(batch.items), *shape), np.uint8)
+            source_bytes = np.zeros(len(batch.items), np.int64)
+            kept: list[int] = []
+            rejects: list[Reject] = []
+            seconds = {"read": 0.0, "decode": 0.0}
+            for position, item in enumerate(batch.items):
+                start = read = time.perf_counter()
+                try:
+                    data = read_item(self._source, item.path)
+                    read = time.perf_counter()
+                    source_bytes[position] = len(data)
+                    pixels[len(kept)] = self.decode_image(data, item.path)
+                    kept.append(position)
+                except BadItem as bad:
+                    rejects.append(bad.of(item.path, item.index))
+                finally:
+                    end = time.perf_counter()
+                    seconds["read"] += (read if read > start else end) - start
+                    seconds["decode"] += end - read if read > start else 0.0
+            yield Decoded(
+                batch, pixels[: len(kept)], np.array(kept, np.int64), source_bytes, rejects, seconds
+            )  # fmt: skip
+
+    def decode_image(self, data: bytes, path: str) -> NDArray[np.uint8]:
+        """The pixels of one encoded image: uint8 (H, W, C), C = 3 in R,G,B or 1.
+
+        Args:
+            data: the encoded image.
+            path: the item's path, for messages.
+
+        Raises:
+            BadItem: the data is no image, damaged or too large: a property of the file.
+            ShardError: there is not enough memory.
+        """
+        with _opened(data, path) as image:
+            return self._pixels(image)
+
+    def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
+        """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
+        with _opened(data, path) as image:
+            self._check_pixels(image)
+            turned = self._config.exif_orientation and _orientation(image) >= 5
+            image.load()
+            width, height = image.size
+            return (width, height) if turned else (height, width)
+
+    def _check_pixels(self, image: Image.Image) -> None:
+        width, height = image.size
+        if width * height > self._config.max_pixels:
+            raise BadItem("decode", "too-large", f"{width} x {height} pixels; at most {self._config.max_pixels}")
+
+    def _pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        config = self._config
+        self._check_pixels(image)
+        width, height = image.size
+        orientation = _orientation(image) if config.exif_orientation else 1
+        if orientation >= 5:
+            height, width = width, height
+        place = self._geometry.place(height, width)
+        if self._geometry.mode == "none" and (height, width) != (self._geometry.height, self._geometry.width):
+            expected = f"{self._geometry.height} x {self._geometry.width}"
+            raise BadItem("resize", "wrong-size", f"{height} x {width} pixels (height x width); expected {expected}")
+        if place.height * place.width > config.max_pixels:
+            detail = f"{height} x {width} pixels become {place.height} x {place.width}; at most {config.max_pixels}"
+            raise BadItem("resize", "too-large", detail)
+        if self._may_draft and image.format == "JPEG":
+            wanted = (2 * place.width, 2 * place.height)
+            image.draft(None, wanted if orientation < 5 else wanted[::-1])  # never below what was asked for
+        image.load()
+        upright = image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
+        return self._place(_plain(upright, self._mode, config.background), place)
+
+    def _place(self, image: Image.Image, place: Placement) -> NDArray[np.uint8]:
+        if image.size != (place.width, place.height):
+            image = image.resize((place.width, place.height), self._filter)
+        if image.mode != self._mode:
+            image = image.convert(self._mode)
+        pixels = np.asarray(image).reshape(place.height, place.width, -1)
+        height, width = self._geometry.height, self._geometry.width
+        if place.top < 0 or place.left < 0:
+            return pixels[-place.top : height - place.top, -place.left : width - place.left]
+        if (place.height, place.width) == (height, width):
+            return pixels
+        canvas = np.full((height, width, pixels.shape[2]), self._config.pad_value, np.uint8)
+        canvas[place.top : place.top + place.height, place.left : place.left + place.width] = pixels
+        return canvas
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, path: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
+    except (BadItem, ShardError):
+        raise
+    except UnidentifiedImageError as exc:
+        raise BadItem("decode", "not-an-image", "no decoder knows this content") from exc
+    except MemoryError as exc:
+        raise ShardError(f"no memory to decode {path!r}; lower --workers or --max-pixels") from exc
+    except Exception as exc:
+        # Pillow's readers meet hostile data with many kinds of exception. The bytes are in memory by now, so whatever
+        # they raise is a property of the file.
+        text = str(exc) or type(exc).__name__
+        truncated = isinstance(exc, EOFError) or "truncated" in text.lower()
+        raise BadItem("decode", "truncated" if truncated else "undecodable", text) from exc
+
+
+def first_size(source: Source, items: Iterable[Item], config: BuildConfig) -> tuple[int, int] | None:
+    """Height and width of the first of `items` that can be decoded; None if none can."""
+    with PillowDecoder(config, Geometry("none", 1, 1), source) as decoder:
+        for item in items:
+            with contextlib.suppress(BadItem):
+                return decoder.upright_size(read_item(source, item.path), item.path)
+    return None
+
+
+def versions() -> dict[str, Any]:
+    """Which Pillow is imported, and the JPEG library inside it."""
+    turbo = features.check_feature("libjpeg_turbo")
+    jpeg = features.version_feature("libjpeg_turbo") if turbo else features.version_codec("jpg")
+    return {
+        "pillow": PIL.__version__,
+        "pillow_simd": is_simd(),
+        "libjpeg": f"{'libjpeg-turbo' if turbo else 'libjpeg'} {jpeg}",
+    }
+
+
+def is_simd() -> bool:
+    """Whether the imported PIL is Pillow-SIMD, whose versions are Pillow's with `.postN` behind."""
+    return ".post" in PIL.__version__
+
+
+def _orientation(image: Image.Image) -> int:
+    # Reading EXIF costs time, so only where there is some; what cannot be read does not say how to turn anything.
+    if image.format == "JPEG" and "exif" not in image.info:
+        return 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's EXIF parser raises many kinds on damaged blocks; the pixels may well be whole
+        return 1
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def _plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
+    """The image as 8-bit L or RGB: alpha put on the background, 16-bit gray scaled, the rest converted."""
+    if image.mode in ("L", "RGB"):
+        return image if image.mode == "L" or mode == "RGB" else image.convert(mode)
+    if image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM", None)):
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65_535:
+            raise BadItem("decode", "undecodable", "samples of more than 16 bits")
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # round(v * 255 / 65535)
+    if image.mode in ("I", "F"):
+        raise BadItem("decode", "undecodable", f"samples of 32 bits (mode {image.mode})")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        canvas = Image.new("RGBA", layer.size, (*background, 255))
+        canvas.alpha_composite(layer)
+        image = canvas
+    return image.convert(mode)

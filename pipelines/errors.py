@@ -1,0 +1,73 @@
+"""Every error that this package raises.
+
+    GpuNpzError                 exit 1
+    ├── UsageError              exit 2   an option, setting or combination that is not allowed
+    ├── BackendError            exit 1   the device or decoder asked for cannot be used on this machine
+    ├── SourceError             exit 1   SRC cannot be listed or read
+    ├── StorageError            exit 1   OUT cannot be used: in use, foreign, no permission, no space
+    │   └── LockedError                  another build holds OUT
+    ├── MismatchError           exit 1   OUT was begun with other settings or in another environment
+    ├── FormatError             exit 1   a file in OUT is not what the format says
+    ├── IncompleteError         exit 1   OUT has no manifest yet
+    ├── ShardError              exit 1   a shard could not be built; the same command resumes
+    │   └── RejectedError                an item was rejected under `--on-reject fail`
+    └── RejectLimitError        exit 3   more rejects than `--max-rejects` allows
+
+One bad image is a counted, reported result and never an exception (`decode.base.Reject`), except under `--on-reject fail`.
+"""
+
+from __future__ import annotations
+
+
+class GpuNpzError(Exception):
+    """Anything that this package reports to its caller; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(GpuNpzError):
+    """An option, a setting or a combination of them that is not allowed."""
+
+    exit_code = 2
+
+
+class BackendError(GpuNpzError):
+    """The device or the decoder that was asked for cannot be used on this machine."""
+
+
+class SourceError(GpuNpzError):
+    """SRC cannot be listed or read."""
+
+
+class StorageError(GpuNpzError):
+    """OUT cannot be used."""
+
+
+class LockedError(StorageError):
+    """Another build holds OUT."""
+
+
+class MismatchError(GpuNpzError):
+    """OUT was begun with other settings, from another collection or in another environment."""
+
+
+class FormatError(GpuNpzError):
+    """A shard, a manifest or a record is not what the format says."""
+
+
+class IncompleteError(GpuNpzError):
+    """OUT holds no finished dataset yet."""
+
+
+class ShardError(GpuNpzError):
+    """A shard could not be built for a reason that lies outside its images."""
+
+
+class RejectedError(ShardError):
+    """An item was rejected while `on_reject` is `fail`."""
+
+
+class RejectLimitError(GpuNpzError):
+    """More items were rejected than `max_rejects` allows; their shards stay."""
+
+    exit_code = 3

@@ -1,0 +1,1 @@
+"""Collections of images: what lists their items and reads their bytes."""

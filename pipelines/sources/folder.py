@@ -1,0 +1,148 @@
+"""A folder tree: each folder of the first level is a class, and everything below it belongs to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from ..errors import SourceError
+from ..rejects import MAX_ENCODED_BYTES, BadItem
+from .base import IMAGE_EXTENSIONS, Group, numbered
+
+log = logging.getLogger(__name__)
+
+
+class FolderSource:
+    """The images below a folder.
+
+    A folder of the first level is a class, images deeper in it belong to that class, and classes are numbered in sorted
+    order (or as `classes` says). A folder that has images and no folders of images has no labels. Order: the images of
+    a folder, then its subfolders, each sorted by their names' bytes. Hidden names are skipped, symbolic links followed.
+
+    Raises:
+        SourceError: not a folder, unreadable, without images, or with images beside folders of images.
+    """
+
+    kind = "folder"
+
+    def __init__(self, location: str | os.PathLike[str], classes: Sequence[str] | None = None) -> None:
+        self.location = os.path.abspath(location)
+        self._root = os.fsencode(self.location)
+        names, folders = _scan(self._root, b"")
+        self._flat = bool(names)
+        self.class_names: tuple[str, ...] | None = None
+        if self._flat:
+            self._refuse_mixture(names, folders)
+            if classes is not None:
+                raise SourceError(f"{self.location!r} has no class folders; leave --classes-from out")
+            return
+        found = [_text(folder) for folder in folders]
+        if not found:
+            raise SourceError(
+                f"{self.location!r} holds no images and no folders; SRC is a folder of class folders or of images "
+                f"({_extensions()})"
+            )
+        self.class_names = tuple(found if classes is None else classes)
+        self._numbers = numbered(list(self.class_names), found, self.location)
+
+    def groups(self) -> Iterator[Group]:
+        """The images, one folder at a time; each folder is read once, and no file is looked at.
+
+        Raises:
+            SourceError: a folder cannot be read.
+        """
+        seen = (_identity(self._root),)
+        if self._flat:
+            yield Group(b"", _scan(self._root, b"")[0], -1)
+            return
+        for folder in _scan(self._root, b"")[1]:
+            yield from self._walk(folder + b"/", self._numbers[_text(folder)], seen)
+
+    def _walk(self, folder: bytes, label: int, above: tuple[tuple[int, int], ...]) -> Iterator[Group]:
+        identity = _identity(os.path.join(self._root, folder))
+        if identity in above:
+            log.warning("%r leads back to a folder above it; its images are taken once", _text(folder))
+            return
+        names, folders = _scan(self._root, folder)
+        if names:
+            yield Group(folder, names, label)
+        for name in folders:
+            yield from self._walk(folder + name + b"/", label, (*above, identity))
+
+    def _refuse_mixture(self, names: list[bytes], folders: list[bytes]) -> None:
+        for folder in folders:
+            if next(self._walk(folder + b"/", -1, (_identity(self._root),)), None):
+                raise SourceError(
+                    f"{self.location!r} holds both images ({_text(names[0])!r}, ...) and folders of images "
+                    f"({_text(folder)!r}, ...); move the images into a folder of their class, or out"
+                )
+
+    def read(self, path: str) -> bytes:
+        """The bytes of the file, read in full.
+
+        Raises:
+            OSError: as the system says.
+            BadItem: not a regular file, or larger than any image should be.
+        """
+        # O_NONBLOCK: a named pipe under an image's name must not hang the build; regular files ignore it.
+        descriptor = os.open(self.local_path(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadItem("read", "unreadable", "not a regular file")
+            if status.st_size > MAX_ENCODED_BYTES:
+                raise BadItem("read", "too-large", f"{status.st_size} bytes; at most {MAX_ENCODED_BYTES}")
+            data = os.read(descriptor, status.st_size + 1)
+            while len(data) <= MAX_ENCODED_BYTES and (more := os.read(descriptor, 1 << 20)):
+                data += more
+            return data
+        finally:
+            os.close(descriptor)
+
+    def local_path(self, path: str) -> bytes:
+        """The file's absolute path."""
+        return self._root + b"/" + path.encode("utf-8", "surrogateescape")
+
+    def check(self) -> None:
+        """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
+        if not os.path.isdir(self._root):
+            raise SourceError(f"{self.location!r} is gone; mount it again, then run the same command to resume")
+
+
+def _scan(root: bytes, folder: bytes) -> tuple[list[bytes], list[bytes]]:
+    """The names of the images and of the folders in root/folder, sorted."""
+    names: list[bytes] = []
+    folders: list[bytes] = []
+    path = os.path.join(root, folder)
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(b"."):
+                    continue
+                if entry.is_dir():
+                    folders.append(name)
+                elif os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and (entry.is_file() or entry.is_symlink()):
+                    names.append(name)
+    except OSError as exc:
+        advice = "give SRC as a folder" if not folder else "make it readable or move it away"
+        raise SourceError(f"{_text(path)!r}: {exc.strerror}; {advice}") from exc
+    return sorted(names), sorted(folders)
+
+
+def _identity(path: bytes) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as exc:
+        raise SourceError(f"{_text(path)!r}: {exc.strerror}; make it readable or move it away") from exc
+    return status.st_dev, status.st_ino
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _extensions() -> str:
+    return " ".join(sorted(extension.decode() for extension in IMAGE_EXTENSIONS))
