@@ -1,0 +1,67 @@
+"""gpu_npz: collections of images to NPZ shards, and back to arrays.
+
+    report = gpu_npz.build("/data/train", "/data/out", gpu_npz.BuildConfig(dtype="uint8"))
+    data = gpu_npz.open_dataset("/data/out")
+    image, label = data[0], data.labels[0]
+
+Importing this package loads NumPy at most; each name below loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .audit.verification import Problem, Verification, verify
+    from .builder import BuildReport, Started, build
+    from .config import BuildConfig
+    from .errors import GpuNpzError
+    from .manifest import Manifest
+    from .readers.arrays import Dataset, open_dataset
+    from .worker import Committed, Progress, StageSeconds
+
+__version__ = "0.1.0"
+_HOMES = {
+    "BuildConfig": "config",
+    "BuildReport": "builder",
+    "Committed": "worker",
+    "Dataset": "readers.arrays",
+    "GpuNpzError": "errors",
+    "Manifest": "manifest",
+    "Problem": "audit.verification",
+    "Progress": "worker",
+    "StageSeconds": "worker",
+    "Started": "builder",
+    "Verification": "audit.verification",
+    "build": "builder",
+    "open_dataset": "readers.arrays",
+    "verify": "audit.verification",
+}
+__all__ = [
+    "BuildConfig",
+    "BuildReport",
+    "Committed",
+    "Dataset",
+    "GpuNpzError",
+    "Manifest",
+    "Problem",
+    "Progress",
+    "StageSeconds",
+    "Started",
+    "Verification",
+    "__version__",
+    "build",
+    "open_dataset",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,19 +2,29 @@
 
 On disk and in memory a plan takes some 30 bytes an item: the names as one run of bytes, where each ends, and one entry a
 folder for its path and label. It is stored as an NPZ whose arrays are memory-mapped, so opening it reads nothing.
+
+| array | type, shape | |
+|---|---|---|
+| `names`, `name_ends` | uint8 (bytes,), int64 (listed,) | the items' names in the order in which they were listed |
+| `folders`, `folder_ends` | uint8 (bytes,), int64 (groups,) | a group is the items of one folder; relative, ends with `/` |
+| `group_ends`, `group_labels` | int64 (groups,) | the listed item at which a group ends; its label, -1 for none |
+| `order` | int64 (items,) | with `shuffle`: the listed item at each place of the plan |
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import FormatError
 from .sources.base import Group
+
+_ARRAYS = ("names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "order")
 
 
 class Item(NamedTuple):
@@ -32,3 +42,119 @@ class Batch:
     shard: int
     items: list[Item]
     last: bool
+
+
+class Plan:
+    """The ordered items of a build, cut into shards of `shard_rows` items; the last one may be shorter.
+
+    Args:
+        arrays: as this module's table says, in memory or mapped from a file.
+        shard_rows: items a shard.
+
+    Raises:
+        FormatError: the arrays do not fit each other.
+    """
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], shard_rows: int) -> None:
+        self.arrays = arrays
+        self.shard_rows = shard_rows
+        self._order = arrays.get("order")
+        self.item_count = len(arrays["name_ends"] if self._order is None else self._order)
+        self.shard_count = -(-self.item_count // shard_rows)
+        lengths = {len(arrays[name]) for name in ("folder_ends", "group_ends", "group_labels")}
+        listed = len(arrays["name_ends"])
+        ends = [(arrays["names"], arrays["name_ends"]), (arrays["folders"], arrays["folder_ends"])]
+        if (
+            len(lengths) != 1
+            or not listed
+            or any(texts.dtype != np.uint8 or last[-1] != len(texts) for texts, last in ends)
+            or arrays["group_ends"][-1] != listed
+        ):
+            raise FormatError("the plan's arrays do not fit each other; run the build again with --overwrite")
+
+    def shard_range(self, shard: int) -> range:
+        """The indices of a shard's items."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.item_count))
+
+    def batches(self, shard: int, batch_size: int) -> Iterator[Batch]:
+        """The items of one shard, up to `batch_size` at a time."""
+        span = self.shard_range(shard)
+        for start in range(span.start, span.stop, batch_size):
+            stop = min(start + batch_size, span.stop)
+            yield Batch(shard, self.items(start, stop), stop == span.stop)
+
+    def items(self, start: int, stop: int) -> list[Item]:
+        """The items at `start` up to `stop`."""
+        listed = self._listed(start, stop)
+        groups = np.searchsorted(self.arrays["group_ends"], listed, side="right")
+        names, folders = self.arrays["names"], self.arrays["folders"]
+        labels = self.arrays["group_labels"][groups].tolist()
+        rows = zip(*_spans(self.arrays["name_ends"], listed), *_spans(self.arrays["folder_ends"], groups), strict=True)
+        items = []
+        for index, (name_start, name_end, folder_start, folder_end) in enumerate(rows, start):
+            path = folders[folder_start:folder_end].tobytes() + names[name_start:name_end].tobytes()
+            label = labels[index - start]
+            items.append(Item(index, path.decode("utf-8", "surrogateescape"), label if label >= 0 else None))
+        return items
+
+    def labels(self) -> NDArray[np.int64]:
+        """The label of every item, -1 for none: int64 (item_count,)."""
+        groups = np.searchsorted(self.arrays["group_ends"], self._listed(0, self.item_count), side="right")
+        return self.arrays["group_labels"][groups]
+
+    def digest(self) -> str:
+        """SHA-256 over everything that decides which item stands where."""
+        digest = hashlib.sha256(str(self.shard_rows).encode())
+        for name in _ARRAYS:
+            if name in self.arrays:
+                array = np.ascontiguousarray(self.arrays[name])
+                digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+                digest.update(array.view(np.uint8).data if array.size else b"")
+        return digest.hexdigest()
+
+    def _listed(self, start: int, stop: int) -> NDArray[np.int64]:
+        return np.arange(start, stop) if self._order is None else self._order[start:stop]
+
+
+def collect(groups: Iterable[Group], *, shuffle: int | None = None, limit: int | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of a plan, from a source's listing.
+
+    Args:
+        groups: what the source lists; each group is looked at once and let go.
+        shuffle: a seed. The order is that of PCG64's raw 64-bit output, one number an item, sorted: a stream that NumPy
+            promises to keep, so that a seed means the same order everywhere.
+        limit: only the first items, after the shuffle. Without a shuffle the listing ends early.
+    """
+    names, folders = bytearray(), bytearray()
+    name_lengths: list[NDArray[np.uint16]] = []
+    folder_ends: list[int] = []
+    group_ends: list[int] = []
+    labels: list[int] = []
+    count = 0
+    for group in groups:
+        kept = group.names if limit is None or shuffle is not None else group.names[: limit - count]
+        names += b"".join(kept)
+        name_lengths.append(np.fromiter(map(len, kept), np.uint16, len(kept)))
+        folders += group.folder
+        count += len(kept)
+        folder_ends.append(len(folders))
+        group_ends.append(count)
+        labels.append(group.label)
+        if shuffle is None and count == limit:
+            break
+    arrays = {
+        "names": np.frombuffer(names, np.uint8),
+        "name_ends": np.cumsum(np.concatenate([*name_lengths, np.empty(0, np.uint16)]), dtype=np.int64),
+        "folders": np.frombuffer(folders, np.uint8),
+        "folder_ends": np.array(folder_ends, np.int64),
+        "group_ends": np.array(group_ends, np.int64),
+        "group_labels": np.array(labels, np.int64),
+    }
+    if shuffle is not None:
+        arrays["order"] = np.argsort(np.random.PCG64(shuffle).random_raw(count), kind="stable")[:limit]
+    return arrays
+
+
+def _spans(ends: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    starts = np.where(positions > 0, ends[positions - 1], 0)
+    return starts.tolist(), ends[positions].tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
@@ -57,12 +58,17 @@ class PillowDecoder:
     def __enter__(self) -> PillowDecoder:
         # Pillow's own limit warns and raises at fixed sizes; ours is `max_pixels`, checked before pixels are allocated.
         self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        # It also warns of each odd file (damaged EXIF, say), on stderr; what matters of that is in the rejects.
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         Image.MAX_IMAGE_PIXELS = self._limit
+        self._warnings.__exit__(kind, error, trace)
 
     def environment(self) -> dict[str, Any]:
         """The libraries whose versions decide the pixels."""
@@ -126,6 +132,8 @@ class PillowDecoder:
     def _pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         config = self._config
         self._check_pixels(image)
+        if image.format == "TIFF":
+            image.load()  # turns it upright, which may change its size
         width, height = image.size
         orientation = _orientation(image) if config.exif_orientation else 1
         if orientation >= 5:
@@ -151,10 +159,8 @@ class PillowDecoder:
             image = image.convert(self._mode)
         pixels = np.asarray(image).reshape(place.height, place.width, -1)
         height, width = self._geometry.height, self._geometry.width
-        if place.top < 0 or place.left < 0:
+        if place.height >= height and place.width >= width:
             return pixels[-place.top : height - place.top, -place.left : width - place.left]
-        if (place.height, place.width) == (height, width):
-            return pixels
         canvas = np.full((height, width, pixels.shape[2]), self._config.pad_value, np.uint8)
         canvas[place.top : place.top + place.height, place.left : place.left + place.width] = pixels
         return canvas
@@ -164,6 +170,8 @@ class PillowDecoder:
 def _opened(data: bytes, path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.format == "EPS":  # loading it would run Ghostscript
+                raise BadItem("decode", "not-an-image", "PostScript is a program, and is not run")
             yield image
     except (BadItem, ShardError):
         raise
@@ -206,7 +214,8 @@ def is_simd() -> bool:
 
 def _orientation(image: Image.Image) -> int:
     # Reading EXIF costs time, so only where there is some; what cannot be read does not say how to turn anything.
-    if image.format == "JPEG" and "exif" not in image.info:
+    # Pillow turns TIFF by itself, whether asked to or not.
+    if image.format == "TIFF" or (image.format == "JPEG" and "exif" not in image.info):
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -217,7 +226,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
     """The image as 8-bit L or RGB: alpha put on the background, 16-bit gray scaled, the rest converted."""
-    if image.mode in ("L", "RGB"):
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image if image.mode == "L" or mode == "RGB" else image.convert(mode)
     if image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM", None)):
         levels = np.asarray(image).astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -31,6 +32,7 @@ class FolderSource:
         self.location = os.path.abspath(location)
         self._root = os.fsencode(self.location)
         names, folders = _scan(self._root, b"")
+        self._root_identity = _identity(self._root)
         self._flat = bool(names)
         self.class_names: tuple[str, ...] | None = None
         if self._flat:
@@ -51,14 +53,17 @@ class FolderSource:
         """The images, one folder at a time; each folder is read once, and no file is looked at.
 
         Raises:
-            SourceError: a folder cannot be read.
+            SourceError: a folder cannot be read, or a class has come after the classes were numbered.
         """
-        seen = (_identity(self._root),)
+        names, folders = _scan(self._root, b"")
         if self._flat:
-            yield Group(b"", _scan(self._root, b"")[0], -1)
+            yield Group(b"", names, -1)
             return
-        for folder in _scan(self._root, b"")[1]:
-            yield from self._walk(folder + b"/", self._numbers[_text(folder)], seen)
+        for folder in folders:
+            label = self._numbers.get(_text(folder))
+            if label is None:
+                raise SourceError(f"{_text(folder)!r} has come into {self.location!r} meanwhile; run the command again")
+            yield from self._walk(folder + b"/", label, (self._root_identity,))
 
     def _walk(self, folder: bytes, label: int, above: tuple[tuple[int, int], ...]) -> Iterator[Group]:
         identity = _identity(os.path.join(self._root, folder))
@@ -73,7 +78,7 @@ class FolderSource:
 
     def _refuse_mixture(self, names: list[bytes], folders: list[bytes]) -> None:
         for folder in folders:
-            if next(self._walk(folder + b"/", -1, (_identity(self._root),)), None):
+            if next(self._walk(folder + b"/", -1, (self._root_identity,)), None):
                 raise SourceError(
                     f"{self.location!r} holds both images ({_text(names[0])!r}, ...) and folders of images "
                     f"({_text(folder)!r}, ...); move the images into a folder of their class, or out"
@@ -107,7 +112,12 @@ class FolderSource:
 
     def check(self) -> None:
         """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
-        if not os.path.isdir(self._root):
+        try:
+            # An unmounted disk leaves the folder that it was mounted on.
+            here = _identity(self._root) == self._root_identity
+        except SourceError:
+            here = False
+        if not here:
             raise SourceError(f"{self.location!r} is gone; mount it again, then run the same command to resume")
 
 
@@ -122,14 +132,23 @@ def _scan(root: bytes, folder: bytes) -> tuple[list[bytes], list[bytes]]:
                 name = entry.name
                 if name.startswith(b"."):
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     folders.append(name)
-                elif os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and (entry.is_file() or entry.is_symlink()):
+                elif os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and (entry.is_symlink() or entry.is_file()):
                     names.append(name)
     except OSError as exc:
         advice = "give SRC as a folder" if not folder else "make it readable or move it away"
         raise SourceError(f"{_text(path)!r}: {exc.strerror}; {advice}") from exc
     return sorted(names), sorted(folders)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:  # as a link that leads nowhere: no folder, and as an image it is a reject
+            return False
+        raise
 
 
 def _identity(path: bytes) -> tuple[int, int]:

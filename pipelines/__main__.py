@@ -1,0 +1,6 @@
+"""`python -m gpu_npz` is the command `gpu-npz`."""
+
+from gpu_npz.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Whether a dataset is what its manifest says: every byte, every shape, every value's range, every count."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..environment import usable_cpus
+from ..errors import FormatError
+from ..manifest import Manifest, shard_table_digest
+from ..normalize import table
+from ..npz.reader import NpzReader
+from ..output import INDEX, REJECTS, shard_files, shard_name
+from ..readers.arrays import open_index, open_shard
+from ..storage import LocalStorage
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be: in which file, and what."""
+
+    file: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and what was found; `ok` if that is nothing."""
+
+    path: str
+    shards: int
+    rows: int
+    bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as it should be."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Verification:
+    """Reads a whole dataset and compares it with its manifest and index.
+
+    Checked: every CRC-32; each shard's place, dataset, size and directory; shapes and dtypes; that values are finite and
+    within what the settings can give; label range; rows and rejects against the plan's items.
+
+    Args:
+        path: the dataset's folder.
+        progress: called with shards checked and shards in all.
+
+    Raises:
+        IncompleteError: the build has not ended.
+        FormatError: there is no manifest that can be read.
+    """
+    folder = os.path.abspath(path)
+    manifest = Manifest.load(folder)
+    storage = LocalStorage(folder)
+    shards = manifest.counts.shards
+    problems: list[Problem] = []
+    try:
+        index: NpzReader | None = open_index(folder)
+        assert index is not None
+        problems += [Problem(INDEX, what) for what in _index_faults(index, manifest)]
+        if problems:
+            index = None
+    except FormatError as exc:
+        index = None
+        problems.append(Problem(INDEX, str(exc)))
+    problems += [Problem(REJECTS, what) for what in _reject_faults(storage, manifest, index)]
+    expected = {shard_name(shard, shards) for shard in range(shards)}
+    problems += [
+        Problem(name, "not a shard of this dataset; move it away") for name in shard_files(storage) if name not in expected
+    ]
+    checker = _ShardChecker(folder, manifest, index)
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        for shard, faults in enumerate(pool.map(checker.faults, range(shards))):
+            problems += [Problem(shard_name(shard, shards), what) for what in faults]
+            if progress:
+                progress(shard + 1, shards)
+    return Verification(folder, shards, manifest.counts.rows, checker.bytes_checked, tuple(problems))
+
+
+class _ShardChecker:
+    def __init__(self, folder: str, manifest: Manifest, index: NpzReader | None) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._index = index
+        self._ends = np.cumsum(index["shard_rows"]) if index else None
+        values = table(manifest.config).astype(np.float64)
+        self._low, self._high = values.min(axis=1), values.max(axis=1)
+        self.bytes_checked = 0
+
+    def faults(self, shard: int) -> list[str]:
+        path = os.path.join(self._folder, shard_name(shard, self._manifest.counts.shards))
+        try:
+            reader = open_shard(path, self._manifest, shard)
+            self.bytes_checked += reader.directory.file_bytes
+            damaged = [name for name in reader.directory.members if not reader.crc_matches(name)]
+            if damaged:
+                return [f"damaged: the CRC-32 of {name} does not match its data" for name in damaged]
+            return [*self._table_faults(reader, shard), *self._column_faults(reader), *self._value_faults(reader)]
+        except FormatError as exc:
+            return [str(exc).removeprefix(f"{path}: ")]
+
+    def _table_faults(self, reader: NpzReader, shard: int) -> Iterator[str]:
+        """The shard against the index's entries for it."""
+        if self._index is None or self._ends is None:
+            return
+        rows, size = int(self._index["shard_rows"][shard]), int(self._index["shard_bytes"][shard])
+        if reader.directory.file_bytes != size:
+            yield f"{reader.directory.file_bytes} bytes; the index says {size}"
+        if reader.directory.digest != self._index["shard_digest"][shard].tobytes().hex():
+            yield "its directory is not the one that was committed: the file was replaced by another whole one"
+        if len(reader["images"]) != rows:
+            yield f"{len(reader['images'])} rows; the index says {rows}"
+            return
+        span = slice(int(self._ends[shard]) - rows, int(self._ends[shard]))
+        for name in ("index", "labels", "valid"):
+            if (name in reader) != (name in self._index):
+                yield f"{name} is {'there' if name in reader else 'missing'}, unlike in the index"
+            elif name in reader and not np.array_equal(reader[name], self._index[name][span]):
+                yield f"{name} differs from the index"
+
+    def _column_faults(self, reader: NpzReader) -> Iterator[str]:
+        rows = len(reader["images"])
+        kinds = {"index": "i", "source_bytes": "i", "paths": "U"}
+        kinds |= {"labels": "i"} if self._manifest.classes is not None else {}
+        for name, kind in kinds.items():
+            column = reader[name]
+            if column.shape != (rows,) or column.dtype.kind != kind:
+                yield f"{name} is {column.dtype} {column.shape}; {rows} entries of kind {kind!r} belong there"
+        if self._manifest.classes is not None and rows:
+            labels, classes = reader["labels"], len(self._manifest.classes)
+            if labels.min() < 0 or labels.max() >= classes:
+                yield f"labels {labels.min()} to {labels.max()}; there are {classes} classes"
+
+    def _value_faults(self, reader: NpzReader) -> Iterator[str]:
+        images = reader["images"]
+        if images.dtype == np.uint8:
+            return
+        axis = 1 if self._manifest.images.layout == "NCHW" else 3
+        valid = reader["valid"] if "valid" in reader else None
+        for start in range(0, len(images), _ROWS_AT_ONCE):
+            rows = images[start : start + _ROWS_AT_ONCE]
+            if valid is not None:
+                blank = ~valid[start : start + _ROWS_AT_ONCE]
+                if rows[blank].any():
+                    yield f"a blank row among rows {start} to {start + len(rows) - 1} is not zero"
+                rows = rows[~blank]
+            planes = np.moveaxis(rows, axis, 0)
+            for channel, plane in enumerate(planes if rows.size else ()):
+                low, high = float(plane.min()), float(plane.max())
+                if not (self._low[channel] <= low and high <= self._high[channel]):  # also where one is NaN
+                    yield (
+                        f"channel {channel} of rows {start} to {start + len(rows) - 1} has values from {low:g} to "
+                        f"{high:g}; the settings give {self._low[channel]:g} to {self._high[channel]:g}"
+                    )
+
+
+def _index_faults(index: NpzReader, manifest: Manifest) -> Iterator[str]:
+    damaged = [name for name in index.directory.members if not index.crc_matches(name)]
+    if damaged:
+        yield f"damaged: the CRC-32 of {', '.join(damaged)} does not match"
+        return
+    counts = manifest.counts
+    digests: NDArray[Any] = index["shard_digest"]
+    if not len(index["shard_rows"]) == len(index["shard_bytes"]) == len(digests) == counts.shards:
+        yield f"it does not have {counts.shards} shards, as the manifest says"
+    elif shard_table_digest(index) != manifest.shard_table_digest:
+        yield "its table of shards is not the manifest's: one of the two files belongs to another dataset"
+    rows = index["index"]
+    if len(rows) != counts.rows or index["shard_rows"].sum() != counts.rows:
+        yield f"{len(rows)} rows; the manifest says {counts.rows}"
+    if len(rows) and (rows[0] < 0 or rows[-1] >= counts.items or (np.diff(rows) <= 0).any()):
+        yield f"the rows' places are not ascending within the plan's {counts.items} items"
+    if (manifest.classes is None) == ("labels" in index):
+        yield "labels and the manifest's classes contradict each other"
+
+
+def _reject_faults(storage: LocalStorage, manifest: Manifest, index: NpzReader | None) -> Iterator[str]:
+    content = storage.read(REJECTS)
+    if content is None:
+        yield "missing"
+        return
+    try:
+        places = [int(json.loads(line)["index"]) for line in content.splitlines()]
+    except (ValueError, KeyError, TypeError) as exc:
+        yield f"not a JSON object a line: {exc!r}"
+        return
+    if len(places) != manifest.counts.rejects:
+        yield f"{len(places)} lines; the manifest says {manifest.counts.rejects}"
+    if index is None:
+        return
+    rows = index["index"] if "valid" not in index else index["index"][index["valid"]]
+    seen = np.bincount(np.clip([*rows.tolist(), *places], 0, manifest.counts.items), minlength=manifest.counts.items)
+    wrong = np.flatnonzero(seen[: manifest.counts.items] != 1)
+    if len(wrong) or len(seen) > manifest.counts.items:
+        yield f"item {wrong[0] if len(wrong) else manifest.counts.items} is not exactly one row or one reject"

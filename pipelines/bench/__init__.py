@@ -1,0 +1,1 @@
+"""Measuring: always as ratios within one run."""

@@ -1,0 +1,294 @@
+"""build(): plan, engine, manifest, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from . import environment
+from .config import BATCH_SIZE, BuildConfig
+from .engines import local
+from .environment import Choice
+from .errors import MismatchError, RejectLimitError, SourceError, UsageError
+from .job import Job
+from .manifest import CommitRecord, class_list, committed, finish, write_rejects
+from .normalize import row_shape, table
+from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, clear, remove_temporaries, require_own
+from .plan import Plan, collect
+from .sources.base import Source
+from .sources.folder import FolderSource
+from .storage import LocalStorage
+from .worker import Committed, Event, StageSeconds, Task
+
+log = logging.getLogger(__name__)
+_PROBED_ITEMS = 16
+
+
+@dataclass(frozen=True)
+class Started:
+    """A build begins or goes on: how many items there are, and how many of them are in shards that are done."""
+
+    items: int
+    items_done: int
+    backend: str
+    device: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset."""
+
+    out: str
+    complete: bool
+    items: int
+    rows: int
+    rejects: int
+    rejects_by_code: dict[str, int]
+    shards: int
+    dataset_bytes: int
+    backend: str
+    device: str
+    workers: int
+    batch_size: int
+    built_shards: int
+    built_items: int
+    seconds: float
+    images_per_second: float
+    stage_seconds: dict[str, float]
+    bottleneck: str | None
+    hints: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+
+def build(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    progress: Callable[[Started | Event], None] | None = None,
+) -> BuildReport:
+    """Builds NPZ shards in `out` from the images in `src`, or goes on with a build that was stopped.
+
+    Args:
+        src: a folder of class folders, or of images.
+        out: a folder; made if it is not there.
+        config: the settings; the defaults if None.
+        progress: called with what happens, from the calling thread.
+
+    Raises:
+        UsageError, BackendError, SourceError, StorageError, MismatchError, ShardError: see `gpu_npz.errors`.
+        RejectLimitError: all shards are built, and more items were rejected than `max_rejects` allows.
+    """
+    config = config or BuildConfig()
+    start = time.perf_counter()
+    storage = LocalStorage(out)
+    _check_places(src, storage)
+    classes = class_list(config.classes_from) if config.classes_from is not None else None
+    source = FolderSource(src, classes)
+    require_own(storage)
+    with storage.lock():
+        if config.overwrite:
+            clear(storage)
+        job = _begin(storage, source, config) if storage.size(JOB) is None else _resume(storage, source, config)
+        return _run(storage, job, source, config, progress or (lambda _: None), start)
+
+
+def _begin(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
+    choice = environment.choose(config, environment.inspect())
+    if choice.warning:
+        log.warning("%s", choice.warning)
+    table(config)  # a value that the dtype cannot hold shows here, before anything is listed
+    arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
+    if not len(arrays["name_ends"]):
+        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
+    height, width = config.size or _common_size(Plan(arrays, 1), source, config)
+    row_bytes = math.prod(row_shape(config, height, width)) * np.dtype(config.dtype).itemsize
+    return Job.create(
+        storage,
+        Plan(arrays, config.shard_rows(row_bytes)),
+        config,
+        choice,
+        source=(source.kind, source.location),
+        class_names=source.class_names,
+        image_size=(height, width),
+    )
+
+
+def _resume(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
+    job = Job.open(storage)
+    job.require_same(config, source.class_names)
+    if source.location != job.record.source_location:
+        _check_moved(job, source)
+    return job
+
+
+def _backend(job: Job, config: BuildConfig) -> Choice:
+    """The backend that the plan was made with, or an error: once planned, a build never falls back.
+
+    Raises:
+        MismatchError: another one is asked for.
+        BackendError: it cannot be used here.
+    """
+    record = job.record
+    other = config.backend not in ("auto", record.backend)
+    other |= config.device == "cpu" if record.device == "cuda" else config.require_gpu
+    if other:
+        raise MismatchError(
+            f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
+            f"{config.device} ask for another; leave them out to resume, or start anew with --overwrite"
+        )
+    device = config.device if record.device == "cuda" else "cpu"
+    same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
+    return environment.choose(config.model_copy(update=same), environment.inspect())
+
+
+def _run(
+    storage: LocalStorage,
+    job: Job,
+    source: Source,
+    config: BuildConfig,
+    progress: Callable[[Started | Event], None],
+    start: float,
+) -> BuildReport:
+    record, plan = job.record, job.plan
+    records = committed(storage, job)
+    todo = [shard for shard in range(plan.shard_count) if shard not in records]
+    built_items = sum(len(plan.shard_range(shard)) for shard in todo)
+    batch_size = min(config.batch_size or BATCH_SIZE[record.device], plan.shard_rows, plan.item_count)
+    workers = config.workers or (1 if record.device == "cuda" else environment.usable_cpus())
+    workers = max(1, min(workers, len(todo)))
+    progress(Started(plan.item_count, plan.item_count - built_items, record.backend, record.device, workers))
+    stages: Counter[str] = Counter()
+    if todo:
+        choice = _backend(job, config)
+        remove_temporaries(storage)
+        storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
+        task = Task(storage.root, source, choice.gpu, batch_size, _environment(records, config))
+        for event in local.run(task, todo, workers):
+            if isinstance(event, Committed):
+                records[event.record.shard] = event.record
+            elif isinstance(event, StageSeconds):
+                stages.update(event.seconds)
+            progress(event)
+    ordered = [records[shard] for shard in range(plan.shard_count)]
+    rejects = Counter(reject.code for commit in ordered for reject in commit.rejects)
+    finished = all(storage.size(name) is not None for name in (MANIFEST, INDEX, REJECTS))
+    complete = finished or rejects.total() <= config.reject_limit(plan.item_count)
+    if not complete:
+        write_rejects(storage, ordered)
+    elif not finished:
+        finish(storage, job, ordered)
+    seconds = time.perf_counter() - start
+    report = BuildReport(
+        out=storage.root,
+        complete=complete,
+        items=plan.item_count,
+        rows=sum(commit.rows for commit in ordered),
+        rejects=rejects.total(),
+        rejects_by_code=dict(sorted(rejects.items())),
+        shards=plan.shard_count,
+        dataset_bytes=sum(commit.bytes for commit in ordered),
+        backend=record.backend,
+        device=record.device,
+        workers=workers,
+        batch_size=batch_size,
+        built_shards=len(todo),
+        built_items=built_items,
+        seconds=seconds,
+        images_per_second=built_items / seconds,
+        stage_seconds=dict(stages),
+        bottleneck=_bottleneck(stages),
+        hints=_hints(job, ordered),
+    )
+    if todo:
+        _store_report(storage, report)
+    if not complete:
+        raise RejectLimitError(_too_many(storage, report, config))
+    return report
+
+
+def _environment(records: dict[int, CommitRecord], config: BuildConfig) -> dict[str, Any] | None:
+    if config.accept_environment or not records:
+        return None
+    return records[min(records)].environment
+
+
+def _bottleneck(stages: Counter[str]) -> str | None:
+    """The stage that the others wait for: the longest one of the busiest thread."""
+    threads = [("read", "decode", "normalize"), ("write",), ("commit",)]
+    if not stages:
+        return None
+    busiest = max(threads, key=lambda names: sum(stages[name] for name in names))
+    return max(busiest, key=lambda name: stages[name])
+
+
+def _hints(job: Job, records: Sequence[CommitRecord]) -> tuple[str, ...]:
+    hints = []
+    total = sum(record.bytes for record in records)
+    if job.settings.dtype == "float32" and total > 10**9:
+        hints.append(
+            f"--dtype uint8 would take {total / 4e9:.1f} GB instead of {total / 1e9:.1f} GB; readers then normalize, "
+            "with equal values"
+        )
+    if job.labelled and job.settings.shuffle is None and len(records) > 1:
+        hints.append("shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order")
+    return tuple(hints)
+
+
+def _too_many(storage: LocalStorage, report: BuildReport, config: BuildConfig) -> str:
+    codes = ", ".join(f"{count} {code}" for code, count in report.rejects_by_code.items())
+    return (
+        f"{report.rejects} of {report.items} items were rejected ({codes}); --max-rejects {config.max_rejects} allows "
+        f"{config.reject_limit(report.items)}. All shards are built and stay; {storage.path(REJECTS)!r} names the items. "
+        "Run the same command with a higher --max-rejects to finish at once"
+    )
+
+
+def _store_report(storage: LocalStorage, report: BuildReport) -> None:
+    machine = {"host": socket.gethostname(), "machine": platform.machine(), "python": platform.python_version()}
+    ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    content = {**report.to_json(), "ended": ended, **machine}
+    storage.write(REPORT, (json.dumps(content, indent=1) + "\n").encode("ascii"))
+
+
+def _common_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
+    from .decode.pillow import first_size
+
+    items = (item for batch in range(plan.item_count) for item in plan.items(batch, batch + 1))
+    size = first_size(source, items, config)
+    if size is None:
+        raise SourceError(f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size")
+    return size
+
+
+def _check_places(src: str | os.PathLike[str], storage: LocalStorage) -> None:
+    source, out = os.path.realpath(src), os.path.realpath(storage.root)
+    if os.path.commonpath([source, out]) == source and os.path.isdir(source):
+        raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")
+
+
+def _check_moved(job: Job, source: Source) -> None:
+    """A source under another path must have at least some of the planned items."""
+    probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
+    if not any(os.path.exists(source.local_path(item.path)) for item in probe):
+        raise MismatchError(
+            f"OUT was begun from {job.record.source_location!r}; {source.location!r} has none of its first {len(probe)} "
+            "items. Give the same images, or another OUT"
+        )
+    log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)
+

@@ -1,0 +1,1 @@
+"""What gives shards to workers."""

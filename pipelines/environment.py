@@ -1,0 +1,197 @@
+"""What is usable on this machine, what to install for the rest, and which backend a build gets."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .config import BuildConfig
+from .errors import BackendError, UsageError
+
+BackendName = Literal["pillow", "dali"]
+_OLDEST_CUDA = 12_000  # CUDA 12.0, as cuDriverGetVersion counts; DALI has no wheels for older drivers
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_NVIDIA_VENDOR = "0x10de"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that the GPU path needs and that is not usable; `remedy` is a command or an action."""
+
+    what: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found here. `gpus` counts the GPUs that this process may use, or that would be there with a driver."""
+
+    gpus: int
+    cuda: int | None
+    driver: Missing | None
+    dali: Missing | None
+    cupy: Missing | None
+
+    @property
+    def missing(self) -> list[Missing]:
+        """What keeps a GPU from being used, driver first."""
+        return [part for part in (self.driver, self.dali, self.cupy) if part]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The decoder of a build and the GPU that it runs on, None for the CPU; `warning` says what the user should know."""
+
+    backend: BackendName
+    gpu: int | None
+    warning: str | None = None
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """The kind of device: what is stored with the plan, and must be the same on resume."""
+        return "cpu" if self.gpu is None else "cuda"
+
+
+def inspect() -> Machine:
+    """Looks at this machine: loads the NVIDIA driver if there is one, and DALI and CuPy only if a GPU could use them."""
+    gpus, cuda, driver = _driver()
+    wheel = "13" if cuda is None or cuda >= 13_000 else "12"
+    dali_wheel = f"pip install 'nvidia-dali-cuda{wheel}0>=2.4,<3'"
+    cupy_wheel = f"pip install cupy-cuda{wheel}x"
+    check = gpus > 0 and driver is None
+    return Machine(
+        gpus,
+        cuda,
+        driver,
+        _package("DALI", "nvidia.dali", dali_wheel, None, check),
+        _package("CuPy", "cupy", cupy_wheel, _try_cupy, check),
+    )
+
+
+def choose(config: BuildConfig, machine: Machine) -> Choice:
+    """The backend for `--device` and `--backend` on `machine`.
+
+    Raises:
+        BackendError: a GPU was asked for and cannot be used, or DALI and it is not there.
+        UsageError: there is no such GPU, or the options contradict each other.
+    """
+    backend, device = config.backend, config.device
+    if backend == "pillow" and config.require_gpu:
+        raise UsageError("--require-gpu and --backend pillow contradict each other; leave one out")
+    on_cpu: BackendName = "dali" if backend == "dali" else "pillow"
+    if device == "cpu" or backend == "pillow":
+        _need_dali(on_cpu, machine)
+        return Choice(on_cpu, None)
+    if machine.gpus == 0:
+        if config.require_gpu:
+            raise BackendError("--require-gpu: no NVIDIA GPU is visible; leave the option out to build on the CPU")
+        _need_dali(on_cpu, machine)
+        return Choice(on_cpu, None, f"NO GPU IS VISIBLE: building on the CPU with {on_cpu}, which is many times slower")
+    if device != "auto" and int(device) >= machine.gpus:
+        known = "0" if machine.gpus == 1 else f"0 to {machine.gpus - 1}"
+        raise UsageError(f"--device: got {device}; this machine has {machine.gpus} usable GPU(s), numbered {known}")
+    if machine.missing:
+        reasons = "\n".join(f"  {part}" for part in machine.missing)
+        if device != "auto" or config.require_gpu:
+            raise BackendError(f"the GPU cannot be used:\n{reasons}")
+        _need_dali(on_cpu, machine)
+        return Choice(on_cpu, None, f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
+    return Choice("dali", 0 if device == "auto" else int(device))
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use: processor affinity and the cgroup's quota, not what the machine has."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(affinity, _cgroup_quota())))
+
+
+def _need_dali(backend: BackendName, machine: Machine) -> None:
+    if backend == "dali" and machine.dali:
+        raise BackendError(f"--backend dali: {machine.dali}")
+
+
+def _driver() -> tuple[int, int | None, Missing | None]:
+    """Visible GPUs, the CUDA version of the driver, and what is wrong with it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return 0, None, None
+    hardware = _pci_gpus()
+    remedy = "install the NVIDIA driver, or start the container with --gpus all"
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return hardware, None, Missing("driver", "libcuda.so.1 was not found", remedy) if hardware else None
+    code = int(cuda.cuInit(0))
+    if code == _NO_DEVICE:
+        return 0, None, None
+    if code:
+        problem = Missing("driver", f"CUDA error {code} at start", "reboot or reinstall the NVIDIA driver")
+        return hardware, None, problem if hardware else None
+    version, count = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    if version.value < _OLDEST_CUDA:
+        reason = f"it is made for CUDA {version.value // 1000}.{version.value % 1000 // 10}; 12.0 or newer is needed"
+        return count.value, version.value, Missing("driver", reason, "install a newer NVIDIA driver (525 or later)")
+    return count.value, version.value, None
+
+
+def _pci_gpus() -> int:
+    """NVIDIA display and 3D controllers on the PCI bus: hardware that is there even when its driver is not."""
+    found = 0
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        try:
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        found += vendor == _NVIDIA_VENDOR and kind.startswith("0x03")
+    return found
+
+
+def _package(what: str, module: str, remedy: str, trial: Callable[[], None] | None, check: bool) -> Missing | None:
+    try:
+        if importlib.util.find_spec(module) is None:
+            return Missing(what, "not installed", remedy)
+        if check:
+            importlib.import_module(module)
+            if trial:
+                trial()
+    except ModuleNotFoundError:
+        return Missing(what, "not installed", remedy)
+    except Exception as exc:  # native libraries fail to load in many ways, each of which means the same here
+        return Missing(what, f"installed, but not usable ({' '.join(str(exc).split())[:200]})", remedy)
+    return None
+
+
+def _try_cupy() -> None:
+    import cupy
+
+    # Compiling needs NVRTC and the CUDA headers, which a plain `cupy` wheel takes from elsewhere.
+    kernel = cupy.ElementwiseKernel("uint8 x", "float32 y", "y = x", "gpu_npz_trial")
+    kernel(cupy.zeros(1, cupy.uint8))
+
+
+def _cgroup_quota() -> float:
+    """CPU quota of the control group in cores; infinite where there is none (kernel docs: cgroup-v2, sched-bwc)."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us, period_us = (
+            int(Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+        )
+    except (OSError, ValueError):
+        return math.inf
+    return quota_us / period_us if quota_us > 0 else math.inf

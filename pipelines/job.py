@@ -1,0 +1,197 @@
+"""What OUT is being built from: plan, settings and backend, decided once and stored in OUT/.gpu-npz."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .config import BuildConfig
+from .environment import BackendName, Choice
+from .errors import FormatError, MismatchError
+from .normalize import row_shape
+from .npz.reader import NpzReader
+from .npz.writer import NpzWriter
+from .output import JOB, PLAN
+from .plan import Plan
+from .storage import LocalStorage
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class JobRecord(BaseModel):
+    """The content of job.json."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: Literal[1] = 1
+    id: str
+    settings: dict[str, Any]
+    backend: BackendName
+    device: Literal["cpu", "cuda"]
+    source_kind: str
+    source_location: str
+    class_names: tuple[str, ...] | None
+    image_size: tuple[int, int]
+    items: int
+    shard_rows: int
+    plan_digest: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan with everything that decides what its shards hold."""
+
+    record: JobRecord
+    plan: Plan
+    settings: BuildConfig
+
+    @property
+    def row_shape(self) -> tuple[int, int, int]:
+        """The shape of one stored image."""
+        return row_shape(self.settings, *self.record.image_size)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of stored images."""
+        return np.dtype(self.settings.dtype)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether shards have labels."""
+        return self.record.class_names is not None
+
+    def comment(self, shard: int) -> str:
+        """The end comment of a shard's file, which tells it from others."""
+        return shard_comment(self.record.id, shard)
+
+    @classmethod
+    def create(
+        cls,
+        storage: LocalStorage,
+        plan: Plan,
+        config: BuildConfig,
+        choice: Choice,
+        *,
+        source: tuple[str, str],
+        class_names: Sequence[str] | None,
+        image_size: tuple[int, int],
+    ) -> Job:
+        """Stores a new plan; from now on, this is what OUT is.
+
+        Args:
+            storage: OUT.
+            plan: the items.
+            config: its identity settings are kept.
+            choice: the backend, decided for the whole build.
+            source: kind and location of SRC.
+            class_names: by number; None where there are no labels.
+            image_size: height and width of every image.
+        """
+        settings, digest = config.identity(), plan.digest()
+        names = None if class_names is None else tuple(class_names)
+        identity = json.dumps([1, settings, names, image_size, digest], sort_keys=True)
+        record = JobRecord(
+            id=hashlib.sha256(identity.encode()).hexdigest()[:32],
+            settings=settings,
+            backend=choice.backend,
+            device=choice.device,
+            source_kind=source[0],
+            source_location=source[1],
+            class_names=names,
+            image_size=image_size,
+            items=plan.item_count,
+            shard_rows=plan.shard_rows,
+            plan_digest=digest,
+        )
+        temporary = storage.temporary(PLAN)
+        try:
+            with storage.explained(PLAN), NpzWriter(temporary) as file:
+                for name, array in plan.arrays.items():
+                    file.add(name, array)
+                file.close(f"gpu-npz plan {record.id}")
+            storage.publish(temporary, PLAN)
+        finally:
+            storage.discard(temporary)
+        storage.write(JOB, to_json(record))  # last: its presence means that the plan is whole
+        return cls.open(storage)
+
+    @classmethod
+    def open(cls, storage: LocalStorage) -> Job:
+        """The job that OUT was begun with.
+
+        Raises:
+            FormatError: there is none, or it is damaged.
+        """
+        content = storage.read(JOB)
+        if content is None:
+            raise FormatError(f"{storage.path(JOB)!r} is missing; {storage.root!r} was not begun by gpu-npz build")
+        record = from_json(JobRecord, content, storage.path(JOB))
+        try:
+            reader = NpzReader(storage.path(PLAN))
+        except OSError as exc:
+            raise FormatError(f"{storage.path(PLAN)!r}: {exc.strerror}; run the build again with --overwrite") from exc
+        plan = Plan({name: reader[name] for name in reader.directory.members}, record.shard_rows)
+        if plan.item_count != record.items:
+            raise FormatError(f"{storage.path(PLAN)!r} has {plan.item_count} items, job.json says {record.items}")
+        return cls(record, plan, BuildConfig(**record.settings))
+
+    def require_same(self, config: BuildConfig, class_names: Sequence[str] | None) -> None:
+        """Compares what a resuming build asks for.
+
+        Args:
+            config: the settings of the resuming build.
+            class_names: its classes by number.
+
+        Raises:
+            MismatchError: it would make other shards; every difference is named.
+        """
+        asked, stored = config.identity(), self.settings.identity()
+        if asked["size"] is None:
+            asked["size"] = stored["size"]
+        differences = [
+            f"  {name.replace('_', '-')}: {stored[name]} there, {asked[name]} asked for"
+            for name in stored
+            if asked[name] != stored[name]
+        ]
+        if (class_names is None) != (self.record.class_names is None) or (
+            config.classes_from and tuple(class_names or ()) != self.record.class_names
+        ):
+            differences.append(f"  classes: {_names(self.record.class_names)} there, {_names(class_names)} asked for")
+        if differences:
+            raise MismatchError(
+                "OUT was begun with other settings:\n" + "\n".join(differences) + "\n"
+                "give the same settings to resume, another OUT, or --overwrite to start anew"
+            )
+
+
+def shard_comment(dataset_id: str, shard: int) -> str:
+    """The end comment of a shard's file."""
+    return f"gpu-npz 1 dataset={dataset_id} shard={shard}"
+
+
+def to_json(record: BaseModel) -> bytes:
+    """A record as indented JSON in ASCII; names that are not UTF-8 become escaped lone surrogates."""
+    return (json.dumps(record.model_dump(), indent=1) + "\n").encode("ascii")
+
+
+def from_json(kind: type[Record], content: bytes, label: str) -> Record:
+    """A record from JSON; unknown keys are ignored.
+
+    Raises:
+        FormatError: not JSON, or not such a record.
+    """
+    try:
+        return kind(**json.loads(content))
+    except (ValueError, TypeError, ValidationError) as exc:
+        text = "; ".join(str(exc).splitlines()[:3])
+        raise FormatError(f"{label}: {text}; the file is damaged") from exc
+
+
+def _names(names: Sequence[str] | None) -> str:
+    return "no labels" if names is None else f"{len(names)} classes ({', '.join(names[:3])}, ...)"

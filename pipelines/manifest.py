@@ -1,0 +1,248 @@
+"""What says that work is done: commit records while a build runs; rejects.jsonl, index.npz and dataset.json at its end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from .config import BuildConfig
+from .errors import FormatError, IncompleteError, UsageError
+from .job import Job, from_json, to_json
+from .npz.writer import NpzWriter
+from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, shard_name
+from .rejects import Reject
+from .storage import LocalStorage
+
+FORMAT_VERSION = 1
+
+
+class CommitRecord(BaseModel):
+    """Written after its shard is whole and has its final name; its presence is the proof.
+
+    `digest` is the SHA-256 of the shard's directory, which holds the CRC-32 of everything in it; `bytes` its size.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: Literal[1] = 1
+    id: str
+    shard: int
+    rows: int
+    bytes: int
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    environment: dict[str, Any]
+    rejects: tuple[Reject, ...]
+
+
+class Images(BaseModel):
+    """What a stored image is: `shape` without the batch axis, `layout` of a batch."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shape: tuple[int, int, int]
+    dtype: str
+    layout: Literal["NCHW", "NHWC"]
+    channels: Literal["rgb", "bgr", "gray"]
+
+
+class Counts(BaseModel):
+    """Items of the plan, rows of all shards, items that were rejected (by code), shards."""
+
+    model_config = ConfigDict(frozen=True)
+
+    items: int
+    rows: int
+    rejects: int
+    rejects_by_code: dict[str, int]
+    shards: int
+
+
+class Manifest(BaseModel):
+    """The content of dataset.json. A key that is not known is ignored; an entry of `requires` that is not is refused."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal["gpu-npz"] = "gpu-npz"
+    version: int = FORMAT_VERSION
+    requires: tuple[str, ...] = ()
+    id: str
+    images: Images
+    counts: Counts
+    classes: tuple[str, ...] | None
+    shard_items: int
+    shard_table_digest: str
+    settings: dict[str, Any]
+    environments: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """The manifest of a finished dataset.
+
+        Raises:
+            IncompleteError: the build has not ended yet.
+            FormatError: not a dataset, damaged, or made by a later version.
+        """
+        storage = LocalStorage(folder)
+        content = storage.read(MANIFEST)
+        if content is None:
+            raise _no_manifest(storage)
+        label = storage.path(MANIFEST)
+        try:
+            head = json.loads(content)
+            version, requires = int(head["version"]), list(head.get("requires", []))
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise FormatError(f"{label}: {exc!r}; not a dataset of gpu-npz, or damaged") from exc
+        if version > FORMAT_VERSION or requires:
+            wanted = f"format version {version}" + (f" with {requires}" if requires else "")
+            raise FormatError(f"{label}: {wanted} is newer than this gpu-npz, which reads 1; install a newer gpu-npz")
+        return from_json(cls, content, label)
+
+    @property
+    def config(self) -> BuildConfig:
+        """The settings that made the dataset."""
+        known = {name: value for name, value in self.settings.items() if name in BuildConfig.model_fields}
+        return BuildConfig(**known)
+
+
+def class_list(classes_from: str) -> tuple[str, ...]:
+    """Class names by number, from a finished dataset or from a text file with a name a line.
+
+    Raises:
+        UsageError: neither of the two, or a name stands there twice.
+    """
+    path, option = Path(classes_from), f"--classes-from {classes_from!r}"
+    if path.is_dir():
+        classes = Manifest.load(path).classes
+        if classes is None:
+            raise UsageError(f"{option}: that dataset has no labels; leave the option out")
+        return classes
+    try:
+        lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    except OSError as exc:
+        raise UsageError(f"{option}: {exc.strerror}; give a finished dataset or a text file with a name a line") from exc
+    names = tuple(line.removesuffix("\r") for line in lines if line.strip())
+    doubles = [name for name, count in Counter(names).items() if count > 1]
+    if doubles or not names:
+        fault = f"names {doubles[0]!r} twice" if doubles else "names no class"
+        raise UsageError(f"{option} {fault}; give each class once, a name a line")
+    return names
+
+
+def commit(storage: LocalStorage, record: CommitRecord, shards: int) -> None:
+    """Stores the proof that a shard is whole."""
+    storage.write(commit_name(record.shard, shards), to_json(record))
+
+
+def committed(storage: LocalStorage, job: Job) -> dict[int, CommitRecord]:
+    """The shards that need no building: those with a commit record of this job and a file of the size it names.
+
+    Raises:
+        FormatError: a record is damaged.
+    """
+    shards = job.plan.shard_count
+    known = set(commit_files(storage))
+    records = {}
+    for shard in range(shards):
+        name = commit_name(shard, shards)
+        if name not in known:
+            continue
+        record = from_json(CommitRecord, storage.read(name) or b"", storage.path(name))
+        whole = storage.size(shard_name(shard, shards)) == record.bytes
+        if record.id == job.record.id and record.shard == shard and whole:
+            records[shard] = record
+    return records
+
+
+def write_rejects(storage: LocalStorage, records: Iterable[CommitRecord]) -> None:
+    """Writes rejects.jsonl, a line a reject in the order of the plan."""
+    lines = (json.dumps(reject.to_json()) + "\n" for record in records for reject in record.rejects)
+    storage.write(REJECTS, "".join(lines).encode("ascii"))
+
+
+def finish(storage: LocalStorage, job: Job, records: Sequence[CommitRecord]) -> Manifest:
+    """Writes what makes OUT a finished dataset, dataset.json last.
+
+    Args:
+        storage: OUT.
+        job: what was built.
+        records: the commit records of all shards, in order.
+    """
+    write_rejects(storage, records)
+    index = _index(job, records)
+    temporary = storage.temporary(INDEX)
+    try:
+        with storage.explained(INDEX), NpzWriter(temporary) as file:
+            for name, array in index.items():
+                file.add(name, array)
+            file.close(f"gpu-npz 1 dataset={job.record.id} index")
+        storage.publish(temporary, INDEX)
+    finally:
+        storage.discard(temporary)
+    rejects = [reject for record in records for reject in record.rejects]
+    environments = {json.dumps(record.environment, sort_keys=True): record.environment for record in records}
+    manifest = Manifest(
+        id=job.record.id,
+        images=Images(
+            shape=job.row_shape,
+            dtype=job.settings.dtype,
+            layout=job.settings.layout,
+            channels=job.settings.channels,
+        ),
+        counts=Counts(
+            items=job.plan.item_count,
+            rows=sum(record.rows for record in records),
+            rejects=len(rejects),
+            rejects_by_code=dict(sorted(Counter(reject.code for reject in rejects).items())),
+            shards=len(records),
+        ),
+        classes=job.record.class_names,
+        shard_items=job.plan.shard_rows,
+        shard_table_digest=shard_table_digest(index),
+        settings=job.record.settings,
+        environments=tuple(environments[key] for key in sorted(environments)),
+    )
+    storage.write(MANIFEST, to_json(manifest))
+    return manifest
+
+
+def shard_table_digest(index: Any) -> str:
+    """SHA-256 over the rows, the size and the digest of every shard, as index.npz has them."""
+    digest = hashlib.sha256()
+    for name in ("shard_rows", "shard_bytes", "shard_digest"):
+        digest.update(np.ascontiguousarray(index[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _index(job: Job, records: Sequence[CommitRecord]) -> dict[str, NDArray[Any]]:
+    valid = np.ones(job.plan.item_count, bool)
+    valid[[reject.index for record in records for reject in record.rejects]] = False
+    blank = job.settings.on_reject == "blank"
+    rows = np.arange(len(valid)) if blank else np.flatnonzero(valid)
+    index: dict[str, NDArray[Any]] = {"index": rows.astype(np.int64)}
+    if job.labelled:
+        index["labels"] = job.plan.labels()[rows]
+    if blank:
+        index["valid"] = valid
+    index["shard_rows"] = np.array([record.rows for record in records], np.int64)
+    index["shard_bytes"] = np.array([record.bytes for record in records], np.int64)
+    digests = b"".join(bytes.fromhex(record.digest) for record in records)
+    index["shard_digest"] = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+    return index
+
+
+def _no_manifest(storage: LocalStorage) -> IncompleteError | FormatError:
+    if storage.size(JOB) is None:
+        return FormatError(f"{storage.root!r} holds no dataset ({MANIFEST} is missing); give a folder that build made")
+    job = Job.open(storage)
+    done = len(committed(storage, job))
+    return IncompleteError(
+        f"{storage.root!r} is not complete: {done} of {job.plan.shard_count} shards; run the same gpu-npz build again"
+    )

@@ -1,0 +1,224 @@
+"""The bytes of a shard: a ZIP of stored NPY members, each array's data at a multiple of 4096 bytes.
+
+ZIP records follow PKWARE's APPNOTE 6.3.10 (4.3.7 local header, 4.3.12 central directory, 4.3.14 to 4.3.16 end records,
+4.5.3 zip64 extra field), written as `numpy.savez` writes them: version 45, a zip64 field in every local header. The
+padding is an extra field with the id 0xD935, Android's for alignment. NPY headers are version 1.0 and always 128 bytes
+(numpy.lib.format), so that one can be written over when the number of rows is known.
+
+    | local header, name, zip64 field, padding | NPY header, 128 bytes | data ... | next member ... | directory | end |
+    0                                                                  4096
+
+The directory holds the CRC-32 of every member, so its SHA-256 (`Directory.digest`) stands for the whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import FormatError
+
+ALIGNMENT = 4096
+NPY_HEADER_BYTES = 128
+_LOCAL = struct.Struct("<4sHHHHHLLLHH")
+_ENTRY = struct.Struct("<4sHHHHHHLLLHHHHHLL")
+_END = struct.Struct("<4sHHHHLLH")
+_END64 = struct.Struct("<4sQHHLLQQQQ")
+_LOCATOR64 = struct.Struct("<4sLQL")
+_ZIP64_FIELD = struct.Struct("<HHQQ")
+_NPY_PREFIX = b"\x93NUMPY\x01\x00"
+_VERSION = 45  # 4.5: zip64
+_UNIX = 3 << 8
+_DOS_DATE = 0x21  # 1980-01-01: files carry no time, so that equal data makes equal bytes
+_MODE = 0o100644 << 16
+_FULL = 0xFFFFFFFF
+_ZIP32_LIMIT = 0x7FFFFFFF  # as zipfile: beyond this some readers take sizes for negative
+_PADDING_ID = 0xD935
+_MAX_DIRECTORY_BYTES = 1 << 16
+_MAX_COMMENT_BYTES = 0xFFFF
+
+
+@dataclass(frozen=True)
+class Member:
+    """One array of a file: where it lies and what it is. Offsets and sizes in bytes."""
+
+    name: str
+    header_offset: int
+    data_offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    crc32: int
+
+    @property
+    def npy_bytes(self) -> int:
+        """The member's size: NPY header and data."""
+        return NPY_HEADER_BYTES + self.dtype.itemsize * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Directory:
+    """What a file holds, from its central directory and its NPY headers."""
+
+    members: dict[str, Member]
+    comment: str
+    digest: str  # SHA-256 of the directory and the end records
+    offset: int
+    file_bytes: int
+
+
+def data_offset(position: int, name: str) -> int:
+    """Where the data of a member lies whose local header begins at `position`."""
+    bare = position + _LOCAL.size + len(_filename(name)) + _ZIP64_FIELD.size + NPY_HEADER_BYTES
+    padding = -bare % ALIGNMENT
+    if 0 < padding < 6:  # an extra field of this kind takes at least six bytes
+        padding += ALIGNMENT
+    return bare + padding
+
+
+def npy_header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
+    """The 128 bytes before an array's data."""
+    fields = f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {tuple(shape)!r}, }}"
+    length = NPY_HEADER_BYTES - len(_NPY_PREFIX) - 2
+    if len(fields) >= length:
+        raise FormatError(f"an array of shape {tuple(shape)} and type {dtype} does not fit a 128-byte NPY header")
+    return _NPY_PREFIX + struct.pack("<H", length) + fields.ljust(length - 1).encode("ascii") + b"\n"
+
+
+def member_header(member: Member) -> bytes:
+    """Everything between `header_offset` and `data_offset`: local header, padding and NPY header."""
+    filename = _filename(member.name)
+    fields = _ZIP64_FIELD.pack(1, 16, member.npy_bytes, member.npy_bytes)
+    bare = member.header_offset + _LOCAL.size + len(filename) + len(fields) + NPY_HEADER_BYTES
+    if padding := member.data_offset - bare:
+        fields += struct.pack("<HHH", _PADDING_ID, padding - 4, ALIGNMENT).ljust(padding, b"\0")
+    local = _LOCAL.pack(
+        b"PK\3\4", _VERSION, 0, 0, 0, _DOS_DATE, member.crc32, _FULL, _FULL, len(filename), len(fields)
+    )  # fmt: skip
+    return local + filename + fields + npy_header(member.dtype, member.shape)
+
+
+def directory_bytes(members: Sequence[Member], offset: int, comment: str) -> bytes:
+    """The central directory and the end records, for a directory that begins at `offset`."""
+    entries = b"".join(_entry(member) for member in members)
+    text = comment.encode("ascii")
+    count, size = len(members), len(entries)
+    end64 = b""
+    if offset > _ZIP32_LIMIT:
+        end64 = _END64.pack(b"PK\6\6", _END64.size - 12, _VERSION, _VERSION, 0, 0, count, count, size, offset)
+        end64 += _LOCATOR64.pack(b"PK\6\7", 0, offset + size, 1)
+    short = min(offset, _FULL) if not end64 else _FULL
+    return entries + end64 + _END.pack(b"PK\5\6", 0, 0, count, count, size, short, len(text)) + text
+
+
+def _entry(member: Member) -> bytes:
+    filename = _filename(member.name)
+    size, offset, wide = member.npy_bytes, member.header_offset, []
+    if size > _ZIP32_LIMIT:
+        wide, size = [size, size], _FULL
+    if offset > _ZIP32_LIMIT:
+        wide, offset = [*wide, offset], _FULL
+    fields = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    return (
+        _ENTRY.pack(
+            b"PK\1\2", _UNIX | _VERSION, _VERSION, 0, 0, 0, _DOS_DATE, member.crc32, size, size,
+            len(filename), len(fields), 0, 0, 0, _MODE, offset,
+        )
+        + filename
+        + fields
+    )  # fmt: skip
+
+
+def read_directory(buffer: memoryview, label: str) -> Directory:
+    """The directory of a file that is mapped whole; nothing is believed that the file's size does not allow.
+
+    Args:
+        buffer: the file's bytes.
+        label: how to name the file in errors.
+
+    Raises:
+        FormatError: not a file of this format, or damaged.
+    """
+    try:
+        return _read_directory(buffer)
+    except (struct.error, UnicodeDecodeError, ValueError, IndexError, KeyError, SyntaxError, OverflowError) as exc:
+        raise FormatError(f"{label}: {exc or type(exc).__name__}; not a shard of this format, or damaged") from exc
+
+
+def _read_directory(buffer: memoryview) -> Directory:
+    tail_offset = max(0, len(buffer) - _END.size - _MAX_COMMENT_BYTES)
+    tail = bytes(buffer[tail_offset:])
+    position = tail.rfind(b"PK\5\6")
+    if position < 0:
+        raise ValueError("no end record (cut off, or no ZIP file)")
+    _, _, _, _, count, size, offset, comment_bytes = _END.unpack_from(tail, position)
+    end = tail_offset + position
+    if end + _END.size + comment_bytes != len(buffer):
+        raise ValueError("bytes are missing or left over behind the end record")
+    stop = end
+    if offset == _FULL:
+        stop = end - _LOCATOR64.size
+        locator, _, end64, _ = _LOCATOR64.unpack_from(buffer, stop)
+        signature, _, _, _, _, _, _, count, size, offset = _END64.unpack_from(buffer, end64)
+        _check(locator == b"PK\6\7" and signature == b"PK\6\6" and end64 + _END64.size == stop, "zip64 end record")
+        stop = end64
+    _check(offset + size == stop and size <= _MAX_DIRECTORY_BYTES, "place of the directory")
+    entries = bytes(buffer[offset:stop])
+    members: dict[str, Member] = {}
+    position = 0
+    for _ in range(count):
+        member, position = _read_entry(entries, position, buffer[:offset])
+        _check(member.name not in members, f"second {member.name}.npy")
+        members[member.name] = member
+    _check(position == len(entries), "length of the directory")
+    comment = bytes(buffer[end + _END.size :]).decode("ascii")
+    return Directory(members, comment, hashlib.sha256(buffer[offset:]).hexdigest(), offset, len(buffer))
+
+
+def _read_entry(entries: bytes, position: int, body: memoryview) -> tuple[Member, int]:
+    (signature, _, _, flags, method, _, _, crc32, packed, size, name_bytes, field_bytes, comment_bytes, _, _, _, offset) = (
+        _ENTRY.unpack_from(entries, position)
+    )  # fmt: skip
+    position += _ENTRY.size
+    filename = entries[position : position + name_bytes].decode("ascii")
+    fields = entries[position + name_bytes : position + name_bytes + field_bytes]
+    _check(signature == b"PK\1\2" and filename.endswith(".npy"), "directory entry")
+    _check(flags == 0 and method == 0, f"compression of {filename} (only stored members can be mapped)")
+    wide = iter(struct.unpack(f"<{(len(fields) - 4) // 8}Q", fields[4:]) if fields else ())
+    size, packed = (next(wide, -1) if short == _FULL else short for short in (size, packed))
+    offset = next(wide, -1) if offset == _FULL else offset
+    _check(0 <= packed == size and offset >= 0, f"size of {filename}")
+
+    signature, *_, local_name_bytes, local_field_bytes = _LOCAL.unpack_from(body, offset)
+    start = offset + _LOCAL.size + local_name_bytes + local_field_bytes
+    local_name = bytes(body[offset + _LOCAL.size :][:local_name_bytes])
+    _check(signature == b"PK\3\4" and local_name == filename.encode(), f"local header of {filename}")
+    _check(start + size <= len(body), f"end of {filename} (the file is cut off)")
+    dtype, shape = _read_npy_header(bytes(body[start : start + NPY_HEADER_BYTES]), filename)
+    member = Member(filename.removesuffix(".npy"), offset, start + NPY_HEADER_BYTES, dtype, shape, crc32)
+    _check(member.npy_bytes == size, f"shape {shape} of {filename}, which has {size} bytes")
+    return member, position + name_bytes + field_bytes + comment_bytes
+
+
+def _read_npy_header(header: bytes, filename: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    stream = io.BytesIO(header)
+    _check(np.lib.format.read_magic(stream) == (1, 0), f"NPY version of {filename}")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=NPY_HEADER_BYTES)
+    _check(stream.tell() == NPY_HEADER_BYTES and not fortran_order, f"NPY header of {filename}")
+    _check(not dtype.hasobject and all(side >= 0 for side in shape), f"type or shape of {filename}")
+    return dtype, tuple(shape)
+
+
+def _check(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"wrong {what}")
+
+
+def _filename(name: str) -> bytes:
+    return f"{name}.npy".encode("ascii")

@@ -1,0 +1,104 @@
+"""Streams arrays into an NPZ: rows go out as they come, headers are finished when their number is known."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from isal.isal_zlib import crc32, crc32_combine
+from numpy.typing import NDArray
+
+from .format import Directory, Member, data_offset, directory_bytes, member_header, npy_header
+
+# CRC and write take turns on pieces that stay in the cache.
+_PIECE_BYTES = 1 << 22
+
+
+class NpzWriter:
+    """Writes one NPZ file, member after member. Memory does not grow with the number of rows.
+
+    Use as a context manager; the file is whole only after `close`. The caller gives it its final name.
+
+        with NpzWriter(path) as file:
+            file.begin("images", np.dtype("float32"), (3, 224, 224))
+            file.append(rows)           # any number of times
+            file.add("labels", labels)
+            directory = file.close("comment")
+
+    Raises:
+        OSError: as the system says, no space left among others.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._position = 0
+        self._members: list[Member] = []
+        self._open: tuple[str, int, np.dtype[Any], tuple[int, ...]] | None = None
+        self._rows = 0
+        self._crc = 0
+
+    def __enter__(self) -> NpzWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def add(self, name: str, array: NDArray[Any]) -> None:
+        """Writes a whole array as the member `name`."""
+        self.begin(name, array.dtype, array.shape[1:])
+        self.append(array)
+
+    def begin(self, name: str, dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> None:
+        """Begins the member `name`, an array of rows of `row_shape`; ends the one before it."""
+        self._end_member()
+        self._open = (name, self._position, dtype.newbyteorder("<"), row_shape)
+        self._position = data_offset(self._position, name)
+        self._rows = self._crc = 0
+
+    def append(self, rows: NDArray[Any]) -> None:
+        """Writes rows, (N, *row_shape) in the member's dtype, at the end of the member that is open."""
+        assert self._open is not None
+        name, _, dtype, row_shape = self._open
+        if rows.shape[1:] != row_shape or rows.dtype.newbyteorder("<") != dtype:
+            raise ValueError(f"{name}: got {rows.dtype} {rows.shape}; this member has rows of {dtype} {row_shape}")
+        self._rows += len(rows)
+        if not rows.size:
+            return
+        data = np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data
+        for start in range(0, len(data), _PIECE_BYTES):
+            piece = data[start : start + _PIECE_BYTES]
+            self._crc = crc32(piece, self._crc)
+            self._write(piece, self._position)
+            self._position += len(piece)
+
+    def close(self, comment: str = "") -> Directory:
+        """Writes the directory and flushes the file to the disk; returns what it now holds."""
+        self._end_member()
+        end = directory_bytes(self._members, self._position, comment)
+        self._write(memoryview(end), self._position)
+        os.fsync(self._descriptor)
+        members = {member.name: member for member in self._members}
+        file_bytes = self._position + len(end)
+        return Directory(members, comment, hashlib.sha256(end).hexdigest(), self._position, file_bytes)
+
+    def _end_member(self) -> None:
+        if self._open is None:
+            return
+        name, offset, dtype, row_shape = self._open
+        shape = (self._rows, *row_shape)
+        rows_bytes = self._position - data_offset(offset, name)
+        crc = crc32_combine(crc32(npy_header(dtype, shape)), self._crc, rows_bytes)
+        member = Member(name, offset, data_offset(offset, name), dtype, shape, crc)
+        self._write(memoryview(member_header(member)), offset)
+        self._members.append(member)
+        self._open = None
+
+    def _write(self, data: memoryview, position: int) -> None:
+        while data:
+            count = os.pwrite(self._descriptor, data, position)
+            data, position = data[count:], position + count

@@ -1,0 +1,80 @@
+"""Which files a build makes in OUT, under which names, and how they are told from foreign and unfinished ones."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+
+from .errors import StorageError
+from .storage import PRIVATE, LocalStorage
+
+MANIFEST = "dataset.json"
+INDEX = "index.npz"
+REJECTS = "rejects.jsonl"
+JOB = f"{PRIVATE}/job.json"
+PLAN = f"{PRIVATE}/plan.npz"
+REPORT = f"{PRIVATE}/report.json"
+COMMITS = f"{PRIVATE}/commits"
+_FLAT_SHARDS = 10_000
+_SHARDS_A_FOLDER = 1000
+_SHARD = re.compile(r"shard-\d{5,}\.npz")
+_FOLDER = re.compile(r"\d{2,}")
+
+
+def shard_name(shard: int, shards: int) -> str:
+    """Where a shard lies in OUT; above 10,000 shards in folders of 1,000."""
+    width = max(5, len(str(shards - 1)))
+    name = f"shard-{shard:0{width}}.npz"
+    return name if shards <= _FLAT_SHARDS else f"{shard // _SHARDS_A_FOLDER:0{width - 3}}/{name}"
+
+
+def commit_name(shard: int, shards: int) -> str:
+    """Where a shard's commit record lies in OUT."""
+    return f"{COMMITS}/{shard_name(shard, shards).removesuffix('.npz')}.json"
+
+
+def shard_files(storage: LocalStorage) -> list[str]:
+    """Every file in OUT that has a shard's name, sorted."""
+    folders = ["", *(name for name in storage.names() if _FOLDER.fullmatch(name))]
+    return [
+        posixpath.join(folder, name) for folder in folders for name in storage.names(folder) if _SHARD.fullmatch(name)
+    ]
+
+
+def commit_files(storage: LocalStorage) -> list[str]:
+    """Every commit record in OUT."""
+    names = []
+    for name in storage.names(COMMITS):
+        path = f"{COMMITS}/{name}"
+        names += [path] if name.endswith(".json") else [f"{path}/{below}" for below in storage.names(path)]
+    return names
+
+
+def require_own(storage: LocalStorage) -> None:
+    """Raises StorageError for a folder with files in it that no build made: a mistyped OUT must not be written to."""
+    foreign = [name for name in storage.names() if name != PRIVATE]
+    if foreign and storage.size(JOB) is None and storage.size(MANIFEST) is None:
+        raise StorageError(
+            f"{storage.root!r} is not empty and holds no dataset of gpu-npz ({foreign[0]!r}, ...); choose a new or "
+            "empty folder"
+        )
+
+
+def remove_temporaries(storage: LocalStorage) -> None:
+    """Removes what killed builds left unfinished. Only for the holder of the lock."""
+    numbered = [name for name in storage.names() if _FOLDER.fullmatch(name)]
+    below = [f"{COMMITS}/{name}" for name in storage.names(COMMITS) if _FOLDER.fullmatch(name)]
+    for folder in ("", PRIVATE, COMMITS, *numbered, *below):
+        storage.remove_temporaries(folder)
+
+
+def clear(storage: LocalStorage) -> None:
+    """Removes what builds made, the manifest first, and nothing else. Only for the holder of the lock."""
+    remove_temporaries(storage)
+    for name in (MANIFEST, JOB, *commit_files(storage), *shard_files(storage), INDEX, REJECTS, PLAN, REPORT):
+        storage.remove(name)
+    for parent in (COMMITS, ""):
+        for name in storage.names(parent):
+            folder = posixpath.join(parent, name)
+            if _FOLDER.fullmatch(name) and not storage.names(folder):
+                storage.remove(folder)

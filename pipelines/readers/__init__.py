@@ -1,0 +1,1 @@
+"""Ways from shards into a program."""

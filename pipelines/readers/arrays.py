@@ -1,0 +1,221 @@
+"""A finished dataset as NumPy arrays, mapped from its shards: a row is read without reading the rest."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, SupportsIndex, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import FormatError
+from ..job import shard_comment
+from ..manifest import Manifest
+from ..normalize import apply_table, table
+from ..npz.reader import NpzReader
+from ..output import INDEX, shard_name
+
+_OPEN_SHARDS = 64  # maps kept; before Python 3.13 each holds a file descriptor
+
+Rows = SupportsIndex | slice | Sequence[int] | NDArray[np.integer[Any]]
+
+
+class Dataset:
+    """The images of a finished dataset, a row each, in the order of its plan. It pickles as its path.
+
+    `dataset[i]` is the image of row i: (C, H, W) or (H, W, C), as stored, a view of the mapped file. `dataset[a:b]` is a
+    batch: a view if it lies in one shard, else a copy; `dataset[[3, 1, 2]]` is a copy. What is written to a view stays
+    in this process.
+
+    Attributes:
+        path: the dataset's folder.
+        manifest: what dataset.json says.
+        labels: int64 (N,), or None.
+        class_names: by label, or None.
+        index: the place of each row in the plan, int64 (N,).
+        valid: bool (N,), False for the zero rows of `--on-reject blank`; None if there are no such rows.
+        paths: the source path of each row, read from its shard when asked for.
+
+    Raises:
+        IncompleteError: the build has not ended.
+        FormatError: not a dataset, damaged, or made by a later version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        self.manifest = Manifest.load(self.path)
+        index = open_index(self.path)
+        rows = self.manifest.counts.rows
+        self.index: NDArray[np.int64] = index["index"]
+        self.labels: NDArray[np.int64] | None = index["labels"] if "labels" in index else None
+        self.valid: NDArray[np.bool_] | None = index["valid"] if "valid" in index else None
+        columns = [column for column in (self.index, self.labels, self.valid) if column is not None]
+        ends = np.cumsum(index["shard_rows"]).tolist()
+        if any(len(column) != rows for column in columns) or len(ends) != self.manifest.counts.shards or ends[-1] != rows:
+            raise FormatError(f"{self.path}: {INDEX} does not fit the manifest; run gpu-npz verify on the dataset")
+        self.class_names = self.manifest.classes
+        self.paths: Sequence[str] = _Paths(self)
+        self._ends: list[int] = ends
+        self._shards: OrderedDict[int, NpzReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __repr__(self) -> str:
+        images = self.manifest.images
+        return f"<Dataset {self.path!r}: {len(self)} images {images.shape} {images.dtype}>"
+
+    def __reduce__(self) -> tuple[type[Dataset], tuple[str]]:
+        return Dataset, (self.path,)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape of one image."""
+        return self.manifest.images.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the images."""
+        return np.dtype(self.manifest.images.dtype)
+
+    def __getitem__(self, rows: Rows) -> NDArray[Any]:
+        return self.column("images", rows)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        for row in range(len(self)):
+            yield self[row]
+
+    def column(self, name: str, rows: Rows) -> NDArray[Any]:
+        """The entries of one array of the shards (`images`, `paths`, `source_bytes`, ...) for the given rows.
+
+        Raises:
+            IndexError: a row is out of range.
+            FormatError: a shard is missing or damaged, or has no such array.
+        """
+        if isinstance(rows, slice):
+            span = range(len(self))[rows]
+            if span.step == 1 or not span:
+                return self._span(name, span.start, max(span.start, span.stop))
+            rows = list(span)
+        if isinstance(rows, SupportsIndex) and np.ndim(rows) == 0:  # type: ignore[arg-type]  # any integer type
+            shard, at = self._find(int(rows))
+            row: NDArray[Any] = self.shard(shard)[name][at]
+            return row
+        wanted = np.asarray(rows)
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise TypeError(f"rows: got {wanted.dtype} {wanted.shape}; allowed: an integer, a slice or a list of integers")
+        return self._gather(name, [self._find(int(row)) for row in wanted])
+
+    def normalized(self, rows: Rows) -> NDArray[np.float32]:
+        """Images as float32, with the dataset's normalization applied where it stores uint8 pixels.
+
+        A uint8 dataset gives exactly the values that a float32 build of the same images stores.
+        """
+        images = self[rows]
+        if images.dtype != np.uint8:
+            return images.astype(np.float32)
+        return apply_table(table(self.manifest.config, "float32"), images, self.manifest.images.layout)
+
+    def shard(self, number: int) -> NpzReader:
+        """One shard, opened or taken from the few that are kept open.
+
+        Raises:
+            FormatError: it is missing, damaged, or of another dataset.
+        """
+        with self._lock:
+            if number in self._shards:
+                self._shards.move_to_end(number)
+                return self._shards[number]
+            path = os.path.join(self.path, shard_name(number, self.manifest.counts.shards))
+            reader = open_shard(path, self.manifest, number)
+            self._shards[number] = reader
+            if len(self._shards) > _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+            return reader
+
+    def _find(self, row: int) -> tuple[int, int]:
+        count = len(self)
+        if not -count <= row < count:
+            raise IndexError(f"row {row} of a dataset with {count} rows")
+        row %= count
+        shard = bisect.bisect_right(self._ends, row)
+        return shard, row - (self._ends[shard - 1] if shard else 0)
+
+    def _span(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        parts = []
+        while start < stop:
+            shard, at = self._find(start)
+            count = min(stop, self._ends[shard]) - start
+            parts.append(self.shard(shard)[name][at : at + count])
+            start += count
+        return self._gather(name, []) if not parts else parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _gather(self, name: str, places: list[tuple[int, int]]) -> NDArray[Any]:
+        if not places:
+            empty: NDArray[Any] = self.shard(0)[name][:0]
+            return empty
+        return np.stack([self.shard(shard)[name][at] for shard, at in places])
+
+
+class _Paths(Sequence[str]):
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @overload
+    def __getitem__(self, rows: int) -> str: ...
+
+    @overload
+    def __getitem__(self, rows: slice) -> list[str]: ...
+
+    def __getitem__(self, rows: int | slice) -> str | list[str]:
+        paths = self._dataset.column("paths", rows)
+        return paths.tolist() if isinstance(rows, slice) else str(paths)
+
+
+def open_dataset(path: str | os.PathLike[str]) -> Dataset:
+    """A finished dataset; see `Dataset`."""
+    return Dataset(path)
+
+
+def open_index(folder: str) -> NpzReader:
+    """The index.npz of a dataset, which must have its members. Raises FormatError if it is missing or damaged."""
+    reader = _opened(os.path.join(folder, INDEX))
+    kinds = {"index": np.int64, "labels": np.int64, "valid": np.bool_, "shard_rows": np.int64, "shard_bytes": np.int64}
+    for name, kind in kinds.items():
+        if name in ("labels", "valid") and name not in reader:
+            continue
+        if reader[name].dtype != kind or reader[name].ndim != 1:
+            raise FormatError(f"{reader.path}: {name} is {reader[name].dtype} {reader[name].shape}, not {kind.__name__} (N,)")
+    return reader
+
+
+def open_shard(path: str, manifest: Manifest, number: int) -> NpzReader:
+    """One shard, which must be the one of this number and of this dataset.
+
+    Raises:
+        FormatError: missing, damaged, foreign, or with images of another shape or type.
+    """
+    reader = _opened(path)
+    expected = shard_comment(manifest.id, number)
+    if reader.directory.comment != expected:
+        raise FormatError(f"{path}: it is {reader.directory.comment!r}, but {expected!r} belongs here; copy it again")
+    images = reader["images"]
+    if images.shape[1:] != manifest.images.shape or images.dtype != np.dtype(manifest.images.dtype):
+        wanted = f"{manifest.images.dtype} (N, {', '.join(map(str, manifest.images.shape))})"
+        raise FormatError(f"{path}: images are {images.dtype} {images.shape}; the manifest says {wanted}")
+    return reader
+
+
+def _opened(path: str) -> NpzReader:
+    try:
+        return NpzReader(path)
+    except OSError as exc:
+        raise FormatError(f"{path}: {exc.strerror or exc}; restore the file, or build it again") from exc

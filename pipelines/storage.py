@@ -1,0 +1,182 @@
+"""Where OUT is: every file that a build makes is written, published, locked and removed here.
+
+A file under its final name is whole: it is written under a temporary name in the same folder, flushed to the disk and
+renamed, and the folder is flushed too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import LockedError, StorageError
+
+PRIVATE = ".gpu-npz"  # the folder in OUT with all that resume and repair need
+_LOCK = f"{PRIVATE}/lock"
+_TEMPORARY = re.compile(r"\..+\.\d+-\d+\.tmp")
+_ADVICE = {
+    errno.ENOSPC: "free some space, then run the same command to resume",
+    errno.EDQUOT: "free some of your quota, then run the same command to resume",
+    errno.EFBIG: "choose a smaller --shard-size or raise the file size limit (ulimit -f)",
+    errno.EACCES: "make it writable or choose another OUT",
+    errno.EPERM: "make it writable or choose another OUT",
+    errno.EROFS: "the filesystem is read-only; choose another OUT",
+    errno.ENOTDIR: "OUT must be a folder; choose another OUT",
+}
+
+
+class LocalStorage:
+    """OUT as a folder of a local or shared filesystem. Names are relative to it, POSIX."""
+
+    _count = itertools.count()
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = os.path.abspath(root)
+
+    def path(self, name: str) -> str:
+        """The path of a file under its final name."""
+        return os.path.join(self.root, name)
+
+    def size(self, name: str) -> int | None:
+        """The size of a file in bytes, None if there is none."""
+        try:
+            return os.stat(self.path(name)).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a small file, None if there is none."""
+        try:
+            with self.explained(name):
+                return Path(self.path(name)).read_bytes()
+        except StorageError as exc:
+            if isinstance(exc.__cause__, (FileNotFoundError, NotADirectoryError)):
+                return None
+            raise
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names of the files and folders in a folder, sorted; empty if there is no such folder."""
+        try:
+            return sorted(os.listdir(self.path(folder)))
+        except FileNotFoundError:
+            return []
+
+    def temporary(self, name: str) -> str:
+        """The path of a new temporary file beside `name`, whose folder exists from now on."""
+        folder, base = os.path.split(self.path(name))
+        with self.explained(name):
+            os.makedirs(folder, exist_ok=True)
+        return os.path.join(folder, f".{base}.{os.getpid()}-{next(self._count)}.tmp")
+
+    def publish(self, temporary: str, name: str) -> None:
+        """Gives a temporary file, already flushed to the disk, its final name."""
+        with self.explained(name):
+            os.rename(temporary, self.path(name))
+            self._flush_folder(os.path.dirname(self.path(name)))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file in one step: it is there whole or not at all."""
+        temporary = self.temporary(name)
+        try:
+            with self.explained(name), open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            self.publish(temporary, name)
+        except BaseException:
+            self.discard(temporary)
+            raise
+
+    def discard(self, temporary: str) -> None:
+        """Removes a temporary file, if it is there."""
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+    def remove(self, name: str) -> None:
+        """Removes a file or an empty folder, if it is there."""
+        path = self.path(name)
+        with self.explained(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            (os.rmdir if os.path.isdir(path) and not os.path.islink(path) else os.unlink)(path)
+
+    def remove_temporaries(self, folder: str) -> None:
+        """Removes what killed builds left unfinished in a folder. Only for the holder of the lock."""
+        for name in self.names(folder):
+            if _TEMPORARY.fullmatch(name):
+                self.remove(os.path.join(folder, name))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds OUT for one build.
+
+        The kernel drops the lock of a process that died, so on one host a stale lock is simply taken over. A lock that
+        names another host is respected, since not every network filesystem carries locks between hosts.
+
+        Raises:
+            LockedError: another build holds OUT.
+            StorageError: OUT cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            with self.explained(_LOCK):
+                os.makedirs(self.path(PRIVATE), exist_ok=True)
+                descriptor = self._take_lock(stack)
+                holder = {"host": socket.gethostname(), "process": os.getpid()}
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            stack.callback(self.remove, _LOCK)  # before the descriptor is closed: only the holder removes it
+            yield
+
+    def _take_lock(self, stack: contextlib.ExitStack) -> int:
+        path = self.path(_LOCK)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = False
+            except BlockingIOError:
+                held = True
+            host, process = _holder(os.pread(descriptor, 4096, 0))
+            elsewhere = host not in ("", socket.gethostname())
+            if held or elsewhere:
+                rest = f"; if that host or process is gone, delete {path!r}" if elsewhere else ""
+                raise LockedError(
+                    f"{self.root!r} is in use by process {process or '?'} on host {host or '?'}; wait for it, or stop it "
+                    f"and run the same command{rest}"
+                )
+            # Whoever held it before may have removed the file between our open and our lock.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+
+    @contextlib.contextmanager
+    def explained(self, name: str) -> Iterator[None]:
+        """Raises an OSError from its body as a StorageError that says what to do about `name`."""
+        try:
+            yield
+        except OSError as exc:
+            advice = _ADVICE.get(exc.errno or 0, "see to the disk, then run the same command to resume")
+            raise StorageError(f"{self.path(name)!r}: {exc.strerror or exc}; {advice}") from exc
+
+    @staticmethod
+    def _flush_folder(path: str) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _holder(content: bytes) -> tuple[str, int]:
+    try:
+        values = json.loads(content)
+        return str(values["host"]), int(values["process"])
+    except (ValueError, KeyError, TypeError):
+        return "", 0
