@@ -152,6 +152,8 @@ def _backend(job: Job, config: BuildConfig) -> Choice:
             f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
             f"{config.device} ask for another; leave them out to resume, or start anew with --overwrite"
         )
+    if record.device == "cpu" and config.device.isdigit():
+        log.warning("OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device)
     device = config.device if record.device == "cuda" else "cpu"
     same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
     return environment.choose(config.model_copy(update=same), environment.inspect())
@@ -246,7 +248,9 @@ def _hints(job: Job, records: Sequence[CommitRecord]) -> tuple[str, ...]:
             "with equal values"
         )
     if job.labelled and job.settings.shuffle is None and len(records) > 1:
-        hints.append("shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order")
+        hints.append(
+            "shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order"
+        )
     return tuple(hints)
 
 
@@ -272,7 +276,9 @@ def _common_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, 
     items = (item for batch in range(plan.item_count) for item in plan.items(batch, batch + 1))
     size = first_size(source, items, config)
     if size is None:
-        raise SourceError(f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size")
+        raise SourceError(
+            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
+        )
     return size
 
 
@@ -291,4 +297,3 @@ def _check_moved(job: Job, source: Source) -> None:
             "items. Give the same images, or another OUT"
         )
     log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)
-

@@ -119,7 +119,9 @@ class BuildConfig(BaseModel):
         "rows (1024) or bytes with a unit (512MB; B, kB, MB, GB, KiB, MiB, GiB)",
         "ROWS|BYTES",
     )
-    shuffle: int | None = _setting("identity", None, "Shuffle the items by this seed.", "0 or a positive number", "SEED")
+    shuffle: int | None = _setting(
+        "identity", None, "Shuffle the items by this seed.", "0 or a positive number", "SEED"
+    )
     limit: int | None = _setting(
         "identity", None, "Take only the first N items (after the shuffle).", "a positive number", "N"
     )

@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw
 
-# (height, width): in turn, so that most pictures have ImageNet's usual sizes.
+Field = NDArray[np.floating[Any]]  # a number for every pixel
+Motif = Callable[[int, int, np.random.Generator], Image.Image]  # (height, width, random) -> a mask of mode L
+
+# (height, width), drawn at random: most have ImageNet's usual sizes.
 _SIZES = (
-    (375, 500), (375, 500), (333, 500), (500, 375), (375, 500), (500, 333), (500, 500), (334, 500), (375, 500),
-    (400, 300), (375, 500), (281, 500), (500, 400), (375, 500), (120, 160), (333, 500), (480, 640), (500, 334),
-    (375, 500), (64, 80),
+    *[(375, 500)] * 7, *[(500, 375)] * 3, *[(333, 500)] * 3, *[(500, 333)] * 2, (500, 500), (281, 500), (400, 300),
+    (480, 640), (120, 160), (64, 80),
 )  # fmt: skip
-_LARGE, _LARGE_EVERY = (1200, 1600), 100
+_LARGE = (1200, 1600)
 _SUBSAMPLING = ("4:2:0", "4:2:0", "4:4:4", "4:2:0", "4:2:2")
 # Exif 2.32, tag 0x0112: how a picture is stored that the tag turns upright.
 _STORED = {
@@ -30,7 +32,7 @@ _STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_NOISE_LEVELS = 9.0  # standard deviation; gives files about as large as ImageNet's, some 100 kB
+_NOISE_LEVELS = 9.0  # standard deviation; without it a JPEG would have next to nothing to hold
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def paint(height: int, width: int, seed: int, motif: str | None = None) -> NDArr
 
 def _picture(number: int, motif: str, seed: int) -> bytes:
     random = np.random.default_rng([seed, number])
-    size = _LARGE if number % _LARGE_EVERY == _LARGE_EVERY - 1 else _SIZES[number % len(_SIZES)]
+    # The kinds come at periods that are prime to the number of classes, so that each class gets them all.
+    size = _LARGE if number % 97 == 40 else _SIZES[int(random.integers(len(_SIZES)))]
     image = Image.fromarray(paint(*size, int(random.integers(2**31)), motif))
     options: dict[str, Any] = {"quality": int(random.integers(75, 96))}
     file_format = "JPEG"
@@ -111,14 +114,14 @@ def _picture(number: int, motif: str, seed: int) -> bytes:
         file_format, options = "PNG", {"compress_level": 1}
     elif number == 11:
         image = image.convert("CMYK")
-    elif number % 25 == 4:
+    elif number % 23 == 4:
         image = image.convert("L")
     else:
-        options["subsampling"] = _SUBSAMPLING[number % len(_SUBSAMPLING)]
-        options["progressive"] = number % 12 == 3
-        if number % 30 == 7:
+        options["subsampling"] = _SUBSAMPLING[int(random.integers(len(_SUBSAMPLING)))]
+        options["progressive"] = number % 13 == 3
+        if number % 29 == 7:
             exif = Image.Exif()
-            exif[ExifTags.Base.Orientation] = orientation = 2 + (number // 30 + 4) % 7  # 6, the usual one, comes first
+            exif[ExifTags.Base.Orientation] = orientation = 2 + (number // 29 + 4) % 7  # 6, the usual one, comes first
             image = image.transpose(_STORED[orientation])
             options["exif"] = exif
     buffer = io.BytesIO()
@@ -130,7 +133,7 @@ def _smooth(colours: NDArray[np.int64], height: int, width: int) -> Image.Image:
     return Image.fromarray(colours.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _grid(height: int, width: int, random: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _grid(height: int, width: int, random: np.random.Generator) -> tuple[Field, Field]:
     """Coordinates of every pixel, turned by a random angle, in units of the shorter side around a random centre."""
     angle = random.uniform(0, np.pi)
     y = (np.arange(height, dtype=np.float32) - random.uniform(0.3, 0.7) * height) / min(height, width)
@@ -139,7 +142,7 @@ def _grid(height: int, width: int, random: np.random.Generator) -> tuple[NDArray
     return y[:, None] * across + x * along, x * across - y[:, None] * along
 
 
-def _edges(field: NDArray[np.float32]) -> Image.Image:
+def _edges(field: Field) -> Image.Image:
     """A mask of where `field` is positive, with soft borders."""
     field *= 900
     field += 128
@@ -220,7 +223,6 @@ def _star(pencil: ImageDraw.ImageDraw, x: float, y: float, radius: float, random
     pencil.polygon(corners, fill=int(random.integers(150, 256)))
 
 
-Motif = Callable[[int, int, np.random.Generator], Image.Image]
 MOTIFS: Mapping[str, Motif] = {
     "checks": _checks,
     "circles": _drawn(_circle),

@@ -97,7 +97,9 @@ def choose(config: BuildConfig, machine: Machine) -> Choice:
         if config.require_gpu:
             raise BackendError("--require-gpu: no NVIDIA GPU is visible; leave the option out to build on the CPU")
         _need_dali(on_cpu, machine)
-        return Choice(on_cpu, None, f"NO GPU IS VISIBLE: building on the CPU with {on_cpu}, which is many times slower")
+        return Choice(
+            on_cpu, None, f"NO GPU IS VISIBLE: building on the CPU with {on_cpu} (`gpu-npz doctor` tells more)"
+        )
     if device != "auto" and int(device) >= machine.gpus:
         known = "0" if machine.gpus == 1 else f"0 to {machine.gpus - 1}"
         raise UsageError(f"--device: got {device}; this machine has {machine.gpus} usable GPU(s), numbered {known}")

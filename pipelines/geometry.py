@@ -9,7 +9,7 @@ With an image of h x w pixels (EXIF orientation applied) and an output of H x W:
     center-crop  cover Hc x Wc, where Hc = round(H / crop_pct), Wc = round(W / crop_pct), halves up:
                      h * Wc >= w * Hc:  resize to  (h * Wc // w) x Wc
                      otherwise:         resize to  Hc x (w * Hc // h)
-                 then cut H x W at offset crop(resized - output), crop(d) = d // 2 rounded half to even
+                 then cut H x W at offset crop(resized - output), crop(d) = d / 2 rounded half to even
     pad          fit H x W:
                      h * W >= w * H:    resize to  H x max(1, (2 * w * H + h) // (2 * h))
                      otherwise:         resize to  max(1, (2 * h * W + w) // (2 * w)) x W

@@ -127,7 +127,9 @@ def class_list(classes_from: str) -> tuple[str, ...]:
     try:
         lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
     except OSError as exc:
-        raise UsageError(f"{option}: {exc.strerror}; give a finished dataset or a text file with a name a line") from exc
+        raise UsageError(
+            f"{option}: {exc.strerror}; give a finished dataset or a text file with a name a line"
+        ) from exc
     names = tuple(line.removesuffix("\r") for line in lines if line.strip())
     doubles = [name for name, count in Counter(names).items() if count > 1]
     if doubles or not names:

@@ -116,7 +116,9 @@ class Plan:
         return np.arange(start, stop) if self._order is None else self._order[start:stop]
 
 
-def collect(groups: Iterable[Group], *, shuffle: int | None = None, limit: int | None = None) -> dict[str, NDArray[Any]]:
+def collect(
+    groups: Iterable[Group], *, shuffle: int | None = None, limit: int | None = None
+) -> dict[str, NDArray[Any]]:
     """The arrays of a plan, from a source's listing.
 
     Args:

@@ -83,7 +83,9 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
     problems += [Problem(REJECTS, what) for what in _reject_faults(storage, manifest, index)]
     expected = {shard_name(shard, shards) for shard in range(shards)}
     problems += [
-        Problem(name, "not a shard of this dataset; move it away") for name in shard_files(storage) if name not in expected
+        Problem(name, "not a shard of this dataset; move it away")
+        for name in shard_files(storage)
+        if name not in expected
     ]
     checker = _ShardChecker(folder, manifest, index)
     with ThreadPoolExecutor(usable_cpus()) as pool:
@@ -206,7 +208,8 @@ def _reject_faults(storage: LocalStorage, manifest: Manifest, index: NpzReader |
     if index is None:
         return
     rows = index["index"] if "valid" not in index else index["index"][index["valid"]]
-    seen = np.bincount(np.clip([*rows.tolist(), *places], 0, manifest.counts.items), minlength=manifest.counts.items)
-    wrong = np.flatnonzero(seen[: manifest.counts.items] != 1)
-    if len(wrong) or len(seen) > manifest.counts.items:
-        yield f"item {wrong[0] if len(wrong) else manifest.counts.items} is not exactly one row or one reject"
+    items = manifest.counts.items
+    seen = np.bincount(np.clip(np.concatenate([rows, np.array(places, np.int64)]), 0, items), minlength=items)
+    wrong = np.flatnonzero(seen[:items] != 1)
+    if len(wrong) or len(seen) > items:
+        yield f"item {wrong[0] if len(wrong) else items} of the plan is not exactly one row or one reject"

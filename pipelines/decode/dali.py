@@ -1,34 +1,46 @@
-"""Decoding and resizing by DALI, on a GPU or by its CPU operators: whole JPEGs there, all else by Pillow."""
+"""Decoding and resizing by DALI, on a GPU or by its CPU operators: whole JPEGs there, all else by Pillow.
+
+DALI answers one damaged image by failing its whole batch. So the graph looks at every item before it decodes: only a
+whole 8-bit JPEG within the limits reaches the decoder, and a blank image takes the place of any other, which is then
+Pillow's. A batch that fails all the same is decoded again in parts, until an image that DALI cannot decode stands
+alone; it too is Pillow's. So an image's pixels do not depend on its neighbours, and every verdict comes from one place.
+"""
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import importlib
 import io
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia import dali, nvimgcodec
-from nvidia.dali import fn, math, types
+from nvidia import dali
 from PIL import Image
 
 from ..config import BuildConfig
+from ..errors import ShardError
 from ..geometry import Geometry
-from ..plan import Batch
-from ..rejects import MAX_ENCODED_BYTES
-from ..sources.base import Source
+from ..plan import Batch, Item
+from ..rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
+from ..sources.base import Source, read_item
 from .base import Decoded
 from .pillow import PillowDecoder, versions
 
 log = logging.getLogger(__name__)
+fn: Any = dali.fn  # untyped all four: DALI's stubs leave out much of what it has
+math: Any = dali.math
+types: Any = dali.types
+pipeline_def: Any = dali.pipeline.pipeline_def
 
 _FILTERS = {
     "bilinear": types.INTERP_LINEAR,
@@ -38,108 +50,30 @@ _FILTERS = {
 }
 _FAILURES = (RuntimeError, MemoryError, UnicodeDecodeError)  # the last: a missing file whose name is not UTF-8
 _NO_MEMORY = re.compile("bad_alloc|out.of.memory|MemoryAllocation|allocation failed|can't allocate", re.IGNORECASE)
-_BROKEN = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
+_BROKEN_GPU = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
+_READ_AHEAD = 3  # batches inside DALI, so that one is read while another is decoded and a third is being used
 
 
-def _place(geometry: Geometry, height: Any, width: Any) -> tuple[Any, Any, Any, Any]:
-    """The formulas of `geometry.py` on int64 graph nodes, without branches; the offsets say where to start to cut."""
-    out_height, out_width = geometry.height, geometry.width
-    if geometry.mode == "center-crop":
-        cover_height, cover_width = geometry.cover
-        high = math.max(height * cover_width // width, cover_height)
-        wide = math.max(width * cover_height // height, cover_width)
-        top, left = (high - out_height) // 2, (wide - out_width) // 2
-        top += top & (high - out_height) & 1  # an odd difference is halved to the even side
-        left += left & (wide - out_width) & 1
-        return high, wide, top, left
-    high = math.clamp((2 * height * out_width + width) // (2 * width), 1, out_height)
-    wide = math.clamp((2 * width * out_height + height) // (2 * height), 1, out_width)
-    return high, wide, -((out_height - high) // 2), -((out_width - wide) // 2)
+@dataclass
+class _Rows:
+    """A batch in the making: pixels (N, H, W, C), encoded sizes, and which rows have their pixels."""
 
-
-@dali.pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # DALI has no types
-def _graph(config: BuildConfig, geometry: Geometry, mixed: bool, paths: Callable[[], list[Any]] | None) -> Any:
-    """Encoded images, from the files that `paths` names or fed as "encoded", to pixels, encoded sizes, and verdicts.
-
-    A true verdict: the pixels are the item's. A false one: the item is not for DALI, and a blank image stands for it.
-    """
-    if paths is not None:
-        # No memory map: a file that shrinks would kill the process, and plain reads are twice as fast.
-        encoded = fn.io.file.read(fn.external_source(source=paths, dtype=types.UINT8, ndim=1), dont_use_mmap=True)
-    else:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    out_height, out_width = geometry.height, geometry.width
-    max_pixels = min(config.max_pixels, 2**31 - 1)  # the largest constant of a graph; beyond it, Pillow decides
-
-    source_bytes = encoded.shape()[0]
-    whole = (source_bytes >= 4) & (source_bytes <= MAX_ENCODED_BYTES)
-    if whole:  # operators in a branch see only its items
-        whole = (encoded[0] == 0xFF) & (encoded[1] == 0xD8) & (encoded[-2] == 0xFF) & (encoded[-1] == 0xD9)
-    if whole:
-        shape = fn.peek_image_shape(encoded, adjust_orientation=config.exif_orientation, dtype=types.INT32)
-    else:
-        shape = types.Constant([0, 0, 0], dtype=types.INT32, device="cpu")
-    shape = fn.cast(shape, dtype=types.INT64)
-    height, width = shape[0], shape[1]
-    usable = (height > 0) & (width > 0) & (height * width <= max_pixels)
-    if geometry.mode == "none":
-        usable = usable & (height == out_height) & (width == out_width)
-    elif geometry.mode != "stretch":
-        high, wide, top, left = _place(geometry, math.max(height, 1), math.max(width, 1))
-        usable = usable & (high * wide <= max_pixels)
-        if usable:
-            size = fn.cast(fn.stack(high, wide), dtype=types.FLOAT)
-            start = fn.cast(fn.stack(top, left), dtype=types.INT32)
-        else:
-            size = types.Constant([out_height, out_width], dtype=types.FLOAT, device="cpu")
-            start = types.Constant([0, 0], dtype=types.INT32, device="cpu")
-    if usable:
-        chosen = encoded
-    else:
-        chosen = types.Constant(_blank(out_height, out_width), device="cpu")
-
-    images = fn.decoders.image(
-        chosen,
-        device="mixed" if mixed else "cpu",
-        output_type=types.GRAY if config.channels == "gray" else types.RGB,
-        adjust_orientation=config.exif_orientation,
-        jpeg_fancy_upsampling=True,  # as Pillow and the CPU operators upsample
-        **({"hw_decoder_load": 0.0} if config.reproducible else {}),
-    )
-    if geometry.mode == "none":
-        return images, source_bytes, usable
-    filters = {"interp_type": _FILTERS[config.interpolation], "subpixel_scale": False}
-    if geometry.mode == "stretch":
-        return fn.resize(images, size=[out_height, out_width], **filters), source_bytes, usable
-    images = fn.resize(images, size=size, **filters)
-    images = fn.slice(
-        images,
-        start=start,
-        shape=[out_height, out_width],
-        axes=[0, 1],
-        out_of_bounds_policy="pad",
-        fill_values=config.pad_value,
-    )
-    return images, source_bytes, usable
-
-
-def _blank(height: int, width: int) -> NDArray[np.uint8]:
-    file = io.BytesIO()
-    Image.new("L", (width, height)).save(file, "JPEG")
-    return np.frombuffer(file.getvalue(), np.uint8)
+    pixels: Any
+    source_bytes: NDArray[np.int64]
+    done: NDArray[np.bool_]
 
 
 class DaliDecoder:
-    """Decodes whole 8-bit JPEGs by DALI, and hands every other item, and what DALI fails on, to Pillow.
+    """Decodes whole 8-bit JPEGs by DALI; every other item, and what DALI fails on, by Pillow.
 
     Args:
         config: the settings of the build.
         geometry: where pixels go.
-        source: gives the items; they must lie on a local filesystem.
+        source: gives the items, as files of a local filesystem.
         batch_size: the largest batch that `decode` will meet.
         device: the GPU's number, or None for DALI's CPU operators.
-        stream: handle of the CUDA stream on which the pixels are to be used; None waits for each batch.
-        threads: of DALI and of Pillow; as many as usable cores unless given.
+        stream: handle of the CUDA stream on which the pixels will be used; None waits for each batch instead.
+        threads: for DALI, and as many for Pillow; the usable cores unless given.
     """
 
     def __init__(
@@ -153,44 +87,36 @@ class DaliDecoder:
         stream: int | None = None,
         threads: int | None = None,
     ) -> None:
-        self._config = config
-        self._geometry = geometry
         self._source = source
+        self._pillow = PillowDecoder(config, geometry, source)
         self._batch_size = batch_size
         self._device = device
         self._stream = stream
-        self._threads = threads or max(1, len(os.sched_getaffinity(0)))
-        self._pillow = PillowDecoder(config, geometry, source)
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._row_shape = (geometry.height, geometry.width, config.channel_count)
+        self._graph = (config, geometry, "cpu" if device is None else "mixed")
+        self._xp: Any = np if device is None else importlib.import_module("cupy")
+        self._on_stream: Any = contextlib.nullcontext()
+        if stream is not None:
+            self._on_stream = self._xp.cuda.ExternalStream(stream, device)
         self._batches: Iterator[Batch] = iter(())
+        self._ahead: deque[Batch] = deque()  # given to DALI and not yet taken back, in order
         self._failure: Exception | None = None
-        self._ahead: collections.deque[Batch] = collections.deque()  # given to DALI, not yet taken from it
-        self._open = contextlib.ExitStack()
-        self._pipeline: Any = None
+        self._main: Any = None
         self._repair: Any = None
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> DaliDecoder:
         self._open.enter_context(self._pillow)
         self._pool = self._open.enter_context(ThreadPoolExecutor(self._threads, "gpu-npz-pillow"))
-        self._pipeline = self._build(self._paths, prefetch_queue_depth=2)
+        self._main = self._pipeline(_from_files, self._next, prefetch_queue_depth=_READ_AHEAD)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pipeline = self._repair = None
+        self._main = self._repair = None  # nothing else refers to them, so their threads end here
         self._open.close()
-
-    def _build(self, paths: Callable[[], list[Any]] | None, prefetch_queue_depth: int) -> Any:
-        return _graph(
-            self._config,
-            self._geometry,
-            self._device is not None,
-            paths,
-            batch_size=self._batch_size,
-            num_threads=self._threads,
-            device_id=self._device,
-            prefetch_queue_depth=prefetch_queue_depth,
-        )
 
     def environment(self) -> dict[str, Any]:
         """What decides the pixels besides the settings: DALI, its codecs, Pillow, and the GPU's model."""
@@ -198,51 +124,232 @@ class DaliDecoder:
             "backend": "dali",
             "device": "cpu" if self._device is None else "cuda",
             "dali": dali.__version__,
-            "nvimgcodec": nvimgcodec.__version__,
+            "nvimgcodec": importlib.import_module("nvidia.nvimgcodec").__version__,
             **versions(),
         }
         if self._device is not None:
-            found["gpu"] = self._arrays.cuda.runtime.getDeviceProperties(self._device)["name"].decode()
+            found["gpu"] = self._xp.cuda.runtime.getDeviceProperties(self._device)["name"].decode()
         return found
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
-        """See `Decoder.decode`; at most two batches are read ahead."""
+        """See `Decoder.decode`; what `batches` raises comes after the batches before it."""
         self._batches, self._failure = iter(batches), None
-        self._pipeline.reset()
+        self._main.reset()
         try:
             while True:
-                start = time.perf_counter()
+                start, outputs = time.perf_counter(), []
                 try:
-                    outputs = self._pipeline.run(self._stream)
+                    *outputs, index = self._main.run(self._stream)
                 except StopIteration:
                     break
                 except _FAILURES as exc:
-                    rows = self._salvage(self._ahead.popleft(), exc)
-                else:
-                    rows = self._take(self._ahead.popleft(), outputs)
-                yield self._decoded(rows, start)
+                    log.info("DALI failed on a batch, which is decoded again in parts: %s", exc)
+                batch = self._ahead.popleft()
+                if outputs and np.asarray(index.as_tensor()).tolist() != [item.index for item in batch.items]:
+                    raise ShardError(f"DALI {dali.__version__} gave a batch out of turn; install DALI 2.4")
+                with self._on_stream:
+                    decoded = self._finish(batch, self._rows(outputs) if outputs else self._salvage(batch))
+                decoded.seconds["decode"] = time.perf_counter() - start
+                yield decoded
         finally:
             self._drain()
         if self._failure is not None:
             raise self._failure
 
-    def _drain(self) -> None:
-        """Takes from DALI what nobody will ask for any more."""
-        self._batches = iter(())
-        while self._ahead:
-            with contextlib.suppress(*_FAILURES):
-                self._pipeline.run()
-            self._ahead.popleft()
+    def _pipeline(self, kind: Callable[..., Any], *source: Any, prefetch_queue_depth: int) -> Any:
+        return kind(
+            *source,
+            *self._graph,
+            batch_size=self._batch_size,
+            num_threads=self._threads,
+            device_id=self._device,
+            prefetch_queue_depth=prefetch_queue_depth,
+        )
 
-    def _paths(self) -> list[NDArray[np.uint8]]:
-        """The next batch's paths, for DALI, where any exception but StopIteration would come again at every run."""
+    def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+        """Paths and indices of the next batch, for DALI, which takes no exception but StopIteration."""
         try:
             batch = next(self._batches)
+            if not 1 <= len(batch.items) <= self._batch_size:
+                raise ValueError(f"a batch of {len(batch.items)} items; allowed are 1 to {self._batch_size}")
             paths = [np.frombuffer(self._source.local_path(item.path), np.uint8) for item in batch.items]
         except StopIteration:
             raise
-        except Exception as exc:  # raised by `decode` once the batches before it are delivered
+        except Exception as exc:  # for `decode` to raise; out of here it would come again at every run
             self._failure = exc
             raise StopIteration from exc
         self._ahead.append(batch)
-        return paths
+        return paths, np.array([item.index for item in batch.items], np.int64)
+
+    def _drain(self) -> None:
+        """Takes back from DALI what nobody will ask for any more."""
+        self._batches = iter(())
+        while self._ahead:
+            self._ahead.popleft()
+            with contextlib.suppress(*_FAILURES):
+                self._main.run()
+
+    def _rows(self, outputs: list[Any]) -> _Rows:
+        pixels, source_bytes, usable = (output.as_tensor() for output in outputs)
+        # Nothing is copied. The last two come from CPU operators, which have finished when a batch is handed out,
+        # whatever the stream. (Never run on a GPU.)
+        images = np.asarray(pixels) if self._device is None else self._xp.from_dlpack(pixels)
+        return _Rows(images, np.asarray(source_bytes), np.asarray(usable))
+
+    def _finish(self, batch: Batch, rows: _Rows) -> Decoded:
+        """The rows with Pillow's pixels where DALI has none, and without those of rejects."""
+        left = np.flatnonzero(~rows.done)
+        rejects = []
+        for position, (data, result) in zip(left, self._by_pillow([batch.items[p] for p in left]), strict=True):
+            rows.source_bytes[position] = len(data)
+            if isinstance(result, Reject):
+                rejects.append(result)
+            else:
+                rows.pixels[position] = self._xp.asarray(result)
+                rows.done[position] = True
+        kept = np.flatnonzero(rows.done)
+        pixels = rows.pixels[self._xp.asarray(kept)] if rejects else rows.pixels
+        return Decoded(batch, pixels, kept, rows.source_bytes, rejects, {"read": 0.0})
+
+    def _by_pillow(self, items: list[Item]) -> Iterator[tuple[bytes, NDArray[np.uint8] | Reject]]:
+        """Each item's bytes, empty if it cannot be read, and its pixels or why it has none."""
+
+        def decode(item: Item) -> tuple[bytes, NDArray[np.uint8] | Reject]:
+            data = b""
+            try:
+                data = read_item(self._source, item.path)
+                return data, self._pillow.decode_image(data, item.path)
+            except BadItem as bad:
+                return data, bad.of(item.path, item.index)
+
+        return self._pool.map(decode, items)
+
+    def _salvage(self, batch: Batch) -> _Rows:
+        """What DALI can decode of a batch that it failed on as a whole."""
+        count = len(batch.items)
+        rows = _Rows(
+            self._xp.empty((count, *self._row_shape), np.uint8), np.zeros(count, np.int64), np.zeros(count, np.bool_)
+        )
+        data, results = zip(*self._by_pillow(batch.items), strict=True)
+        # DALI names one image at most. Whatever Pillow rejects is a good guess at them all, and mostly leaves one run
+        # for the others. But what DALI does with an image alone decides, lest its pixels depend on its neighbours.
+        suspects = {p for p in range(count) if isinstance(results[p], Reject)}
+        groups = [[p for p in range(count) if p not in suspects], *([p] for p in sorted(suspects) if data[p])]
+        for group in filter(None, groups):
+            self._mend(rows, data, group)
+        return rows
+
+    def _mend(self, rows: _Rows, data: Sequence[bytes], positions: list[int]) -> None:
+        """Decodes these items by DALI, in halves where that fails."""
+        self._repair = self._repair or self._pipeline(_from_memory, prefetch_queue_depth=1)
+        try:
+            outputs = self._repair.run(self._stream, encoded=[np.frombuffer(data[p], np.uint8) for p in positions])
+        except _FAILURES as exc:
+            no_memory = isinstance(exc, MemoryError) or _NO_MEMORY.search(str(exc))
+            if not no_memory and _BROKEN_GPU.search(str(exc)):
+                raise ShardError(
+                    f"GPU {self._device} is in an error state ({clean(str(exc))}); "
+                    "look for Xid errors in dmesg, then run the same command to resume"
+                ) from exc
+            if len(positions) > 1:
+                middle = len(positions) // 2
+                self._mend(rows, data, positions[:middle])
+                self._mend(rows, data, positions[middle:])
+            elif no_memory:  # never another decoder for want of memory: its pixels would differ
+                raise ShardError("no memory to decode one image; lower --workers or --max-pixels") from exc
+        else:
+            part = self._rows(outputs)
+            rows.pixels[self._xp.asarray(positions)] = part.pixels
+            rows.source_bytes[positions] = part.source_bytes
+            rows.done[positions] = part.done
+
+
+@pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
+def _from_files(source: Callable[[], Any], config: BuildConfig, geometry: Geometry, device: str) -> Any:
+    """The files whose paths `source` gives at each call, decoded; and the indices that it gave with them."""
+    paths, index = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0])
+    # Not mapped: plain reads are twice as fast, and a file that shrinks meanwhile does no harm.
+    return *_decoded(fn.io.file.read(paths, dont_use_mmap=True), config, geometry, device), index
+
+
+@pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
+def _from_memory(config: BuildConfig, geometry: Geometry, device: str) -> Any:
+    """What is fed as "encoded", decoded."""
+    return _decoded(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), config, geometry, device)
+
+
+def _decoded(encoded: Any, config: BuildConfig, geometry: Geometry, device: str) -> tuple[Any, Any, Any]:
+    """The graph: pixels, encoded sizes, and which items DALI decoded, where the others' pixels are a blank's."""
+    out_height, out_width = geometry.height, geometry.width
+    max_pixels = min(config.max_pixels, 2**31 - 1)  # the largest constant that a graph can hold
+
+    source_bytes = encoded.shape()[0]
+    usable = (source_bytes >= 4) & (source_bytes <= MAX_ENCODED_BYTES)
+    if usable:  # a branch sees only its own items: no byte is asked of an empty file, no size of a text
+        usable = (encoded[0] == 0xFF) & (encoded[1] == 0xD8) & (encoded[-2] == 0xFF) & (encoded[-1] == 0xD9)
+    if usable:
+        shape = fn.peek_image_shape(encoded, adjust_orientation=config.exif_orientation, dtype=types.INT32)
+    else:
+        shape = types.Constant([0, 0, 0], dtype=types.INT32, device="cpu")
+    height, width = fn.cast(shape[0], dtype=types.INT64), fn.cast(shape[1], dtype=types.INT64)
+    usable = (height > 0) & (width > 0) & (height * width <= max_pixels)
+    size, start = [out_height, out_width], None
+    if geometry.mode == "none":
+        usable = usable & (height == out_height) & (width == out_width)
+    elif geometry.mode == "stretch":
+        usable = usable & (out_height * out_width <= max_pixels)
+    else:
+        high, wide, top, left = _place(geometry, math.max(height, 1), math.max(width, 1))
+        usable = usable & (high * wide <= max_pixels)
+        if usable:
+            size = fn.cast(fn.stack(high, wide), dtype=types.FLOAT)
+            start = fn.cast(fn.stack(top, left), dtype=types.INT32)
+        else:
+            size = types.Constant([out_height, out_width], dtype=types.FLOAT, device="cpu")
+            start = types.Constant([0, 0], dtype=types.INT32, device="cpu")
+    if not usable:
+        encoded = types.Constant(_blank(out_height, out_width), device="cpu")
+
+    images = fn.decoders.image(
+        encoded,
+        device=device,
+        output_type=types.GRAY if config.channels == "gray" else types.RGB,
+        adjust_orientation=config.exif_orientation,
+        jpeg_fancy_upsampling=True,  # as Pillow does; without it, pixels of 4:2:0 images differ by up to 27 levels
+        **({"hw_decoder_load": 0.0} if config.reproducible else {}),
+    )
+    if geometry.mode != "none":
+        images = fn.resize(images, size=size, interp_type=_FILTERS[config.interpolation], subpixel_scale=False)
+    if start is not None:
+        images = fn.slice(
+            images,
+            start=start,
+            shape=[out_height, out_width],
+            axes=[0, 1],
+            out_of_bounds_policy="pad",
+            fill_values=config.pad_value,
+        )
+    return images, source_bytes, usable
+
+
+def _place(geometry: Geometry, height: Any, width: Any) -> tuple[Any, Any, Any, Any]:
+    """`Geometry.place` of center-crop and pad for int64 nodes, without branches; offsets are where to begin to cut."""
+    out_height, out_width = geometry.height, geometry.width
+    if geometry.mode == "center-crop":
+        cover_height, cover_width = geometry.cover
+        high = math.max(height * cover_width // width, cover_height)
+        wide = math.max(width * cover_height // height, cover_width)
+        top, left = (high - out_height) // 2, (wide - out_width) // 2
+        top += top & (high - out_height) & 1  # half to even
+        left += left & (wide - out_width) & 1
+    else:
+        high = math.clamp((2 * height * out_width + width) // (2 * width), 1, out_height)
+        wide = math.clamp((2 * width * out_height + height) // (2 * height), 1, out_width)
+        top, left = -((out_height - high) // 2), -((out_width - wide) // 2)
+    return high, wide, top, left
+
+
+def _blank(height: int, width: int) -> NDArray[np.uint8]:
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "JPEG")
+    return np.frombuffer(file.getvalue(), np.uint8)

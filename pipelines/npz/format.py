@@ -84,7 +84,9 @@ def data_offset(position: int, name: str) -> int:
 
 def npy_header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
     """The 128 bytes before an array's data."""
-    fields = f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {tuple(shape)!r}, }}"
+    fields = (
+        f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {tuple(shape)!r}, }}"
+    )
     length = NPY_HEADER_BYTES - len(_NPY_PREFIX) - 2
     if len(fields) >= length:
         raise FormatError(f"an array of shape {tuple(shape)} and type {dtype} does not fit a 128-byte NPY header")

@@ -55,7 +55,11 @@ class Dataset:
         self.valid: NDArray[np.bool_] | None = index["valid"] if "valid" in index else None
         columns = [column for column in (self.index, self.labels, self.valid) if column is not None]
         ends = np.cumsum(index["shard_rows"]).tolist()
-        if any(len(column) != rows for column in columns) or len(ends) != self.manifest.counts.shards or ends[-1] != rows:
+        if (
+            any(len(column) != rows for column in columns)
+            or len(ends) != self.manifest.counts.shards
+            or ends[-1] != rows
+        ):
             raise FormatError(f"{self.path}: {INDEX} does not fit the manifest; run gpu-npz verify on the dataset")
         self.class_names = self.manifest.classes
         self.paths: Sequence[str] = _Paths(self)
@@ -108,7 +112,9 @@ class Dataset:
             return row
         wanted = np.asarray(rows)
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
-            raise TypeError(f"rows: got {wanted.dtype} {wanted.shape}; allowed: an integer, a slice or a list of integers")
+            raise TypeError(
+                f"rows: got {wanted.dtype} {wanted.shape}; allowed: an integer, a slice or a list of integers"
+            )
         return self._gather(name, [self._find(int(row)) for row in wanted])
 
     def normalized(self, rows: Rows) -> NDArray[np.float32]:
@@ -193,7 +199,9 @@ def open_index(folder: str) -> NpzReader:
         if name in ("labels", "valid") and name not in reader:
             continue
         if reader[name].dtype != kind or reader[name].ndim != 1:
-            raise FormatError(f"{reader.path}: {name} is {reader[name].dtype} {reader[name].shape}, not {kind.__name__} (N,)")
+            raise FormatError(
+                f"{reader.path}: {name} is {reader[name].dtype} {reader[name].shape}, not {kind.__name__} (N,)"
+            )
     return reader
 
 

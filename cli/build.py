@@ -1,0 +1,100 @@
+"""`gpu-npz build`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from gpu_npz import worker
+from gpu_npz.builder import BuildReport, Started, build
+from gpu_npz.cli.console import errors, print_json, printable, show_warnings, size
+from gpu_npz.cli.options import config_options, read_config
+
+
+@click.command("build")
+@click.argument("src", metavar="SRC")
+@click.argument("out", metavar="OUT")
+@config_options
+@click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
+@click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors.")
+def command(src: str, out: str, config_file: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Build NPZ shards in OUT from the images in SRC.
+
+    SRC is a folder of class folders, or a folder of images. The same command again goes on with a build that was
+    stopped, and says so if there is nothing left to do.
+    """
+    show_warnings()
+    config = read_config(config_file, given)
+    with _Bar(hidden=quiet or as_json) as bar:
+        report = build(src, out, config, progress=bar)
+    if as_json:
+        print_json(report.to_json())
+    elif not quiet:
+        click.echo(summary(report))
+
+
+def summary(report: BuildReport) -> str:
+    """What a build did, for people."""
+    lines = [
+        f"{printable(report.out)}: {report.rows} images in {report.shards} shards, {size(report.dataset_bytes)}",
+        f"  rejects     {_rejects(report)}",
+    ]
+    if not report.built_shards:
+        return "\n".join([*lines, "  complete already; nothing was left to do"])
+    place = "GPU" if report.device == "cuda" else "CPU"
+    lines += [
+        f"  built       {report.built_items} items in {report.seconds:.1f} s: {report.images_per_second:.0f} images/s",
+        f"  with        {report.backend} on the {place}, {report.workers} worker(s), batches of {report.batch_size}",
+    ]
+    if report.bottleneck:
+        share = report.stage_seconds[report.bottleneck] / report.seconds / report.workers
+        lines.append(f"  bottleneck  {report.bottleneck} ({share:.0%} of the time)")
+    return "\n".join([*lines, *(f"  hint        {hint}" for hint in report.hints)])
+
+
+def _rejects(report: BuildReport) -> str:
+    if not report.rejects:
+        return "none"
+    codes = ", ".join(f"{count} {code}" for code, count in report.rejects_by_code.items())
+    return f"{report.rejects} ({codes}); rejects.jsonl names them"
+
+
+class _Bar:
+    """A progress bar on stderr that listens to a build's events."""
+
+    def __init__(self, *, hidden: bool) -> None:
+        self._progress = Progress(
+            TextColumn("building"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[rates]}"),
+            TimeRemainingColumn(),
+            console=errors,
+            disable=hidden or not errors.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("build", total=None, rates="", visible=False)
+        self._rejects = self._bytes = 0
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Started | worker.Event) -> None:
+        task = self._progress.tasks[0]
+        if isinstance(event, Started):
+            self._progress.reset(self._task, total=event.items, completed=event.items_done, visible=True)
+            self._start = event.items_done
+        elif isinstance(event, worker.Progress):
+            self._rejects += event.rejects
+            self._bytes += event.source_bytes
+            elapsed = max(task.elapsed or 0.0, 1e-3)
+            done = task.completed + event.items - self._start
+            rates = f"{done / elapsed:.0f} images/s  {size(self._bytes / elapsed)}/s read  {self._rejects} rejects"
+            self._progress.update(self._task, advance=event.items, rates=rates)

@@ -1,0 +1,45 @@
+"""Where the command line writes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "bold red" if record.levelno >= logging.WARNING else "dim"
+        errors.print(f"[{style}]gpu-npz: {escape(printable(record.getMessage()))}[/]")
+
+
+def show_warnings() -> None:
+    """Lets the library's warnings appear on stderr."""
+    logger = logging.getLogger("gpu_npz")
+    logger.handlers = [_Warnings()]
+    logger.propagate = False
+
+
+def print_json(value: dict[str, Any] | list[Any]) -> None:
+    """Prints a result for machines, on stdout."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def printable(text: str) -> str:
+    """Text that any terminal takes: bytes of names that are not UTF-8 appear as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def size(number: float) -> str:
+    """A number of bytes as people write it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(number) < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

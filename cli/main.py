@@ -1,0 +1,86 @@
+"""The command `gpu-npz`: finds the subcommand, and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from gpu_npz import __version__
+from gpu_npz.errors import GpuNpzError
+
+# Kept here so that `--help` imports none of the commands.
+COMMANDS = {
+    "build": "Build NPZ shards from images, or go on with a build that was stopped.",
+    "info": "Say what a dataset is, or how far its build has come.",
+    "verify": "Read a whole dataset and compare it with its manifest.",
+    "doctor": "Say what this machine can use, and how to get the rest.",
+    "demo": "Make some images, build and verify a dataset from them.",
+    "bench": "Measure the pipeline on this machine.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"gpu_npz.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="gpu-npz %(version)s")
+def cli() -> None:
+    """Turn a collection of images into NPZ shards that a model can train on."""
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits: 0 done, 1 failed, 2 usage, 3 too many rejects, 130 and 143 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line and returns its exit code."""
+    try:
+        result: Any = cli.main(arguments, prog_name="gpu-npz", standalone_mode=False)
+    except click.exceptions.Abort:
+        return _stopped(130)
+    except KeyboardInterrupt:
+        return _stopped(130)
+    except _Terminated:
+        return _stopped(143)
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except GpuNpzError as exc:
+        click.echo(f"gpu-npz: {exc}", err=True)
+        return exc.exit_code
+    except BrokenPipeError:  # the reader of stdout has left, as `| head` does
+        sys.stderr.close()
+        return 1
+    return int(result or 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that locks and temporary files are let go of in order."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _stopped(code: int) -> int:
+    click.echo("gpu-npz: stopped; what is committed stays, the same command goes on from there", err=True)
+    return code

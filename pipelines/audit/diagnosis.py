@@ -1,0 +1,95 @@
+"""What of this machine gpu-npz can use, and the exact command for what it cannot."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..environment import Machine, inspect, usable_cpus
+
+_SIMD_INSTALL = 'CC="cc -mavx2" pip install pillow-simd'
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: `ok`, what was found, and what to do if it is not ok or could be better."""
+
+    what: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding as JSON values."""
+        return asdict(self)
+
+
+def diagnose() -> list[Finding]:
+    """Looks at the machine, the GPU path and the CPU path, without changing anything."""
+    machine = inspect()
+    cores = f"{usable_cpus()} usable of {os.cpu_count()}"
+    return [
+        Finding("gpu-npz", True, f"{__version__} on Python {platform.python_version()}, {platform.system()}"),
+        Finding("cores", True, cores),
+        *_gpu(machine),
+        *_pillow(),
+        Finding("NumPy", True, version("numpy")),
+        Finding("ISA-L", True, f"isal {version('isal')}"),
+    ]
+
+
+def _gpu(machine: Machine) -> list[Finding]:
+    cuda = machine.cuda and f"{machine.cuda // 1000}.{machine.cuda % 1000 // 10}"
+    found = f"{machine.gpus} visible, driver for CUDA {cuda}" if cuda else f"{machine.gpus} visible"
+    findings = [Finding("GPU", machine.gpus > 0, found if machine.gpus else "none visible: builds run on the CPU")]
+    parts = {"driver": machine.driver, "DALI": machine.dali, "CuPy": machine.cupy}
+    for what, missing in parts.items():
+        if missing:
+            findings.append(Finding(what, False, missing.reason, missing.remedy))
+        elif what != "driver":
+            findings.append(Finding(what, True, _installed("nvidia-dali" if what == "DALI" else "cupy")))
+    return findings
+
+
+def _pillow() -> list[Finding]:
+    import PIL
+
+    from ..decode.pillow import is_simd, versions
+
+    found = versions()
+    owners = sorted({owner.lower() for owner in packages_distributions().get("PIL", [])})
+    where = Path(PIL.__file__ or "").parent
+    name = "Pillow-SIMD" if is_simd() else "Pillow"
+    text = f"{name} {found['pillow']} with {found['libjpeg']}, imported from {where}"
+    if len(owners) > 1:
+        remedy = f"pip uninstall -y {' '.join(owners)} && {_SIMD_INSTALL}"
+        return [Finding("PIL", False, f"{text}; {' and '.join(owners)} both claim it", remedy)]
+    if is_simd() or not _has_avx2():
+        return [Finding("PIL", True, text)]
+    return [Finding("PIL", True, text, f"faster on this processor: pip uninstall -y pillow && {_SIMD_INSTALL}")]
+
+
+def _installed(prefix: str) -> str:
+    names = sorted({name for names in packages_distributions().values() for name in names if name.startswith(prefix)})
+    shown = []
+    for name in names:
+        try:
+            shown.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(shown) or "installed"
+
+
+def _has_avx2() -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        return " avx2 " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
