@@ -15,8 +15,8 @@ from gpu_npz.cli.console import errors, print_json, printable, size
 def command(out: str, as_json: bool) -> int:
     """Read the whole dataset in OUT and compare it with its manifest; exit 1 if anything is wrong.
 
-    Checked: every CRC-32; that each shard is there, is this dataset's and is the one that was committed; shapes, dtypes,
-    value ranges, labels; and that every planned item is one row or one reject.
+    Checked: every CRC-32; that each shard is there, is this dataset's and is the one that was committed; shapes,
+    dtypes, value ranges, labels; and that every planned item is one row or one reject.
     """
     with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
         task = progress.add_task("verifying", total=None)

@@ -258,8 +258,8 @@ def _too_many(storage: LocalStorage, report: BuildReport, config: BuildConfig) -
     codes = ", ".join(f"{count} {code}" for code, count in report.rejects_by_code.items())
     return (
         f"{report.rejects} of {report.items} items were rejected ({codes}); --max-rejects {config.max_rejects} allows "
-        f"{config.reject_limit(report.items)}. All shards are built and stay; {storage.path(REJECTS)!r} names the items. "
-        "Run the same command with a higher --max-rejects to finish at once"
+        f"{config.reject_limit(report.items)}. All shards are built and stay; {storage.path(REJECTS)!r} names the "
+        "items. Run the same command with a higher --max-rejects to finish at once"
     )
 
 
@@ -293,7 +293,7 @@ def _check_moved(job: Job, source: Source) -> None:
     probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
     if not any(os.path.exists(source.local_path(item.path)) for item in probe):
         raise MismatchError(
-            f"OUT was begun from {job.record.source_location!r}; {source.location!r} has none of its first {len(probe)} "
-            "items. Give the same images, or another OUT"
+            f"OUT was begun from {job.record.source_location!r}; {source.location!r} has none of its first "
+            f"{len(probe)} items. Give the same images, or another OUT"
         )
     log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)

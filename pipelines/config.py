@@ -37,7 +37,7 @@ MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files
 
 
 def _setting(kind: Kind, default: Any, description: str, allowed: str = "", metavar: str = "") -> Any:
-    extra = {"kind": kind, "allowed": allowed, "metavar": metavar}
+    extra: dict[str, Any] = {"kind": kind, "allowed": allowed, "metavar": metavar}
     return Field(default, description=description, json_schema_extra=extra)
 
 

@@ -35,7 +35,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found here. `gpus` counts the GPUs that this process may use, or that would be there with a driver."""
+    """What was found here. `gpus` counts the GPUs that this process may use, or could use with a driver."""
 
     gpus: int
     cuda: int | None
@@ -51,7 +51,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """The decoder of a build and the GPU that it runs on, None for the CPU; `warning` says what the user should know."""
+    """The decoder of a build and the GPU that it runs on, None for the CPU; `warning` is for the user."""
 
     backend: BackendName
     gpu: int | None
@@ -64,7 +64,7 @@ class Choice:
 
 
 def inspect() -> Machine:
-    """Looks at this machine: loads the NVIDIA driver if there is one, and DALI and CuPy only if a GPU could use them."""
+    """Looks at this machine: loads the NVIDIA driver if there is one, DALI and CuPy only if a GPU could use them."""
     gpus, cuda, driver = _driver()
     wheel = "13" if cuda is None or cuda >= 13_000 else "12"
     dali_wheel = f"pip install 'nvidia-dali-cuda{wheel}0>=2.4,<3'"

@@ -13,7 +13,7 @@
     │   └── RejectedError                an item was rejected under `--on-reject fail`
     └── RejectLimitError        exit 3   more rejects than `--max-rejects` allows
 
-One bad image is a counted, reported result and never an exception (`decode.base.Reject`), except under `--on-reject fail`.
+One bad image is a counted, reported result (`rejects.Reject`) and never an exception, except under `--on-reject fail`.
 """
 
 from __future__ import annotations

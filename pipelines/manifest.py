@@ -1,4 +1,4 @@
-"""What says that work is done: commit records while a build runs; rejects.jsonl, index.npz and dataset.json at its end."""
+"""What says that work is done: commit records during a build; rejects.jsonl, index.npz, dataset.json at its end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Counts(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of dataset.json. A key that is not known is ignored; an entry of `requires` that is not is refused."""
+    """The content of dataset.json. An unknown key is ignored; an unknown entry of `requires` is refused."""
 
     model_config = ConfigDict(frozen=True)
 

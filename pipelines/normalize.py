@@ -1,8 +1,8 @@
 """Pixels to values, dtype and layout: a table look-up, by NumPy or by CuPy, with equal results to the last bit.
 
-A pixel is one of 256 levels, so every normalization is a table of 256 values a channel. Each entry is the exact rational
-(x / 255 - mean) / std rounded once to the stored type, half to even. The ImageNet statistics are those of torchvision's
-models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 in the order R, G, B.
+A pixel is one of 256 levels, so every normalization is a table of 256 values a channel. Each entry is the exact
+rational (x / 255 - mean) / std rounded once to the stored type, half to even. The ImageNet statistics are those of
+torchvision's models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 in the order R, G, B.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def table(config: BuildConfig, dtype: str | None = None) -> Array:
     if kind == np.uint8 or config.normalize == "none":
         return np.tile(np.arange(256).astype(kind), (channels, 1))
     if config.normalize == "mean-std":
-        assert config.mean is not None and config.std is not None
+        assert config.mean is not None
+        assert config.std is not None
         means, stds = ([Fraction(str(number)) for number in numbers] for numbers in (config.mean, config.std))
     else:
         means, stds = ([Fraction(number) for number in numbers] for numbers in _STATISTICS[config.normalize])

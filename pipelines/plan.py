@@ -1,12 +1,12 @@
 """Items to shards: made once, stored with the output, reopened on resume.
 
-On disk and in memory a plan takes some 30 bytes an item: the names as one run of bytes, where each ends, and one entry a
-folder for its path and label. It is stored as an NPZ whose arrays are memory-mapped, so opening it reads nothing.
+On disk and in memory a plan takes some 30 bytes an item: the names as one run of bytes, where each ends, and one entry
+a folder for its path and label. It is stored as an NPZ whose arrays are memory-mapped, so opening it reads nothing.
 
 | array | type, shape | |
 |---|---|---|
 | `names`, `name_ends` | uint8 (bytes,), int64 (listed,) | the items' names in the order in which they were listed |
-| `folders`, `folder_ends` | uint8 (bytes,), int64 (groups,) | a group is the items of one folder; relative, ends with `/` |
+| `folders`, `folder_ends` | uint8 (bytes,), int64 (groups,) | a group is the items of one folder, `n01440764/` |
 | `group_ends`, `group_labels` | int64 (groups,) | the listed item at which a group ends; its label, -1 for none |
 | `order` | int64 (items,) | with `shuffle`: the listed item at each place of the plan |
 """
@@ -30,7 +30,7 @@ _ARRAYS = ("names", "name_ends", "folders", "folder_ends", "group_ends", "group_
 class Item(NamedTuple):
     """One source image: its place in the plan, its path relative to the source, its label or None."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of an item
     path: str
     label: int | None
 
@@ -144,7 +144,7 @@ def collect(
         labels.append(group.label)
         if shuffle is None and count == limit:
             break
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "names": np.frombuffer(names, np.uint8),
         "name_ends": np.cumsum(np.concatenate([*name_lengths, np.empty(0, np.uint16)]), dtype=np.int64),
         "folders": np.frombuffer(folders, np.uint8),

@@ -148,8 +148,8 @@ class LocalStorage:
             if held or elsewhere:
                 rest = f"; if that host or process is gone, delete {path!r}" if elsewhere else ""
                 raise LockedError(
-                    f"{self.root!r} is in use by process {process or '?'} on host {host or '?'}; wait for it, or stop it "
-                    f"and run the same command{rest}"
+                    f"{self.root!r} is in use by process {process or '?'} on host {host or '?'}; wait for it, or stop "
+                    f"it and run the same command{rest}"
                 )
             # Whoever held it before may have removed the file between our open and our lock.
             with contextlib.suppress(FileNotFoundError):

@@ -55,8 +55,8 @@ class Verification:
 def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Verification:
     """Reads a whole dataset and compares it with its manifest and index.
 
-    Checked: every CRC-32; each shard's place, dataset, size and directory; shapes and dtypes; that values are finite and
-    within what the settings can give; label range; rows and rejects against the plan's items.
+    Checked: every CRC-32; each shard's place, dataset, size and directory; shapes and dtypes; that values are finite
+    and within what the settings can give; label range; rows and rejects against the plan's items.
 
     Args:
         path: the dataset's folder.
@@ -71,9 +71,9 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
     storage = LocalStorage(folder)
     shards = manifest.counts.shards
     problems: list[Problem] = []
+    index: NpzReader | None
     try:
-        index: NpzReader | None = open_index(folder)
-        assert index is not None
+        index = open_index(folder)
         problems += [Problem(INDEX, what) for what in _index_faults(index, manifest)]
         if problems:
             index = None
@@ -155,7 +155,7 @@ class _ShardChecker:
         if images.dtype == np.uint8:
             return
         axis = 1 if self._manifest.images.layout == "NCHW" else 3
-        valid = reader["valid"] if "valid" in reader else None
+        valid = reader.get("valid")
         for start in range(0, len(images), _ROWS_AT_ONCE):
             rows = images[start : start + _ROWS_AT_ONCE]
             if valid is not None:

@@ -33,7 +33,7 @@ def run(task: Task, shards: Sequence[int], workers: int) -> Iterator[Event]:
     try:
         for _ in range(workers):
             here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(there, task), name="gpu-npz-worker", daemon=True)
+            process: BaseProcess = spawn.Process(target=_serve, args=(there, task), name="gpu-npz-worker", daemon=True)
             process.start()
             there.close()
             pool[here] = process
@@ -70,7 +70,7 @@ def _dispatch(pool: dict[Connection, BaseProcess], shards: Iterator[int]) -> Ite
 
 
 def _serve(connection: Connection, task: Task) -> None:
-    """What a worker process runs. It sends None for "give me a shard", then events, at last an error if there was one."""
+    """What a worker process runs: it sends None for "give me a shard", events, and an error if there was one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
 
     def asked() -> Iterator[int]:

@@ -184,9 +184,10 @@ def _read_directory(buffer: memoryview) -> Directory:
 
 
 def _read_entry(entries: bytes, position: int, body: memoryview) -> tuple[Member, int]:
-    (signature, _, _, flags, method, _, _, crc32, packed, size, name_bytes, field_bytes, comment_bytes, _, _, _, offset) = (
-        _ENTRY.unpack_from(entries, position)
-    )  # fmt: skip
+    (
+        signature, _, _, flags, method, _, _, crc32, packed, size,
+        name_bytes, field_bytes, comment_bytes, _, _, _, offset,
+    ) = _ENTRY.unpack_from(entries, position)  # fmt: skip
     position += _ENTRY.size
     filename = entries[position : position + name_bytes].decode("ascii")
     fields = entries[position + name_bytes : position + name_bytes + field_bytes]

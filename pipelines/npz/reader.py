@@ -53,6 +53,10 @@ class NpzReader:
             return np.empty(member.shape, member.dtype)
         return np.frombuffer(self._map, member.dtype, count, member.data_offset).reshape(member.shape)
 
+    def get(self, name: str) -> NDArray[Any] | None:
+        """The array `name`, None if there is none."""
+        return self[name] if name in self else None
+
     def crc_matches(self, name: str) -> bool:
         """Reads the whole member and compares its CRC-32 with the directory's."""
         member = self._member(name)

@@ -27,9 +27,9 @@ Rows = SupportsIndex | slice | Sequence[int] | NDArray[np.integer[Any]]
 class Dataset:
     """The images of a finished dataset, a row each, in the order of its plan. It pickles as its path.
 
-    `dataset[i]` is the image of row i: (C, H, W) or (H, W, C), as stored, a view of the mapped file. `dataset[a:b]` is a
-    batch: a view if it lies in one shard, else a copy; `dataset[[3, 1, 2]]` is a copy. What is written to a view stays
-    in this process.
+    `dataset[i]` is the image of row i: (C, H, W) or (H, W, C), as stored, a view of the mapped file. `dataset[a:b]` is
+    a batch: a view if it lies in one shard, else a copy; `dataset[[3, 1, 2]]` is a copy. What is written to a view
+    stays in this process.
 
     Attributes:
         path: the dataset's folder.
@@ -51,8 +51,8 @@ class Dataset:
         index = open_index(self.path)
         rows = self.manifest.counts.rows
         self.index: NDArray[np.int64] = index["index"]
-        self.labels: NDArray[np.int64] | None = index["labels"] if "labels" in index else None
-        self.valid: NDArray[np.bool_] | None = index["valid"] if "valid" in index else None
+        self.labels: NDArray[np.int64] | None = index.get("labels")
+        self.valid: NDArray[np.bool_] | None = index.get("valid")
         columns = [column for column in (self.index, self.labels, self.valid) if column is not None]
         ends = np.cumsum(index["shard_rows"]).tolist()
         if (
