@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .config import BuildConfig
 from .errors import FormatError, IncompleteError, UsageError
 from .job import Job, from_json, to_json
+from .normalize import statistics
 from .npz.writer import NpzWriter
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, shard_name
 from .rejects import Reject
@@ -53,6 +54,15 @@ class Images(BaseModel):
     channels: Literal["rgb", "bgr", "gray"]
 
 
+class Normalization(BaseModel):
+    """By stored channel: a float value is (pixel / 255 - mean) / std; uint8 pixels are to be turned into that."""
+
+    model_config = ConfigDict(frozen=True)
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 class Counts(BaseModel):
     """Items of the plan, rows of all shards, items that were rejected (by code), shards."""
 
@@ -75,6 +85,7 @@ class Manifest(BaseModel):
     requires: tuple[str, ...] = ()
     id: str
     images: Images
+    normalization: Normalization | None = None
     counts: Counts
     classes: tuple[str, ...] | None
     shard_items: int
@@ -189,6 +200,7 @@ def finish(storage: LocalStorage, job: Job, records: Sequence[CommitRecord]) -> 
     finally:
         storage.discard(temporary)
     rejects = [reject for record in records for reject in record.rejects]
+    found = statistics(job.settings)
     environments = {json.dumps(record.environment, sort_keys=True): record.environment for record in records}
     manifest = Manifest(
         id=job.record.id,
@@ -198,6 +210,7 @@ def finish(storage: LocalStorage, job: Job, records: Sequence[CommitRecord]) -> 
             layout=job.settings.layout,
             channels=job.settings.channels,
         ),
+        normalization=found and Normalization(mean=tuple(map(float, found[0])), std=tuple(map(float, found[1]))),
         counts=Counts(
             items=job.plan.item_count,
             rows=sum(record.rows for record in records),

@@ -20,7 +20,7 @@ from .errors import UsageError
 if TYPE_CHECKING:
     Array = NDArray[Any]
 
-_STATISTICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+_STATISTICS: dict[str, tuple[tuple[str | float, ...], tuple[str | float, ...]]] = {
     "imagenet": (("0.485", "0.456", "0.406"), ("0.229", "0.224", "0.225")),
     "unit": (("0",) * 3, ("1",) * 3),
     "signed": (("0.5",) * 3, ("0.5",) * 3),
@@ -38,22 +38,29 @@ def table(config: BuildConfig, dtype: str | None = None) -> Array:
         UsageError: float16 cannot hold a value.
     """
     kind = np.dtype(dtype or config.dtype)
-    channels = config.channel_count
-    levels = range(256)
-    if kind == np.uint8 or config.normalize == "none":
-        return np.tile(np.arange(256).astype(kind), (channels, 1))
-    if config.normalize == "mean-std":
-        assert config.mean is not None
-        assert config.std is not None
-        means, stds = ([Fraction(str(number)) for number in numbers] for numbers in (config.mean, config.std))
-    else:
-        means, stds = ([Fraction(number) for number in numbers] for numbers in _STATISTICS[config.normalize])
-    rows = [[(Fraction(x, 255) - mean) / std for x in levels] for mean, std in zip(means, stds, strict=True)]
+    found = statistics(config)
+    if kind == np.uint8 or found is None:
+        return np.tile(np.arange(256).astype(kind), (config.channel_count, 1))
+    rows = [[(Fraction(x, 255) - mean) / std for x in range(256)] for mean, std in zip(*found, strict=True)]
     largest = max(abs(value) for row in rows for value in row)
     if largest > float(np.finfo(kind).max):
         raise UsageError(f"{kind} cannot hold {float(largest):.6g}; choose --dtype float32 or another --mean and --std")
-    values = np.array([[_nearest(value, kind) for value in row] for row in rows[:channels]], dtype=kind)
-    return np.ascontiguousarray(values[::-1]) if config.channels == "bgr" else values
+    return np.array([[_nearest(value, kind) for value in row] for row in rows], dtype=kind)
+
+
+def statistics(config: BuildConfig) -> tuple[list[Fraction], list[Fraction]] | None:
+    """Mean and standard deviation of each stored channel, of pixels scaled to 0..1; None where pixels stay as they are.
+
+    Decimals are taken as they are written: a mean of 0.485 is 485/1000.
+    """
+    if config.normalize == "none":
+        return None
+    if config.normalize == "mean-std":
+        given = config.mean or (), config.std or ()
+    else:
+        given = _STATISTICS[config.normalize]
+    means, stds = ([Fraction(str(number)) for number in numbers[: config.channel_count]] for numbers in given)
+    return (means[::-1], stds[::-1]) if config.channels == "bgr" else (means, stds)
 
 
 def _nearest(value: Fraction, dtype: np.dtype[Any]) -> Any:

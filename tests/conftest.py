@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu_npz.demo import paint
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+
+from gpu_npz.demo import paint
 
 Pixels = NDArray[np.uint8]
 Encode = Callable[..., bytes]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+
 from gpu_npz.config import MIN_REJECT_LIMIT, BuildConfig, Kind, load_toml, settings_of
 from gpu_npz.errors import UsageError
 
@@ -61,8 +62,8 @@ def test_a_toml_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path
 
 
 def test_every_setting_is_of_one_kind() -> None:
-    kinds = [settings_of(kind) for kind in get_args(Kind)]
-    assert sorted(sum(kinds, [])) == sorted(BuildConfig.model_fields)
+    names = [name for kind in get_args(Kind) for name in settings_of(kind)]
+    assert sorted(names) == sorted(BuildConfig.model_fields)
 
 
 @pytest.mark.parametrize("name", BuildConfig.model_fields)
@@ -153,9 +154,9 @@ def test_faults_in_json_are_usage_errors_too() -> None:
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match="unknown setting 'resize_mod'; did you mean 'resize-mode'?"):
+    with pytest.raises(UsageError, match=r"unknown setting 'resize_mod'; did you mean 'resize-mode'\?"):
         BuildConfig(resize_mod="pad")
-    with pytest.raises(UsageError, match="unknown setting 'qqq'; `gpu-npz build --help` lists them"):
+    with pytest.raises(UsageError, match=r"unknown setting 'qqq'; `gpu-npz build --help` lists them"):
         BuildConfig(qqq=1)
 
 
@@ -210,7 +211,8 @@ def test_identity_leaves_out_what_may_change_between_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"size": 225}, {"crop_pct": 0.9}, {"dtype": "uint8"}, {"shuffle": 0}, {"shard_size": 1000}, {"limit": 1}]
+    "changed",
+    [{"size": 225}, {"crop_pct": 0.9}, {"dtype": "uint8"}, {"shuffle": 0}, {"shard_size": 1000}, {"limit": 1}],
 )
 def test_identity_tells_apart_what_changes_the_bytes(changed: dict[str, Any]) -> None:
     before, after = BuildConfig().identity(), BuildConfig(**changed).identity()

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from gpu_npz.config import BuildConfig
 from gpu_npz.geometry import Geometry, Placement
 
@@ -32,7 +33,7 @@ def torchvision_resize(height: int, width: int, size: int) -> tuple[int, int]:
 
 def torchvision_crop(resized: int, size: int) -> int:
     """The offset in `center_crop`: Python rounds half to even."""
-    return int(round((resized - size) / 2.0))
+    return round((resized - size) / 2.0)
 
 
 @pytest.mark.parametrize("size", [224, 192, 299, 32, 1, 7])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import UsageError
 from gpu_npz.normalize import CudaNormalizer, Normalizer, apply_table, row_shape, table
@@ -179,7 +180,7 @@ def test_rows_for_another_number_or_size_of_images_are_refused(layout: str, dtyp
     config = config_of("imagenet", dtype=dtype, layout=layout)
     normalizer = Normalizer(config)
     for shape in ((3, *row_shape(config, 16, 24)), (1, *row_shape(config, 16, 24)), (2, *row_shape(config, 16, 23))):
-        with pytest.raises(ValueError, match="broadcast|does not match|longer|shorter"):
+        with pytest.raises(ValueError, match=r"broadcast|does not match|longer|shorter"):
             normalizer.apply(np.zeros((2, 16, 24, 3), np.uint8), np.empty(shape, dtype))
 
 

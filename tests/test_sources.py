@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from gpu_npz.errors import ShardError, SourceError
 from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
 from gpu_npz.sources.base import IMAGE_EXTENSIONS, read_item
@@ -69,7 +70,7 @@ def touch(root: Path, *names: str | bytes) -> Path:
 
 
 def test_classes_are_numbered_as_torchvision_numbers_them(tmp_path: Path) -> None:
-    names = ["n02", "n01", "Zebra", "apple", "10", "9", "ä", "z z", "über", "𝒳", "\uff21"]
+    names = ["n02", "n01", "Zebra", "apple", "10", "9", "ä", "z z", "über", "\U0001d4b3", "\uff21"]
     touch(tmp_path, *(f"{name}/a.jpg" for name in names))
     # torchvision.datasets.folder.find_classes: sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
     classes = sorted(entry.name for entry in os.scandir(tmp_path) if entry.is_dir())
@@ -218,7 +219,8 @@ def test_a_file_or_nothing_at_all_is_refused_as_source(tmp_path: Path) -> None:
 
 @linux
 def test_any_name_that_the_system_allows_is_listed_and_read(tmp_path: Path) -> None:
-    names = [b"two words.jpg", b"line\nbreak.jpg", b"\xff\xfe.jpg", b"a" * 251 + b".jpg", b"quote'\".jpg", "日本.jpg".encode()]
+    stems = (b"two words", b"line\nbreak", b"\xff\xfe", b"a" * 251, b"quote'\"", "日本".encode())
+    names = [stem + b".jpg" for stem in stems]
     folders = [b"class one", b"class\ntwo", b"caf\xe9", b"b" * 255]
     touch(tmp_path, *(folder + b"/" + name for folder in folders for name in names))
     source = FolderSource(tmp_path)
@@ -241,7 +243,7 @@ def test_classes_that_the_list_does_not_have_are_named(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "x/2.jpg", "y/3.jpg")
     with pytest.raises(SourceError, match=r"2 classes that --classes-from does not name: 'x', 'y'; remove"):
         FolderSource(tmp_path, ["a", "b"])
-    with pytest.raises(SourceError, match="does not name: 'c0', 'c1', 'c2', 'c3', 'c4', ...;"):
+    with pytest.raises(SourceError, match=r"does not name: 'c0', 'c1', 'c2', 'c3', 'c4', \.\.\.;"):
         FolderSource(touch(tmp_path / "many", *(f"c{number}/1.jpg" for number in range(9))), ["a"])
 
 

@@ -288,10 +288,10 @@ def _decoded(encoded: Any, config: BuildConfig, geometry: Geometry, device: str)
     if usable:  # a branch sees only its own items: no byte is asked of an empty file, no size of a text
         usable = (encoded[0] == 0xFF) & (encoded[1] == 0xD8) & (encoded[-2] == 0xFF) & (encoded[-1] == 0xD9)
     if usable:
-        shape = fn.peek_image_shape(encoded, adjust_orientation=config.exif_orientation, dtype=types.INT32)
+        shape = fn.peek_image_shape(encoded, adjust_orientation=config.exif_orientation)
     else:
-        shape = types.Constant([0, 0, 0], dtype=types.INT32, device="cpu")
-    height, width = fn.cast(shape[0], dtype=types.INT64), fn.cast(shape[1], dtype=types.INT64)
+        shape = types.Constant([0, 0, 0], dtype=types.INT64, device="cpu")
+    height, width = shape[0], shape[1]
     usable = (height > 0) & (width > 0) & (height * width <= max_pixels)
     size, start = [out_height, out_width], None
     if geometry.mode == "none":

@@ -119,8 +119,8 @@ class PillowDecoder:
         """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
         with _opened(data, path) as image:
             self._check_pixels(image)
-            turned = self._config.exif_orientation and _orientation(image) >= 5
             image.load()
+            turned = self._config.exif_orientation and _orientation(image) >= 5
             width, height = image.size
             return (width, height) if turned else (height, width)
 
@@ -132,8 +132,10 @@ class PillowDecoder:
     def _pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         config = self._config
         self._check_pixels(image)
-        if image.format == "TIFF":
-            image.load()  # turns it upright, which may change its size
+        if image.format != "JPEG":
+            # Before EXIF is asked for: loading turns a TIFF upright, and PNG's EXIF loads the pixels, where it would
+            # hide that they are damaged.
+            image.load()
         width, height = image.size
         orientation = _orientation(image) if config.exif_orientation else 1
         if orientation >= 5:
