@@ -20,10 +20,10 @@ from .errors import UsageError
 if TYPE_CHECKING:
     Array = NDArray[Any]
 
-_STATISTICS: dict[str, tuple[tuple[str | float, ...], tuple[str | float, ...]]] = {
-    "imagenet": (("0.485", "0.456", "0.406"), ("0.229", "0.224", "0.225")),
-    "unit": (("0",) * 3, ("1",) * 3),
-    "signed": (("0.5",) * 3, ("0.5",) * 3),
+_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "unit": ((0.0,) * 3, (1.0,) * 3),
+    "signed": ((0.5,) * 3, (0.5,) * 3),
 }
 
 
@@ -55,10 +55,7 @@ def statistics(config: BuildConfig) -> tuple[list[Fraction], list[Fraction]] | N
     """
     if config.normalize == "none":
         return None
-    if config.normalize == "mean-std":
-        given = config.mean or (), config.std or ()
-    else:
-        given = _STATISTICS[config.normalize]
+    given = (config.mean or (), config.std or ()) if config.normalize == "mean-std" else _STATISTICS[config.normalize]
     means, stds = ([Fraction(str(number)) for number in numbers[: config.channel_count]] for numbers in given)
     return (means[::-1], stds[::-1]) if config.channels == "bgr" else (means, stds)
 
