@@ -78,9 +78,15 @@ def row_shape(config: BuildConfig, height: int, width: int) -> tuple[int, int, i
 
 
 def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
-    """Stored uint8 images (..., C, H, W) or (..., H, W, C) as `values[channel, level]`, in the table's dtype."""
-    out = np.empty(stored.shape, values.dtype)
+    """Stored uint8 images (..., C, H, W) or (..., H, W, C) as `values[channel, level]`, in the table's dtype.
+
+    Raises:
+        ValueError: other pixels than the table was made for.
+    """
     axis = stored.ndim - 3 if layout == "NCHW" else stored.ndim - 1
+    if stored.dtype != np.uint8 or axis < 0 or stored.shape[axis] != len(values):
+        raise ValueError(f"stored: got {stored.dtype} {stored.shape}; need uint8 {layout} of {len(values)} channels")
+    out = np.empty(stored.shape, values.dtype)
     source, target = np.moveaxis(stored, axis, 0), np.moveaxis(out, axis, 0)
     for channel, row in enumerate(values):
         target[channel] = row[source[channel]]
@@ -107,6 +113,10 @@ class Normalizer:
         """
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != len(self._table):
             raise ValueError(f"pixels: got {pixels.dtype} {pixels.shape}; need uint8 (N, H, W, {len(self._table)})")
+        count, height, width, channels = pixels.shape
+        rows = (count, channels, height, width) if self._planar else pixels.shape
+        if out.shape != rows or out.dtype != self._table.dtype:
+            raise ValueError(f"out: got {out.dtype} {out.shape}; need {self._table.dtype} {rows}")
         if self._swap:
             pixels = pixels[..., ::-1]
         if self._plain:

@@ -180,11 +180,10 @@ def test_rows_for_another_number_or_size_of_images_are_refused(layout: str, dtyp
     config = config_of("imagenet", dtype=dtype, layout=layout)
     normalizer = Normalizer(config)
     for shape in ((3, *row_shape(config, 16, 24)), (1, *row_shape(config, 16, 24)), (2, *row_shape(config, 16, 23))):
-        with pytest.raises(ValueError, match=r"broadcast|does not match|longer|shorter"):
+        with pytest.raises(ValueError, match="out: got"):
             normalizer.apply(np.zeros((2, 16, 24, 3), np.uint8), np.empty(shape, dtype))
 
 
-@pytest.mark.xfail(reason="apply looks at the pixels, but not at the buffer", strict=True)
 @pytest.mark.parametrize(
     ("dtype", "out"),
     [
@@ -200,7 +199,6 @@ def test_rows_of_another_dtype_or_number_of_channels_are_refused(dtype: str, out
         normalizer.apply(np.zeros((2, 16, 24, 3), np.uint8), out)
 
 
-@pytest.mark.xfail(reason="apply_table looks at neither shape nor dtype", strict=True)
 @pytest.mark.parametrize(
     "stored",
     [
