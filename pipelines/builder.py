@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from . import environment
 from .config import BATCH_SIZE, BuildConfig
 from .engines import local
 from .environment import Choice
-from .errors import MismatchError, RejectLimitError, SourceError, UsageError
+from .errors import BackendError, MismatchError, RejectLimitError, SourceError, StorageError, UsageError
 from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
 from .normalize import row_shape, table
@@ -28,7 +29,7 @@ from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, clear, remove_tempora
 from .plan import Plan, collect
 from .sources.base import Source
 from .sources.folder import FolderSource
-from .storage import LocalStorage
+from .storage import PRIVATE, LocalStorage
 from .worker import Committed, Event, StageSeconds, Task
 
 log = logging.getLogger(__name__)
@@ -102,13 +103,18 @@ def build(
     source = FolderSource(src, classes)
     require_own(storage)
     with storage.lock():
-        if config.overwrite:
-            clear(storage)
-        job = _begin(storage, source, config) if storage.size(JOB) is None else _resume(storage, source, config)
+        remove_temporaries(storage)
+        anew = config.overwrite or storage.size(JOB) is None
+        job = (_begin if anew else _resume)(storage, source, config)
         return _run(storage, job, source, config, progress or (lambda _: None), start)
 
 
 def _begin(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
+    if storage.size(MANIFEST) is not None and not config.overwrite:
+        raise StorageError(
+            f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
+            "or --overwrite to build it anew"
+        )
     choice = environment.choose(config, environment.inspect())
     if choice.warning:
         log.warning("%s", choice.warning)
@@ -118,9 +124,12 @@ def _begin(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
         raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
     height, width = config.size or _common_size(Plan(arrays, 1), source, config)
     row_bytes = math.prod(row_shape(config, height, width)) * np.dtype(config.dtype).itemsize
+    plan = Plan(arrays, config.shard_rows(row_bytes))
+    if config.overwrite:
+        clear(storage)  # not before all else has turned out right
     return Job.create(
         storage,
-        Plan(arrays, config.shard_rows(row_bytes)),
+        plan,
         config,
         choice,
         source=(source.kind, source.location),
@@ -156,7 +165,13 @@ def _backend(job: Job, config: BuildConfig) -> Choice:
         log.warning("OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device)
     device = config.device if record.device == "cuda" else "cpu"
     same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
-    return environment.choose(config.model_copy(update=same), environment.inspect())
+    try:
+        return environment.choose(config.model_copy(update=same), environment.inspect())
+    except BackendError as exc:
+        raise BackendError(
+            f"OUT was begun with backend {record.backend} on {record.device}, which cannot be used here: {exc}\n"
+            "resume where it can, or start anew with --overwrite"
+        ) from exc
 
 
 def _run(
@@ -172,21 +187,21 @@ def _run(
     todo = [shard for shard in range(plan.shard_count) if shard not in records]
     built_items = sum(len(plan.shard_range(shard)) for shard in todo)
     batch_size = min(config.batch_size or BATCH_SIZE[record.device], plan.shard_rows, plan.item_count)
-    workers = config.workers or (1 if record.device == "cuda" else environment.usable_cpus())
+    workers = config.workers or (environment.usable_cpus() if record.backend == "pillow" else 1)  # DALI has threads
     workers = max(1, min(workers, len(todo)))
     progress(Started(plan.item_count, plan.item_count - built_items, record.backend, record.device, workers))
     stages: Counter[str] = Counter()
     if todo:
         choice = _backend(job, config)
-        remove_temporaries(storage)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
         task = Task(storage.root, source, choice.gpu, batch_size, _environment(records, config))
-        for event in local.run(task, todo, workers):
-            if isinstance(event, Committed):
-                records[event.record.shard] = event.record
-            elif isinstance(event, StageSeconds):
-                stages.update(event.seconds)
-            progress(event)
+        with contextlib.closing(local.run(task, todo, workers)) as events:
+            for event in events:
+                if isinstance(event, Committed):
+                    records[event.record.shard] = event.record
+                elif isinstance(event, StageSeconds):
+                    stages.update(event.seconds)
+                progress(event)
     ordered = [records[shard] for shard in range(plan.shard_count)]
     rejects = Counter(reject.code for commit in ordered for reject in commit.rejects)
     finished = all(storage.size(name) is not None for name in (MANIFEST, INDEX, REJECTS))

@@ -148,7 +148,7 @@ class BuildConfig(BaseModel):
         "N",
     )
     workers: int | None = _setting(
-        "operational", None, "Worker processes; as many as usable cores on a CPU unless given.", "1 to 1024", "N"
+        "operational", None, "Worker processes; as many as usable cores for pillow, one for dali, unless given.", "1 to 1024", "N"
     )
     overwrite: bool = _setting("operational", False, "Delete what an earlier build left in OUT and start anew.")
     accept_environment: bool = _setting(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,8 +65,8 @@ class Task:
     environment: dict[str, Any] | None
 
 
-def work(task: Task, shards: Iterable[int]) -> Iterator[Event]:
-    """Builds shards and says what happens. Leaving the iterator early publishes nothing that is unfinished.
+def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
+    """Builds shards and says what happens. Closing the generator early publishes nothing that is unfinished.
 
     Raises:
         MismatchError: another decoder, version or GPU model made the shards so far.
@@ -86,8 +86,8 @@ def work(task: Task, shards: Iterable[int]) -> Iterator[Event]:
             if decoded.rejects and job.settings.on_reject == "fail":
                 reject = decoded.rejects[0]
                 raise RejectedError(
-                    f"{reject.path!r} is rejected at {reject.stage}: {reject.code} ({reject.detail}); mend or remove "
-                    "the file and run the same command, or choose --on-reject skip or blank"
+                    f"{reject.path!r} is rejected at {reject.stage}: {reject.code} ({reject.detail}); mend the "
+                    "file and run the same command, or start anew with --overwrite and --on-reject skip or blank"
                 )
             for name, spent in decoded.seconds.items():
                 seconds[name] += spent

@@ -39,6 +39,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What a collection holds. Pillow opens more: rare formats with rarely read parsers, and PostScript, which it runs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -133,8 +135,7 @@ class PillowDecoder:
         config = self._config
         self._check_pixels(image)
         if image.format != "JPEG":
-            # Before EXIF is asked for: loading turns a TIFF upright, and PNG's EXIF loads the pixels, where it would
-            # hide that they are damaged.
+            # Before EXIF is asked for: loading turns a TIFF upright, and a PNG's EXIF may stand behind its pixels.
             image.load()
         width, height = image.size
         orientation = _orientation(image) if config.exif_orientation else 1
@@ -171,9 +172,7 @@ class PillowDecoder:
 @contextlib.contextmanager
 def _opened(data: bytes, path: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format == "EPS":  # loading it would run Ghostscript
-                raise BadItem("decode", "not-an-image", "PostScript is a program, and is not run")
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
     except (BadItem, ShardError):
         raise
@@ -215,12 +214,15 @@ def is_simd() -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    # Reading EXIF costs time, so only where there is some; what cannot be read does not say how to turn anything.
-    # Pillow turns TIFF by itself, whether asked to or not.
-    if image.format == "TIFF" or (image.format == "JPEG" and "exif" not in image.info):
+    # What cannot be read does not say how to turn anything. Pillow turns TIFF by itself, whether asked to or not.
+    block = image.info.get("exif")
+    if not block or image.format == "TIFF":
         return 1
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # Not `image.getexif`: it also believes XMP, though only beside EXIF, and no other decoder here does.
+        exif = Image.Exif()
+        exif.load(block)
+        value = exif.get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow's EXIF parser raises many kinds on damaged blocks; the pixels may well be whole
         return 1
     return value if isinstance(value, int) and value in _UPRIGHT else 1

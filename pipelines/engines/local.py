@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -17,10 +17,10 @@ from ..worker import Event, Task, work
 _JOIN_S = 10.0
 
 
-def run(task: Task, shards: Sequence[int], workers: int) -> Iterator[Event]:
+def run(task: Task, shards: Sequence[int], workers: int) -> Generator[Event, None, None]:
     """Builds `shards` with `workers` processes (one worker: in this process) and yields what happens.
 
-    A worker asks for a shard when it needs one, so fast workers take more. Leaving the iterator early stops them all.
+    A worker asks for a shard when it needs one, so fast workers take more. Closing the generator early stops them all.
 
     Raises:
         GpuNpzError: what a worker failed with; ShardError if it died.
@@ -31,12 +31,15 @@ def run(task: Task, shards: Sequence[int], workers: int) -> Iterator[Event]:
     spawn = multiprocessing.get_context("spawn")
     pool: dict[Connection, BaseProcess] = {}
     try:
-        for _ in range(workers):
-            here, there = spawn.Pipe()
-            process: BaseProcess = spawn.Process(target=_serve, args=(there, task), name="gpu-npz-worker", daemon=True)
-            process.start()
-            there.close()
-            pool[here] = process
+        with _interrupts_held():
+            for _ in range(workers):
+                here, there = spawn.Pipe()
+                process: BaseProcess = spawn.Process(
+                    target=_serve, args=(there, task), name="gpu-npz-worker", daemon=True
+                )
+                process.start()
+                there.close()
+                pool[here] = process
         yield from _dispatch(pool, iter(shards))
     finally:
         for connection in pool:
@@ -47,13 +50,24 @@ def run(task: Task, shards: Sequence[int], workers: int) -> Iterator[Event]:
             process.join()
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds SIGINT back here and, until they ignore it, in the processes that are started meanwhile."""
+    resource_tracker.ensure_running()  # else the first start does it, and lets signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _dispatch(pool: dict[Connection, BaseProcess], shards: Iterator[int]) -> Iterator[Event]:
     while pool:
         for connection in wait(list(pool)):
             assert isinstance(connection, Connection)
             try:
                 message = connection.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # OSError where it died in the middle of a message
                 process = pool.pop(connection)
                 process.join()
                 connection.close()
@@ -63,7 +77,7 @@ def _dispatch(pool: dict[Connection, BaseProcess], shards: Iterator[int]) -> Ite
             if isinstance(message, BaseException):
                 raise message
             if message is None:
-                with contextlib.suppress(BrokenPipeError):  # it died meanwhile: the next recv says so
+                with contextlib.suppress(ConnectionError):  # it died meanwhile: the next recv says so
                     connection.send(next(shards, None))
             else:
                 yield message
@@ -82,14 +96,23 @@ def _serve(connection: Connection, task: Task) -> None:
             yield shard
 
     try:
-        for event in work(task, asked()):
-            connection.send(event)
-    except (BrokenPipeError, EOFError, ConnectionResetError):
-        os._exit(0)  # the parent is gone or has stopped; whatever is unfinished has a temporary name
+        with contextlib.closing(_messages(task, asked())) as messages:
+            for message in messages:
+                connection.send(message)
+    except (ConnectionError, EOFError):
+        raise SystemExit(1) from None  # the parent has stopped; if it has not, it must not take this for a good end
+
+
+def _messages(task: Task, shards: Iterator[int]) -> Generator[Event | GpuNpzError, None, None]:
+    """What happens, and at last what it failed with."""
+    try:
+        yield from work(task, shards)
+    except (ConnectionError, EOFError):
+        raise
     except GpuNpzError as exc:
-        connection.send(exc)
-    except BaseException:
-        connection.send(ShardError(f"a worker process failed:\n{traceback.format_exc()}"))
+        yield exc
+    except Exception:
+        yield ShardError(f"a worker process failed:\n{traceback.format_exc()}")
 
 
 def _epitaph(process: BaseProcess) -> str:

@@ -1,0 +1,35 @@
+"""The demo does what it says, twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import gpu_npz
+from gpu_npz.cli.main import run
+
+
+def test_the_demo_makes_builds_and_verifies_and_can_be_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a folder"
+    assert run(["demo", str(folder), "--images", "40"]) == 0
+    said = capsys.readouterr().out
+    assert "40 pictures in 10 classes" in said
+    assert "1 empty, 1 not-an-image, 2 truncated" in said
+    assert "1 shards: whole" in said
+    assert len(gpu_npz.open_dataset(folder / "dataset")) == 40
+    assert run(["demo", str(folder), "--images", "40"]) == 0
+    assert "nothing was left to do" in capsys.readouterr().out
+
+
+def test_the_broken_files_of_the_demo_are_its_rejects(tmp_path: Path) -> None:
+    from gpu_npz.demo import make_images
+
+    made = make_images(tmp_path / "images", count=20)
+    config = gpu_npz.BuildConfig(device="cpu", backend="pillow", workers=1, size=32)
+    report = gpu_npz.build(made.folder, tmp_path / "out", config)
+    lines = (tmp_path / "out/rejects.jsonl").read_text()
+    assert report.rejects == len(made.bad)
+    assert all(f'"{path}"' in lines for path in made.bad.values())
