@@ -10,6 +10,7 @@ import difflib
 import re
 import sys
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -272,7 +273,7 @@ class BuildConfig(BaseModel):
         """The largest number of rejects that a plan of `items` may have."""
         if not self.max_rejects.endswith("%"):
             return int(self.max_rejects)
-        return max(MIN_REJECT_LIMIT, int(items * float(self.max_rejects[:-1]) / 100))
+        return max(MIN_REJECT_LIMIT, int(items * Fraction(self.max_rejects[:-1]) / 100))
 
 
 def settings_of(kind: Kind) -> list[str]:

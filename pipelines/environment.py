@@ -95,7 +95,7 @@ def choose(config: BuildConfig, machine: Machine) -> Choice:
         return Choice(on_cpu, None)
     if machine.gpus == 0:
         if config.require_gpu:
-            raise BackendError("--require-gpu: no NVIDIA GPU is visible; leave the option out to build on the CPU")
+            raise BackendError("a GPU is required, and no NVIDIA GPU is visible; `gpu-npz doctor` tells more")
         _need_dali(on_cpu, machine)
         return Choice(
             on_cpu, None, f"NO GPU IS VISIBLE: building on the CPU with {on_cpu} (`gpu-npz doctor` tells more)"

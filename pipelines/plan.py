@@ -56,21 +56,13 @@ class Plan:
     """
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]], shard_rows: int) -> None:
+        if not _fit(arrays):
+            raise FormatError("the plan's arrays do not fit each other; run the build again with --overwrite")
         self.arrays = arrays
         self.shard_rows = shard_rows
         self._order = arrays.get("order")
         self.item_count = len(arrays["name_ends"] if self._order is None else self._order)
         self.shard_count = -(-self.item_count // shard_rows)
-        lengths = {len(arrays[name]) for name in ("folder_ends", "group_ends", "group_labels")}
-        listed = len(arrays["name_ends"])
-        ends = [(arrays["names"], arrays["name_ends"]), (arrays["folders"], arrays["folder_ends"])]
-        if (
-            len(lengths) != 1
-            or not listed
-            or any(texts.dtype != np.uint8 or last[-1] != len(texts) for texts, last in ends)
-            or arrays["group_ends"][-1] != listed
-        ):
-            raise FormatError("the plan's arrays do not fit each other; run the build again with --overwrite")
 
     def shard_range(self, shard: int) -> range:
         """The indices of a shard's items."""
@@ -155,6 +147,20 @@ def collect(
     if shuffle is not None:
         arrays["order"] = np.argsort(np.random.PCG64(shuffle).random_raw(count), kind="stable")[:limit]
     return arrays
+
+
+def _fit(arrays: Mapping[str, NDArray[Any]]) -> bool:
+    if not arrays.keys() >= set(_ARRAYS) - {"order"}:
+        return False
+    if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in arrays.values()):
+        return False
+    texts = (arrays["names"], arrays["name_ends"]), (arrays["folders"], arrays["folder_ends"])
+    return (
+        len(arrays["name_ends"]) > 0
+        and len(arrays["folder_ends"]) == len(arrays["group_ends"]) == len(arrays["group_labels"]) > 0
+        and all(text.dtype == np.uint8 and ends[-1] == len(text) for text, ends in texts)
+        and arrays["group_ends"][-1] == len(arrays["name_ends"])
+    )
 
 
 def _spans(ends: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[list[int], list[int]]:

@@ -47,27 +47,21 @@ class LocalStorage:
 
     def size(self, name: str) -> int | None:
         """The size of a file in bytes, None if there is none."""
-        try:
+        with self.explained(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return os.stat(self.path(name)).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return None
 
     def read(self, name: str) -> bytes | None:
         """The content of a small file, None if there is none."""
-        try:
-            with self.explained(name):
-                return Path(self.path(name)).read_bytes()
-        except StorageError as exc:
-            if isinstance(exc.__cause__, (FileNotFoundError, NotADirectoryError)):
-                return None
-            raise
+        with self.explained(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return Path(self.path(name)).read_bytes()
+        return None
 
     def names(self, folder: str = "") -> list[str]:
         """The names of the files and folders in a folder, sorted; empty if there is no such folder."""
-        try:
+        with self.explained(folder), contextlib.suppress(FileNotFoundError):
             return sorted(os.listdir(self.path(folder)))
-        except FileNotFoundError:
-            return []
+        return []
 
     def temporary(self, name: str) -> str:
         """The path of a new temporary file beside `name`, whose folder exists from now on."""
@@ -127,10 +121,10 @@ class LocalStorage:
             with self.explained(_LOCK):
                 os.makedirs(self.path(PRIVATE), exist_ok=True)
                 descriptor = self._take_lock(stack)
+                stack.callback(self.remove, _LOCK)  # before the descriptor is closed: only the holder removes it
                 holder = {"host": socket.gethostname(), "process": os.getpid()}
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-            stack.callback(self.remove, _LOCK)  # before the descriptor is closed: only the holder removes it
             yield
 
     def _take_lock(self, stack: contextlib.ExitStack) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -13,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..environment import usable_cpus
-from ..errors import FormatError
+from ..errors import FormatError, UsageError
 from ..manifest import Manifest, shard_table_digest
-from ..normalize import table
+from ..normalize import row_shape, table
 from ..npz.reader import NpzReader
-from ..output import INDEX, REJECTS, shard_files, shard_name
+from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
 from ..readers.arrays import open_index, open_shard
 from ..storage import LocalStorage
 
@@ -69,11 +70,12 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
     folder = os.path.abspath(path)
     manifest = Manifest.load(folder)
     storage = LocalStorage(folder)
+    _require_consistent(manifest, storage.path(MANIFEST))
     shards = manifest.counts.shards
     problems: list[Problem] = []
     index: NpzReader | None
     try:
-        index = open_index(folder)
+        index = open_index(folder, manifest)
         problems += [Problem(INDEX, what) for what in _index_faults(index, manifest)]
         if problems:
             index = None
@@ -114,7 +116,8 @@ class _ShardChecker:
             damaged = [name for name in reader.directory.members if not reader.crc_matches(name)]
             if damaged:
                 return [f"damaged: the CRC-32 of {name} does not match its data" for name in damaged]
-            return [*self._table_faults(reader, shard), *self._column_faults(reader), *self._value_faults(reader)]
+            faults = list(self._column_faults(reader)) or list(self._value_faults(reader))
+            return [*self._table_faults(reader, shard), *faults]
         except FormatError as exc:
             return [str(exc).removeprefix(f"{path}: ")]
 
@@ -141,21 +144,21 @@ class _ShardChecker:
         rows = len(reader["images"])
         kinds = {"index": "i", "source_bytes": "i", "paths": "U"}
         kinds |= {"labels": "i"} if self._manifest.classes is not None else {}
+        kinds |= {"valid": "b"} if "valid" in reader else {}
         for name, kind in kinds.items():
             column = reader[name]
             if column.shape != (rows,) or column.dtype.kind != kind:
                 yield f"{name} is {column.dtype} {column.shape}; {rows} entries of kind {kind!r} belong there"
-        if self._manifest.classes is not None and rows:
-            labels, classes = reader["labels"], len(self._manifest.classes)
-            if labels.min() < 0 or labels.max() >= classes:
-                yield f"labels {labels.min()} to {labels.max()}; there are {classes} classes"
+            elif name == "labels" and rows:
+                classes = len(self._manifest.classes or ())
+                if column.min() < 0 or column.max() >= classes:
+                    yield f"labels {column.min()} to {column.max()}; there are {classes} classes"
 
     def _value_faults(self, reader: NpzReader) -> Iterator[str]:
-        images = reader["images"]
-        if images.dtype == np.uint8:
+        images, valid = reader["images"], reader.get("valid")
+        if images.dtype == np.uint8 and valid is None:
             return
         axis = 1 if self._manifest.images.layout == "NCHW" else 3
-        valid = reader.get("valid")
         for start in range(0, len(images), _ROWS_AT_ONCE):
             rows = images[start : start + _ROWS_AT_ONCE]
             if valid is not None:
@@ -173,6 +176,26 @@ class _ShardChecker:
                     )
 
 
+def _require_consistent(manifest: Manifest, label: str) -> None:
+    """Raises FormatError where the manifest contradicts itself."""
+    try:
+        config = manifest.config
+        table(config)
+    except UsageError as exc:
+        raise FormatError(f"{label}: settings: {'; '.join(str(exc).splitlines())}; the file is damaged") from exc
+    images, settings = manifest.images, (config.dtype, config.layout, config.channels)
+    size = config.size or (images.shape[-2:] if config.layout == "NCHW" else images.shape[:2])
+    if settings != (images.dtype, images.layout, images.channels) or row_shape(config, *size) != images.shape:
+        raise FormatError(f"{label}: {images!r} contradicts the settings; the file is damaged")
+    counts, rejects = manifest.counts, sum(manifest.counts.rejects_by_code.values())
+    rows = counts.items - (0 if config.on_reject == "blank" else rejects)
+    shards = -(-counts.items // max(1, manifest.shard_items))
+    if (counts.rows, counts.rejects, counts.shards) != (rows, rejects, shards):
+        raise FormatError(
+            f"{label}: {counts!r} contradicts itself or the {manifest.shard_items} items a shard; the file is damaged"
+        )
+
+
 def _index_faults(index: NpzReader, manifest: Manifest) -> Iterator[str]:
     damaged = [name for name in index.directory.members if not index.crc_matches(name)]
     if damaged:
@@ -185,8 +208,10 @@ def _index_faults(index: NpzReader, manifest: Manifest) -> Iterator[str]:
     elif shard_table_digest(index) != manifest.shard_table_digest:
         yield "its table of shards is not the manifest's: one of the two files belongs to another dataset"
     rows = index["index"]
-    if len(rows) != counts.rows or index["shard_rows"].sum() != counts.rows:
-        yield f"{len(rows)} rows; the manifest says {counts.rows}"
+    lengths = {len(index[name]) for name in ("index", "labels", "valid") if name in index}
+    lengths.add(int(index["shard_rows"].sum()))
+    if lengths != {counts.rows}:
+        yield f"{' or '.join(map(str, sorted(lengths)))} rows; the manifest says {counts.rows}"
     if len(rows) and (rows[0] < 0 or rows[-1] >= counts.items or (np.diff(rows) <= 0).any()):
         yield f"the rows' places are not ascending within the plan's {counts.items} items"
     if (manifest.classes is None) == ("labels" in index):
@@ -199,17 +224,21 @@ def _reject_faults(storage: LocalStorage, manifest: Manifest, index: NpzReader |
         yield "missing"
         return
     try:
-        places = [int(json.loads(line)["index"]) for line in content.splitlines()]
-    except (ValueError, KeyError, TypeError) as exc:
-        yield f"not a JSON object a line: {exc!r}"
+        rejects = [json.loads(line) for line in content.splitlines()]
+        places = np.array([int(reject["index"]) for reject in rejects], np.int64)
+        codes = Counter(reject["code"] for reject in rejects)
+    except (ValueError, KeyError, TypeError, OverflowError) as exc:
+        yield f"not a reject a line: {exc!r}"
         return
     if len(places) != manifest.counts.rejects:
         yield f"{len(places)} lines; the manifest says {manifest.counts.rejects}"
+    elif codes != manifest.counts.rejects_by_code:
+        yield f"codes {dict(sorted(codes.items()))}; the manifest says {manifest.counts.rejects_by_code}"
     if index is None:
         return
     rows = index["index"] if "valid" not in index else index["index"][index["valid"]]
-    items = manifest.counts.items
-    seen = np.bincount(np.clip(np.concatenate([rows, np.array(places, np.int64)]), 0, items), minlength=items)
-    wrong = np.flatnonzero(seen[:items] != 1)
-    if len(wrong) or len(seen) > items:
-        yield f"item {wrong[0] if len(wrong) else items} of the plan is not exactly one row or one reject"
+    places, items = np.sort(np.concatenate([rows, places])), manifest.counts.items
+    wrong = np.flatnonzero(places != np.arange(len(places)))
+    if len(wrong) or len(places) != items:
+        item = min(wrong[0], places[wrong[0]]) if len(wrong) else min(len(places), items)
+        yield f"item {item} of the plan's {items} is not exactly one row or one reject"

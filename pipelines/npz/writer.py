@@ -30,6 +30,7 @@ class NpzWriter:
 
     Raises:
         OSError: as the system says, no space left among others.
+        ValueError: a name stands there already, or a dtype or shape is not the member's or cannot be stored.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -56,6 +57,8 @@ class NpzWriter:
     def begin(self, name: str, dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> None:
         """Begins the member `name`, an array of rows of `row_shape`; ends the one before it."""
         self._end_member()
+        if dtype.kind not in "biufU" or not dtype.itemsize or any(member.name == name for member in self._members):
+            raise ValueError(f"{name}: a second one, or of type {dtype}; stored are numbers, bools and text")
         self._open = (name, self._position, dtype.newbyteorder("<"), row_shape)
         self._position = data_offset(self._position, name)
         self._rows = self._crc = 0
@@ -64,7 +67,7 @@ class NpzWriter:
         """Writes rows, (N, *row_shape) in the member's dtype, at the end of the member that is open."""
         assert self._open is not None
         name, _, dtype, row_shape = self._open
-        if rows.shape[1:] != row_shape or rows.dtype.newbyteorder("<") != dtype:
+        if rows.ndim == 0 or rows.shape[1:] != row_shape or rows.dtype.newbyteorder("<") != dtype:
             raise ValueError(f"{name}: got {rows.dtype} {rows.shape}; this member has rows of {dtype} {row_shape}")
         self._rows += len(rows)
         if not rows.size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import FormatError
+from ..errors import FormatError, StorageError
 from ..job import shard_comment
 from ..manifest import Manifest
 from ..normalize import apply_table, table
@@ -43,12 +44,13 @@ class Dataset:
     Raises:
         IncompleteError: the build has not ended.
         FormatError: not a dataset, damaged, or made by a later version.
+        StorageError: the process has too many files open.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.abspath(path)
         self.manifest = Manifest.load(self.path)
-        index = open_index(self.path)
+        index = open_index(self.path, self.manifest)
         rows = self.manifest.counts.rows
         self.index: NDArray[np.int64] = index["index"]
         self.labels: NDArray[np.int64] | None = index.get("labels")
@@ -58,7 +60,7 @@ class Dataset:
         if (
             any(len(column) != rows for column in columns)
             or len(ends) != self.manifest.counts.shards
-            or ends[-1] != rows
+            or ends[-1:] != [rows]
         ):
             raise FormatError(f"{self.path}: {INDEX} does not fit the manifest; run gpu-npz verify on the dataset")
         self.class_names = self.manifest.classes
@@ -103,9 +105,9 @@ class Dataset:
         """
         if isinstance(rows, slice):
             span = range(len(self))[rows]
-            if span.step == 1 or not span:
-                return self._span(name, span.start, max(span.start, span.stop))
-            rows = list(span)
+            if span.step == 1 and span:
+                return self._span(name, span.start, span.stop)
+            rows = np.array(span)
         if isinstance(rows, SupportsIndex) and np.ndim(rows) == 0:  # type: ignore[arg-type]  # any integer type
             shard, at = self._find(int(rows))
             row: NDArray[Any] = self.shard(shard)[name][at]
@@ -115,17 +117,21 @@ class Dataset:
             raise TypeError(
                 f"rows: got {wanted.dtype} {wanted.shape}; allowed: an integer, a slice or a list of integers"
             )
-        return self._gather(name, [self._find(int(row)) for row in wanted])
+        places = [self._find(int(row)) for row in wanted]
+        return self._gather(name, [(shard, at, at + 1) for shard, at in places])
 
     def normalized(self, rows: Rows) -> NDArray[np.float32]:
         """Images as float32, with the dataset's normalization applied where it stores uint8 pixels.
 
-        A uint8 dataset gives exactly the values that a float32 build of the same images stores.
+        A uint8 dataset gives exactly the values that a float32 build of the same images stores; blank rows stay zero.
         """
         images = self[rows]
         if images.dtype != np.uint8:
             return images.astype(np.float32)
-        return apply_table(table(self.manifest.config, "float32"), images, self.manifest.images.layout)
+        values = apply_table(table(self.manifest.config, "float32"), images, self.manifest.images.layout)
+        if self.valid is not None:
+            values[~self.valid[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]] = 0
+        return values
 
     def shard(self, number: int) -> NpzReader:
         """One shard, opened or taken from the few that are kept open.
@@ -153,19 +159,35 @@ class Dataset:
         return shard, row - (self._ends[shard - 1] if shard else 0)
 
     def _span(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        parts = []
+        """The rows from `start` up to `stop`, at least one."""
+        runs = []
         while start < stop:
             shard, at = self._find(start)
             count = min(stop, self._ends[shard]) - start
-            parts.append(self.shard(shard)[name][at : at + count])
+            runs.append((shard, at, at + count))
             start += count
-        return self._gather(name, []) if not parts else parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(runs) != 1:
+            return self._gather(name, runs)
+        ((shard, begin, end),) = runs
+        view: NDArray[Any] = self.shard(shard)[name][begin:end]
+        return view
 
-    def _gather(self, name: str, places: list[tuple[int, int]]) -> NDArray[Any]:
-        if not places:
-            empty: NDArray[Any] = self.shard(0)[name][:0]
-            return empty
-        return np.stack([self.shard(shard)[name][at] for shard, at in places])
+    def _gather(self, name: str, runs: list[tuple[int, int, int]]) -> NDArray[Any]:
+        """A copy of the rows of all runs (shard, start, stop), made run by run: views would keep every shard open."""
+        if not runs:
+            runs = [(0, 0, 0)]
+        out: NDArray[Any] | None = None
+        filled, count = 0, sum(stop - start for _, start, stop in runs)
+        for shard, start, stop in runs:
+            rows = self.shard(shard)[name][start:stop]
+            if out is None:
+                out = np.empty((count, *rows.shape[1:]), rows.dtype)
+            elif rows.dtype != out.dtype:  # texts: each shard has the width that its own need
+                out = out.astype(np.promote_types(out.dtype, rows.dtype))
+            out[filled : filled + len(rows)] = rows
+            filled += len(rows)
+        assert out is not None
+        return out
 
 
 class _Paths(Sequence[str]):
@@ -191,9 +213,10 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
     return Dataset(path)
 
 
-def open_index(folder: str) -> NpzReader:
-    """The index.npz of a dataset, which must have its members. Raises FormatError if it is missing or damaged."""
+def open_index(folder: str, manifest: Manifest) -> NpzReader:
+    """The index.npz of a dataset. Raises FormatError if it is missing, damaged or another dataset's."""
     reader = _opened(os.path.join(folder, INDEX))
+    _require_comment(reader, f"gpu-npz 1 dataset={manifest.id} index")
     kinds = {"index": np.int64, "labels": np.int64, "valid": np.bool_, "shard_rows": np.int64, "shard_bytes": np.int64}
     for name, kind in kinds.items():
         if name in ("labels", "valid") and name not in reader:
@@ -212,18 +235,26 @@ def open_shard(path: str, manifest: Manifest, number: int) -> NpzReader:
         FormatError: missing, damaged, foreign, or with images of another shape or type.
     """
     reader = _opened(path)
-    expected = shard_comment(manifest.id, number)
-    if reader.directory.comment != expected:
-        raise FormatError(f"{path}: it is {reader.directory.comment!r}, but {expected!r} belongs here; copy it again")
+    _require_comment(reader, shard_comment(manifest.id, number))
     images = reader["images"]
-    if images.shape[1:] != manifest.images.shape or images.dtype != np.dtype(manifest.images.dtype):
+    if images.shape[1:] != manifest.images.shape or images.dtype.name != manifest.images.dtype:
         wanted = f"{manifest.images.dtype} (N, {', '.join(map(str, manifest.images.shape))})"
         raise FormatError(f"{path}: images are {images.dtype} {images.shape}; the manifest says {wanted}")
     return reader
+
+
+def _require_comment(reader: NpzReader, expected: str) -> None:
+    if (found := reader.directory.comment) != expected:
+        raise FormatError(f"{reader.path}: it is {found!r}, but {expected!r} belongs here; copy it again")
 
 
 def _opened(path: str) -> NpzReader:
     try:
         return NpzReader(path)
     except OSError as exc:
+        if exc.errno in (errno.EMFILE, errno.ENFILE):
+            raise StorageError(
+                f"{path}: {exc.strerror}; copy rows rather than keep views of many shards, or raise the limit "
+                "(ulimit -n)"
+            ) from exc
         raise FormatError(f"{path}: {exc.strerror or exc}; restore the file, or build it again") from exc
