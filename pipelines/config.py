@@ -10,6 +10,7 @@ import difflib
 import re
 import sys
 from collections.abc import Mapping
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -131,7 +132,8 @@ class BuildConfig(BaseModel):
     )
 
     classes_from: str | None = _setting(
-        "operational", None, "Number the classes as a finished dataset does, or a text file with a name a line.", "",
+        "operational", None, "Number the classes as a finished dataset does, or a text file with a name a line.",
+        "a finished dataset, or a text file",
         "OUT|FILE",
     )  # fmt: skip
     max_rejects: str = _setting(
@@ -149,7 +151,11 @@ class BuildConfig(BaseModel):
         "N",
     )
     workers: int | None = _setting(
-        "operational", None, "Worker processes; as many as usable cores for pillow, one for dali, unless given.", "1 to 1024", "N"
+        "operational",
+        None,
+        "Worker processes; as many as usable cores for pillow, one for dali, unless given.",
+        "1 to 1024",
+        "N",
     )
     overwrite: bool = _setting("operational", False, "Delete what an earlier build left in OUT and start anew.")
     accept_environment: bool = _setting(
@@ -190,7 +196,7 @@ class BuildConfig(BaseModel):
     def _parse_device(cls, value: Any) -> str:
         text = str(value).strip().lower()
         text = str(int(text)) if text.isascii() and text.isdigit() else text
-        return str(_require(text in ("auto", "cpu") or text.isdigit(), text))
+        return str(_require(text in ("auto", "cpu") or (text.isascii() and text.isdigit()), text))
 
     @field_validator("background", "mean", "std", mode="before")
     @classmethod
@@ -212,7 +218,7 @@ class BuildConfig(BaseModel):
         match = re.fullmatch(r"(\d{1,15})|(\d{1,3}(?:\.\d{1,6})?)\s*%", str(value).strip())
         _require(match and (match[1] or float(match[2]) <= 100), value)
         assert match
-        return str(int(match[1])) if match[1] else f"{float(match[2]):g}%"
+        return str(int(match[1])) if match[1] else f"{Decimal(match[2]).normalize():f}%"
 
     @field_validator("crop_pct", "pad_value", "max_pixels", "limit", "shuffle", "batch_size", "workers", "background")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 
@@ -18,6 +19,7 @@ COMMITS = f"{PRIVATE}/commits"
 _FLAT_SHARDS = 10_000
 _SHARDS_A_FOLDER = 1000
 _SHARD = re.compile(r"shard-\d{5,}\.npz")
+_RECORD = re.compile(r"shard-\d{5,}\.json")
 _FOLDER = re.compile(r"\d{2,}")
 
 
@@ -35,7 +37,7 @@ def commit_name(shard: int, shards: int) -> str:
 
 def shard_files(storage: LocalStorage) -> list[str]:
     """Every file in OUT that has a shard's name, sorted."""
-    folders = ["", *(name for name in storage.names() if _FOLDER.fullmatch(name))]
+    folders = ["", *_numbered(storage, "")]
     return [
         posixpath.join(folder, name) for folder in folders for name in storage.names(folder) if _SHARD.fullmatch(name)
     ]
@@ -44,9 +46,8 @@ def shard_files(storage: LocalStorage) -> list[str]:
 def commit_files(storage: LocalStorage) -> list[str]:
     """Every commit record in OUT."""
     names = []
-    for name in storage.names(COMMITS):
-        path = f"{COMMITS}/{name}"
-        names += [path] if name.endswith(".json") else [f"{path}/{below}" for below in storage.names(path)]
+    for folder in (COMMITS, *_numbered(storage, COMMITS)):
+        names += [f"{folder}/{name}" for name in storage.names(folder) if _RECORD.fullmatch(name)]
     return names
 
 
@@ -62,19 +63,25 @@ def require_own(storage: LocalStorage) -> None:
 
 def remove_temporaries(storage: LocalStorage) -> None:
     """Removes what killed builds left unfinished. Only for the holder of the lock."""
-    numbered = [name for name in storage.names() if _FOLDER.fullmatch(name)]
-    below = [f"{COMMITS}/{name}" for name in storage.names(COMMITS) if _FOLDER.fullmatch(name)]
-    for folder in ("", PRIVATE, COMMITS, *numbered, *below):
+    for folder in ("", PRIVATE, COMMITS, *_numbered(storage, ""), *_numbered(storage, COMMITS)):
         storage.remove_temporaries(folder)
 
 
 def clear(storage: LocalStorage) -> None:
-    """Removes what builds made, the manifest first, and nothing else. Only for the holder of the lock."""
+    """Removes what builds made and nothing else. Only for the holder of the lock.
+
+    The manifest goes first, since what is left is no dataset any more, and the job last: it tells that OUT is our own.
+    """
     remove_temporaries(storage)
-    for name in (MANIFEST, JOB, *commit_files(storage), *shard_files(storage), INDEX, REJECTS, PLAN, REPORT):
+    files = [*commit_files(storage), *shard_files(storage)]
+    for name in (MANIFEST, *files, INDEX, REJECTS, REPORT, PLAN, JOB):
         storage.remove(name)
-    for parent in (COMMITS, ""):
-        for name in storage.names(parent):
-            folder = posixpath.join(parent, name)
-            if _FOLDER.fullmatch(name) and not storage.names(folder):
-                storage.remove(folder)
+    for folder in {posixpath.dirname(name) for name in files} - {""}:
+        if not storage.names(folder):
+            storage.remove(folder)
+
+
+def _numbered(storage: LocalStorage, parent: str) -> list[str]:
+    """The folders of 1,000 shards or records in a folder."""
+    paths = [posixpath.join(parent, name) for name in storage.names(parent) if _FOLDER.fullmatch(name)]
+    return [path for path in paths if os.path.isdir(storage.path(path))]

@@ -241,6 +241,28 @@ def test_broken_exif_turns_nothing_and_says_nothing(
     assert not list(recwarn)
 
 
+def test_exif_behind_the_pixels_of_a_png_counts(encode: Encode) -> None:
+    upright = paint(50, 70, 0)
+    data = encode(np.ascontiguousarray(STORED[6](upright)), "PNG", exif=oriented(6))
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")  # length, name, content, CRC
+    before_last = len(data) - 12
+    moved = data[:start] + data[end:before_last] + data[start:end] + data[before_last:]
+    assert moved.index(b"eXIf") > moved.index(b"IDAT")
+    np.testing.assert_array_equal(decoded(moved, size="50x70"), upright)
+    with decoder_of() as decoder:
+        assert decoder.upright_size(moved, "a/1.jpg") == (50, 70)
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x0f\0\x02\0\0\0\x02\x61\0\0\0\0\0\0\0"])
+def test_what_xmp_says_of_the_orientation_turns_nothing(encode: Encode, exif: bytes) -> None:
+    said = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    whole = encode(paint(50, 70, 0), exif=exif)
+    data = whole[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2, "big") + said + whole[2:]
+    assert b"xmp" in data
+    np.testing.assert_array_equal(decoded(data, size="50x70"), np.asarray(by_pillow(whole)))
+
+
 # Resize modes
 
 
@@ -501,12 +523,15 @@ def test_the_first_size_of_a_turned_tiff_is_the_upright_one(make_tree: MakeTree,
 # The process around it
 
 
-def test_pillows_limit_and_warnings_are_as_before_afterwards(file_bytes: FileBytes) -> None:
-    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+def test_pillows_limit_and_warnings_are_as_before_afterwards(
+    file_bytes: FileBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # fewer than the files have
+    filters = list(warnings.filters)
     for kind in ("jpeg", "half", "broken-exif"):
         with contextlib.suppress(BadItem):
             decoded(file_bytes(kind))
-        assert limit == Image.MAX_IMAGE_PIXELS
+        assert Image.MAX_IMAGE_PIXELS == 1000
         assert list(warnings.filters) == filters
 
 

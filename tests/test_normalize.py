@@ -91,6 +91,14 @@ def test_every_value_is_the_exact_rational_rounded_once(name: str, dtype: str, c
     assert values.tolist() == expected_rows(name, channels, dtype)
 
 
+def test_a_value_in_the_middle_goes_to_the_even_neighbour_and_decimals_are_taken_as_written() -> None:
+    # float16 has steps of 2 here. In binary, 20.53 / 0.01 is a little more than 2053, and would go to 2054.
+    halves = table(BuildConfig(mean=(2049, 2051, 20.53), std=(1, 1, 0.01), dtype="float16"))
+    assert halves[:, 0].tolist() == [-2048, -2052, -2052]
+    singles = table(BuildConfig(mean=(2**24 + 1, 2**24 + 3, 0), std=(1, 1, 1)))
+    assert singles[:2, 0].tolist() == [-(2**24), -(2**24 + 4)]
+
+
 def test_a_reader_gets_the_float_table_of_a_dataset_that_stores_pixels() -> None:
     for channels in ("rgb", "bgr"):
         stored, direct = config_of("imagenet", channels, dtype="uint8"), config_of("imagenet", channels)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..environment import usable_cpus
 from ..errors import FormatError, UsageError
 from ..manifest import Manifest, shard_table_digest
-from ..normalize import row_shape, table
+from ..normalize import row_shape, statistics, table
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
 from ..readers.arrays import open_index, open_shard
@@ -81,7 +81,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
             index = None
     except FormatError as exc:
         index = None
-        problems.append(Problem(INDEX, str(exc)))
+        problems.append(Problem(INDEX, str(exc).removeprefix(f"{storage.path(INDEX)}: ")))
     problems += [Problem(REJECTS, what) for what in _reject_faults(storage, manifest, index)]
     expected = {shard_name(shard, shards) for shard in range(shards)}
     problems += [
@@ -187,6 +187,10 @@ def _require_consistent(manifest: Manifest, label: str) -> None:
     size = config.size or (images.shape[-2:] if config.layout == "NCHW" else images.shape[:2])
     if settings != (images.dtype, images.layout, images.channels) or row_shape(config, *size) != images.shape:
         raise FormatError(f"{label}: {images!r} contradicts the settings; the file is damaged")
+    found = statistics(config) or ((), ())
+    said = manifest.normalization
+    if said and [said.mean, said.std] != [tuple(map(float, numbers)) for numbers in found]:
+        raise FormatError(f"{label}: {said!r} contradicts the settings; the file is damaged")
     counts, rejects = manifest.counts, sum(manifest.counts.rejects_by_code.values())
     rows = counts.items - (0 if config.on_reject == "blank" else rejects)
     shards = -(-counts.items // max(1, manifest.shard_items))

@@ -94,7 +94,14 @@ class DaliDecoder:
         self._stream = stream
         self._threads = threads or len(os.sched_getaffinity(0))
         self._row_shape = (geometry.height, geometry.width, config.channel_count)
-        self._graph = (config, geometry, "cpu" if device is None else "mixed")
+        self._options = {
+            "config": config,
+            "geometry": geometry,
+            "backend": "cpu" if device is None else "mixed",
+            "batch_size": batch_size,
+            "num_threads": self._threads,
+            "device_id": device,
+        }
         self._xp: Any = np if device is None else importlib.import_module("cupy")
         self._on_stream: Any = contextlib.nullcontext()
         if stream is not None:
@@ -109,7 +116,7 @@ class DaliDecoder:
     def __enter__(self) -> DaliDecoder:
         self._open.enter_context(self._pillow)
         self._pool = self._open.enter_context(ThreadPoolExecutor(self._threads, "gpu-npz-pillow"))
-        self._main = self._pipeline(_from_files, self._next, prefetch_queue_depth=_READ_AHEAD)
+        self._main = _from_files(self._next, prefetch_queue_depth=_READ_AHEAD, **self._options)
         return self
 
     def __exit__(
@@ -158,16 +165,6 @@ class DaliDecoder:
         if self._failure is not None:
             raise self._failure
 
-    def _pipeline(self, kind: Callable[..., Any], *source: Any, prefetch_queue_depth: int) -> Any:
-        return kind(
-            *source,
-            *self._graph,
-            batch_size=self._batch_size,
-            num_threads=self._threads,
-            device_id=self._device,
-            prefetch_queue_depth=prefetch_queue_depth,
-        )
-
     def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
         """Paths and indices of the next batch, for DALI, which takes no exception but StopIteration."""
         try:
@@ -201,8 +198,9 @@ class DaliDecoder:
     def _finish(self, batch: Batch, rows: _Rows) -> Decoded:
         """The rows with Pillow's pixels where DALI has none, and without those of rejects."""
         left = np.flatnonzero(~rows.done)
+        results = self._pool.map(self._by_pillow, [batch.items[p] for p in left])
         rejects = []
-        for position, (data, result) in zip(left, self._by_pillow([batch.items[p] for p in left]), strict=True):
+        for position, (data, result) in zip(left, results, strict=True):
             rows.source_bytes[position] = len(data)
             if isinstance(result, Reject):
                 rejects.append(result)
@@ -213,18 +211,14 @@ class DaliDecoder:
         pixels = rows.pixels[self._xp.asarray(kept)] if rejects else rows.pixels
         return Decoded(batch, pixels, kept, rows.source_bytes, rejects, {"read": 0.0})
 
-    def _by_pillow(self, items: list[Item]) -> Iterator[tuple[bytes, NDArray[np.uint8] | Reject]]:
-        """Each item's bytes, empty if it cannot be read, and its pixels or why it has none."""
-
-        def decode(item: Item) -> tuple[bytes, NDArray[np.uint8] | Reject]:
-            data = b""
-            try:
-                data = read_item(self._source, item.path)
-                return data, self._pillow.decode_image(data, item.path)
-            except BadItem as bad:
-                return data, bad.of(item.path, item.index)
-
-        return self._pool.map(decode, items)
+    def _by_pillow(self, item: Item) -> tuple[bytes, NDArray[np.uint8] | Reject]:
+        """The item's bytes, empty if it cannot be read, and its pixels or why it has none."""
+        data = b""
+        try:
+            data = read_item(self._source, item.path)
+            return data, self._pillow.decode_image(data, item.path)
+        except BadItem as bad:
+            return data, bad.of(item.path, item.index)
 
     def _salvage(self, batch: Batch) -> _Rows:
         """What DALI can decode of a batch that it failed on as a whole."""
@@ -232,7 +226,7 @@ class DaliDecoder:
         rows = _Rows(
             self._xp.empty((count, *self._row_shape), np.uint8), np.zeros(count, np.int64), np.zeros(count, np.bool_)
         )
-        data, results = zip(*self._by_pillow(batch.items), strict=True)
+        data, results = zip(*self._pool.map(self._by_pillow, batch.items), strict=True)
         # DALI names one image at most. Whatever Pillow rejects is a good guess at them all, and mostly leaves one run
         # for the others. But what DALI does with an image alone decides, lest its pixels depend on its neighbours.
         suspects = {p for p in range(count) if isinstance(results[p], Reject)}
@@ -243,7 +237,7 @@ class DaliDecoder:
 
     def _mend(self, rows: _Rows, data: Sequence[bytes], positions: list[int]) -> None:
         """Decodes these items by DALI, in halves where that fails."""
-        self._repair = self._repair or self._pipeline(_from_memory, prefetch_queue_depth=1)
+        self._repair = self._repair or _from_memory(prefetch_queue_depth=1, **self._options)
         try:
             outputs = self._repair.run(self._stream, encoded=[np.frombuffer(data[p], np.uint8) for p in positions])
         except _FAILURES as exc:
@@ -267,20 +261,20 @@ class DaliDecoder:
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
-def _from_files(source: Callable[[], Any], config: BuildConfig, geometry: Geometry, device: str) -> Any:
+def _from_files(source: Callable[[], Any], config: BuildConfig, geometry: Geometry, backend: str) -> Any:
     """The files whose paths `source` gives at each call, decoded; and the indices that it gave with them."""
     paths, index = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0])
     # Not mapped: plain reads are twice as fast, and a file that shrinks meanwhile does no harm.
-    return *_decoded(fn.io.file.read(paths, dont_use_mmap=True), config, geometry, device), index
+    return *_decoded(fn.io.file.read(paths, dont_use_mmap=True), config, geometry, backend), index
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
-def _from_memory(config: BuildConfig, geometry: Geometry, device: str) -> Any:
+def _from_memory(config: BuildConfig, geometry: Geometry, backend: str) -> Any:
     """What is fed as "encoded", decoded."""
-    return _decoded(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), config, geometry, device)
+    return _decoded(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), config, geometry, backend)
 
 
-def _decoded(encoded: Any, config: BuildConfig, geometry: Geometry, device: str) -> tuple[Any, Any, Any]:
+def _decoded(encoded: Any, config: BuildConfig, geometry: Geometry, backend: str) -> tuple[Any, Any, Any]:
     """The graph: pixels, encoded sizes, and which items DALI decoded, where the others' pixels are a blank's."""
     out_height, out_width = geometry.height, geometry.width
     max_pixels = min(config.max_pixels, 2**31 - 1)  # the largest constant that a graph can hold
@@ -314,7 +308,7 @@ def _decoded(encoded: Any, config: BuildConfig, geometry: Geometry, device: str)
 
     images = fn.decoders.image(
         encoded,
-        device=device,
+        device=backend,
         output_type=types.GRAY if config.channels == "gray" else types.RGB,
         adjust_orientation=config.exif_orientation,
         jpeg_fancy_upsampling=True,  # as Pillow does; without it, pixels of 4:2:0 images differ by up to 27 levels

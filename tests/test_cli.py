@@ -1,0 +1,503 @@
+"""The command line: what goes where, exit codes, interruptions, and what is loaded when."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import gpu_npz
+from gpu_npz.builder import build
+from gpu_npz.cli.main import COMMANDS, cli, run
+from gpu_npz.config import BuildConfig, load_toml
+
+MakeTree = Callable[..., Path]  # a fixture: see conftest.py
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--size", "16", "--shard-size", "2", "--workers", "1", "--device", "cpu"]
+HEAVY = ("torch", "cupy", "nvidia.dali", "ray", "PIL", "pydantic")
+
+
+@pytest.fixture(autouse=True)
+def own_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line takes the library's logger over; the next test gets it back."""
+    logger = logging.getLogger("gpu_npz")
+    monkeypatch.setattr(logger, "handlers", logger.handlers)
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
+
+
+@pytest.fixture
+def src(make_tree: MakeTree) -> str:
+    """Eight pictures in two classes, and two bad files."""
+    good = {f"{name}/{number}.jpg": "jpeg" for name in "ab" for number in range(4)}
+    return str(make_tree({**good, "a/bad.jpg": "half", "b/bad.jpg": "text"}))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> str:
+    return str(tmp_path / "out")
+
+
+def contents(out: str) -> dict[str, bytes]:
+    """Everything in OUT but the report, which has times in it."""
+    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+    files.pop(".gpu-npz/report.json", None)
+    return files
+
+
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
+
+
+# What goes where
+
+
+def test_a_build_says_what_it_made_on_stdout_and_nothing_on_stderr(
+    src: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["build", src, out, *SMALL]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0].startswith(f"{out}: 8 images in 5 shards, ")
+    assert lines[1] == "  rejects     2 (1 not-an-image, 1 truncated); rejects.jsonl names them"
+    assert "  with        pillow on the CPU, 1 worker(s), batches of 2" in lines
+    assert any(line.startswith("  bottleneck  ") for line in lines)
+    assert any("--shuffle SEED" in line for line in lines)
+    assert captured.err == ""
+
+
+def test_the_same_command_on_a_finished_dataset_says_so_and_exits_0(
+    src: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["build", src, out, *SMALL]) == 0
+    before = contents(out)
+    capsys.readouterr()
+    assert run(["build", src, out, *SMALL]) == 0
+    assert "complete already; nothing was left to do" in capsys.readouterr().out
+    assert contents(out) == before
+
+
+def test_json_is_alone_on_stdout_and_has_the_report(src: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["build", src, out, *SMALL, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["complete"], report["rows"], report["rejects"]) == (True, 8, 2)
+    assert report["rejects_by_code"] == {"not-an-image": 1, "truncated": 1}
+    assert run(["info", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(Path(out, "dataset.json").read_text())
+    assert run(["verify", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["first build", "json"])
+def test_quiet_prints_nothing_but_json_where_that_is_asked_for(
+    src: str, out: str, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    for _ in range(2):
+        assert run(["build", src, out, *SMALL, "--quiet", *more]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        assert json.loads(captured.out)["rows"] == 8 if more else captured.out == ""
+
+
+@pytest.mark.parametrize("more", [[], ["--quiet"], ["--json"]], ids=str)
+def test_a_gpu_that_is_not_there_is_warned_of_on_stderr(
+    src: str, out: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run(["build", src, out, *SMALL, "--device", "0", *more]) == 0
+    captured = capsys.readouterr()
+    assert "gpu-npz: NO GPU IS VISIBLE: building on the CPU with pillow" in captured.err
+    assert "NO GPU" not in captured.out
+
+
+def test_progress_on_a_terminal_goes_to_stderr(src: str, out: str) -> None:
+    pty = pytest.importorskip("pty")
+    terminal, screen = pty.openpty()
+    try:
+        environ = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+        command = [sys.executable, "-m", "gpu_npz", "build", src, out, *SMALL]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=screen, env=environ, text=True)
+        shown = os.read(terminal, 1 << 16).decode()
+    finally:
+        os.close(screen)
+        os.close(terminal)
+    assert result.returncode == 0
+    assert "building" in shown
+    assert "Traceback" not in shown
+    assert result.stdout.startswith(f"{out}: 8 images")
+
+
+def test_names_that_are_not_utf8_are_printed_as_escapes(src: str, tmp_path: Path) -> None:
+    renamed, out = src + "\udcff", str(tmp_path / "out\udcfe")
+    os.rename(src, renamed)
+    os.rename(f"{renamed}/b", f"{renamed}/caf\udce9")
+    steps = [["build", renamed, out, *SMALL], ["info", out], ["verify", out], ["build", renamed + "x", out]]
+    result = python("-c", f"from gpu_npz.cli.main import run\nprint([run(step) for step in {steps!a}])")
+    assert result.stdout.endswith("[0, 0, 0, 1]\n")
+    assert result.stdout.count("out\\udcfe: ") == 2
+    assert "caf\\udce9" in result.stdout
+    assert "images\\udcffx/': No such file or directory" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "SRC"], "Missing argument 'OUT'"),
+        (["build", "SRC", "OUT", "--sice", "16"], "No such option '--sice'"),
+        (["build", "SRC", "OUT", "--size", "0"], "size: got '0'; allowed: N or HxW, each side 1 to 16384"),
+        (["build", "SRC", "OUT", "--dtype", "int8"], "dtype: got 'int8'; allowed: float32, float16, uint8"),
+        (["build", "SRC", "OUT", "--device", "0", "--backend", "pillow"], "--backend pillow cannot use GPU 0"),
+        (["build", "SRC", "OUT", "--config", "gone.toml"], "gone.toml: No such file or directory"),
+        (["build", "SRC", "SRC/out"], "lies inside SRC"),
+        (["bild", "SRC", "OUT"], "No such command 'bild'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_2_and_says_what_is_allowed(
+    src: str, out: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    given = [argument.replace("SRC", src).replace("OUT", out) for argument in arguments]
+    assert run(given) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.replace("\n", " ")
+    assert captured.out == ""
+    assert not os.path.exists(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "SRC/gone", "OUT"], "No such file or directory; give SRC as a folder"),
+        (["build", "SRC", "SRC/a/0.jpg/out"], "lies inside SRC"),
+        (["info", "SRC"], "holds no dataset (dataset.json is missing); give a folder that build made"),
+        (["verify", "OUT"], "holds no dataset"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_failure_is_an_exit_code_and_one_message_without_a_traceback(
+    src: str, out: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code = run([argument.replace("SRC", src).replace("OUT", out) for argument in arguments])
+    captured = capsys.readouterr()
+    assert code == (2 if "inside" in message else 1)
+    assert captured.err.startswith("gpu-npz: ")
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_a_gpu_that_was_required_and_is_not_there_is_1(
+    src: str, out: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run(["build", src, out, "--device", "0", "--require-gpu"]) == 1
+    assert "no NVIDIA GPU is visible" in capsys.readouterr().err
+
+
+def test_too_many_rejects_are_3_and_a_higher_limit_ends_the_build(
+    src: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["build", src, out, *SMALL, "--max-rejects", "1"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "2 of 10 items were rejected (1 not-an-image, 1 truncated); --max-rejects 1 allows 1" in captured.err
+    assert run(["build", src, out, *SMALL, "--max-rejects", "20%"]) == 0
+
+
+def test_a_damaged_dataset_is_1_and_named(src: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["build", src, out, *SMALL, "--quiet"]) == 0
+    assert run(["verify", out]) == 0
+    assert capsys.readouterr().out.endswith(": whole\n")
+    with open(f"{out}/shard-00001.npz", "r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))
+    assert run(["verify", out]) == 1
+    captured = capsys.readouterr()
+    assert "shard-00001.npz: " in captured.out
+    assert "NOT whole, 1 problem(s)" in captured.out
+
+
+# Interruptions
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reading /proc/self/mem at 0 is an input/output error on Linux")
+@pytest.mark.parametrize(
+    ("number", "code", "workers"), [(signal.SIGINT, 130, "1"), (signal.SIGTERM, 143, "1"), (signal.SIGINT, 130, "2")]
+)
+def test_an_interrupted_build_says_how_to_go_on_and_then_makes_the_same_output(
+    src: str, out: str, tmp_path: Path, number: signal.Signals, code: int, workers: str
+) -> None:
+    # The last picture's disk fails: the build waits for it to recover, and is interrupted meanwhile.
+    last = Path(src, "b/3.jpg")
+    last.rename(tmp_path / "3.jpg")
+    last.symlink_to("/proc/self/mem")
+    command = ["build", src, out, *SMALL, "--workers", workers]
+    with subprocess.Popen(
+        [sys.executable, "-m", "gpu_npz", *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 30
+        while not Path(out, ".gpu-npz/commits/shard-00000.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)  # as a batch system does
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert stdout == ""
+    assert stderr.strip() == "gpu-npz: stopped; what is committed stays, the same command goes on from there"
+    assert not [name for name in contents(out) if name.endswith((".tmp", "lock", "dataset.json"))]
+    (tmp_path / "3.jpg").replace(last)
+    assert run([*command[:-1], "1", "--quiet"]) == 0
+    build(src, tmp_path / "undisturbed", BuildConfig(size=16, shard_size=2, workers=1, device="cpu"))
+    assert contents(out) == contents(str(tmp_path / "undisturbed"))
+
+
+# Settings
+
+
+def test_every_setting_is_an_option_of_the_same_name_and_nothing_else_is() -> None:
+    command = cli.get_command(click.Context(cli), "build")  # type: ignore[attr-defined]
+    options = {option.name: option for option in command.params if isinstance(option, click.Option)}
+    own = {"config_file": "--config", "as_json": "--json", "quiet": "--quiet"}
+    assert set(options) == {*BuildConfig.model_fields, *own}
+    for name, option in options.items():
+        assert option.opts == [own.get(name, "--" + name.replace("_", "-"))]
+        assert option.help
+        if name not in own:
+            assert option.help.startswith(BuildConfig.model_fields[name].description or "-")
+            assert option.default is None  # what is not given is left to BuildConfig
+
+
+def test_options_win_over_the_file_and_the_file_over_the_defaults(
+    src: str, out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "build.toml").write_text(
+        'size = 8\nlayout = "NHWC"\nshard-size = "3"\nexif_orientation = false\ndevice = "cpu"\nworkers = 1\n'
+    )
+    config = ["--config", str(tmp_path / "build.toml")]
+    assert run(["build", src, out, *config, "--size", "9x10", "--exif-orientation", "--quiet"]) == 0
+    assert run(["info", out, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)["settings"]
+    expected = {"size": [9, 10], "layout": "NHWC", "shard_size": "3", "exif_orientation": True, "dtype": "float32"}
+    assert {name: made[name] for name in expected} == expected
+    (tmp_path / "build.toml").write_text("sise = 8\n")
+    assert run(["build", src, out, *config]) == 2
+    assert "unknown setting 'sise'; did you mean 'size'?" in capsys.readouterr().err
+
+
+# Other commands
+
+
+def test_info_of_a_dataset_is_for_people(src: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["build", src, out, *SMALL, "--quiet"]) == 0
+    assert run(["info", out]) == 0
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["images"].strip() == "8 of shape (3, 16, 16), float32, NCHW, rgb"
+    assert rows["rejects"].strip() == "2 of 10 items (1 not-an-image, 1 truncated)"
+    assert rows["classes"].strip() == "2: a, b"
+    assert rows["resize-mode"].strip() == "stretch"
+
+
+def test_info_of_an_unfinished_build_says_how_far_it_is_and_what_to_do(
+    src: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["build", src, out, *SMALL, "--quiet"]) == 0
+    os.unlink(f"{out}/dataset.json")
+    os.unlink(f"{out}/shard-00003.npz")
+    assert run(["info", out]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "is not complete: 4 of 5 shards; run the same gpu-npz build again" in captured.err
+
+
+def test_info_of_a_killed_build_says_how_far_it_is(src: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["build", src, out, *SMALL, "--quiet"]) == 0
+    os.unlink(f"{out}/dataset.json")
+    Path(out, ".gpu-npz/commits/.shard-00003.json.12345-6.tmp").write_bytes(b"half")
+    assert run(["info", out]) == 1
+    assert "is not complete: 5 of 5 shards" in capsys.readouterr().err
+
+
+def test_doctor_tells_what_is_there_and_how_to_get_the_rest(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert all(list(finding) == ["what", "ok", "found", "remedy"] for finding in findings)
+    by_name = {finding["what"]: finding for finding in findings}
+    assert by_name["gpu-npz"]["found"].startswith(gpu_npz.__version__)
+    assert not by_name["GPU"]["ok"]
+    assert all(finding["ok"] or finding["remedy"] or finding["what"] == "GPU" for finding in findings)
+    assert run(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert all(finding["what"] in shown and finding["remedy"] in shown for finding in findings)
+
+
+def test_python_m_and_the_installed_command_are_the_same(tmp_path: Path) -> None:
+    assert python("-m", "gpu_npz", "--version").stdout == f"gpu-npz {gpu_npz.__version__}\n"
+    script = shutil.which("gpu-npz", path=os.path.dirname(sys.executable))
+    if script is not None:
+        result = subprocess.run([script, "--version"], capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (0, f"gpu-npz {gpu_npz.__version__}\n")
+    assert python("-m", "gpu_npz", "info", str(tmp_path)).returncode == 1
+
+
+# Help, and what is loaded when
+
+
+def commands(group: click.Command, *path: str) -> Iterator[tuple[str, ...]]:
+    """Every command and subcommand."""
+    yield path
+    if isinstance(group, click.Group):
+        context = click.Context(group)
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            assert command is not None
+            yield from commands(command, *path, name)
+
+
+@pytest.mark.parametrize("path", list(commands(cli)), ids=" ".join)
+def test_every_command_has_help_and_a_line_in_the_list(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*path, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(f"Usage: {' '.join(('gpu-npz', *path))} [")
+    assert "." in shown.split(" Options: ")[0]
+    if not path:
+        assert all(f"{name} {summary}" in shown for name, summary in COMMANDS.items())
+
+
+def loaded(code: str) -> set[str]:
+    """The modules that a fresh interpreter has after some code."""
+    result = python("-c", f"import sys\n{code}\nprint('\\n' + ' '.join(sys.modules))")
+    assert result.returncode == 0, result.stderr
+    return {*result.stdout.splitlines()[-1].split()}
+
+
+def test_importing_the_package_loads_nothing_heavier_than_numpy() -> None:
+    modules = loaded("import gpu_npz\ndir(gpu_npz)")
+    assert not modules & {*HEAVY, "click", "rich", "isal", "gpu_npz.builder"}
+
+
+def test_help_loads_no_library_that_takes_its_time() -> None:
+    modules = loaded("from gpu_npz.cli.main import run\nassert run(['--help']) == run(['--version']) == 0")
+    assert not modules & {*HEAVY, "numpy", "rich", "isal", "gpu_npz.config"}
+
+
+def test_the_help_of_all_commands_loads_no_gpu_and_no_image_library() -> None:
+    code = "from gpu_npz.cli.main import COMMANDS, run\nassert not any(run([name, '--help']) for name in COMMANDS)"
+    modules = loaded(code)
+    assert not modules & {"torch", "cupy", "nvidia.dali", "ray", "PIL"}
+
+
+def test_a_build_on_the_cpu_loads_no_gpu_library(src: str, out: str) -> None:
+    modules = loaded(f"from gpu_npz.cli.main import run\nassert run({['build', src, out, *SMALL]!r}) == 0")
+    assert not modules & {"torch", "cupy", "nvidia.dali", "ray"}
+
+
+# The code itself
+
+
+def sources(*folders: str) -> dict[Path, ast.Module]:
+    """Every module in the folders, parsed, by its path from the root."""
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path.relative_to(ROOT): ast.parse(path.read_bytes()) for path in paths}
+
+
+def imported(path: Path, module: ast.AST) -> Iterator[str]:
+    """The full names of what a module imports, wherever in it; relative ones under the package's name."""
+    package = ["gpu_npz", *path.parent.parts[path.parts[0] == "pipelines" :]]
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def test_no_file_imports_the_folders_by_their_own_names() -> None:
+    for path, module in sources("pipelines", "cli", "tests").items():
+        tops = {name.split(".")[0] for name in imported(path, module)}
+        assert not tops & {"pipelines", "cli", "tests"}, path
+
+
+# What stands later may import what stands earlier, and its own line.
+ORDER = [
+    "errors", "config", "environment rejects geometry", "sources plan npz storage normalize", "output", "job",
+    "manifest", "decode", "sink", "worker preprocess", "engines", "builder", "readers audit bench demo",
+]  # fmt: skip
+LEVELS = {name: level for level, names in enumerate(ORDER) for name in names.split()}
+
+
+def test_imports_in_the_package_point_down_only() -> None:
+    for path, module in sources("pipelines").items():
+        if path.name in ("__init__.py", "__main__.py") and len(path.parts) == 2:
+            continue
+        own = path.parts[1].removesuffix(".py")
+        assert own in LEVELS, f"{path}: give it a place in ORDER and in the map of the package"
+        for name in imported(path, module):
+            top, *rest = name.split(".")
+            if top == "gpu_npz" and rest != ["__version__"]:
+                assert LEVELS.get(rest[0], len(ORDER)) <= LEVELS[own], f"{path} imports {name}"
+
+
+def test_readers_and_audit_never_import_the_writer() -> None:
+    writing = ("npz.writer", "sink", "worker", "engines", "builder")
+    for path, module in sources("pipelines/readers", "pipelines/audit").items():
+        for name in imported(path, module):
+            assert not name.startswith(tuple(f"gpu_npz.{each}" for each in writing)), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("library", "home"), [("torch", "readers/torch.py"), ("nvidia", "decode/dali.py"), ("ray", "engines/ray.py")]
+)
+def test_each_heavy_library_is_imported_in_one_module(library: str, home: str) -> None:
+    for path, module in sources("pipelines", "cli").items():
+        if path != Path("pipelines", home):
+            assert library not in {name.split(".")[0] for name in imported(path, module)}, path
+
+
+def test_the_public_names_are_the_ones_that_the_package_says() -> None:
+    module = ast.parse((ROOT / "pipelines/__init__.py").read_bytes())
+    typed = {
+        alias.name
+        for block in module.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(gpu_npz.__all__) == {*typed, "__version__"}
+    assert gpu_npz.__all__ == sorted(gpu_npz.__all__)
+    assert dir(gpu_npz) == gpu_npz.__all__
+    for name in typed:
+        assert getattr(gpu_npz, name).__module__ == f"gpu_npz.{gpu_npz._HOMES[name]}"
+    assert gpu_npz._HOMES.keys() == typed
+    with pytest.raises(AttributeError, match="has no attribute 'bild'"):
+        gpu_npz.bild  # noqa: B018
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert gpu_npz.__version__ == load_toml(ROOT / "pyproject.toml")["project"]["version"]

@@ -1,0 +1,312 @@
+"""Which backend a build gets on which machine, that a resumed build never falls back, and how many cores count."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_npz import environment
+from gpu_npz.builder import build
+from gpu_npz.config import BuildConfig
+from gpu_npz.environment import Choice, Machine, Missing, choose, inspect, usable_cpus
+from gpu_npz.errors import BackendError, MismatchError, UsageError
+
+DRIVER = Missing("driver", "libcuda.so.1 was not found", "install the NVIDIA driver")
+DALI = Missing("DALI", "not installed", "pip install 'nvidia-dali-cuda130>=2.4,<3'")
+CUPY = Missing("CuPy", "not installed", "pip install cupy-cuda13x")
+
+
+def machine(
+    gpus: int, *, driver: Missing | None = None, dali: Missing | None = None, cupy: Missing | None = None
+) -> Machine:
+    return Machine(gpus, 13_000 if gpus and not driver else None, driver, dali, cupy)
+
+
+GPU_NODE, FOUR_GPUS, LAPTOP = machine(1), machine(4), machine(0, dali=DALI, cupy=CUPY)
+HALF_READY = {
+    "driver": machine(1, driver=DRIVER),
+    "DALI": machine(1, dali=DALI),
+    "CuPy": machine(1, cupy=CUPY),
+    "all three": machine(1, driver=DRIVER, dali=DALI, cupy=CUPY),
+}
+
+
+# The table of design.md, line by line
+
+
+@pytest.mark.parametrize(("device", "gpu"), [("auto", 0), ("0", 0), ("3", 3)])
+def test_a_usable_gpu_is_taken(device: str, gpu: int) -> None:
+    assert choose(BuildConfig(device=device), FOUR_GPUS) == Choice("dali", gpu)
+    assert choose(BuildConfig(device=device, backend="dali", require_gpu=True), FOUR_GPUS).device == "cuda"
+
+
+@pytest.mark.parametrize("device", ["auto", "0"])
+def test_without_a_gpu_a_build_goes_to_the_cpu_with_a_warning(device: str) -> None:
+    choice = choose(BuildConfig(device=device), LAPTOP)
+    assert (choice.backend, choice.gpu, choice.device) == ("pillow", None, "cpu")
+    assert choice.warning
+    assert "NO GPU IS VISIBLE: building on the CPU" in choice.warning
+
+
+@pytest.mark.parametrize("part", HALF_READY)
+def test_auto_on_a_gpu_that_lacks_a_part_goes_to_the_cpu_and_says_what_to_install(part: str) -> None:
+    choice = choose(BuildConfig(), HALF_READY[part])
+    assert (choice.backend, choice.gpu) == ("pillow", None)
+    assert choice.warning
+    assert "THE GPU CANNOT BE USED" in choice.warning
+    assert all(missing.remedy in choice.warning for missing in HALF_READY[part].missing)
+
+
+@pytest.mark.parametrize("part", HALF_READY)
+@pytest.mark.parametrize("asked", [{"device": "0"}, {"device": "auto", "require_gpu": True}], ids=["0", "require-gpu"])
+def test_a_gpu_that_was_asked_for_and_lacks_a_part_is_an_error_that_says_what_to_install(
+    part: str, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(BackendError) as caught:
+        choose(BuildConfig(**asked), HALF_READY[part])
+    assert caught.value.exit_code == 1
+    assert all(missing.remedy in str(caught.value) for missing in HALF_READY[part].missing)
+
+
+@pytest.mark.parametrize("device", ["auto", "0"])
+def test_require_gpu_without_a_gpu_is_an_error(device: str) -> None:
+    with pytest.raises(BackendError, match="a GPU is required, and no NVIDIA GPU is visible") as caught:
+        choose(BuildConfig(device=device, require_gpu=True), LAPTOP)
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("node", "known"), [(GPU_NODE, "1 usable GPU.*numbered 0$"), (machine(2), "2 usable GPU.*numbered 0 to 1$")]
+)
+def test_a_gpu_number_that_the_machine_does_not_have_is_a_usage_error(node: Machine, known: str) -> None:
+    with pytest.raises(UsageError, match=f"--device: got 3.*{known}") as caught:
+        choose(BuildConfig(device="3"), node)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("node", [GPU_NODE, machine(0), machine(1, driver=DRIVER, cupy=CUPY)])
+def test_dali_on_the_cpu_needs_dali_and_nothing_else(node: Machine) -> None:
+    assert choose(BuildConfig(backend="dali", device="cpu"), node) == Choice("dali", None)
+
+
+@pytest.mark.parametrize("node", [LAPTOP, machine(1, dali=DALI)])
+def test_dali_on_the_cpu_without_dali_is_an_error_with_the_install_line(node: Machine) -> None:
+    with pytest.raises(BackendError, match="--backend dali: DALI: not installed; pip install"):
+        choose(BuildConfig(backend="dali", device="cpu"), node)
+
+
+@pytest.mark.parametrize("node", [LAPTOP, machine(1, dali=DALI)])
+def test_dali_that_would_fall_back_to_the_cpu_still_needs_dali(node: Machine) -> None:
+    with pytest.raises(BackendError, match="pip install 'nvidia-dali"):
+        choose(BuildConfig(backend="dali"), node)
+
+
+def test_dali_without_a_gpu_goes_to_dalis_cpu_operators_with_a_warning() -> None:
+    choice = choose(BuildConfig(backend="dali"), machine(0))
+    assert (choice.backend, choice.device) == ("dali", "cpu")
+    assert choice.warning
+    assert "building on the CPU with dali" in choice.warning
+
+
+def test_pillow_on_a_gpu_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="--backend pillow cannot use GPU 0") as caught:
+        BuildConfig(backend="pillow", device="0")
+    assert caught.value.exit_code == 2
+    with pytest.raises(UsageError, match="contradict"):
+        choose(BuildConfig(backend="pillow", require_gpu=True), GPU_NODE)
+    with pytest.raises(UsageError, match="contradict"):
+        BuildConfig(device="cpu", require_gpu=True)
+
+
+@pytest.mark.parametrize("node", [LAPTOP, GPU_NODE, HALF_READY["all three"]])
+@pytest.mark.parametrize("asked", [{"device": "cpu"}, {"backend": "pillow"}], ids=["cpu", "pillow"])
+def test_the_cpu_that_was_asked_for_is_taken_without_a_warning(node: Machine, asked: dict[str, str]) -> None:
+    assert choose(BuildConfig(**asked), node) == Choice("pillow", None)
+
+
+# What is found here
+
+
+@pytest.mark.parametrize("hidden", ["", " ", "-1"])
+def test_a_machine_whose_gpus_are_hidden_has_none_and_loads_nothing_to_find_out(hidden: str) -> None:
+    code = (
+        "import sys\nfrom gpu_npz.environment import inspect\nfound = inspect()\n"
+        "print(found.gpus, found.driver, [name for name in ('nvidia.dali', 'cupy') if name in sys.modules])"
+    )
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": hidden}
+    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[0] == "0 None []"
+
+
+def test_hidden_gpus_send_a_build_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose(BuildConfig(), inspect()).device == "cpu"
+    with pytest.raises(BackendError):
+        choose(BuildConfig(require_gpu=True), inspect())
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    found = inspect().cupy
+    assert found is not None
+    assert (found.what, found.reason) == ("CuPy", "not installed")
+    assert found.remedy.startswith("pip install cupy-cuda1")
+
+
+def test_a_package_that_cannot_be_loaded_is_not_usable_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_part.py").write_text("raise OSError('libnvjpeg.so.13: cannot\\nopen')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = environment._package("DALI", "broken_part", "pip install it", None, True)
+    assert str(found) == "DALI: installed, but not usable (libnvjpeg.so.13: cannot open); pip install it"
+    assert environment._package("DALI", "broken_part", "pip install it", None, False) is None  # no GPU: not loaded
+
+
+@pytest.mark.gpu
+def test_a_gpu_node_is_found_to_be_one() -> None:
+    found = inspect()
+    assert found.gpus > 0
+    assert not found.missing
+    assert choose(BuildConfig(require_gpu=True), found) == Choice("dali", 0)
+
+
+# Once planned, never another
+
+
+@pytest.fixture
+def begun(make_tree: Any, tmp_path: Path) -> tuple[Path, Path]:
+    """SRC, and an OUT with one of two shards, begun on the CPU with Pillow."""
+    src, out = make_tree({"a/1.jpg": "jpeg", "b/2.jpg": "jpeg"}), tmp_path / "out"
+    build(src, out, SMALL)
+    (out / ".gpu-npz/commits/shard-00001.json").unlink()
+    return src, out
+
+
+SMALL = BuildConfig(size=16, shard_size=1, workers=1, device="cpu")
+
+
+def begin_with(out: Path, backend: str, device: str) -> None:
+    """Makes OUT one that was begun with another backend."""
+    job = out / ".gpu-npz/job.json"
+    job.write_text(json.dumps({**json.loads(job.read_text()), "backend": backend, "device": device}))
+
+
+def asking(**values: Any) -> BuildConfig:
+    return SMALL.model_copy(update={"device": "auto", **values})
+
+
+@pytest.mark.parametrize("asked", [{}, {"backend": "dali"}, {"device": "0"}, {"require_gpu": True}], ids=str)
+def test_what_was_begun_on_a_gpu_does_not_go_on_without_one(
+    begun: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    src, out = begun
+    begin_with(out, "dali", "cuda")
+    monkeypatch.setattr(environment, "inspect", lambda: LAPTOP)
+    with pytest.raises(BackendError, match=r"begun with backend dali on cuda.*no NVIDIA GPU is visible") as caught:
+        build(src, out, asking(**asked))
+    assert caught.value.exit_code == 1
+    monkeypatch.setattr(environment, "inspect", lambda: HALF_READY["DALI"])
+    with pytest.raises(BackendError, match="pip install 'nvidia-dali"):
+        build(src, out, asking(**asked))
+    assert not (out / ".gpu-npz/commits/shard-00001.json").exists()
+
+
+def test_what_was_begun_with_dali_on_the_cpu_does_not_go_on_without_dali(
+    begun: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, out = begun
+    begin_with(out, "dali", "cpu")
+    monkeypatch.setattr(environment, "inspect", lambda: LAPTOP)
+    with pytest.raises(BackendError, match="pip install 'nvidia-dali"):
+        build(src, out, asking())
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "asked"),
+    [
+        ("dali", "cuda", {"device": "cpu"}),
+        ("dali", "cuda", {"backend": "pillow"}),
+        ("dali", "cpu", {"backend": "pillow"}),
+        ("pillow", "cpu", {"backend": "dali"}),
+        ("pillow", "cpu", {"require_gpu": True}),
+        ("dali", "cpu", {"require_gpu": True}),
+    ],
+)
+def test_another_backend_than_the_one_begun_with_is_refused(
+    begun: tuple[Path, Path], backend: str, device: str, asked: dict[str, Any]
+) -> None:
+    src, out = begun
+    begin_with(out, backend, device)
+    with pytest.raises(MismatchError, match=f"begun with backend {backend} on {device}") as caught:
+        build(src, out, asking(**asked))
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "0"])
+def test_what_was_begun_on_the_cpu_goes_on_there_on_a_gpu_node_too(
+    begun: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str
+) -> None:
+    src, out = begun
+    monkeypatch.setattr(environment, "inspect", lambda: FOUR_GPUS)
+    report = build(src, out, asking(device=device))
+    assert (report.complete, report.backend, report.device) == (True, "pillow", "cpu")
+    assert ("goes on there, not on GPU 0" in caplog.text) == (device == "0")
+
+
+# Cores
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root folder for the control group's files, empty."""
+    monkeypatch.setattr(environment, "Path", lambda path: tmp_path / path.lstrip("/"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    (tmp_path / "sys/fs/cgroup/cpu").mkdir(parents=True)
+    return tmp_path / "sys/fs/cgroup"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no processor affinity")
+def test_only_cores_of_the_processor_affinity_count() -> None:
+    code = (
+        "import os\nfrom gpu_npz.environment import usable_cpus\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(usable_cpus())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "1\n"
+    assert 1 <= usable_cpus() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [
+        ("max 100000\n", 8),
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("10000 100000\n", 1),
+        ("9900000 100000\n", 8),
+        ("", 8),
+        ("nonsense\n", 8),
+    ],
+)
+def test_the_quota_of_the_control_group_limits_the_cores(system: Path, content: str, cores: int) -> None:
+    (system / "cpu.max").write_text(content)
+    assert usable_cpus() == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(-1, 8), (300_000, 3), (1000, 1)])
+def test_the_quota_of_an_older_control_group_limits_the_cores(system: Path, quota: int, cores: int) -> None:
+    (system / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (system / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert usable_cpus() == cores
+
+
+def test_without_a_control_group_all_cores_of_the_affinity_count(system: Path) -> None:
+    assert usable_cpus() == 8

@@ -1,0 +1,502 @@
+"""A dataset as NumPy arrays: however rows are asked for, they are those of the shards; damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+import gpu_npz
+from gpu_npz.errors import FormatError, IncompleteError, RejectLimitError
+
+MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
+FileBytes = Callable[..., bytes]
+Edit = Callable[[dict[str, Any]], object]
+
+
+def build(src: Path, out: Path, **settings: Any) -> gpu_npz.Dataset:
+    settings = {"device": "cpu", "workers": 1, "shard_size": 7, "size": "12x16", "max_rejects": "100%", **settings}
+    gpu_npz.build(src, out, gpu_npz.BuildConfig(**settings))
+    return gpu_npz.open_dataset(out)
+
+
+def stored(dataset: gpu_npz.Dataset, name: str = "images") -> NDArray[Any]:
+    """One array of all shards as numpy.load finds it."""
+    arrays = []
+    for path in sorted(Path(dataset.path).glob("shard-*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            arrays.append(file[name])
+    return np.concatenate(arrays)
+
+
+@pytest.fixture(scope="module")
+def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> gpu_npz.Dataset:
+    """40 rows in 6 shards, float32 NCHW. Read only."""
+    return build(tree, tmp_path_factory.mktemp("built") / "out")
+
+
+@pytest.fixture
+def dataset(built: gpu_npz.Dataset) -> gpu_npz.Dataset:
+    """The same, freshly opened."""
+    return gpu_npz.open_dataset(built.path)
+
+
+@pytest.fixture
+def copy(built: gpu_npz.Dataset, tmp_path: Path) -> Path:
+    """The same in a folder that may be damaged."""
+    return Path(shutil.copytree(built.path, tmp_path / "copy"))
+
+
+# Rows
+
+
+def test_every_row_is_what_numpy_load_finds(dataset: gpu_npz.Dataset) -> None:
+    images = stored(dataset)
+    assert len(dataset) == len(images) == 40
+    assert dataset.manifest.counts.shards == 6
+    assert (dataset.image_shape, dataset.dtype) == ((3, 12, 16), np.dtype(np.float32))
+    for row in range(40):
+        assert dataset[row].shape == (3, 12, 16)
+        np.testing.assert_array_equal(dataset[row], images[row])
+        np.testing.assert_array_equal(dataset[row - 40], images[row])
+        np.testing.assert_array_equal(dataset[np.int32(row)], images[row])
+    np.testing.assert_array_equal(list(dataset), images)
+
+
+def test_labels_classes_paths_and_places_belong_to_the_rows(dataset: gpu_npz.Dataset, tree: Path) -> None:
+    assert dataset.class_names == ("apples", "berries", "cherries")
+    assert dataset.labels is not None
+    assert dataset.valid is None
+    assert len(dataset.paths) == 40
+    for row, path in enumerate(dataset.paths):
+        assert (tree / path).is_file()
+        assert path.split("/")[0] == dataset.class_names[dataset.labels[row]]
+    assert sorted(dataset.paths) == sorted(str(path.relative_to(tree)) for path in tree.rglob("*.jpg"))
+    assert dataset.paths[3:30:5] == stored(dataset, "paths")[3:30:5].tolist()
+    assert dataset.paths[-1] == stored(dataset, "paths")[-1]
+    np.testing.assert_array_equal(dataset.index, range(40))
+    np.testing.assert_array_equal(dataset.labels, stored(dataset, "labels"))
+    sizes = [(tree / path).stat().st_size for path in dataset.paths]
+    np.testing.assert_array_equal(dataset.column("source_bytes", slice(None)), sizes)
+
+
+def test_slices_with_any_bounds_and_steps_are_numpy_s(dataset: gpu_npz.Dataset) -> None:
+    images = stored(dataset)
+    bounds = [None, -50, -40, -9, 0, 3, 7, 14, 39, 40, 50]
+    for start in bounds:
+        for stop in bounds:
+            for step in (None, 1, 2, 7, 50, -1, -3):
+                rows = slice(start, stop, step)
+                found = dataset[rows]
+                assert found.shape == images[rows].shape, rows
+                assert found.dtype == images.dtype, rows
+                assert np.array_equal(found, images[rows]), rows
+
+
+@pytest.mark.parametrize("rows", [[0], [39, 0, 7, 7, -1], [-40, 20], list(range(40)), []])
+def test_lists_arrays_and_tensors_of_row_numbers_are_copies_in_that_order(
+    dataset: gpu_npz.Dataset, rows: list[int]
+) -> None:
+    import torch
+
+    expected = stored(dataset)[np.array(rows, int)]
+    for kind in (list, tuple, np.array, torch.tensor, lambda rows: np.array(rows, np.int16)):
+        found = dataset[kind(rows)]
+        assert found.shape == expected.shape
+        np.testing.assert_array_equal(found, expected)
+        assert found.flags.owndata
+
+
+@pytest.mark.parametrize("row", [40, -41, 10**30, [3, 40], [-41]])
+def test_rows_that_are_not_there_raise_index_error(dataset: gpu_npz.Dataset, row: Any) -> None:
+    with pytest.raises(IndexError, match="of a dataset with 40 rows"):
+        dataset[row]
+
+
+@pytest.mark.parametrize("rows", [1.0, "3", None, [0.5], [[1, 2]], np.ones(40, bool), ["a"]])
+def test_rows_that_are_no_integers_raise_type_error(dataset: gpu_npz.Dataset, rows: Any) -> None:
+    with pytest.raises(TypeError, match="allowed: an integer, a slice or a list of integers"):
+        dataset[rows]
+
+
+def test_rows_of_one_shard_are_views_of_its_map(dataset: gpu_npz.Dataset) -> None:
+    third = dataset.shard(2)["images"]
+    assert np.shares_memory(dataset[14], third)
+    assert np.shares_memory(dataset[14:21], third)
+    assert np.shares_memory(dataset[15:16], third)
+    assert not np.shares_memory(dataset[13:15], third)
+    assert not np.shares_memory(dataset[[14, 15]], third)
+
+
+def test_what_is_written_to_a_row_stays_in_this_process(dataset: gpu_npz.Dataset, built: gpu_npz.Dataset) -> None:
+    before = built[0].copy()
+    dataset[0][:] = 5
+    assert (dataset[0] == 5).all()
+    np.testing.assert_array_equal(gpu_npz.open_dataset(built.path)[0], before)
+    np.testing.assert_array_equal(stored(built)[0], before)
+
+
+def test_torch_takes_a_row_without_a_copy_or_a_warning(dataset: gpu_npz.Dataset) -> None:
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of arrays that cannot be written to
+        tensor = torch.from_numpy(dataset[8])
+    assert np.shares_memory(tensor.numpy(), dataset.shard(1)["images"])
+    np.testing.assert_array_equal(tensor.numpy(), dataset[8])
+
+
+def test_it_pickles_as_its_path(dataset: gpu_npz.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = dataset[:].copy()
+    content = pickle.dumps(dataset)
+    assert len(content) < 500 + len(dataset.path)
+    monkeypatch.chdir("/")
+    reopened = pickle.loads(content)
+    np.testing.assert_array_equal(reopened[:], expected)
+    np.testing.assert_array_equal(reopened.labels, dataset.labels)
+
+
+def test_a_relative_path_goes_on_to_mean_the_same_folder(
+    built: gpu_npz.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(os.path.dirname(built.path))
+    dataset = gpu_npz.open_dataset("out")
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(dataset[39], built[39])
+
+
+def test_threads_may_share_it_although_few_shards_stay_open(
+    dataset: gpu_npz.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_npz.readers.arrays._OPEN_SHARDS", 2)
+    images = stored(dataset)
+    rows = np.random.default_rng(0).integers(0, 40, 400)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda row: dataset[int(row)].copy(), rows))
+    np.testing.assert_array_equal(found, images[rows])
+
+
+def test_it_introduces_itself(dataset: gpu_npz.Dataset) -> None:
+    assert repr(dataset) == f"<Dataset {dataset.path!r}: 40 images (3, 12, 16) float32>"
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"layout": "NHWC"}, {"channels": "bgr"}, {"channels": "gray", "normalize": "unit"}, {"normalize": "none"}],
+    ids=["NCHW", "NHWC", "bgr", "gray", "none"],
+)
+def test_uint8_normalized_gives_the_bits_of_a_float32_build(
+    tree: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    floats = build(tree, tmp_path / "float32", limit=17, **settings)
+    bytes_ = build(tree, tmp_path / "uint8", limit=17, dtype="uint8", **settings)
+    assert bytes_.dtype == np.uint8
+    for rows in (3, -1, slice(None), slice(5, 9), slice(None, None, -4), [8, 0, 16], []):
+        found = bytes_.normalized(rows)  # type: ignore[arg-type]
+        assert found.dtype == np.float32
+        assert found.shape == floats[rows].shape  # type: ignore[index]
+        assert found.tobytes() == np.ascontiguousarray(floats[rows]).tobytes()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_float_images_are_normalized_already(tree: Path, tmp_path: Path, dtype: str) -> None:
+    dataset = build(tree, tmp_path / "out", limit=5, dtype=dtype)
+    assert dataset.normalized(slice(None)).dtype == np.float32
+    np.testing.assert_array_equal(dataset.normalized(slice(None)), dataset[:].astype(np.float32))
+
+
+SOME_BAD = {
+    "a/0.jpg": "jpeg",
+    "a/1.jpg": "half",
+    "a/2.jpg": "text",
+    "a/3.jpg": "empty",
+    "b/4.jpg": "cmyk",
+    "b/5.jpg": "jpeg",
+    "b/6.jpg": "zeros",
+}
+
+
+def test_rejected_items_leave_gaps_in_the_index_and_shards_may_be_empty(make_tree: MakeTree, tmp_path: Path) -> None:
+    dataset = build(make_tree(SOME_BAD), tmp_path / "out", shard_size=2)
+    assert [len(dataset.shard(shard)["images"]) for shard in range(4)] == [1, 0, 2, 0]
+    np.testing.assert_array_equal(dataset.index, [0, 4, 5])
+    assert dataset.labels is not None
+    assert dataset.labels.tolist() == [0, 1, 1]
+    assert dataset.paths[:] == ["a/0.jpg", "b/4.jpg", "b/5.jpg"]
+    images = stored(dataset)
+    for rows in (slice(None), slice(1, None), slice(0, 2), slice(None, None, -1), [2, 0], [], slice(3, 9)):
+        np.testing.assert_array_equal(dataset[rows], images[rows])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_blank_rows_are_zero_and_marked(make_tree: MakeTree, tmp_path: Path, dtype: str) -> None:
+    dataset = build(make_tree(SOME_BAD), tmp_path / "out", shard_size=2, on_reject="blank", dtype=dtype)
+    assert len(dataset) == 7
+    assert dataset.valid is not None
+    assert dataset.valid.tolist() == [True, False, False, False, True, True, False]
+    np.testing.assert_array_equal(dataset.valid, stored(dataset, "valid"))
+    for row, valid in enumerate(dataset.valid.tolist()):
+        assert dataset[row].any() == valid
+        assert dataset.normalized(row).any() == valid
+    assert dataset.paths[:] == list(SOME_BAD)
+
+
+def test_normalized_blank_rows_have_the_bits_of_a_float32_build(make_tree: MakeTree, tmp_path: Path) -> None:
+    src = make_tree(SOME_BAD)
+    floats = build(src, tmp_path / "float32", on_reject="blank")
+    bytes_ = build(src, tmp_path / "uint8", on_reject="blank", dtype="uint8")
+    for rows in (0, 1, -1, np.int64(2), slice(None), slice(4, 1, -1), [6, 4, 1], np.array([0, 1]), []):
+        found = bytes_.normalized(rows)  # type: ignore[arg-type]
+        assert found.tobytes() == np.ascontiguousarray(floats[rows]).tobytes()  # type: ignore[index]
+
+
+def test_a_dataset_without_a_single_row_is_empty(make_tree: MakeTree, tmp_path: Path) -> None:
+    bad = {path: kind for path, kind in SOME_BAD.items() if kind in ("half", "text", "empty", "zeros")}
+    dataset = build(make_tree(bad), tmp_path / "out", shard_size=2)
+    assert len(dataset) == len(dataset.paths) == 0
+    assert dataset[:].shape == dataset[[]].shape == dataset[::-1].shape == (0, 3, 12, 16)
+    assert dataset.normalized(slice(None)).shape == (0, 3, 12, 16)
+    assert list(dataset) == []
+    assert dataset.paths[:] == []
+    with pytest.raises(IndexError):
+        dataset[0]
+
+
+def test_a_flat_folder_gives_images_without_labels(make_tree: MakeTree, tmp_path: Path) -> None:
+    dataset = build(make_tree({"b.jpg": "jpeg", "a.png": "jpeg", "c.webp": "jpeg"}), tmp_path / "out", shard_size=2)
+    assert dataset.labels is None
+    assert dataset.class_names is None
+    assert dataset.paths[:] == ["a.png", "b.jpg", "c.webp"]
+    with pytest.raises(FormatError, match=r"no array 'labels'; it holds images, paths, index, source_bytes"):
+        dataset.column("labels", 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names on macOS are always UTF-8")
+def test_paths_of_every_length_and_alphabet_come_back(file_bytes: FileBytes, tmp_path: Path) -> None:
+    names = [b"a.jpg", b"b" * 200 + b".jpg", "\u65e5\u672c.jpg".encode(), b"\xff\xfe\x80.jpg"]
+    folder = os.fsencode(tmp_path / "images")
+    os.mkdir(folder)
+    for name in names:
+        Path(os.fsdecode(os.path.join(folder, name))).write_bytes(file_bytes("jpeg"))
+    dataset = build(Path(os.fsdecode(folder)), tmp_path / "out", shard_size=1)
+    expected = [os.fsdecode(name) for name in sorted(names)]
+    assert list(dataset.paths) == expected
+    assert dataset.paths[:] == expected
+    assert dataset.paths[::-1] == expected[::-1]
+    assert [os.fsencode(path) for path in dataset.paths] == sorted(names)
+
+
+# Many shards
+
+
+MANY_ROWS = """
+import random, resource, sys
+import numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+import gpu_npz
+from gpu_npz.errors import StorageError
+
+dataset = gpu_npz.open_dataset(sys.argv[1])
+order = list(range(len(dataset)))
+random.Random(0).shuffle(order)
+whole = dataset[:]
+gathered = dataset[order]
+for place, row in enumerate(order):
+    assert np.array_equal(dataset[row], gathered[place])
+    assert np.array_equal(dataset[row], whole[row])
+paths = dataset.paths[:]
+assert all(dataset.paths[row] == paths[row] for row in order)
+assert np.array_equal(dataset[::-3], whole[::-3])
+print(int(gathered.sum()))
+try:
+    held = [dataset[row] for row in order]
+except StorageError as exc:
+    assert sys.version_info < (3, 13), "there, a map holds no descriptor"
+    assert "ulimit -n" in str(exc)
+    print("refused")
+else:
+    print("held")
+"""
+
+
+def test_all_rows_of_2000_shards_are_read_with_few_file_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    values = np.random.default_rng(0).integers(0, 256, (2000, 8, 8, 3), np.uint8)
+    for number, pixels in enumerate(values):
+        Image.fromarray(pixels).save(folder / f"{number:04d}.png", compress_level=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)  # 8,000 of them take their time and matter to no reader
+        dataset = build(folder, tmp_path / "out", shard_size=1, size=8, dtype="uint8")
+    assert dataset.manifest.counts.shards == 2000
+    np.testing.assert_array_equal(dataset[:], values.transpose(0, 3, 1, 2))
+    result = subprocess.run(
+        [sys.executable, "-c", MANY_ROWS, dataset.path], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(values.sum()), "refused" if sys.version_info < (3, 13) else "held"]
+
+
+# What is not a sound dataset
+
+
+def edited(folder: Path, edit: Edit) -> Path:
+    """The folder, whose manifest was changed."""
+    manifest = json.loads((folder / "dataset.json").read_text())
+    edit(manifest)
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_build_that_has_not_ended_is_incomplete_and_says_how_far_it_is(copy: Path) -> None:
+    (copy / "dataset.json").unlink()
+    (copy / "shard-00003.npz").unlink()
+    (copy / ".gpu-npz/commits/shard-00001.json").unlink()
+    with pytest.raises(IncompleteError, match=r"is not complete: 4 of 6 shards; run the same gpu-npz build again"):
+        gpu_npz.open_dataset(copy)
+
+
+def test_a_build_with_too_many_rejects_is_incomplete(make_tree: MakeTree, tmp_path: Path) -> None:
+    src = make_tree(SOME_BAD)
+    with pytest.raises(RejectLimitError):
+        build(src, tmp_path / "out", shard_size=2, max_rejects="3")
+    with pytest.raises(IncompleteError, match="4 of 4 shards"):
+        gpu_npz.open_dataset(tmp_path / "out")
+    assert len(build(src, tmp_path / "out", shard_size=2, max_rejects="4")) == 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda folder: folder.mkdir(), lambda folder: folder.write_bytes(b""), lambda folder: None],
+    ids=["empty folder", "file", "nothing"],
+)
+def test_what_no_build_has_made_is_no_dataset(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "out")
+    with pytest.raises(FormatError, match=r"holds no dataset \(dataset\.json is missing\)"):
+        gpu_npz.open_dataset(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [({"version": 2}, "format version 2 is newer"), ({"requires": ["deflate"]}, r"with \['deflate'\] is newer")],
+)
+def test_what_a_later_version_made_is_refused(copy: Path, values: dict[str, Any], fault: str) -> None:
+    edited(copy, lambda manifest: manifest.update(values))
+    with pytest.raises(FormatError, match=rf"dataset\.json: .*{fault}.*install a newer gpu-npz"):
+        gpu_npz.open_dataset(copy)
+
+
+def test_keys_that_a_later_version_added_are_ignored(copy: Path, built: gpu_npz.Dataset) -> None:
+    def add(manifest: dict[str, Any]) -> None:
+        for part in (manifest, manifest["images"], manifest["counts"], manifest["settings"]):
+            part["new_in_a_later_version"] = {"some": ["thing"]}
+
+    dataset = gpu_npz.open_dataset(edited(copy, add))
+    np.testing.assert_array_equal(dataset[:], built[:])
+    assert dataset.normalized(0).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b"{}", b"null", b'{"version": 1}', b'{"version": "one"}', b"\xff\xfe", b'{"version": []}'],
+)
+def test_a_damaged_manifest_is_named(copy: Path, content: bytes) -> None:
+    (copy / "dataset.json").write_bytes(content)
+    with pytest.raises(FormatError, match=r"copy/dataset\.json: .*damaged"):
+        gpu_npz.open_dataset(copy)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: path.unlink(), "No such file or directory"),
+    "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
+    "cut": (lambda path: os.truncate(path, path.stat().st_size - 100), "cut off|missing"),
+    "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "no end record"),
+    "zeros": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "no end record"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "No such device|Invalid argument|directory"),
+    "of another dataset": (
+        lambda path: path.write_bytes(path.read_bytes().replace(b"dataset=", b"dataset=0")[:-1]),
+        "missing or left over|belongs here",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_index_is_named_when_the_dataset_is_opened(copy: Path, damage: str) -> None:
+    make, fault = DAMAGE[damage]
+    make(copy / "index.npz")
+    with pytest.raises(FormatError, match=rf"copy/index\.npz: .*({fault})"):
+        gpu_npz.open_dataset(copy)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_shard_is_named_when_a_row_of_it_is_read(copy: Path, damage: str) -> None:
+    make, fault = DAMAGE[damage]
+    make(copy / "shard-00002.npz")
+    dataset = gpu_npz.open_dataset(copy)
+    for rows in (14, slice(10, 18), [0, 20]):
+        with pytest.raises(FormatError, match=rf"copy/shard-00002\.npz: .*({fault})"):
+            dataset[rows]  # type: ignore[index]
+    np.testing.assert_array_equal(dataset[21:28], dataset.shard(3)["images"])
+
+
+def test_shards_and_indexes_of_another_dataset_are_refused(tree: Path, tmp_path: Path, copy: Path) -> None:
+    build(tree, tmp_path / "other", shuffle=1)  # the same shapes, sizes and numbers
+    for name in ("shard-00004.npz", "index.npz"):
+        shutil.copy(tmp_path / "other" / name, copy / name)
+    with pytest.raises(FormatError, match=r"index\.npz: it is 'gpu-npz 1 dataset=\w+ index', but '.*' belongs here"):
+        gpu_npz.open_dataset(copy)
+    shutil.copy(tmp_path / "other/dataset.json", copy)
+    with pytest.raises(FormatError, match=r"shard-00000\.npz: it is '.* shard=0', but '.* shard=0' belongs here"):
+        gpu_npz.open_dataset(copy)[0]
+    assert gpu_npz.open_dataset(copy)[28].shape == (3, 12, 16)
+
+
+def test_swapped_shards_are_refused(copy: Path) -> None:
+    os.rename(copy / "shard-00001.npz", copy / "one")
+    os.rename(copy / "shard-00002.npz", copy / "shard-00001.npz")
+    os.rename(copy / "one", copy / "shard-00002.npz")
+    dataset = gpu_npz.open_dataset(copy)
+    with pytest.raises(FormatError, match=r"shard-00001\.npz: it is '.* shard=2', but '.* shard=1' belongs here"):
+        dataset[7]
+    with pytest.raises(FormatError, match=r"shard-00002\.npz: it is '.* shard=1', but '.* shard=2' belongs here"):
+        dataset[14]
+    assert dataset[0].shape == (3, 12, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"shape": [3, 16, 12]}, r"float32 \(N, 3, 16, 12\)"),
+        ({"dtype": "uint8"}, "uint8"),
+        ({"dtype": "flout32"}, "flout32"),
+    ],
+)
+def test_a_shard_that_contradicts_the_manifest_is_named(copy: Path, values: dict[str, Any], fault: str) -> None:
+    dataset = gpu_npz.open_dataset(edited(copy, lambda manifest: manifest["images"].update(values)))
+    with pytest.raises(FormatError, match=rf"shard-00000\.npz: images are float32 .*; the manifest says {fault}"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("values", [{"rows": 39}, {"shards": 5}, {"shards": 0}], ids=str)
+def test_an_index_that_contradicts_the_manifest_is_named(copy: Path, values: dict[str, int]) -> None:
+    edited(copy, lambda manifest: manifest["counts"].update(values))
+    with pytest.raises(FormatError, match=r"index\.npz does not fit the manifest; run gpu-npz verify"):
+        gpu_npz.open_dataset(copy)

@@ -1,0 +1,380 @@
+"""Where OUT is: whole files or none, errors with advice, and one build at a time."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_npz.audit.verification import verify
+from gpu_npz.builder import build
+from gpu_npz.config import BuildConfig
+from gpu_npz.errors import LockedError, StorageError
+from gpu_npz.storage import LocalStorage
+
+LOCK = ".gpu-npz/lock"
+SETTINGS = BuildConfig(size=16, shard_size=2, workers=1, device="cpu")
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path / "out")
+
+
+def files(storage: LocalStorage) -> set[str]:
+    return {os.fspath(path.relative_to(storage.root)) for path in Path(storage.root).rglob("*") if path.is_file()}
+
+
+def failing(number: int, *, after: int = 0) -> Callable[..., Any]:
+    """A system call that fails with `number`, once it has done nothing `after` times."""
+    calls = iter(range(10**6))
+
+    def call(*_: Any, **__: Any) -> None:
+        if next(calls) >= after:
+            raise OSError(number, os.strerror(number))
+
+    return call
+
+
+# Writing
+
+
+def test_what_was_written_is_read_back_and_its_folders_are_made(storage: LocalStorage) -> None:
+    storage.write("a/b/file.json", b"content")
+    assert storage.read("a/b/file.json") == b"content"
+    assert storage.size("a/b/file.json") == 7
+    assert (storage.names(), storage.names("a/b")) == (["a"], ["file.json"])
+
+
+def test_what_is_not_there_is_none_and_no_error(storage: LocalStorage) -> None:
+    storage.write("file", b"")
+    for name in ("gone", "gone/below", "file/below"):
+        assert storage.read(name) is None
+        assert storage.size(name) is None
+        storage.remove(name)
+    assert storage.names("gone") == []
+    assert (storage.read("file"), storage.size("file")) == (b"", 0)
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    storage.write("file.json", b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing(errno.ENOSPC))
+        with pytest.raises(StorageError, match=r"file\.json': No space left on device; free some space"):
+            storage.write("file.json", b"new")
+        with pytest.raises(StorageError):
+            storage.write("never.json", b"new")
+    assert storage.read("file.json") == b"old"
+    assert files(storage) == {"file.json"}
+
+
+def test_a_write_that_is_interrupted_leaves_the_old_content_and_nothing_else(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    storage.write("file.json", b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            storage.write("file.json", b"new")
+    assert storage.read("file.json") == b"old"
+    assert files(storage) == {"file.json"}
+
+
+def test_content_is_on_the_disk_before_it_has_its_name_and_the_name_before_the_write_ends(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write("file.json", b"old")
+    calls: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        calls.append("fsync folder" if os.path.isdir(f"/dev/fd/{descriptor}") else "fsync file")
+        fsync(descriptor)
+
+    def watched_rename(old: str, new: str) -> None:
+        assert Path(old).read_bytes() == b"new"
+        assert os.path.dirname(old) == os.path.dirname(new)
+        calls.append("rename")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    storage.write("file.json", b"new")
+    assert calls == ["fsync file", "rename", "fsync folder"]
+
+
+def test_a_file_whose_folder_cannot_be_flushed_is_whole_and_the_error_is_told(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write("file.json", b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing(errno.EIO, after=1))
+        with pytest.raises(StorageError, match="Input/output error"):
+            storage.write("file.json", b"new")
+    assert storage.read("file.json") == b"new"
+    assert files(storage) == {"file.json"}
+
+
+def test_temporaries_of_killed_builds_are_removed_and_nothing_that_only_looks_like_one(storage: LocalStorage) -> None:
+    storage.write("file.json", b"")
+    ours = [storage.temporary("shard-00000.npz"), storage.temporary("shard-00000.npz")]
+    assert ours[0] != ours[1]
+    foreign = [".hidden.tmp", "notes.1-2.tmp", ".a.1-2.tmp.txt", ".a.b-c.tmp"]
+    for path in (*ours, *(storage.path(name) for name in foreign)):
+        Path(path).write_bytes(b"x")
+    storage.remove_temporaries("")
+    storage.remove_temporaries("no such folder")
+    assert files(storage) == {"file.json", *foreign}
+
+
+def test_removing_takes_files_links_and_empty_folders_but_no_full_folder(storage: LocalStorage) -> None:
+    storage.write("full/file", b"")
+    root = Path(storage.root)
+    (root / "empty").mkdir()
+    (root / "link").symlink_to(root / "full")
+    storage.remove("empty")
+    storage.remove("link")
+    assert files(storage) == {"full/file"}
+    with pytest.raises(StorageError, match="not empty"):
+        storage.remove("full")
+
+
+# Trouble, explained
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space, then run the same command to resume"),
+        (errno.EDQUOT, "free some of your quota"),
+        (errno.EFBIG, "choose a smaller --shard-size"),
+        (errno.EACCES, "make it writable"),
+        (errno.EROFS, "choose another OUT"),
+        (errno.EIO, "see to the disk, then run the same command to resume"),
+    ],
+)
+def test_trouble_with_the_disk_names_the_file_the_reason_and_what_to_do(
+    storage: LocalStorage, number: int, advice: str
+) -> None:
+    with pytest.raises(StorageError) as caught, storage.explained("shard-00001.npz"):
+        raise OSError(number, os.strerror(number))
+    path = storage.path("shard-00001.npz")
+    assert str(caught.value).startswith(f"{path!r}: {os.strerror(number)}; ")
+    assert advice in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_an_out_that_is_a_file_is_refused_with_advice(make_tree: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("precious")
+    with pytest.raises(StorageError, match="OUT must be a folder"):
+        build(make_tree({"a/1.jpg": "jpeg"}), out, SETTINGS)
+    with pytest.raises(StorageError, match="OUT must be a folder"):
+        build(make_tree({"a/1.jpg": "jpeg"}), out / "below", SETTINGS)
+    assert out.read_text() == "precious"
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that everybody can reach; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def test_an_out_that_may_not_be_written_is_refused_with_advice(make_tree: Any, public_folder: Path) -> None:
+    src, out = make_tree({"a/1.jpg": "jpeg"}), public_folder / "out"
+    (public_folder / "closed").mkdir(mode=0o700)
+    out.mkdir(mode=0o555)
+    root = os.geteuid() == 0
+    if root:
+        Path(src).rename(public_folder / "images")
+        src = public_folder / "images"
+        os.seteuid(65_534)  # without root's right to write everywhere
+    try:
+        with pytest.raises(StorageError, match="Permission denied; make it writable or choose another OUT"):
+            build(src, out, SETTINGS)
+        if root:
+            with pytest.raises(StorageError, match="Permission denied; make it writable or choose another OUT"):
+                build(src, public_folder / "closed/out", SETTINGS)
+    finally:
+        if root:
+            os.seteuid(0)
+    assert list(out.iterdir()) == []
+
+
+FULL_DISK = """
+import resource, sys
+from gpu_npz.cli.main import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # Python ignores SIGXFSZ: writing fails with EFBIG
+sys.exit(run(["build", *sys.argv[2:]]))
+"""
+
+
+def test_a_disk_that_takes_no_more_stops_the_build_and_leaves_nothing_half(make_tree: Any, tmp_path: Path) -> None:
+    src, out = make_tree({f"a/{number}.jpg": "jpeg" for number in range(10)}), tmp_path / "out"
+    options = ["--size", "64", "--shard-size", "4", "--workers", "1", "--device", "cpu", "--quiet"]
+    # Ten rows of 48 KiB: two shards of four, one of two, which alone fits.
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, "150000", src, out, *options], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "shard-00000.npz': File too large; choose a smaller --shard-size or raise the file size" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {"job.json", "plan.npz"}
+    report = build(src, out, BuildConfig(size=64, shard_size=4, workers=1, device="cpu"))
+    assert (report.complete, report.rows) == (True, 10)
+
+
+@pytest.mark.parametrize(("call", "step"), [("pwrite", 9), ("fsync", 3), ("rename", 1)])
+def test_a_full_disk_at_any_moment_is_a_storage_error_and_the_next_run_finishes(
+    make_tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, step: int
+) -> None:
+    src, real = make_tree({f"a/{number}.jpg": "jpeg" for number in range(4)}), getattr(os, call)
+
+    def disk(moment: int) -> Callable[..., Any]:
+        calls = itertools.count()
+
+        def scarce(*values: Any) -> Any:
+            if next(calls) == moment:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*values)
+
+        return scarce
+
+    for moment in itertools.count(0, step):
+        out = tmp_path / f"out-{moment}"
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, disk(moment))
+            try:
+                build(src, out, SETTINGS)
+                break  # it ended before that moment
+            except StorageError as exc:
+                message = str(exc)
+        assert "No space left on device; free some space, then run the same command" in message
+        assert not [path for path in out.rglob("*") if path.name == "lock" or path.suffix == ".tmp"]
+        assert build(src, out, SETTINGS).rows == 4
+        assert verify(out).ok
+    assert moment >= 5 * step
+
+
+# One build at a time
+
+HOLDER = """
+import sys, time
+from gpu_npz.storage import LocalStorage
+with LocalStorage(sys.argv[1]).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(storage: LocalStorage) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds OUT."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, storage.root], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_build_is_refused_and_told_which_process_holds_out(
+    storage: LocalStorage, holder: subprocess.Popen[str], make_tree: Any
+) -> None:
+    who = re.escape(f"is in use by process {holder.pid} on host {socket.gethostname()}; wait for it, or stop it")
+    with pytest.raises(LockedError, match=who) as caught:
+        build(make_tree({"a/1.jpg": "jpeg"}), storage.root, SETTINGS)
+    assert caught.value.exit_code == 1
+    assert "delete" not in str(caught.value)  # on this host nothing ever needs deleting
+    assert files(storage) == {LOCK}
+
+
+def test_a_second_build_in_the_same_process_is_refused_too(storage: LocalStorage) -> None:
+    with storage.lock(), pytest.raises(LockedError, match=f"process {os.getpid()} "), storage.lock():
+        pass
+    with storage.lock():
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_lock_of_a_process_that_died_is_taken_over(
+    storage: LocalStorage, holder: subprocess.Popen[str], make_tree: Any, number: int
+) -> None:
+    holder.send_signal(number)
+    holder.wait()
+    assert LOCK in files(storage)
+    assert build(make_tree({"a/1.jpg": "jpeg"}), storage.root, SETTINGS).complete
+    assert LOCK not in files(storage)
+
+
+def test_the_lock_of_another_host_is_respected_and_the_way_out_is_told(storage: LocalStorage) -> None:
+    storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711}).encode())
+    for _ in range(2):
+        with pytest.raises(LockedError) as caught, storage.lock():
+            pass
+        message = str(caught.value)
+        assert "process 4711 on host node-17" in message
+        assert message.endswith(f"if that host or process is gone, delete {storage.path(LOCK)!r}")
+    storage.remove(LOCK)
+    with storage.lock():
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": null}', b"\xff\x00"])
+def test_a_lock_file_that_says_nothing_and_that_nobody_holds_is_taken_over(
+    storage: LocalStorage, content: bytes
+) -> None:
+    storage.write(LOCK, content)
+    with storage.lock():
+        holder = json.loads(storage.read(LOCK) or b"")
+        assert holder == {"host": socket.gethostname(), "process": os.getpid()}
+    assert files(storage) == set()
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt], ids=str)
+def test_the_lock_is_let_go_of_at_the_end_also_after_an_error(
+    storage: LocalStorage, error: type[BaseException] | None
+) -> None:
+    descriptors = len(os.listdir("/dev/fd"))
+    try:
+        with storage.lock():
+            assert LOCK in files(storage)
+            if error is not None:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        pass
+    assert files(storage) == set()
+    assert len(os.listdir("/dev/fd")) == descriptors
+    with storage.lock():
+        pass
+
+
+def test_a_build_that_fails_lets_go_of_out(make_tree: Any, storage: LocalStorage) -> None:
+    src = make_tree({"a/1.jpg": "jpeg"})
+
+    def broken(_: object) -> None:
+        raise RuntimeError("the caller's own fault")
+
+    with pytest.raises(RuntimeError):
+        build(src, storage.root, SETTINGS, progress=broken)
+    assert LOCK not in files(storage)
+    assert build(src, storage.root, SETTINGS).complete
