@@ -80,7 +80,7 @@ class BuildConfig(BaseModel):
         "How an image gets its size: stretch; center-crop (cover, then cut the middle); pad (fit, then fill); none.",
     )
     crop_pct: float = _setting(
-        "identity", 0.875, "For center-crop: size divided by the covered size.", "more than 0, at most 1", "FRACTION"
+        "identity", 0.875, "For center-crop: size divided by the covered size.", "0.001 to 1", "FRACTION"
     )
     pad_value: int = _setting("identity", 0, "For pad: the level that fills the border.", "0 to 255", "LEVEL")
     interpolation: Interpolation = _setting("identity", "bilinear", "Resampling filter; all but nearest antialias.")
@@ -189,7 +189,7 @@ class BuildConfig(BaseModel):
             match = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", value.strip())
             value = match and (int(match[1]), int(match[2] or match[1]))
         sides_fit = isinstance(value, (tuple, list)) and len(value) == 2
-        return _require(sides_fit and all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in value), value)
+        return _require(sides_fit and all(type(side) is int and 1 <= side <= MAX_SIDE for side in value), value)
 
     @field_validator("device", mode="before")
     @classmethod
@@ -234,6 +234,8 @@ class BuildConfig(BaseModel):
     def _check_together(self) -> BuildConfig:
         channels = self.channel_count
         given = [name for name in ("mean", "std") if getattr(self, name) is not None]
+        if self.size and self.size[0] * self.size[1] > self.max_pixels:
+            raise ValueError(f"size {self.size[0]}x{self.size[1]} has more pixels than --max-pixels {self.max_pixels}")
         if self.normalize == "mean-std" and len(given) < 2:
             raise ValueError("normalize mean-std needs both --mean and --std")
         if self.normalize != "mean-std" and given:

@@ -254,7 +254,9 @@ def test_exif_behind_the_pixels_of_a_png_counts(encode: Encode) -> None:
         assert decoder.upright_size(moved, "a/1.jpg") == (50, 70)
 
 
-@pytest.mark.parametrize("exif", [b"", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x0f\0\x02\0\0\0\x02\x61\0\0\0\0\0\0\0"])
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x0f\0\x02\0\0\0\x02a\0\0\0\0\0\0\0"], ids=["alone", "beside-exif"]
+)
 def test_what_xmp_says_of_the_orientation_turns_nothing(encode: Encode, exif: bytes) -> None:
     said = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     whole = encode(paint(50, 70, 0), exif=exif)

@@ -84,24 +84,19 @@ class PillowDecoder:
             source_bytes = np.zeros(len(batch.items), np.int64)
             kept: list[int] = []
             rejects: list[Reject] = []
-            seconds = {"read": 0.0, "decode": 0.0}
+            begin, reading = time.perf_counter(), 0.0
             for position, item in enumerate(batch.items):
-                start = read = time.perf_counter()
+                start = time.perf_counter()
                 try:
                     data = read_item(self._source, item.path)
-                    read = time.perf_counter()
+                    reading += time.perf_counter() - start
                     source_bytes[position] = len(data)
                     pixels[len(kept)] = self.decode_image(data, item.path)
                     kept.append(position)
                 except BadItem as bad:
                     rejects.append(bad.of(item.path, item.index))
-                finally:
-                    end = time.perf_counter()
-                    seconds["read"] += (read if read > start else end) - start
-                    seconds["decode"] += end - read if read > start else 0.0
-            yield Decoded(
-                batch, pixels[: len(kept)], np.array(kept, np.int64), source_bytes, rejects, seconds
-            )  # fmt: skip
+            seconds = {"read": reading, "decode": time.perf_counter() - begin - reading}
+            yield Decoded(batch, pixels[: len(kept)], np.array(kept, np.int64), source_bytes, rejects, seconds)
 
     def decode_image(self, data: bytes, path: str) -> NDArray[np.uint8]:
         """The pixels of one encoded image: uint8 (H, W, C), C = 3 in R,G,B or 1.
@@ -115,7 +110,9 @@ class PillowDecoder:
             ShardError: there is not enough memory.
         """
         with _opened(data, path) as image:
-            return self._pixels(image)
+            upright, place = self._upright(image)
+        with _enough_memory(path):
+            return self._place(upright, place)
 
     def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
         """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
@@ -131,7 +128,8 @@ class PillowDecoder:
         if width * height > self._config.max_pixels:
             raise BadItem("decode", "too-large", f"{width} x {height} pixels; at most {self._config.max_pixels}")
 
-    def _pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+    def _upright(self, image: Image.Image) -> tuple[Image.Image, Placement]:
+        """The whole image, 8-bit L or RGB, and where it goes."""
         config = self._config
         self._check_pixels(image)
         if image.format != "JPEG":
@@ -153,7 +151,7 @@ class PillowDecoder:
             image.draft(None, wanted if orientation < 5 else wanted[::-1])  # never below what was asked for
         image.load()
         upright = image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
-        return self._place(_plain(upright, self._mode, config.background), place)
+        return _plain(upright, self._mode, config.background), place
 
     def _place(self, image: Image.Image, place: Placement) -> NDArray[np.uint8]:
         if image.size != (place.width, place.height):
@@ -170,16 +168,22 @@ class PillowDecoder:
 
 
 @contextlib.contextmanager
+def _enough_memory(path: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as exc:
+        raise ShardError(f"no memory to decode {path!r}; lower --workers or --max-pixels") from exc
+
+
+@contextlib.contextmanager
 def _opened(data: bytes, path: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with _enough_memory(path), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
     except (BadItem, ShardError):
         raise
     except UnidentifiedImageError as exc:
         raise BadItem("decode", "not-an-image", "no decoder knows this content") from exc
-    except MemoryError as exc:
-        raise ShardError(f"no memory to decode {path!r}; lower --workers or --max-pixels") from exc
     except Exception as exc:
         # Pillow's readers meet hostile data with many kinds of exception. The bytes are in memory by now, so whatever
         # they raise is a property of the file.

@@ -67,12 +67,13 @@ def read_item(source: Source, path: str) -> bytes:
     for delay_s in (*RETRY_DELAYS_S, None):
         try:
             data = source.read(path)
-        except OSError as exc:
-            reason = exc.strerror or type(exc).__name__
-            if exc.errno in _MISSING:
+        except (OSError, MemoryError) as exc:
+            number = getattr(exc, "errno", None)
+            reason = getattr(exc, "strerror", None) or type(exc).__name__
+            if number in _MISSING:
                 source.check()
                 raise BadItem("read", "missing", reason) from exc
-            if exc.errno in _UNREADABLE:
+            if number in _UNREADABLE:
                 raise BadItem("read", "unreadable", reason) from exc
             if delay_s is None:
                 raise ShardError(
