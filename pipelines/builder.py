@@ -194,7 +194,8 @@ def _run(
     if todo:
         choice = _backend(job, config)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
-        task = Task(storage.root, source, choice.gpu, batch_size, _environment(records, config))
+        threads = max(1, environment.usable_cpus() // workers)
+        task = Task(storage.root, source, choice.gpu, batch_size, threads, _environment(records, config))
         with contextlib.closing(local.run(task, todo, workers)) as events:
             for event in events:
                 if isinstance(event, Committed):

@@ -54,14 +54,15 @@ Event = Progress | Committed | StageSeconds
 class Task:
     """What a worker needs to know; small, and can be pickled.
 
-    `gpu` is a device number, None for the CPU. `environment` is what the shards so far were made with, None if any will
-    do.
+    `gpu` is a device number, None for the CPU; `threads` is how many the decoder may have, if it has any.
+    `environment` is what the shards so far were made with, None if any will do.
     """
 
     out: str
     source: Source
     gpu: int | None
     batch_size: int
+    threads: int
     environment: dict[str, Any] | None
 
 
@@ -113,8 +114,14 @@ def make_decoder(job: Job, task: Task, stream: int | None) -> Decoder:
     from .decode.dali import DaliDecoder
 
     return DaliDecoder(
-        job.settings, geometry, task.source, batch_size=task.batch_size, device=task.gpu, stream=stream
-    )  # fmt: skip
+        job.settings,
+        geometry,
+        task.source,
+        batch_size=task.batch_size,
+        device=task.gpu,
+        stream=stream,
+        threads=task.threads,
+    )
 
 
 def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaNormalizer, *, blank: bool) -> Rows:

@@ -239,10 +239,16 @@ def test_a_damaged_dataset_is_1_and_named(src: str, out: str, capsys: pytest.Cap
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reading /proc/self/mem at 0 is an input/output error on Linux")
 @pytest.mark.parametrize(
-    ("number", "code", "workers"), [(signal.SIGINT, 130, "1"), (signal.SIGTERM, 143, "1"), (signal.SIGINT, 130, "2")]
+    ("number", "code", "workers", "moment"),
+    [
+        (signal.SIGINT, 130, "1", "commits/shard-00000.json"),
+        (signal.SIGTERM, 143, "1", "commits/shard-00000.json"),
+        (signal.SIGINT, 130, "2", "commits/shard-00000.json"),
+        (signal.SIGINT, 130, "2", "job.json"),  # while the workers start
+    ],
 )
 def test_an_interrupted_build_says_how_to_go_on_and_then_makes_the_same_output(
-    src: str, out: str, tmp_path: Path, number: signal.Signals, code: int, workers: str
+    src: str, out: str, tmp_path: Path, number: signal.Signals, code: int, workers: str, moment: str
 ) -> None:
     # The last picture's disk fails: the build waits for it to recover, and is interrupted meanwhile.
     last = Path(src, "b/3.jpg")
@@ -254,8 +260,9 @@ def test_an_interrupted_build_says_how_to_go_on_and_then_makes_the_same_output(
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 30
-        while not Path(out, ".gpu-npz/commits/shard-00000.json").exists() and time.monotonic() < deadline:
+        while not Path(out, ".gpu-npz", moment).exists() and time.monotonic() < deadline:
             time.sleep(0.005)
+        time.sleep(0.2)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does
         else:
@@ -275,7 +282,8 @@ def test_an_interrupted_build_says_how_to_go_on_and_then_makes_the_same_output(
 
 
 def test_every_setting_is_an_option_of_the_same_name_and_nothing_else_is() -> None:
-    command = cli.get_command(click.Context(cli), "build")  # type: ignore[attr-defined]
+    command = cli.get_command(click.Context(cli), "build")
+    assert command is not None
     options = {option.name: option for option in command.params if isinstance(option, click.Option)}
     own = {"config_file": "--config", "as_json": "--json", "quiet": "--quiet"}
     assert set(options) == {*BuildConfig.model_fields, *own}

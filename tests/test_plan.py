@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def test_a_large_plan_takes_at_most_40_bytes_an_item(tmp_path: Path, shuffle: in
     assert (tmp_path / "plan.npz").stat().st_size <= 40 * 200_000
 
 
-DAMAGES = {
+DAMAGES: dict[str, tuple[str, Callable[[NDArray[Any]], NDArray[Any]]]] = {
     "names cut off": ("names", lambda names: names[:-1]),
     "names of another type": ("names", lambda names: names.view(np.int8)),
     "folders cut off": ("folders", lambda folders: folders[:-1]),

@@ -8,7 +8,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,8 @@ from PIL import Image
 
 import gpu_npz
 from gpu_npz.errors import FormatError, IncompleteError, RejectLimitError
+from gpu_npz.npz.reader import NpzReader
+from gpu_npz.npz.writer import NpzWriter
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 FileBytes = Callable[..., bytes]
@@ -178,12 +182,22 @@ def test_a_relative_path_goes_on_to_mean_the_same_folder(
     np.testing.assert_array_equal(dataset[39], built[39])
 
 
+class SlowDict(OrderedDict[int, NpzReader]):
+    """Lets other threads in between finding a shard open and taking it."""
+
+    def __contains__(self, key: object) -> bool:
+        found = super().__contains__(key)
+        time.sleep(0.001)
+        return found
+
+
 def test_threads_may_share_it_although_few_shards_stay_open(
     dataset: gpu_npz.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpu_npz.readers.arrays._OPEN_SHARDS", 2)
     images = stored(dataset)
-    rows = np.random.default_rng(0).integers(0, 40, 400)
+    rows = np.random.default_rng(0).integers(0, 40, 200)
+    monkeypatch.setattr(dataset, "_shards", SlowDict())
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda row: dataset[int(row)].copy(), rows))
     np.testing.assert_array_equal(found, images[rows])
@@ -430,7 +444,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda path: os.truncate(path, path.stat().st_size - 100), "cut off|missing"),
     "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "no end record"),
     "zeros": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "no end record"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "No such device|Invalid argument|directory"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "No such device|not supported|Invalid argument|directory"),
     "of another dataset": (
         lambda path: path.write_bytes(path.read_bytes().replace(b"dataset=", b"dataset=0")[:-1]),
         "missing or left over|belongs here",
@@ -499,4 +513,16 @@ def test_a_shard_that_contradicts_the_manifest_is_named(copy: Path, values: dict
 def test_an_index_that_contradicts_the_manifest_is_named(copy: Path, values: dict[str, int]) -> None:
     edited(copy, lambda manifest: manifest["counts"].update(values))
     with pytest.raises(FormatError, match=r"index\.npz does not fit the manifest; run gpu-npz verify"):
+        gpu_npz.open_dataset(copy)
+
+
+def test_an_index_without_a_single_shard_is_named(copy: Path) -> None:
+    reader = NpzReader(copy / "index.npz")
+    arrays = {name: reader[name][:0] for name in reader.directory.members}
+    with NpzWriter(copy / "index.npz") as file:
+        for name, array in arrays.items():
+            file.add(name, array)
+        file.close(reader.directory.comment)
+    edited(copy, lambda manifest: manifest["counts"].update(rows=0, shards=0))
+    with pytest.raises(FormatError, match=r"index\.npz does not fit the manifest"):
         gpu_npz.open_dataset(copy)

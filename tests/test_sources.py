@@ -313,13 +313,16 @@ def test_a_file_without_permission_is_a_reject(public_folder: Path) -> None:
         assert reject_of(source, "a/1.jpg") == ("unreadable", "Permission denied")
 
 
-def test_what_is_not_a_regular_file_is_a_reject_and_does_not_hang(tmp_path: Path) -> None:
+def test_what_is_not_a_regular_file_is_left_out_and_never_hangs_a_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = touch(tmp_path / "root", "a/1.jpg")
     os.mkfifo(tmp_path / "pipe")
     (root / "a" / "2.jpg").symlink_to(tmp_path / "pipe")
     (root / "a" / "3.jpg").symlink_to("/dev/null")
     source = FolderSource(root)
-    assert paths(source) == ["a/1.jpg", "a/2.jpg", "a/3.jpg"]
+    assert paths(source) == ["a/1.jpg"]
+    assert [record.getMessage().endswith(".jpg' is no file and is left out") for record in caplog.records] == [True] * 2
     assert reject_of(source, "a/2.jpg") == ("unreadable", "not a regular file")
     assert reject_of(source, "a/3.jpg") == ("unreadable", "not a regular file")
     (root / "a" / "1.jpg").unlink()

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -131,6 +132,37 @@ def test_a_file_whose_folder_cannot_be_flushed_is_whole_and_the_error_is_told(
             storage.write("file.json", b"new")
     assert storage.read("file.json") == b"new"
     assert files(storage) == {"file.json"}
+
+
+def test_a_build_names_only_what_is_on_the_disk_and_each_proof_after_what_it_proves(
+    make_tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(4)})
+    calls: list[str] = []
+    flushed: set[tuple[int, int]] = set()
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        flushed.add((status.st_ino, status.st_size))
+        if stat.S_ISDIR(status.st_mode):
+            calls.append("folder")
+
+    def watched_rename(old: str, new: str) -> None:
+        status = os.stat(old)
+        assert (status.st_ino, status.st_size) in flushed, new
+        calls.append(os.path.basename(new))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    build(src, tmp_path / "out", SETTINGS)
+    names = [
+        "plan.npz", "job.json", "shard-00000.npz", "shard-00000.json", "shard-00001.npz", "shard-00001.json",
+        "rejects.jsonl", "index.npz", "dataset.json", "report.json",
+    ]  # fmt: skip
+    assert calls == [call for name in names for call in (name, "folder")]
 
 
 def test_temporaries_of_killed_builds_are_removed_and_nothing_that_only_looks_like_one(storage: LocalStorage) -> None:

@@ -469,6 +469,13 @@ def test_rejects_that_are_not_those_of_the_plan_are_found(out: Path, what: str) 
     assert fault in found["rejects.jsonl"]
 
 
+def test_a_last_item_that_nobody_has_is_found(images: Path, tmp_path: Path) -> None:
+    out = build(images / "b", tmp_path / "out")
+    lines = (out / "rejects.jsonl").read_text().splitlines(keepends=True)
+    (out / "rejects.jsonl").write_text(lines[0])
+    assert problems(out)["rejects.jsonl"].endswith("item 3 of the plan's 4 is not exactly one row or one reject")
+
+
 def test_a_missing_list_of_rejects_is_found(out: Path) -> None:
     (out / "rejects.jsonl").unlink()
     assert problems(out) == {"rejects.jsonl": "missing"}

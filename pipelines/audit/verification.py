@@ -65,7 +65,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
 
     Raises:
         IncompleteError: the build has not ended.
-        FormatError: there is no manifest that can be read.
+        FormatError: there is no manifest that can be read, or it contradicts itself.
     """
     folder = os.path.abspath(path)
     manifest = Manifest.load(folder)

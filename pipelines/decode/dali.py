@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import re
 import time
 from collections import deque
@@ -28,7 +27,7 @@ from nvidia import dali
 from PIL import Image
 
 from ..config import BuildConfig
-from ..errors import ShardError
+from ..errors import BackendError, ShardError
 from ..geometry import Geometry
 from ..plan import Batch, Item
 from ..rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
@@ -73,7 +72,7 @@ class DaliDecoder:
         batch_size: the largest batch that `decode` will meet.
         device: the GPU's number, or None for DALI's CPU operators.
         stream: handle of the CUDA stream on which the pixels will be used; None waits for each batch instead.
-        threads: for DALI, and as many for Pillow; the usable cores unless given.
+        threads: for DALI, and as many for Pillow.
     """
 
     def __init__(
@@ -85,14 +84,14 @@ class DaliDecoder:
         batch_size: int,
         device: int | None,
         stream: int | None = None,
-        threads: int | None = None,
+        threads: int,
     ) -> None:
         self._source = source
         self._pillow = PillowDecoder(config, geometry, source)
         self._batch_size = batch_size
         self._device = device
         self._stream = stream
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads
         self._row_shape = (geometry.height, geometry.width, config.channel_count)
         self._options = {
             "config": config,
@@ -114,9 +113,13 @@ class DaliDecoder:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> DaliDecoder:
+        try:
+            self._main = _from_files(self._next, prefetch_queue_depth=_READ_AHEAD, **self._options)
+            self._main.build()
+        except RuntimeError as exc:
+            raise BackendError(f"DALI does not start ({_reason(exc)}); see what `gpu-npz doctor` finds") from exc
         self._open.enter_context(self._pillow)
         self._pool = self._open.enter_context(ThreadPoolExecutor(self._threads, "gpu-npz-pillow"))
-        self._main = _from_files(self._next, prefetch_queue_depth=_READ_AHEAD, **self._options)
         return self
 
     def __exit__(
@@ -292,9 +295,7 @@ def _decoded(encoded: Any, config: BuildConfig, geometry: Geometry, backend: str
     size, start = [out_height, out_width], None
     if geometry.mode == "none":
         usable = usable & (height == out_height) & (width == out_width)
-    elif geometry.mode == "stretch":
-        usable = usable & (out_height * out_width <= max_pixels)
-    else:
+    elif geometry.mode != "stretch":
         high, wide, top, left = _place(geometry, math.max(height, 1), math.max(width, 1))
         usable = usable & (high * wide <= max_pixels)
         if usable:

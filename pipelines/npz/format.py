@@ -214,7 +214,6 @@ def _read_entry(entries: bytes, position: int, body: memoryview) -> tuple[Member
     start = offset + _LOCAL.size + local_name_bytes + local_field_bytes
     local_name = bytes(body[offset + _LOCAL.size :][:local_name_bytes])
     _check(signature == b"PK\3\4" and local_name == filename.encode(), f"local header of {filename}")
-    _check(start + size <= len(body), f"end of {filename} (the file is cut off)")
     name, start = filename.removesuffix(".npy"), start + NPY_HEADER_BYTES
     _check(start == data_offset(offset, name), f"place of the data of {filename}")
     dtype, shape = _read_npy_header(bytes(body[start - NPY_HEADER_BYTES : start]), filename)

@@ -134,12 +134,21 @@ def _scan(root: bytes, folder: bytes) -> tuple[list[bytes], list[bytes]]:
                     continue
                 if _is_folder(entry):
                     folders.append(name)
-                elif os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and (entry.is_symlink() or entry.is_file()):
+                elif os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and _may_be_image(entry):
                     names.append(name)
     except OSError as exc:
         advice = "give SRC as a folder" if not folder else "make it readable or move it away"
         raise SourceError(f"{_text(path)!r}: {exc.strerror}; {advice}") from exc
     return sorted(names), sorted(folders)
+
+
+def _may_be_image(entry: os.DirEntry[bytes]) -> bool:
+    """Whether it is a file, or a link to one, even one that is gone; opening a pipe or a device could wait for ever."""
+    there = os.path.exists(entry.path) if entry.is_symlink() else True  # a stat for links alone
+    fits = not there or entry.is_file()
+    if not fits:
+        log.warning("%r is no file and is left out", _text(entry.path))
+    return fits
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

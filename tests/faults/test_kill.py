@@ -83,7 +83,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 def running(src: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A build by two workers, killed with them in the end."""
     command = [sys.executable, "-m", "gpu_npz", "build", os.fspath(src), os.fspath(out), *OPTIONS, "--workers", "2"]
-    with subprocess.Popen(command, start_new_session=True) as process:
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as process:
         try:
             yield process
         finally:
@@ -116,6 +116,21 @@ def test_a_build_that_is_killed_again_and_again_ends_with_the_same_output(
     go_on(src, out, undisturbed)
 
 
+def test_a_build_goes_on_at_once_beside_the_workers_that_outlive_a_killed_one(
+    src: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with running(src, out) as process:
+        while process.poll() is None and not records(2)(out):
+            time.sleep(0.0005)
+        process.kill()
+        process.wait()
+        build(src, out, SETTINGS)
+        assert process.stdout is not None
+        assert process.stdout.read() == b""  # it ends when the last of them has
+    assert contents(out) == undisturbed
+
+
 # Killed between two system calls
 
 KILLED_AT_EACH = """
@@ -146,7 +161,7 @@ def test_a_build_that_is_killed_before_a_system_call_goes_on_to_the_same_output(
     src: Path, tmp_path: Path, call: str, step: int
 ) -> None:
     config = SETTINGS.model_copy(update={"limit": 6})
-    command = [sys.executable, "-c", KILLED_AT_EACH, call, str(step), src, tmp_path, config.model_dump_json()]
+    command = [sys.executable, "-c", KILLED_AT_EACH, call, str(step), str(src), str(tmp_path), config.model_dump_json()]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     last = int(result.stdout)  # the moment that never came: this one is undisturbed
     assert last >= 5 * step
