@@ -43,7 +43,7 @@ def summary(report: BuildReport) -> str:
         f"  rejects     {_rejects(report)}",
     ]
     if not report.built_shards:
-        return "\n".join([*lines, "  complete already; nothing was left to do"])
+        return "\n".join([*lines, "  complete; nothing was left to build"])
     place = "GPU" if report.device == "cuda" else "CPU"
     lines += [
         f"  built       {report.built_items} items in {report.seconds:.1f} s: {report.images_per_second:.0f} images/s",

@@ -21,11 +21,11 @@ from . import environment
 from .config import BATCH_SIZE, BuildConfig
 from .engines import local
 from .environment import Choice
-from .errors import BackendError, MismatchError, RejectLimitError, SourceError, StorageError, UsageError
+from .errors import BackendError, FormatError, MismatchError, RejectLimitError, SourceError, StorageError, UsageError
 from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
 from .normalize import row_shape, table
-from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, clear, remove_temporaries, require_own
+from .output import INDEX, JOB, MANIFEST, PLAN, REJECTS, REPORT, clear, remove_temporaries, require_own
 from .plan import Plan, collect
 from .sources.base import Source
 from .sources.folder import FolderSource
@@ -104,8 +104,8 @@ def build(
     require_own(storage)
     with storage.lock():
         remove_temporaries(storage)
-        anew = config.overwrite or storage.size(JOB) is None
-        job = (_begin if anew else _resume)(storage, source, config)
+        begin = config.overwrite or storage.size(JOB) is None
+        job = (_begin if begin else _resume)(storage, source, config)
         return _run(storage, job, source, config, progress or (lambda _: None), start)
 
 
@@ -141,6 +141,8 @@ def _begin(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
 def _resume(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
     job = Job.open(storage)
     job.require_same(config, source.class_names)
+    if job.plan.digest() != job.record.plan_digest:
+        raise FormatError(f"{storage.path(PLAN)!r} is damaged; restore it, or build anew with --overwrite")
     if source.location != job.record.source_location:
         _check_moved(job, source)
     return job

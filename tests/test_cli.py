@@ -85,7 +85,7 @@ def test_the_same_command_on_a_finished_dataset_says_so_and_exits_0(
     before = contents(out)
     capsys.readouterr()
     assert run(["build", src, out, *SMALL]) == 0
-    assert "complete already; nothing was left to do" in capsys.readouterr().out
+    assert "complete; nothing was left to build" in capsys.readouterr().out
     assert contents(out) == before
 
 

@@ -21,7 +21,7 @@ def test_the_demo_makes_builds_and_verifies_and_can_be_run_again(
     assert "1 shards: whole" in said
     assert len(gpu_npz.open_dataset(folder / "dataset")) == 40
     assert run(["demo", str(folder), "--images", "40"]) == 0
-    assert "nothing was left to do" in capsys.readouterr().out
+    assert "nothing was left to build" in capsys.readouterr().out
 
 
 def test_the_broken_files_of_the_demo_are_its_rejects(tmp_path: Path) -> None:

@@ -111,13 +111,9 @@ def test_slices_with_any_bounds_and_steps_are_numpy_s(dataset: gpu_npz.Dataset) 
 
 
 @pytest.mark.parametrize("rows", [[0], [39, 0, 7, 7, -1], [-40, 20], list(range(40)), []])
-def test_lists_arrays_and_tensors_of_row_numbers_are_copies_in_that_order(
-    dataset: gpu_npz.Dataset, rows: list[int]
-) -> None:
-    import torch
-
+def test_lists_and_arrays_of_row_numbers_are_copies_in_that_order(dataset: gpu_npz.Dataset, rows: list[int]) -> None:
     expected = stored(dataset)[np.array(rows, int)]
-    for kind in (list, tuple, np.array, torch.tensor, lambda rows: np.array(rows, np.int16)):
+    for kind in (list, tuple, np.array, lambda rows: np.array(rows, np.int16)):
         found = dataset[kind(rows)]
         assert found.shape == expected.shape
         np.testing.assert_array_equal(found, expected)
@@ -154,13 +150,18 @@ def test_what_is_written_to_a_row_stays_in_this_process(dataset: gpu_npz.Dataset
 
 
 def test_torch_takes_a_row_without_a_copy_or_a_warning(dataset: gpu_npz.Dataset) -> None:
-    import torch
-
+    torch = pytest.importorskip("torch", reason="NOT TESTED: torch is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of arrays that cannot be written to
         tensor = torch.from_numpy(dataset[8])
     assert np.shares_memory(tensor.numpy(), dataset.shard(1)["images"])
     np.testing.assert_array_equal(tensor.numpy(), dataset[8])
+
+
+def test_torch_s_tensors_are_row_numbers_too(dataset: gpu_npz.Dataset) -> None:
+    torch = pytest.importorskip("torch", reason="NOT TESTED: torch is not installed")
+    np.testing.assert_array_equal(dataset[torch.tensor(9)], stored(dataset)[9])
+    np.testing.assert_array_equal(dataset[torch.tensor([39, 0, -3])], stored(dataset)[[39, 0, -3]])
 
 
 def test_it_pickles_as_its_path(dataset: gpu_npz.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Generator, Iterator, Sequence
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 
 from ..errors import GpuNpzError, ShardError
 from ..worker import Event, Task, work
 
 _JOIN_S = 10.0
+_Pool = dict[Connection, "subprocess.Popen[bytes]"]
 
 
 def run(task: Task, shards: Sequence[int], workers: int) -> Generator[Event, None, None]:
@@ -28,40 +29,38 @@ def run(task: Task, shards: Sequence[int], workers: int) -> Generator[Event, Non
     if workers == 1:
         yield from work(task, shards)
         return
-    spawn = multiprocessing.get_context("spawn")
-    pool: dict[Connection, BaseProcess] = {}
+    pool: _Pool = {}
     try:
-        with _interrupts_held():
-            for _ in range(workers):
-                here, there = spawn.Pipe()
-                process: BaseProcess = spawn.Process(
-                    target=_serve, args=(there, task), name="gpu-npz-worker", daemon=True
-                )
-                process.start()
-                there.close()
-                pool[here] = process
+        for _ in range(workers):
+            _start(pool, task)
         yield from _dispatch(pool, iter(shards))
     finally:
         for connection in pool:
             connection.close()  # a worker that sends to nobody ends
         for process in pool.values():
-            process.join(_JOIN_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_JOIN_S)
             process.kill()
-            process.join()
+            process.wait()
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Holds SIGINT back here and, until they ignore it, in the processes that are started meanwhile."""
-    resource_tracker.ensure_running()  # else the first start does it, and lets signals through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _start(pool: _Pool, task: Task) -> None:
+    # Not multiprocessing.Process, which runs the caller's script again in each worker. A session of its own keeps the
+    # terminal's Ctrl-C from the worker: the parent decides.
+    here, there = multiprocessing.Pipe()
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}; from gpu_npz.engines.local import serve; serve({there.fileno()})"
+    )
+    command = [sys.executable, "-c", program]
+    with there:
+        pool[here] = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()], start_new_session=True
+        )
+    with contextlib.suppress(ConnectionError):  # it died already: the first recv says so
+        here.send(task)
 
 
-def _dispatch(pool: dict[Connection, BaseProcess], shards: Iterator[int]) -> Iterator[Event]:
+def _dispatch(pool: _Pool, shards: Iterator[int]) -> Iterator[Event]:
     while pool:
         for connection in wait(list(pool)):
             assert isinstance(connection, Connection)
@@ -69,10 +68,9 @@ def _dispatch(pool: dict[Connection, BaseProcess], shards: Iterator[int]) -> Ite
                 message = connection.recv()
             except (EOFError, OSError):  # OSError where it died in the middle of a message
                 process = pool.pop(connection)
-                process.join()
                 connection.close()
-                if process.exitcode:
-                    raise ShardError(_epitaph(process)) from None
+                if code := process.wait():
+                    raise ShardError(_epitaph(code)) from None
                 continue
             if isinstance(message, BaseException):
                 raise message
@@ -83,9 +81,12 @@ def _dispatch(pool: dict[Connection, BaseProcess], shards: Iterator[int]) -> Ite
                 yield message
 
 
-def _serve(connection: Connection, task: Task) -> None:
-    """What a worker process runs: it sends None for "give me a shard", events, and an error if there was one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
+def serve(descriptor: int) -> None:
+    """What a worker process runs, given its end of the pipe.
+
+    It takes a Task; then it sends None for "give me a shard", events, and an error if there was one.
+    """
+    connection = Connection(descriptor)
 
     def asked() -> Iterator[int]:
         while True:
@@ -96,6 +97,7 @@ def _serve(connection: Connection, task: Task) -> None:
             yield shard
 
     try:
+        task = connection.recv()
         with contextlib.closing(_messages(task, asked())) as messages:
             for message in messages:
                 connection.send(message)
@@ -115,8 +117,7 @@ def _messages(task: Task, shards: Iterator[int]) -> Generator[Event | GpuNpzErro
         yield ShardError(f"a worker process failed:\n{traceback.format_exc()}")
 
 
-def _epitaph(process: BaseProcess) -> str:
-    code = process.exitcode or 0
+def _epitaph(code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
         cause = f"was killed by {name}" + (" (the system may be out of memory)" if code == -signal.SIGKILL else "")
