@@ -95,9 +95,8 @@ class Job:
         """
         settings, digest = config.identity(), plan.digest()
         names = None if class_names is None else tuple(class_names)
-        identity = json.dumps([1, settings, names, image_size, digest], sort_keys=True)
         record = JobRecord(
-            id=hashlib.sha256(identity.encode()).hexdigest()[:32],
+            id=dataset_id(settings, names, image_size, digest),
             settings=settings,
             backend=choice.backend,
             device=choice.device,
@@ -170,9 +169,22 @@ class Job:
             )
 
 
+def dataset_id(
+    settings: dict[str, Any], class_names: Sequence[str] | None, image_size: tuple[int, int], plan_digest: str
+) -> str:
+    """What tells a dataset from others: SHA-256, cut to 32 digits, over everything but the decoder that decides it."""
+    identity = json.dumps([1, settings, class_names, image_size, plan_digest], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
 def shard_comment(dataset_id: str, shard: int) -> str:
     """The end comment of a shard's file."""
     return f"gpu-npz 1 dataset={dataset_id} shard={shard}"
+
+
+def index_comment(dataset_id: str) -> str:
+    """The end comment of index.npz."""
+    return f"gpu-npz 1 dataset={dataset_id} index"
 
 
 def to_json(record: BaseModel) -> bytes:
@@ -188,7 +200,7 @@ def from_json(kind: type[Record], content: bytes, label: str) -> Record:
     """
     try:
         return kind(**json.loads(content))
-    except (ValueError, TypeError, ValidationError) as exc:
+    except (ValueError, TypeError, ValidationError, RecursionError) as exc:
         text = "; ".join(str(exc).splitlines()[:3])
         raise FormatError(f"{label}: {text}; the file is damaged") from exc
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .config import BuildConfig
 from .errors import FormatError, IncompleteError, UsageError
-from .job import Job, from_json, to_json
+from .job import Job, from_json, index_comment, to_json
 from .normalize import statistics
 from .npz.writer import NpzWriter
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, shard_name
@@ -89,7 +89,9 @@ class Manifest(BaseModel):
     counts: Counts
     classes: tuple[str, ...] | None
     shard_items: int
+    plan_digest: str
     shard_table_digest: str
+    rejects_digest: str
     settings: dict[str, Any]
     environments: tuple[dict[str, Any], ...]
 
@@ -109,7 +111,7 @@ class Manifest(BaseModel):
         try:
             head = json.loads(content)
             version, requires = int(head["version"]), list(head.get("requires", []))
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
             raise FormatError(f"{label}: {exc!r}; not a dataset of gpu-npz, or damaged") from exc
         if version > FORMAT_VERSION or requires:
             wanted = f"format version {version}" + (f" with {requires}" if requires else "")
@@ -118,9 +120,12 @@ class Manifest(BaseModel):
 
     @property
     def config(self) -> BuildConfig:
-        """The settings that made the dataset."""
+        """The settings that made the dataset. Raises FormatError if they are not allowed."""
         known = {name: value for name, value in self.settings.items() if name in BuildConfig.model_fields}
-        return BuildConfig(**known)
+        try:
+            return BuildConfig(**known)
+        except UsageError as exc:
+            raise FormatError(f"{MANIFEST}: settings: {'; '.join(str(exc).splitlines())}; it is damaged") from exc
 
 
 def class_list(classes_from: str) -> tuple[str, ...]:
@@ -174,10 +179,12 @@ def committed(storage: LocalStorage, job: Job) -> dict[int, CommitRecord]:
     return records
 
 
-def write_rejects(storage: LocalStorage, records: Iterable[CommitRecord]) -> None:
-    """Writes rejects.jsonl, a line a reject in the order of the plan."""
+def write_rejects(storage: LocalStorage, records: Iterable[CommitRecord]) -> str:
+    """Writes rejects.jsonl, a line a reject in the order of the plan; returns the SHA-256 of the file."""
     lines = (json.dumps(reject.to_json()) + "\n" for record in records for reject in record.rejects)
-    storage.write(REJECTS, "".join(lines).encode("ascii"))
+    content = "".join(lines).encode("ascii")
+    storage.write(REJECTS, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def finish(storage: LocalStorage, job: Job, records: Sequence[CommitRecord]) -> Manifest:
@@ -188,14 +195,14 @@ def finish(storage: LocalStorage, job: Job, records: Sequence[CommitRecord]) -> 
         job: what was built.
         records: the commit records of all shards, in order.
     """
-    write_rejects(storage, records)
+    rejects_digest = write_rejects(storage, records)
     index = _index(job, records)
     temporary = storage.temporary(INDEX)
     try:
         with storage.explained(INDEX), NpzWriter(temporary) as file:
             for name, array in index.items():
                 file.add(name, array)
-            file.close(f"gpu-npz 1 dataset={job.record.id} index")
+            file.close(index_comment(job.record.id))
         storage.publish(temporary, INDEX)
     finally:
         storage.discard(temporary)
@@ -220,7 +227,9 @@ def finish(storage: LocalStorage, job: Job, records: Sequence[CommitRecord]) -> 
         ),
         classes=job.record.class_names,
         shard_items=job.plan.shard_rows,
+        plan_digest=job.record.plan_digest,
         shard_table_digest=shard_table_digest(index),
+        rejects_digest=rejects_digest,
         settings=job.record.settings,
         environments=tuple(environments[key] for key in sorted(environments)),
     )

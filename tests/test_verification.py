@@ -522,7 +522,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 def test_a_manifest_that_contradicts_itself_is_damaged(out: Path, what: str) -> None:
     change, fault = MANIFESTS[what]
     edit_manifest(out, change)
-    with pytest.raises(FormatError, match=r"out/dataset\.json: (.|\n)*damaged") as caught:
+    with pytest.raises(FormatError, match=r"dataset\.json: (.|\n)*damaged") as caught:
         gpu_npz.verify(out)
     assert fault in str(caught.value)
     assert run(["verify", str(out)]) == 1
@@ -538,15 +538,40 @@ def test_a_manifest_that_cannot_be_read_is_named(out: Path, content: str) -> Non
 def test_a_manifest_of_another_dataset_contradicts_everything(out: Path, other: Path) -> None:
     shutil.copy(other / "dataset.json", out)
     found = problems(out)
+    assert found.pop("rejects.jsonl")
     assert sorted(found) == ["index.npz", "shard-00000.npz", SHARD, "shard-00002.npz"]
     assert all("belongs here" in what for what in found.values())
 
 
-def test_a_manifest_without_the_labels_classes_or_with_fewer_contradicts_the_files(out: Path) -> None:
-    edit_manifest(out, lambda manifest: manifest.update(classes=["a", "b"]))
-    assert problems(out) == {"shard-00002.npz": "labels 2 to 2; there are 2 classes"}
-    edit_manifest(out, lambda manifest: manifest.update(classes=None))
-    assert problems(out) == {"index.npz": "labels and the manifest's classes contradict each other"}
+@pytest.mark.parametrize(
+    "change",
+    [{"classes": ["a", "b"]}, {"classes": None}, {"plan_digest": "0" * 64}],
+    ids=["fewer classes", "no classes", "another plan"],
+)
+def test_a_manifest_whose_classes_or_plan_were_altered_is_not_the_one_of_its_id(
+    out: Path, change: dict[str, Any]
+) -> None:
+    edit_manifest(out, lambda manifest: manifest.update(change))
+    with pytest.raises(FormatError, match="its id is not that of these settings, classes and plan"):
+        gpu_npz.verify(out)
+
+
+def test_a_renamed_class_and_an_altered_setting_are_found(out: Path) -> None:
+    for change in (
+        lambda manifest: manifest["classes"].__setitem__(0, "renamed"),
+        lambda manifest: manifest["settings"].update(interpolation="lanczos"),
+    ):
+        before = (out / "dataset.json").read_bytes()
+        edit_manifest(out, change)
+        with pytest.raises(FormatError, match="its id is not that of"):
+            gpu_npz.verify(out)
+        (out / "dataset.json").write_bytes(before)
+
+
+def test_an_altered_text_in_a_reject_is_found(out: Path) -> None:
+    content = (out / "rejects.jsonl").read_bytes()
+    (out / "rejects.jsonl").write_bytes(content.replace(b'"detail": "', b'"detail": "x', 1))
+    assert problems(out) == {"rejects.jsonl": "its text was altered: the SHA-256 is not the manifest's"}
 
 
 def test_a_changed_table_digest_is_found(out: Path) -> None:

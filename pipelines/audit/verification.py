@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..environment import usable_cpus
 from ..errors import FormatError, UsageError
+from ..job import dataset_id
 from ..manifest import Manifest, shard_table_digest
 from ..normalize import row_shape, statistics, table
 from ..npz.reader import NpzReader
@@ -178,11 +180,11 @@ class _ShardChecker:
 
 def _require_consistent(manifest: Manifest, label: str) -> None:
     """Raises FormatError where the manifest contradicts itself."""
+    config = manifest.config
     try:
-        config = manifest.config
         table(config)
     except UsageError as exc:
-        raise FormatError(f"{label}: settings: {'; '.join(str(exc).splitlines())}; the file is damaged") from exc
+        raise FormatError(f"{label}: settings: {exc}; the file is damaged") from exc
     images, settings = manifest.images, (config.dtype, config.layout, config.channels)
     size = config.size or (images.shape[-2:] if config.layout == "NCHW" else images.shape[:2])
     if settings != (images.dtype, images.layout, images.channels) or row_shape(config, *size) != images.shape:
@@ -198,6 +200,8 @@ def _require_consistent(manifest: Manifest, label: str) -> None:
         raise FormatError(
             f"{label}: {counts!r} contradicts itself or the {manifest.shard_items} items a shard; the file is damaged"
         )
+    if manifest.id != dataset_id(manifest.settings, manifest.classes, size, manifest.plan_digest):
+        raise FormatError(f"{label}: its id is not that of these settings, classes and plan; the file was altered")
 
 
 def _index_faults(index: NpzReader, manifest: Manifest) -> Iterator[str]:
@@ -238,6 +242,8 @@ def _reject_faults(storage: LocalStorage, manifest: Manifest, index: NpzReader |
         yield f"{len(places)} lines; the manifest says {manifest.counts.rejects}"
     elif codes != manifest.counts.rejects_by_code:
         yield f"codes {dict(sorted(codes.items()))}; the manifest says {manifest.counts.rejects_by_code}"
+    elif hashlib.sha256(content).hexdigest() != manifest.rejects_digest:
+        yield "its text was altered: the SHA-256 is not the manifest's"
     if index is None:
         return
     rows = index["index"] if "valid" not in index else index["index"][index["valid"]]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FormatError, StorageError
-from ..job import shard_comment
+from ..job import index_comment, shard_comment
 from ..manifest import Manifest
 from ..normalize import apply_table, table
 from ..npz.reader import NpzReader
@@ -216,7 +216,7 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
 def open_index(folder: str, manifest: Manifest) -> NpzReader:
     """The index.npz of a dataset. Raises FormatError if it is missing, damaged or another dataset's."""
     reader = _opened(os.path.join(folder, INDEX))
-    _require_comment(reader, f"gpu-npz 1 dataset={manifest.id} index")
+    _require_comment(reader, index_comment(manifest.id))
     kinds = {"index": np.int64, "labels": np.int64, "valid": np.bool_, "shard_rows": np.int64, "shard_bytes": np.int64}
     for name, kind in kinds.items():
         if name in ("labels", "valid") and name not in reader:
