@@ -10,9 +10,11 @@ Importing this package loads NumPy at most; each name below loads what it needs 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from .audit.verification import Problem, Verification, verify
     from .builder import BuildReport, Started, build
     from .config import BuildConfig
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from .readers.arrays import Dataset, open_dataset
     from .worker import Committed, Progress, StageSeconds
 
-__version__ = "0.1.0"
 _HOMES = {
     "BuildConfig": "config",
     "BuildReport": "builder",
@@ -58,6 +59,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("gpu-npz")
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

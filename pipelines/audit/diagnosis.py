@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..environment import Machine, inspect, usable_cpus
 
 _SIMD_INSTALL = 'CC="cc -mavx2" pip install pillow-simd'
@@ -35,7 +34,7 @@ def diagnose() -> list[Finding]:
     machine = inspect()
     cores = f"{usable_cpus()} usable of {os.cpu_count()}"
     return [
-        Finding("gpu-npz", True, f"{__version__} on Python {platform.python_version()}, {platform.system()}"),
+        Finding("gpu-npz", True, f"{version('gpu-npz')} on Python {platform.python_version()}, {platform.system()}"),
         Finding("cores", True, cores),
         *_gpu(machine),
         *_pillow(),
