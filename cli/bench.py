@@ -19,8 +19,17 @@ def command() -> None:
 
 @command.command("pipeline")
 @click.argument("src", metavar="[SRC]", required=False)
-@click.option("--images", default=3000, show_default=True, metavar="N", help="Images a build has.")
-@click.option("--rounds", default=5, show_default=True, metavar="N", help="Rounds; the ways take turns in each.")
+@click.option(
+    "--images", default=3000, show_default=True, type=click.IntRange(1), metavar="N", help="Images a build has."
+)
+@click.option(
+    "--rounds",
+    default=5,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Rounds; the ways take turns in each.",
+)
 @click.option("--folder", metavar="DIR", help="Where to write; the system's temporary folder unless given.")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON on stdout.")
 def pipeline(src: str | None, images: int, rounds: int, folder: str | None, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from gpu_npz import worker
 from gpu_npz.builder import BuildReport, Started, build
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings, size
 from gpu_npz.cli.options import config_options, read_config
+from gpu_npz.errors import RejectLimitError
 
 
 @click.command("build")
@@ -29,7 +30,12 @@ def command(src: str, out: str, config_file: str | None, as_json: bool, quiet: b
     show_warnings()
     config = read_config(config_file, given)
     with _Bar(hidden=quiet or as_json) as bar:
-        report = build(src, out, config, progress=bar)
+        try:
+            report = build(src, out, config, progress=bar)
+        except RejectLimitError as exc:
+            if as_json:
+                print_json(exc.report.to_json())
+            raise
     if as_json:
         print_json(report.to_json())
     elif not quiet:

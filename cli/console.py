@@ -31,9 +31,14 @@ def print_json(value: dict[str, Any] | list[Any]) -> None:
     click.echo(json.dumps(value, indent=1))
 
 
-def printable(text: str) -> str:
-    """Text that any terminal takes: bytes of names that are not UTF-8 appear as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+def printable(text: str, keep: str = "") -> str:
+    """Text from files as a terminal may have it: control characters, and bytes that are no UTF-8, appear as escapes.
+
+    The characters in `keep` stay as they are.
+    """
+    return "".join(
+        character if character.isprintable() or character in keep else repr(character)[1:-1] for character in text
+    )
 
 
 def size(number: float) -> str:

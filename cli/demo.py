@@ -11,13 +11,16 @@ import click
 
 from gpu_npz.cli.build import summary
 from gpu_npz.cli.console import show_warnings
+from gpu_npz.errors import UsageError
 
 _SETTINGS = {"dtype": "uint8", "shard_size": "128", "shuffle": 0, "max_rejects": "10%"}
 
 
 @click.command("demo")
 @click.argument("folder", metavar="[DIR]", default="gpu-npz-demo")
-@click.option("--images", default=300, show_default=True, metavar="N", help="How many pictures to make.")
+@click.option(
+    "--images", default=300, show_default=True, type=click.IntRange(1), metavar="N", help="How many pictures to make."
+)
 def command(folder: str, images: int) -> int:
     """Make pictures of ImageNet-like sizes, some of them broken; build and verify a dataset; show how to read it.
 
@@ -31,6 +34,8 @@ def command(folder: str, images: int) -> int:
     show_warnings()
     place = Path(folder)
     pictures, out = place / "images", place / "dataset"
+    if place.exists() and not out.exists() and any(place.iterdir()):
+        raise UsageError(f"{folder!r} is not empty and holds no earlier demo; choose a new folder: gpu-npz demo DIR")
     click.echo(f"1. Making {images} pictures and a few broken files in {pictures} ...")
     start = time.perf_counter()
     made = make_images(pictures, count=images)

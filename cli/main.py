@@ -56,21 +56,30 @@ def run(arguments: list[str]) -> int:
     try:
         result: Any = cli.main(arguments, prog_name="gpu-npz", standalone_mode=False)
     except click.exceptions.Abort:
-        return _stopped(130)
+        return _stopped(130, arguments)
     except KeyboardInterrupt:
-        return _stopped(130)
+        return _stopped(130, arguments)
     except _Terminated:
-        return _stopped(143)
+        return _stopped(143, arguments)
     except click.ClickException as exc:
         exc.show()
         return exc.exit_code
     except GpuNpzError as exc:
-        click.echo(f"gpu-npz: {exc}", err=True)
+        click.echo(f"gpu-npz: {_printable(exc)}", err=True)
         return exc.exit_code
     except BrokenPipeError:  # the reader of stdout has left, as `| head` does
         sys.stderr.close()
         return 1
+    except OSError as exc:
+        click.echo(f"gpu-npz: {_printable(exc)}", err=True)
+        return 1
     return int(result or 0)
+
+
+def _printable(error: Exception) -> str:
+    from gpu_npz.cli.console import printable  # rich takes a moment to load, and most commands do not fail
+
+    return printable(str(error), keep="\n")
 
 
 class _Terminated(BaseException):
@@ -81,6 +90,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def _stopped(code: int) -> int:
-    click.echo("gpu-npz: stopped; what is committed stays, the same command goes on from there", err=True)
+def _stopped(code: int, arguments: list[str]) -> int:
+    hint = "; what is committed stays, the same command goes on from there" if arguments[:1] == ["build"] else ""
+    click.echo(f"gpu-npz: stopped{hint}", err=True)
     return code

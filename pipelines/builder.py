@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import environment
-from .config import BATCH_SIZE, BuildConfig
+from .config import BATCH_BYTES, BATCH_SIZE, BuildConfig
 from .engines import local
 from .environment import Choice
 from .errors import BackendError, FormatError, MismatchError, RejectLimitError, SourceError, StorageError, UsageError
@@ -163,8 +163,6 @@ def _backend(job: Job, config: BuildConfig) -> Choice:
             f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
             f"{config.device} ask for another; leave them out to resume, or start anew with --overwrite"
         )
-    if record.device == "cpu" and config.device.isdigit():
-        log.warning("OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device)
     device = config.device if record.device == "cuda" else "cpu"
     same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
     try:
@@ -188,13 +186,19 @@ def _run(
     records = committed(storage, job)
     todo = [shard for shard in range(plan.shard_count) if shard not in records]
     built_items = sum(len(plan.shard_range(shard)) for shard in todo)
-    batch_size = min(config.batch_size or BATCH_SIZE[record.device], plan.shard_rows, plan.item_count)
+    row_bytes = math.prod(job.row_shape) * job.dtype.itemsize
+    batch_size = config.batch_size or max(1, min(BATCH_SIZE[record.device], BATCH_BYTES // row_bytes))
+    batch_size = min(batch_size, plan.shard_rows, plan.item_count)
     workers = config.workers or (environment.usable_cpus() if record.backend == "pillow" else 1)  # DALI has threads
     workers = max(1, min(workers, len(todo)))
     progress(Started(plan.item_count, plan.item_count - built_items, record.backend, record.device, workers))
     stages: Counter[str] = Counter()
     if todo:
         choice = _backend(job, config)
+        if records and record.device == "cpu" and config.device.isdigit():
+            log.warning(
+                "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
+            )
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
         threads = max(1, environment.usable_cpus() // workers)
         task = Task(storage.root, source, choice.gpu, batch_size, threads, _environment(records, config))
@@ -238,7 +242,7 @@ def _run(
     if todo:
         _store_report(storage, report)
     if not complete:
-        raise RejectLimitError(_too_many(storage, report, config))
+        raise RejectLimitError(_too_many(storage, report, config), report)
     return report
 
 

@@ -34,6 +34,7 @@ Channels = Literal["rgb", "bgr", "gray"]
 
 MAX_SIDE = 16_384
 BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache, a GPU batch should fill the decoders
+BATCH_BYTES = 1 << 28  # a batch of huge images is smaller, unless asked for
 SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files pass
 
@@ -162,7 +163,7 @@ class BuildConfig(BaseModel):
         "operational", False, "Resume although the decoder, its version or the GPU model has changed."
     )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as exc:
@@ -299,7 +300,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as exc:
         raise UsageError(f"--config {path}: {exc.strerror or exc}; give a readable TOML file") from exc
-    except ValueError as exc:  # TOMLDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as exc:  # TOMLDecodeError and UnicodeDecodeError among them
         raise UsageError(f"--config {path}: not TOML ({exc}); write lines such as: size = 224") from exc
     return {name.replace("-", "_"): value for name, value in values.items()}
 
@@ -324,8 +325,12 @@ def _require(condition: Any, value: Any) -> Any:
 
 def _explain(error: ValidationError) -> str:
     lines = []
+    named = set()
     for fault in error.errors():
         name = str(fault["loc"][0]) if fault["loc"] else ""
+        if name in named:  # one line is enough for a list of which nothing fits
+            continue
+        named |= {name} - {""}
         if name in BuildConfig.model_fields:
             line = f"{name.replace('_', '-')}: got {fault['input']!r}; allowed: {_allowed(name)}"
         elif fault["type"] == "extra_forbidden":
@@ -334,6 +339,5 @@ def _explain(error: ValidationError) -> str:
             line = f"unknown setting {name!r}; {hint}"
         else:
             line = fault["msg"].removeprefix("Value error, ")
-        if line not in lines:
-            lines.append(line)
+        lines.append(line)
     return "\n".join(lines)

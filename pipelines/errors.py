@@ -18,6 +18,8 @@ One bad image is a counted, reported result (`rejects.Reject`) and never an exce
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class GpuNpzError(Exception):
     """Anything that this package reports to its caller; `exit_code` is what the command line ends with."""
@@ -68,6 +70,10 @@ class RejectedError(ShardError):
 
 
 class RejectLimitError(GpuNpzError):
-    """More items were rejected than `max_rejects` allows; their shards stay."""
+    """More items were rejected than `max_rejects` allows; the shards stay. `report` is the build's BuildReport."""
 
     exit_code = 3
+
+    def __init__(self, message: str, report: Any) -> None:
+        super().__init__(message)
+        self.report = report

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import BuildConfig
+from .config import MAX_SIDE, BuildConfig
 from .environment import BackendName, Choice
 from .errors import FormatError, MismatchError
 from .normalize import row_shape
@@ -37,9 +37,9 @@ class JobRecord(BaseModel):
     source_kind: str
     source_location: str
     class_names: tuple[str, ...] | None
-    image_size: tuple[int, int]
-    items: int
-    shard_rows: int
+    image_size: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], Annotated[int, Field(ge=1, le=MAX_SIDE)]]
+    items: int = Field(ge=1)
+    shard_rows: int = Field(ge=1)
     plan_digest: str
 
 
@@ -130,7 +130,12 @@ class Job:
         content = storage.read(JOB)
         if content is None:
             raise FormatError(f"{storage.path(JOB)!r} is missing; {storage.root!r} was not begun by gpu-npz build")
-        record = from_json(JobRecord, content, storage.path(JOB))
+        label = storage.path(JOB)
+        record = from_json(JobRecord, content, label)
+        if record.id != dataset_id(record.settings, record.class_names, record.image_size, record.plan_digest):
+            raise FormatError(
+                f"{label}: its id is not that of its settings; the file was altered. --overwrite starts anew"
+            )
         try:
             reader = NpzReader(storage.path(PLAN))
         except OSError as exc:

@@ -175,8 +175,19 @@ def committed(storage: LocalStorage, job: Job) -> dict[int, CommitRecord]:
         record = from_json(CommitRecord, storage.read(name) or b"", storage.path(name))
         whole = storage.size(shard_name(shard, shards)) == record.bytes
         if record.id == job.record.id and record.shard == shard and whole:
+            _require_complete(record, job, storage.path(name))
             records[shard] = record
     return records
+
+
+def _require_complete(record: CommitRecord, job: Job, label: str) -> None:
+    """Raises FormatError unless each item of the shard is one row or one reject by the record."""
+    items, rejects = job.plan.shard_range(record.shard), {reject.index for reject in record.rejects}
+    rows = len(items) - (0 if job.settings.on_reject == "blank" else len(rejects))
+    if record.rows != rows or len(rejects) != len(record.rejects) or not all(index in items for index in rejects):
+        raise FormatError(
+            f"{label}: rows and rejects are not the shard's {len(items)} items; delete the file to rebuild"
+        )
 
 
 def write_rejects(storage: LocalStorage, records: Iterable[CommitRecord]) -> str:
@@ -266,7 +277,8 @@ def _no_manifest(storage: LocalStorage) -> IncompleteError | FormatError:
     if storage.size(JOB) is None:
         return FormatError(f"{storage.root!r} holds no dataset ({MANIFEST} is missing); give a folder that build made")
     job = Job.open(storage)
-    done = len(committed(storage, job))
+    done, shards = len(committed(storage, job)), job.plan.shard_count
+    more = ", with a higher --max-rejects if it asks for one" if done == shards else ""
     return IncompleteError(
-        f"{storage.root!r} is not complete: {done} of {job.plan.shard_count} shards; run the same gpu-npz build again"
+        f"{storage.root!r} is not complete: {done} of {shards} shards; run the same gpu-npz build again{more}"
     )

@@ -82,6 +82,12 @@ def clear(storage: LocalStorage) -> None:
 
 
 def _numbered(storage: LocalStorage, parent: str) -> list[str]:
-    """The folders of 1,000 shards or records in a folder."""
+    """The folders of 1,000 shards or records in a folder; no links, which lead elsewhere, no datasets of their own."""
     paths = [posixpath.join(parent, name) for name in storage.names(parent) if _FOLDER.fullmatch(name)]
-    return [path for path in paths if os.path.isdir(storage.path(path))]
+    return [
+        path
+        for path in paths
+        if os.path.isdir(storage.path(path))
+        and not os.path.islink(storage.path(path))
+        and not {PRIVATE, MANIFEST} & set(storage.names(path))
+    ]

@@ -14,8 +14,8 @@ import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterator
-from pathlib import Path
 
 from .errors import LockedError, StorageError
 
@@ -53,8 +53,12 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes | None:
         """The content of a small file, None if there is none."""
-        with self.explained(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return Path(self.path(name)).read_bytes()
+        with (
+            self.explained(name),
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            open(self.path(name), "rb", opener=open_regular) as file,
+        ):
+            return file.read()
         return None
 
     def names(self, folder: str = "") -> list[str]:
@@ -166,6 +170,15 @@ class LocalStorage:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def open_regular(path: str | bytes | os.PathLike[str], flags: int) -> int:
+    """Opens a file as `os.open` does, without waiting; raises OSError for pipes, devices and sockets."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file")
 
 
 def _holder(content: bytes) -> tuple[str, int]:

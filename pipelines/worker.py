@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decode.base import Decoded, Decoder
-from .errors import MismatchError, RejectedError
+from .errors import MismatchError, RejectedError, ShardError
 from .geometry import Geometry
 from .job import Job
 from .manifest import CommitRecord
@@ -82,7 +82,11 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
     _require_environment(task.environment, environment := decoder.environment())
     seconds = {"read": 0.0, "decode": 0.0, "normalize": 0.0}
     batches = (batch for shard in shards for batch in job.plan.batches(shard, task.batch_size))
-    with decoder, ShardSink(storage, job, environment, normalizer.allocate, task.batch_size) as sink:
+    try:
+        sink = ShardSink(storage, job, environment, normalizer.allocate, task.batch_size)
+    except MemoryError as exc:
+        raise ShardError(f"no memory for batches of {task.batch_size} images; lower --batch-size or --workers") from exc
+    with decoder, sink:
         for decoded in decoder.decode(batches):
             if decoded.rejects and job.settings.on_reject == "fail":
                 reject = decoded.rejects[0]

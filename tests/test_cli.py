@@ -148,7 +148,7 @@ def test_names_that_are_not_utf8_are_printed_as_escapes(src: str, tmp_path: Path
     assert result.stdout.endswith("[0, 0, 0, 1]\n")
     assert result.stdout.count("out\\udcfe: ") == 2
     assert "caf\\udce9" in result.stdout
-    assert "images\\udcffx/': No such file or directory" in result.stderr
+    assert "images\\udcffx': No such file or directory" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -33,3 +33,12 @@ def test_the_broken_files_of_the_demo_are_its_rejects(tmp_path: Path) -> None:
     lines = (tmp_path / "out/rejects.jsonl").read_text()
     assert report.rejects == len(made.bad)
     assert all(f'"{path}"' in lines for path in made.bad.values())
+
+
+def test_the_demo_writes_into_no_folder_that_is_somebody_elses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert run(["demo", str(tmp_path)]) == 2
+    assert "choose a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -445,7 +445,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda path: os.truncate(path, path.stat().st_size - 100), "cut off|missing"),
     "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "no end record"),
     "zeros": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "no end record"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "No such device|not supported|Invalid argument|directory"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
     "of another dataset": (
         lambda path: path.write_bytes(path.read_bytes().replace(b"dataset=", b"dataset=0")[:-1]),
         "missing or left over|belongs here",

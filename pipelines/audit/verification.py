@@ -25,6 +25,7 @@ from ..readers.arrays import open_index, open_shard
 from ..storage import LocalStorage
 
 _ROWS_AT_ONCE = 64
+_MISSING_SHARDS = 100_000  # more than these are not looked for one by one on the word of a damaged manifest
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,13 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
         index = None
         problems.append(Problem(INDEX, str(exc).removeprefix(f"{storage.path(INDEX)}: ")))
     problems += [Problem(REJECTS, what) for what in _reject_faults(storage, manifest, index)]
+    found = shard_files(storage)
+    if index is None and shards > len(found) + _MISSING_SHARDS:
+        raise FormatError(
+            f"{storage.path(MANIFEST)}: it names {shards} shards, of which {len(found)} are here; damaged"
+        )
     expected = {shard_name(shard, shards) for shard in range(shards)}
-    problems += [
-        Problem(name, "not a shard of this dataset; move it away")
-        for name in shard_files(storage)
-        if name not in expected
-    ]
+    problems += [Problem(name, "not a shard of this dataset; move it away") for name in found if name not in expected]
     checker = _ShardChecker(folder, manifest, index)
     with ThreadPoolExecutor(usable_cpus()) as pool:
         for shard, faults in enumerate(pool.map(checker.faults, range(shards))):
@@ -235,7 +237,7 @@ def _reject_faults(storage: LocalStorage, manifest: Manifest, index: NpzReader |
         rejects = [json.loads(line) for line in content.splitlines()]
         places = np.array([int(reject["index"]) for reject in rejects], np.int64)
         codes = Counter(reject["code"] for reject in rejects)
-    except (ValueError, KeyError, TypeError, OverflowError) as exc:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
         yield f"not a reject a line: {exc!r}"
         return
     if len(places) != manifest.counts.rejects:

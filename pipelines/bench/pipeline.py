@@ -90,7 +90,9 @@ def measure(
         place = Path(name)
         source = _linked(src, place / "src", images)
         for dtype in ("float32", "uint8"):
-            config = BuildConfig(dtype=dtype, device="cpu", backend="pillow", workers=1, shard_size=str(_SHARD_ROWS))
+            config = BuildConfig(
+                dtype=dtype, device="cpu", backend="pillow", workers=1, shard_size=str(_SHARD_ROWS), max_rejects="100%"
+            )
             loop = f"loop {dtype}"
             ways[loop, loop] = lambda config=config: _timed(images, lambda: reference_loop(source, place, config))  # type: ignore[misc]
             ways[f"build {dtype}", loop] = lambda config=config: _timed(  # type: ignore[misc]

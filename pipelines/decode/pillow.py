@@ -41,6 +41,7 @@ _UPRIGHT = {
 }
 # What a collection holds. Pillow opens more: rare formats with rarely read parsers, and PostScript, which it runs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
+_MAX_SCANS = 256  # as nvImageCodec: each scan of a progressive JPEG costs a pass over the whole image
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -109,6 +110,10 @@ class PillowDecoder:
             BadItem: the data is no image, damaged or too large: a property of the file.
             ShardError: there is not enough memory.
         """
+        if data[:4] == b"RIFF":
+            self._check_webp(data)
+        elif data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
+            raise BadItem("decode", "undecodable", f"{scans} scans; at most {_MAX_SCANS}")
         with _opened(data, path) as image:
             upright, place = self._upright(image)
         with _enough_memory(path):
@@ -117,21 +122,31 @@ class PillowDecoder:
     def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
         """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
         with _opened(data, path) as image:
-            self._check_pixels(image)
+            self._check_pixels(*image.size)
             image.load()
             turned = self._config.exif_orientation and _orientation(image) >= 5
             width, height = image.size
             return (width, height) if turned else (height, width)
 
-    def _check_pixels(self, image: Image.Image) -> None:
-        width, height = image.size
+    def _check_pixels(self, width: int, height: int) -> None:
         if width * height > self._config.max_pixels:
             raise BadItem("decode", "too-large", f"{width} x {height} pixels; at most {self._config.max_pixels}")
+
+    def _check_webp(self, data: bytes) -> None:
+        # Pillow's WebP reader allocates the whole canvas when it opens a file, and has one message for every trouble.
+        size = _webp_size(data)
+        if size:
+            self._check_pixels(*size)
+        if 8 + int.from_bytes(data[4:8], "little") > len(data):
+            raise BadItem("decode", "truncated", f"{len(data)} bytes, fewer than its header says")
+        if size:
+            with _enough_memory("a WebP image"):
+                np.empty(8 * size[0] * size[1], np.uint8)  # canvas and pixels: no memory is not the file's fault
 
     def _upright(self, image: Image.Image) -> tuple[Image.Image, Placement]:
         """The whole image, 8-bit L or RGB, and where it goes."""
         config = self._config
-        self._check_pixels(image)
+        self._check_pixels(*image.size)
         if image.format != "JPEG":
             # Before EXIF is asked for: loading turns a TIFF upright, and a PNG's EXIF may stand behind its pixels.
             image.load()
@@ -232,15 +247,31 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height by the first chunk of a WebP file (RFC 9649, sections 2.5 to 2.7); None if it is none."""
+    kind, body = data[8:16], data[20:30]
+    if len(body) < 10:
+        return None
+    if kind == b"WEBPVP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if kind == b"WEBPVP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"WEBPVP8 ":
+        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    return None
+
+
 def _plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
     """The image as 8-bit L or RGB: alpha put on the background, 16-bit gray scaled, the rest converted."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image if image.mode == "L" or mode == "RGB" else image.convert(mode)
     if image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM", None)):
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65_535:
+        levels = np.asarray(image)
+        if levels.dtype.itemsize > 2 and (levels.min() < 0 or levels.max() > 65_535):
             raise BadItem("decode", "undecodable", "samples of more than 16 bits")
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # round(v * 255 / 65535)
+        scale = ((np.arange(65_536) + 128) // 257).astype(np.uint8)  # round(v * 255 / 65535)
+        return Image.fromarray(scale[levels])
     if image.mode in ("I", "F"):
         raise BadItem("decode", "undecodable", f"samples of 32 bits (mode {image.mode})")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

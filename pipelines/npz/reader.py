@@ -13,6 +13,7 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from ..errors import FormatError
+from ..storage import open_regular
 from .format import NPY_HEADER_BYTES, Directory, Member, read_directory
 
 _PIECE_BYTES = 1 << 22
@@ -31,7 +32,7 @@ class NpzReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(self.path, os.O_RDONLY)
         try:
             if not os.fstat(descriptor).st_size:
                 raise FormatError(f"{self.path}: the file is empty; build or copy it again")

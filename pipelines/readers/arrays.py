@@ -145,6 +145,9 @@ class Dataset:
                 return self._shards[number]
             path = os.path.join(self.path, shard_name(number, self.manifest.counts.shards))
             reader = open_shard(path, self.manifest, number)
+            rows = self._ends[number] - (self._ends[number - 1] if number else 0)
+            if len(reader["images"]) != rows:
+                raise FormatError(f"{path}: {len(reader['images'])} rows; {INDEX} says {rows}; run gpu-npz verify")
             self._shards[number] = reader
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)

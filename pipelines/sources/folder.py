@@ -63,22 +63,27 @@ class FolderSource:
             label = self._numbers.get(_text(folder))
             if label is None:
                 raise SourceError(f"{_text(folder)!r} has come into {self.location!r} meanwhile; run the command again")
-            yield from self._walk(folder + b"/", label, (self._root_identity,))
+            yield from self._walk(folder + b"/", label)
 
-    def _walk(self, folder: bytes, label: int, above: tuple[tuple[int, int], ...]) -> Iterator[Group]:
-        identity = _identity(os.path.join(self._root, folder))
-        if identity in above:
-            log.warning("%r leads back to a folder above it; its images are taken once", _text(folder))
-            return
-        names, folders = _scan(self._root, folder)
-        if names:
-            yield Group(folder, names, label)
-        for name in folders:
-            yield from self._walk(folder + name + b"/", label, (*above, identity))
+    def _walk(self, top: bytes, label: int) -> Iterator[Group]:
+        """A class's folders, each once: links may lead to a folder above, or in several ways to the same one."""
+        seen = {self._root_identity}
+        waiting = [top]
+        while waiting:
+            folder = waiting.pop()
+            identity = _identity(os.path.join(self._root, folder))
+            if identity in seen:
+                log.warning("%r leads to a folder that was listed already; its images are taken once", _text(folder))
+                continue
+            seen.add(identity)
+            names, folders = _scan(self._root, folder)
+            if names:
+                yield Group(folder, names, label)
+            waiting += [folder + name + b"/" for name in reversed(folders)]
 
     def _refuse_mixture(self, names: list[bytes], folders: list[bytes]) -> None:
         for folder in folders:
-            if next(self._walk(folder + b"/", -1, (self._root_identity,)), None):
+            if next(self._walk(folder + b"/", -1), None):
                 raise SourceError(
                     f"{self.location!r} holds both images ({_text(names[0])!r}, ...) and folders of images "
                     f"({_text(folder)!r}, ...); move the images into a folder of their class, or out"
@@ -125,7 +130,7 @@ def _scan(root: bytes, folder: bytes) -> tuple[list[bytes], list[bytes]]:
     """The names of the images and of the folders in root/folder, sorted."""
     names: list[bytes] = []
     folders: list[bytes] = []
-    path = os.path.join(root, folder)
+    path = os.path.join(root, folder) if folder else root
     try:
         with os.scandir(path) as entries:
             for entry in entries:
