@@ -11,13 +11,14 @@ from gpu_npz import worker
 from gpu_npz.builder import BuildReport, Started, build
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings, size
 from gpu_npz.cli.options import config_options, read_config
+from gpu_npz.config import BuildConfig
 from gpu_npz.errors import RejectLimitError
 
 
 @click.command("build")
 @click.argument("src", metavar="SRC")
 @click.argument("out", metavar="OUT")
-@config_options
+@config_options(*BuildConfig.model_fields)
 @click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors.")

@@ -18,6 +18,7 @@ COMMANDS = {
     "build": "Build NPZ shards from images, or go on with a build that was stopped.",
     "info": "Say what a dataset is, or how far its build has come.",
     "verify": "Read a whole dataset and compare it with its manifest.",
+    "parity": "Say how far two decoders differ on the same images.",
     "doctor": "Say what this machine can use, and how to get the rest.",
     "demo": "Make some images, build and verify a dataset from them.",
     "bench": "Measure the pipeline on this machine.",

@@ -12,18 +12,25 @@ from gpu_npz.config import BuildConfig, load_toml
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def config_options(command: F) -> F:
-    """Adds an option for every setting. What is not given arrives as None; values are checked by BuildConfig alone."""
-    for name, field in reversed(BuildConfig.model_fields.items()):
-        flag = "--" + name.replace("_", "-")
-        help_text = field.description or ""
-        if field.annotation is bool:
-            both = f"{flag}/--no-{flag[2:]}" if field.default else flag
-            option = click.option(both, name, is_flag=True, default=None, help=help_text)
-        else:
-            option = click.option(flag, name, default=None, metavar=metavar(name), help=help_text + _default(name))
-        command = option(command)
-    return command
+def config_options(*names: str) -> Callable[[F], F]:
+    """Adds an option for each of these settings. What is not given arrives as None; BuildConfig alone checks values."""
+
+    def add(command: F) -> F:
+        for name in reversed(names):
+            command = _option(name)(command)
+        return command
+
+    return add
+
+
+def _option(name: str) -> Callable[[F], F]:
+    field = BuildConfig.model_fields[name]
+    flag = "--" + name.replace("_", "-")
+    help_text = field.description or ""
+    if field.annotation is bool:
+        both = f"{flag}/--no-{flag[2:]}" if field.default else flag
+        return click.option(both, name, is_flag=True, default=None, help=help_text)
+    return click.option(flag, name, default=None, metavar=metavar(name), help=help_text + _default(name))
 
 
 def metavar(name: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .decode.base import Decoded, Decoder
+from .decode import make_decoder
+from .decode.base import Decoded
 from .errors import MismatchError, RejectedError, ShardError
 from .geometry import Geometry
 from .job import Job
@@ -78,7 +79,17 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
     storage = LocalStorage(task.out)
     job = Job.open(storage)
     normalizer = Normalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)
-    decoder = make_decoder(job, task, getattr(normalizer, "stream", None))
+    geometry = Geometry.of(job.settings, job.record.image_size)
+    decoder = make_decoder(
+        job.record.backend,
+        job.settings,
+        geometry,
+        task.source,
+        batch_size=task.batch_size,
+        threads=task.threads,
+        gpu=task.gpu,
+        stream=getattr(normalizer, "stream", None),
+    )
     _require_environment(task.environment, environment := decoder.environment())
     seconds = {"read": 0.0, "decode": 0.0, "normalize": 0.0}
     batches = (batch for shard in shards for batch in job.plan.batches(shard, task.batch_size))
@@ -106,26 +117,6 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             yield from map(Committed, sink.committed())
     yield from map(Committed, sink.committed())
     yield StageSeconds({**seconds, **sink.seconds})
-
-
-def make_decoder(job: Job, task: Task, stream: int | None) -> Decoder:
-    """The decoder that the job was planned with."""
-    geometry = Geometry.of(job.settings, job.record.image_size)
-    if job.record.backend == "pillow":
-        from .decode.pillow import PillowDecoder
-
-        return PillowDecoder(job.settings, geometry, task.source)
-    from .decode.dali import DaliDecoder
-
-    return DaliDecoder(
-        job.settings,
-        geometry,
-        task.source,
-        batch_size=task.batch_size,
-        device=task.gpu,
-        stream=stream,
-        threads=task.threads,
-    )
 
 
 def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaNormalizer, *, blank: bool) -> Rows:

@@ -1,0 +1,203 @@
+"""How far two decoders differ on the same images, in 8-bit levels, by kind of image.
+
+Tolerances, and why they are not zero: decoders agree on the JPEG's coefficients, but the inverse DCT and the upsampling
+of chroma are theirs (ITU-T T.81 leaves both open), and resizing rounds once or twice. DALI's CPU operators share
+libjpeg-turbo's arithmetic with Pillow: what is left is the resize, a mean of some 0.2 levels. A GPU's decoders have
+arithmetic of their own: a mean within 1 level is the expectation. Normalization is by table, and equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, JpegImagePlugin
+
+from ..config import BATCH_SIZE, BuildConfig
+from ..decode import make_decoder
+from ..decode.base import Decoded, Decoder
+from ..environment import choose, inspect, usable_cpus
+from ..errors import SourceError, UsageError
+from ..geometry import Geometry
+from ..plan import Item, Plan, collect
+from ..rejects import BadItem
+from ..sources.base import Source, read_item
+from ..sources.folder import FolderSource
+
+Side = Literal["pillow", "dali-cpu", "dali-gpu"]
+KINDS = ("4:4:4", "4:2:2", "4:2:0", "other subsampling", "gray", "CMYK", "progressive", "EXIF turned", "not JPEG")
+_SUBSAMPLING = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
+_WORST = 5
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Absolute differences of one kind of images, in levels of 0 to 255."""
+
+    kind: str
+    images: int
+    mean: float
+    p99: int
+    max: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a comparison found.
+
+    Attributes:
+        sides: the two decoders, each with what decides its pixels.
+        images: how many both have decoded.
+        kinds: the differences by kind, and of all together as `all`.
+        missing_kinds: kinds of JPEG that no image had: nothing is known of them.
+        worst: path and mean difference of the images that differ most.
+        verdicts: items that one side decodes and the other rejects, each with what the two say.
+    """
+
+    sides: dict[str, dict[str, Any]]
+    images: int
+    kinds: tuple[Difference, ...]
+    missing_kinds: tuple[str, ...]
+    worst: tuple[tuple[str, float], ...]
+    verdicts: tuple[tuple[str, str, str], ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean difference over all images."""
+        return next((found.mean for found in self.kinds if found.kind == "all"), 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return asdict(self)
+
+
+@dataclass
+class _Tally:
+    images: int = 0
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+
+    def add(self, difference: NDArray[np.uint8]) -> None:
+        self.images += 1
+        self.counts += np.bincount(difference.ravel(), minlength=256)
+
+    def result(self, kind: str) -> Difference:
+        total = int(self.counts.sum())
+        mean = float(self.counts @ np.arange(256)) / total
+        p99 = int(np.searchsorted(np.cumsum(self.counts), 0.99 * total))
+        return Difference(kind, self.images, mean, p99, int(np.flatnonzero(self.counts)[-1]))
+
+
+def parity(
+    src: str | os.PathLike[str],
+    config: BuildConfig,
+    sides: tuple[Side, Side],
+    *,
+    images: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Parity:
+    """Decodes and resizes the same images twice.
+
+    Args:
+        src: a folder as for `build`.
+        config: size, resize mode and so on; `device` says which GPU, `shuffle` which of many images are taken.
+        sides: the decoders to compare.
+        images: how many, the first of the plan.
+        progress: called with images done and images in all.
+
+    Raises:
+        UsageError: the sides are the same.
+        BackendError: a side cannot be used here.
+        SourceError: SRC cannot be read, or holds no images.
+    """
+    if sides[0] == sides[1]:
+        raise UsageError(f"both sides are {sides[0]}; choose two different decoders")
+    source = FolderSource(src)
+    arrays = collect(source.groups(), shuffle=config.shuffle, limit=images)
+    if not len(arrays["name_ends"]):
+        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
+    height, width = config.size or (224, 224)
+    plan = Plan(arrays, len(arrays["name_ends"]))
+    tallies = {kind: _Tally() for kind in ("all", *KINDS)}
+    worst: list[tuple[str, float]] = []
+    verdicts: list[tuple[str, str, str]] = []
+    with contextlib.ExitStack() as stack:
+        decoders = [stack.enter_context(_decoder(side, config, (height, width), source)) for side in sides]
+        described = dict(zip(sides, (decoder.environment() for decoder in decoders), strict=True))
+        streams = [decoder.decode(plan.batches(0, BATCH_SIZE["cpu"])) for decoder in decoders]
+        done = 0
+        for pair in zip(*streams, strict=True):
+            first, second = ({item.index: row for item, row in _rows(decoded)} for decoded in pair)
+            for item in pair[0].batch.items:
+                if (item.index in first) != (item.index in second):
+                    verdicts.append((item.path, *(_verdict(decoded, item) for decoded in pair)))
+                elif item.index in first:
+                    one, other = first[item.index], second[item.index]
+                    difference = np.maximum(one, other) - np.minimum(one, other)
+                    for kind in ("all", *_kinds(source, item)):
+                        tallies[kind].add(difference)
+                    worst = sorted([*worst, (item.path, float(difference.mean()))], key=lambda found: -found[1])[
+                        :_WORST
+                    ]
+            done += len(pair[0].batch.items)
+            if progress:
+                progress(done, plan.item_count)
+    return Parity(
+        sides=described,
+        images=tallies["all"].images,
+        kinds=tuple(tally.result(kind) for kind, tally in tallies.items() if tally.images),
+        missing_kinds=tuple(kind for kind in KINDS if not tallies[kind].images and kind != "not JPEG"),
+        worst=tuple(worst),
+        verdicts=tuple(verdicts),
+    )
+
+
+def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Source) -> Decoder:
+    backend, _, place = side.partition("-")
+    device = ("0" if config.device in ("auto", "cpu") else config.device) if place == "gpu" else "cpu"
+    asked = {"backend": backend, "device": device, "require_gpu": place == "gpu"}
+    settings = BuildConfig(**{**config.model_dump(), **asked})
+    choice = choose(settings, inspect())
+    return make_decoder(
+        choice.backend,
+        settings,
+        Geometry.of(settings, size),
+        source,
+        batch_size=BATCH_SIZE["cpu"],
+        threads=usable_cpus(),
+        gpu=choice.gpu,
+    )
+
+
+def _rows(decoded: Decoded) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
+    pixels = decoded.pixels if isinstance(decoded.pixels, np.ndarray) else decoded.pixels.get()  # CuPy's copy to host
+    for position, row in zip(decoded.kept.tolist(), pixels, strict=True):
+        yield decoded.batch.items[position], row
+
+
+def _verdict(decoded: Decoded, item: Item) -> str:
+    return next((reject.code for reject in decoded.rejects if reject.index == item.index), "decoded")
+
+
+def _kinds(source: Source, item: Item) -> Iterator[str]:
+    """What an image is that both sides have decoded."""
+    try:
+        with Image.open(io.BytesIO(read_item(source, item.path))) as image:
+            if not isinstance(image, JpegImagePlugin.JpegImageFile):
+                yield "not JPEG"
+                return
+            if image.mode in ("L", "CMYK"):
+                yield {"L": "gray", "CMYK": "CMYK"}[image.mode]
+            else:
+                yield _SUBSAMPLING.get(JpegImagePlugin.get_sampling(image), "other subsampling")
+            if image.info.get("progressive"):
+                yield "progressive"
+            if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                yield "EXIF turned"
+    except (BadItem, OSError, SyntaxError, ValueError):
+        return  # it decoded a moment ago: a file that changes meanwhile is of no kind
