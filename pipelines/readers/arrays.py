@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import functools
 import os
 import threading
 from collections import OrderedDict
@@ -128,10 +129,14 @@ class Dataset:
         images = self[rows]
         if images.dtype != np.uint8:
             return images.astype(np.float32)
-        values = apply_table(table(self.manifest.config, "float32"), images, self.manifest.images.layout)
+        values = apply_table(self._table, images, self.manifest.images.layout)
         if self.valid is not None:
             values[~self.valid[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]] = 0
         return values
+
+    @functools.cached_property
+    def _table(self) -> NDArray[Any]:
+        return table(self.manifest.config, "float32")
 
     def shard(self, number: int) -> NpzReader:
         """One shard, opened or taken from the few that are kept open.
