@@ -185,7 +185,7 @@ class CudaNormalizer:
             source = cupy.from_dlpack(pixels)
             _, height, width, channels = source.shape
             rows = self._kernel(
-                source, self._table, channels, height * width, self._planar, self._swap, size=out.size
+                source, self._table, channels, height * width, int(self._planar), int(self._swap), size=out.size
             )  # fmt: skip
             rows.get(stream=self._stream, out=out.reshape(-1), blocking=False)
             event = cupy.cuda.Event(disable_timing=True)
