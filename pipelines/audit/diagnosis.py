@@ -53,6 +53,12 @@ def _gpu(machine: Machine) -> list[Finding]:
             findings.append(Finding(what, False, missing.reason, missing.remedy))
         elif what != "driver":
             findings.append(Finding(what, True, _installed("nvidia-dali" if what == "DALI" else "cupy")))
+    # Set in containers only; what it leaves out, the container toolkit does not bring in.
+    capabilities = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "all")
+    if machine.gpus and not {"all", "video"} & set(capabilities.split(",")):
+        reason = f"hidden from this container: NVIDIA_DRIVER_CAPABILITIES is {capabilities!r}, without video"
+        remedy = "docker run -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,video ..."
+        findings.append(Finding("JPEG engines", False, reason, remedy))
     return findings
 
 
