@@ -37,7 +37,7 @@ HALF_READY = {
 }
 
 
-# The table of design.md, line by line
+# The table of README.md, line by line
 
 
 @pytest.mark.parametrize(("device", "gpu"), [("auto", 0), ("0", 0), ("3", 3)])
