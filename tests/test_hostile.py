@@ -65,6 +65,15 @@ def test_a_progressive_jpeg_with_thousands_of_scans_is_not_decoded(
     assert "scans; at most 256" in reject["detail"]
 
 
+def test_what_is_appended_to_a_jpeg_is_not_taken_for_scans(make_tree: MakeTree, encode: Encode, tmp_path: Path) -> None:
+    film = np.random.default_rng(0).integers(0, 256, 25_000_000, np.uint8).tobytes()  # as phones append one
+    assert film.count(b"\xff\xda") > 256
+    src = make_tree(
+        {"a/1.jpg": encode(pixels(40, 60)) + film, "a/2.jpg": encode(pixels(40, 60), progressive=True) + film}
+    )
+    assert build(src, tmp_path / "out") == []
+
+
 def test_a_large_sixteen_bit_image_is_scaled_as_a_small_one(
     make_tree: MakeTree, encode: Encode, tmp_path: Path
 ) -> None:

@@ -112,7 +112,7 @@ class PillowDecoder:
         """
         if data[:4] == b"RIFF":
             self._check_webp(data)
-        elif data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
+        elif data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS and (scans := _scans(data)) > _MAX_SCANS:
             raise BadItem("decode", "undecodable", f"{scans} scans; at most {_MAX_SCANS}")
         with _opened(data, path) as image:
             upright, place = self._upright(image)
@@ -245,6 +245,23 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # Pillow's EXIF parser raises many kinds on damaged blocks; the pixels may well be whole
         return 1
     return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has before its end; what is appended to it does not count (ITU-T T.81, B.1.1)."""
+    position, scans = 2, 0
+    while 0 <= (position := data.find(b"\xff", position)) <= len(data) - 4:
+        marker = data[position + 1]
+        if marker == 0xD9:
+            break
+        if marker == 0xFF:  # fill byte
+            position += 1
+        elif marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # a stuffed byte, or a marker without a segment
+            position += 2
+        else:
+            scans += marker == 0xDA
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return scans
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
