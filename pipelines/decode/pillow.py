@@ -110,7 +110,7 @@ class PillowDecoder:
             BadItem: the data is no image, damaged or too large: a property of the file.
             ShardError: there is not enough memory.
         """
-        if data[:4] == b"RIFF":
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             self._check_webp(data)
         elif data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS and (scans := _scans(data)) > _MAX_SCANS:
             raise BadItem("decode", "undecodable", f"{scans} scans; at most {_MAX_SCANS}")
@@ -137,7 +137,7 @@ class PillowDecoder:
         size = _webp_size(data)
         if size:
             self._check_pixels(*size)
-        if 8 + int.from_bytes(data[4:8], "little") > len(data):
+        if 8 + int.from_bytes(data[4:8], "little") > len(data) + 1:  # some writers leave out the last padding byte
             raise BadItem("decode", "truncated", f"{len(data)} bytes, fewer than its header says")
         if size:
             with _enough_memory("a WebP image"):
