@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import MAX_SIDE, BuildConfig
@@ -108,15 +109,7 @@ class Job:
             shard_rows=plan.shard_rows,
             plan_digest=digest,
         )
-        temporary = storage.temporary(PLAN)
-        try:
-            with storage.explained(PLAN), NpzWriter(temporary) as file:
-                for name, array in plan.arrays.items():
-                    file.add(name, array)
-                file.close(f"gpu-npz plan {record.id}")
-            storage.publish(temporary, PLAN)
-        finally:
-            storage.discard(temporary)
+        store_arrays(storage, PLAN, plan.arrays, f"gpu-npz plan {record.id}")
         storage.write(JOB, to_json(record))  # last: its presence means that the plan is whole
         return cls.open(storage)
 
@@ -190,6 +183,19 @@ def shard_comment(dataset_id: str, shard: int) -> str:
 def index_comment(dataset_id: str) -> str:
     """The end comment of index.npz."""
     return f"gpu-npz 1 dataset={dataset_id} index"
+
+
+def store_arrays(storage: LocalStorage, name: str, arrays: Mapping[str, NDArray[Any]], comment: str) -> None:
+    """Writes a whole NPZ in one step: it is there whole or not at all."""
+    temporary = storage.temporary(name)
+    try:
+        with storage.explained(name), NpzWriter(temporary) as file:
+            for member, array in arrays.items():
+                file.add(member, array)
+            file.close(comment)
+        storage.publish(temporary, name)
+    finally:
+        storage.discard(temporary)
 
 
 def to_json(record: BaseModel) -> bytes:

@@ -15,9 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .config import BuildConfig
 from .errors import FormatError, IncompleteError, UsageError
-from .job import Job, from_json, index_comment, to_json
+from .job import Job, from_json, index_comment, store_arrays, to_json
 from .normalize import statistics
-from .npz.writer import NpzWriter
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, shard_name
 from .rejects import Reject
 from .storage import LocalStorage
@@ -208,15 +207,7 @@ def finish(storage: LocalStorage, job: Job, records: Sequence[CommitRecord]) -> 
     """
     rejects_digest = write_rejects(storage, records)
     index = _index(job, records)
-    temporary = storage.temporary(INDEX)
-    try:
-        with storage.explained(INDEX), NpzWriter(temporary) as file:
-            for name, array in index.items():
-                file.add(name, array)
-            file.close(index_comment(job.record.id))
-        storage.publish(temporary, INDEX)
-    finally:
-        storage.discard(temporary)
+    store_arrays(storage, INDEX, index, index_comment(job.record.id))
     rejects = [reject for record in records for reject in record.rejects]
     found = statistics(job.settings)
     environments = {json.dumps(record.environment, sort_keys=True): record.environment for record in records}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,6 @@ from .plan import Batch
 from .sink import Rows, ShardSink
 from .sources.base import Source
 from .storage import LocalStorage
-
-StageName = Literal["read", "decode", "normalize", "write", "commit"]
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,7 @@ class PillowDecoder:
             BadItem: the data is no image, damaged or too large: a property of the file.
             ShardError: there is not enough memory.
         """
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            self._check_webp(data)
-        elif data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS and (scans := _scans(data)) > _MAX_SCANS:
-            raise BadItem("decode", "undecodable", f"{scans} scans; at most {_MAX_SCANS}")
+        self._check_data(data)
         with _opened(data, path) as image:
             upright, place = self._upright(image)
         with _enough_memory(path):
@@ -121,6 +118,7 @@ class PillowDecoder:
 
     def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
         """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
+        self._check_data(data)
         with _opened(data, path) as image:
             self._check_pixels(*image.size)
             image.load()
@@ -131,6 +129,13 @@ class PillowDecoder:
     def _check_pixels(self, width: int, height: int) -> None:
         if width * height > self._config.max_pixels:
             raise BadItem("decode", "too-large", f"{width} x {height} pixels; at most {self._config.max_pixels}")
+
+    def _check_data(self, data: bytes) -> None:
+        """What must be known before Pillow opens the data. Raises BadItem."""
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            self._check_webp(data)
+        elif data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS and (scans := _scans(data)) > _MAX_SCANS:
+            raise BadItem("decode", "undecodable", f"{scans} scans; at most {_MAX_SCANS}")
 
     def _check_webp(self, data: bytes) -> None:
         # Pillow's WebP reader allocates the whole canvas when it opens a file, and has one message for every trouble.
