@@ -15,12 +15,14 @@ import os
 import re
 import socket
 import stat
+import time
 from collections.abc import Iterator
 
 from .errors import LockedError, StorageError
 
 PRIVATE = ".gpu-npz"  # the folder in OUT with all that resume and repair need
 _LOCK = f"{PRIVATE}/lock"
+_LINGER_S = 5.0
 _TEMPORARY = re.compile(r"\..+\.\d+-\d+\.tmp")
 _ADVICE = {
     errno.ENOSPC: "free some space, then run the same command to resume",
@@ -133,6 +135,7 @@ class LocalStorage:
 
     def _take_lock(self, stack: contextlib.ExitStack) -> int:
         path = self.path(_LOCK)
+        patience = time.monotonic() + _LINGER_S
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             stack.callback(os.close, descriptor)
@@ -143,6 +146,11 @@ class LocalStorage:
                 held = True
             host, process = _holder(os.pread(descriptor, 4096, 0))
             elsewhere = host not in ("", socket.gethostname())
+            if held and not elsewhere and _is_gone(process) and time.monotonic() < patience:
+                # A worker that a killed build was just starting has its lock until the worker's program runs.
+                stack.pop_all().close()
+                time.sleep(0.01)
+                continue
             if held or elsewhere:
                 rest = f"; if that host or process is gone, delete {path!r}" if elsewhere else ""
                 raise LockedError(
@@ -179,6 +187,15 @@ def open_regular(path: str | bytes | os.PathLike[str], flags: int) -> int:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "not a regular file")
+
+
+def _is_gone(process: int) -> bool:
+    with contextlib.suppress(PermissionError):  # somebody else's, so it is there
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+    return False
 
 
 def _holder(content: bytes) -> tuple[str, int]:

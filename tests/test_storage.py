@@ -358,6 +358,25 @@ def test_the_lock_of_a_process_that_died_is_taken_over(
     assert LOCK not in files(storage)
 
 
+def test_the_lock_that_a_dying_build_has_still_lent_to_a_child_is_waited_for(storage: LocalStorage) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (Path(storage.root) / ".gpu-npz").mkdir(parents=True)
+    path = Path(storage.root) / LOCK
+    path.write_text(json.dumps({"host": socket.gethostname(), "process": dead.pid}))
+    program = (
+        "import fcntl, sys, time; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print(flush=True); time.sleep(0.3)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        child.stdout.readline()
+        before = len(os.listdir("/proc/self/fd"))
+        with storage.lock():
+            assert len(os.listdir("/proc/self/fd")) <= before + 1
+            assert json.loads(path.read_bytes())["process"] == os.getpid()
+
+
 def test_the_lock_of_another_host_is_respected_and_the_way_out_is_told(storage: LocalStorage) -> None:
     storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711}).encode())
     for _ in range(2):
