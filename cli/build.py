@@ -51,14 +51,15 @@ def summary(report: BuildReport) -> str:
     ]
     if not report.built_shards:
         return "\n".join([*lines, "  complete; nothing was left to build"])
-    place = "GPU" if report.device == "cuda" else "CPU"
+    tuning, place = report.tuning, "GPU" if report.device == "cuda" else "CPU"
+    gpu_memory = f", {size(report.gpu_memory_bytes)} on its GPU" if report.gpu_memory_bytes else ""
     lines += [
         f"  built       {report.built_items} items in {report.seconds:.1f} s: {report.images_per_second:.0f} images/s",
-        f"  with        {report.backend} on the {place}, {report.workers} worker(s), batches of {report.batch_size}",
+        f"  with        {report.backend} on the {place}, {tuning.workers} worker(s), batches of {tuning.batch_size}",
+        f"  memory      {size(report.worker_memory_bytes)} in a worker{gpu_memory}",
     ]
     if report.bottleneck:
-        share = report.stage_seconds[report.bottleneck] / report.seconds / report.workers
-        lines.append(f"  bottleneck  {report.bottleneck} ({share:.0%} of the time)")
+        lines.append(f"  bottleneck  {report.bottleneck}")
     return "\n".join([*lines, *(f"  hint        {hint}" for hint in report.hints)])
 
 

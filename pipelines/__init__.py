@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .errors import GpuNpzError
     from .manifest import Manifest
     from .readers.arrays import Dataset, open_dataset
-    from .worker import Committed, Progress, StageSeconds
+    from .worker import Committed, Progress, WorkerEnded
 
 _HOMES = {
     "BuildConfig": "config",
@@ -32,9 +32,9 @@ _HOMES = {
     "Manifest": "manifest",
     "Problem": "audit.verification",
     "Progress": "worker",
-    "StageSeconds": "worker",
     "Started": "builder",
     "Verification": "audit.verification",
+    "WorkerEnded": "worker",
     "build": "builder",
     "open_dataset": "readers.arrays",
     "verify": "audit.verification",
@@ -48,9 +48,9 @@ __all__ = [
     "Manifest",
     "Problem",
     "Progress",
-    "StageSeconds",
     "Started",
     "Verification",
+    "WorkerEnded",
     "__version__",
     "build",
     "open_dataset",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import environment
-from .config import BATCH_BYTES, BATCH_SIZE, BuildConfig
+from .config import BuildConfig
 from .engines import local
 from .environment import Choice
 from .errors import BackendError, FormatError, MismatchError, RejectLimitError, SourceError, StorageError, UsageError
@@ -30,7 +30,8 @@ from .plan import Plan, collect
 from .sources.base import Source
 from .sources.folder import FolderSource
 from .storage import PRIVATE, LocalStorage
-from .worker import Committed, Event, StageSeconds, Task
+from .tuning import Tuning
+from .worker import Committed, Event, Task, WorkerEnded
 
 log = logging.getLogger(__name__)
 _PROBED_ITEMS = 16
@@ -49,7 +50,10 @@ class Started:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset."""
+    """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset.
+
+    `worker_memory_bytes` and `gpu_memory_bytes` are the most that a worker of this run has held (see `WorkerEnded`).
+    """
 
     out: str
     complete: bool
@@ -61,14 +65,15 @@ class BuildReport:
     dataset_bytes: int
     backend: str
     device: str
-    workers: int
-    batch_size: int
+    tuning: Tuning
     built_shards: int
     built_items: int
     seconds: float
     images_per_second: float
     stage_seconds: dict[str, float]
     bottleneck: str | None
+    worker_memory_bytes: int
+    gpu_memory_bytes: int
     hints: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -187,12 +192,16 @@ def _run(
     todo = [shard for shard in range(plan.shard_count) if shard not in records]
     built_items = sum(len(plan.shard_range(shard)) for shard in todo)
     row_bytes = math.prod(job.row_shape) * job.dtype.itemsize
-    batch_size = config.batch_size or max(1, min(BATCH_SIZE[record.device], BATCH_BYTES // row_bytes))
-    batch_size = min(batch_size, plan.shard_rows, plan.item_count)
-    workers = config.workers or (environment.usable_cpus() if record.backend == "pillow" else 1)  # DALI has threads
-    workers = max(1, min(workers, len(todo)))
-    progress(Started(plan.item_count, plan.item_count - built_items, record.backend, record.device, workers))
-    stages: Counter[str] = Counter()
+    tuning = Tuning.of(
+        config,
+        record.backend,
+        record.device,
+        row_bytes=row_bytes,
+        shard_rows=min(plan.shard_rows, plan.item_count),
+        shards=len(todo),
+    )
+    progress(Started(plan.item_count, plan.item_count - built_items, record.backend, record.device, tuning.workers))
+    ended: list[WorkerEnded] = []
     if todo:
         choice = _backend(job, config)
         if records and record.device == "cpu" and config.device.isdigit():
@@ -200,14 +209,13 @@ def _run(
                 "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
             )
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
-        threads = max(1, environment.usable_cpus() // workers)
-        task = Task(storage.root, source, choice.gpu, batch_size, threads, _environment(records, config))
-        with contextlib.closing(local.run(task, todo, workers)) as events:
+        task = Task(storage.root, source, choice.gpu, tuning, _environment(records, config))
+        with contextlib.closing(local.run(task, todo)) as events:
             for event in events:
                 if isinstance(event, Committed):
                     records[event.record.shard] = event.record
-                elif isinstance(event, StageSeconds):
-                    stages.update(event.seconds)
+                elif isinstance(event, WorkerEnded):
+                    ended.append(event)
                 progress(event)
     ordered = [records[shard] for shard in range(plan.shard_count)]
     rejects = Counter(reject.code for commit in ordered for reject in commit.rejects)
@@ -217,6 +225,7 @@ def _run(
         write_rejects(storage, ordered)
     elif not finished:
         finish(storage, job, ordered)
+    stages = sum((Counter(worker.stage_seconds) for worker in ended), Counter())
     seconds = time.perf_counter() - start
     report = BuildReport(
         out=storage.root,
@@ -229,14 +238,15 @@ def _run(
         dataset_bytes=sum(commit.bytes for commit in ordered),
         backend=record.backend,
         device=record.device,
-        workers=workers,
-        batch_size=batch_size,
+        tuning=tuning,
         built_shards=len(todo),
         built_items=built_items,
         seconds=seconds,
         images_per_second=built_items / seconds,
         stage_seconds=dict(stages),
-        bottleneck=_bottleneck(stages),
+        bottleneck=_bottleneck(stages, tuning),
+        worker_memory_bytes=max((worker.memory_bytes for worker in ended), default=0),
+        gpu_memory_bytes=max((worker.gpu_memory_bytes for worker in ended), default=0),
         hints=_hints(job, ordered),
     )
     if todo:
@@ -252,12 +262,12 @@ def _environment(records: dict[int, CommitRecord], config: BuildConfig) -> dict[
     return records[min(records)].environment
 
 
-def _bottleneck(stages: Counter[str]) -> str | None:
-    """The stage that the others wait for: the longest one of the busiest thread."""
-    threads = [("read", "decode", "normalize"), ("write",), ("commit",)]
+def _bottleneck(stages: Counter[str], tuning: Tuning) -> str | None:
+    """The stage that the others wait for: the longest one of the busiest threads."""
+    threads = {("read", "decode", "normalize"): 1, ("transfer", "write"): tuning.open_shards, ("commit",): 1}
     if not stages:
         return None
-    busiest = max(threads, key=lambda names: sum(stages[name] for name in names))
+    busiest = max(threads, key=lambda names: sum(stages[name] for name in names) / threads[names])
     return max(busiest, key=lambda name: stages[name])
 
 

@@ -34,9 +34,14 @@ Channels = Literal["rgb", "bgr", "gray"]
 
 MAX_SIDE = 16_384
 BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache, a GPU batch should fill the decoders
-BATCH_BYTES = 1 << 28  # a batch of huge images is smaller, unless asked for
 SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files pass
+
+_RANGES = {
+    "crop_pct": (1e-3, 1), "pad_value": (0, 255), "background": (0, 255), "max_pixels": (1, 2**40), "limit": (1, 2**40),
+    "shuffle": (0, 2**63), "batch_size": (1, 4096), "workers": (1, 1024), "threads": (1, 1024), "prefetch": (1, 64),
+    "open_shards": (1, 64), "hw_decoder_load": (0, 1),
+}  # fmt: skip
 
 
 def _setting(kind: Kind, default: Any, description: str, allowed: str = "", metavar: str = "") -> Any:
@@ -158,6 +163,30 @@ class BuildConfig(BaseModel):
         "1 to 1024",
         "N",
     )
+    threads: int | None = _setting(
+        "operational",
+        None,
+        "Threads of a worker's DALI; unless given, the usable cores on a CPU and half of them on a GPU.",
+        "1 to 1024",
+        "N",
+    )
+    prefetch: int | None = _setting(
+        "operational", None, "Batches that DALI works on at the same time; 2 unless given.", "1 to 64", "N"
+    )
+    open_shards: int | None = _setting(
+        "operational",
+        None,
+        "Shards that a worker writes at the same time; 4 on a GPU, 1 on a CPU unless given.",
+        "1 to 64",
+        "N",
+    )
+    hw_decoder_load: float | None = _setting(
+        "operational",
+        None,
+        "Share of JPEGs for a GPU's hardware JPEG engines, where it has any; DALI's own choice unless given.",
+        "0 to 1",
+        "SHARE",
+    )
     overwrite: bool = _setting("operational", False, "Delete what an earlier build left in OUT and start anew.")
     accept_environment: bool = _setting(
         "operational", False, "Resume although the decoder, its version or the GPU model has changed."
@@ -221,13 +250,10 @@ class BuildConfig(BaseModel):
         assert match
         return str(int(match[1])) if match[1] else f"{Decimal(match[2]).normalize():f}%"
 
-    @field_validator("crop_pct", "pad_value", "max_pixels", "limit", "shuffle", "batch_size", "workers", "background")
+    @field_validator(*_RANGES)
     @classmethod
     def _check_range(cls, value: Any, info: Any) -> Any:
-        low, high = {
-            "crop_pct": (1e-3, 1), "pad_value": (0, 255), "max_pixels": (1, 2**40), "limit": (1, 2**40),
-            "shuffle": (0, 2**63), "batch_size": (1, 4096), "workers": (1, 1024), "background": (0, 255),
-        }[info.field_name]  # fmt: skip
+        low, high = _RANGES[info.field_name]
         numbers = value if isinstance(value, tuple) else (value,)
         return _require(all(number is None or low <= number <= high for number in numbers), value)
 
@@ -254,6 +280,11 @@ class BuildConfig(BaseModel):
             )
         if self.device.isdigit() and self.backend == "pillow":
             raise ValueError(f"--backend pillow cannot use GPU {self.device}; choose --backend dali or --device cpu")
+        if self.reproducible and self.hw_decoder_load:
+            raise ValueError(
+                f"--reproducible leaves nothing to the hardware JPEG engines; --hw-decoder-load {self.hw_decoder_load} "
+                "contradicts it; leave one out"
+            )
         if self.device == "cpu" and self.require_gpu:
             raise ValueError("--require-gpu and --device cpu contradict each other; leave one out")
         return self

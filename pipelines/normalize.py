@@ -106,40 +106,72 @@ class Normalizer:
         """A buffer for stored rows."""
         return np.empty(shape, self._table.dtype)
 
-    def apply(self, pixels: Array, out: Array) -> Callable[[], None]:
-        """Writes the rows of `pixels`, uint8 (N, H, W, C) in R,G,B, to `out`, (N, *row shape) in the stored dtype.
+    def apply(self, pixels: Array, kept: NDArray[np.int64], out: Array) -> Callable[[], None]:
+        """Writes the rows of some images to `out`.
+
+        Args:
+            pixels: uint8 (N, H, W, C) in R,G,B.
+            kept: which of the N, int64 (rows,).
+            out: (rows, *row shape) in the stored dtype.
 
         Returns a function that waits until `out` is whole; here it is already.
         """
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != len(self._table):
             raise ValueError(f"pixels: got {pixels.dtype} {pixels.shape}; need uint8 (N, H, W, {len(self._table)})")
-        count, height, width, channels = pixels.shape
-        rows = (count, channels, height, width) if self._planar else pixels.shape
+        _, height, width, channels = pixels.shape
+        rows = (len(kept), channels, height, width) if self._planar else (len(kept), height, width, channels)
         if out.shape != rows or out.dtype != self._table.dtype:
             raise ValueError(f"out: got {out.dtype} {out.shape}; need {self._table.dtype} {rows}")
         if self._swap:
             pixels = pixels[..., ::-1]
-        if self._plain:
-            np.copyto(out, pixels.transpose(0, 3, 1, 2) if self._planar else pixels)
-        elif self._planar:
+        plane = np.empty((height, width), out.dtype)
+        for position, row in zip(kept.tolist(), out, strict=True):
+            image = pixels[position]
+            if self._plain:
+                np.copyto(row, image.transpose(2, 0, 1) if self._planar else image)
+                continue
             # One contiguous plane at a time; mode="clip" spares a bounds check, and 256 entries make it exact.
-            for image, row in zip(pixels, out, strict=True):
-                for channel, values in enumerate(self._table):
+            for channel, values in enumerate(self._table):
+                if self._planar:
                     np.take(values, image[..., channel], mode="clip", out=row[channel])
-        else:
-            plane = np.empty(pixels.shape[1:3], out.dtype)
-            for image, row in zip(pixels, out, strict=True):
-                for channel, values in enumerate(self._table):
+                else:
                     row[..., channel] = np.take(values, image[..., channel], mode="clip", out=plane)
         return _done
+
+    def device_bytes(self) -> int:
+        """Memory of a GPU that is in use: none."""
+        return 0
 
 
 def _done() -> None:
     pass
 
 
+# A thread a pixel. Values are moved as bits, so one kernel serves every dtype and needs no header.
+_KERNEL = r"""
+extern "C" __global__ void normalize(const unsigned char* pixels, const int* kept, const VALUE* table, VALUE* out,
+                                     int plane, int channels, int planar, int swap) {
+  const int position = blockIdx.x * blockDim.x + threadIdx.x;
+  if (position >= plane) return;
+  const unsigned char* pixel = pixels + ((long long)kept[blockIdx.y] * plane + position) * channels;
+  VALUE* row = out + (long long)blockIdx.y * plane * channels;
+  for (int channel = 0; channel < channels; channel++) {
+    const unsigned char level = pixel[swap ? channels - 1 - channel : channel];
+    row[planar ? (long long)channel * plane + position : (long long)position * channels + channel] =
+        table[channel * 256 + level];
+  }
+}
+"""
+_BITS = {1: "unsigned char", 2: "unsigned short", 4: "unsigned int"}
+_THREADS = 256
+
+
 class CudaNormalizer:
-    """Turns decoded pixels into stored rows on a GPU, on a stream of its own, and copies them to pinned host memory."""
+    """Turns decoded pixels into stored rows on a GPU, and copies them to pinned host memory.
+
+    The kernel runs on one stream, the copy on another, so that the next kernel does not wait for it. Every host buffer
+    has a twin on the device, made with it: whoever may write to the one may write to the other.
+    """
 
     def __init__(self, config: BuildConfig, device: int) -> None:
         import cupy
@@ -147,53 +179,86 @@ class CudaNormalizer:
         self._cupy = cupy
         cupy.cuda.Device(device).use()
         self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._copy_stream = cupy.cuda.Stream(non_blocking=True)
         self._host_table = table(config)
-        self._table = cupy.asarray(self._host_table)
         self._planar = config.layout == "NCHW"
         self._swap = config.channels == "bgr"
-        # `i` counts the output's elements; each is found in the decoder's NHWC pixels and looked up in the table.
-        self._kernel = cupy.ElementwiseKernel(
-            "raw uint8 pixels, raw T values, int32 channels, int64 plane, int32 planar, int32 swap",
-            "T out",
-            """
-            const long long image = i / (plane * channels);
-            const long long rest = i - image * plane * channels;
-            const int channel = planar ? (int)(rest / plane) : (int)(rest % channels);
-            const long long position = planar ? rest % plane : rest / channels;
-            const int from = swap ? channels - 1 - channel : channel;
-            out = values[channel * 256 + pixels[(image * plane + position) * channels + from]];
-            """,
-            "gpu_npz_normalize",
-        )
+        source = _KERNEL.replace("VALUE", _BITS[self._host_table.itemsize])
+        self._kernel = cupy.RawKernel(source, "normalize")
+        self._twins: dict[int, Any] = {}
+        with self._stream:
+            self._table = cupy.asarray(self._host_table)
 
     @property
     def stream(self) -> int:
-        """The CUDA stream, as a number: hand it to the decoder, so that the two are in order without waiting."""
+        """The kernel's CUDA stream, as a number: for the decoder, so that the two are in order without waiting."""
         return int(self._stream.ptr)
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
-        """A pinned host buffer for stored rows, of exactly the size needed."""
+        """A pinned host buffer for stored rows, of exactly the size needed, and its twin on the device."""
         dtype = self._host_table.dtype
         count = int(np.prod(shape))
         memory = self._cupy.cuda.PinnedMemoryPointer(self._cupy.cuda.PinnedMemory(max(1, count * dtype.itemsize)), 0)
-        return np.frombuffer(memory, dtype, count).reshape(shape)
+        host = np.frombuffer(memory, dtype, count).reshape(shape)
+        self._twins[host.ctypes.data] = self._cupy.empty(count, dtype)
+        return host
 
-    def apply(self, pixels: Any, out: Array) -> Callable[[], None]:
-        """Enqueues kernel and copy for `pixels`, anything with DLPack on this GPU; see `Normalizer.apply`."""
+    def launch(self, pixels: Any, kept: NDArray[np.int64], out: Array) -> Callable[[], None]:
+        """Enqueues the kernel alone, from `pixels` to the twin of `out`; see `apply`."""
         cupy = self._cupy
         with self._stream:
             source = cupy.from_dlpack(pixels)
+            fit = source.dtype == np.uint8 and source.ndim == 4 and source.shape[3] == len(self._host_table)
+            if not fit or not source.flags.c_contiguous:
+                raise ValueError(f"pixels: got {source.dtype} {source.shape}; need dense uint8 (N, H, W, C)")
             _, height, width, channels = source.shape
-            rows = self._kernel(
-                source, self._table, channels, height * width, int(self._planar), int(self._swap), size=out.size
-            )  # fmt: skip
-            rows.get(stream=self._stream, out=out.reshape(-1), blocking=False)
-            event = cupy.cuda.Event(disable_timing=True)
-            event.record(self._stream)
+            if out.size != len(kept) * height * width * channels or out.dtype != self._host_table.dtype:
+                raise ValueError(f"out: got {out.dtype} {out.shape} for {len(kept)} of {source.shape}")
+            positions = cupy.asarray(kept.astype(np.int32))
+            plane = height * width
+            if len(kept):
+                self._kernel(
+                    (-(-plane // _THREADS), len(kept)),
+                    (_THREADS,),
+                    (
+                        source, positions, self._table, self._twins[out.ctypes.data],
+                        np.int32(plane), np.int32(channels), np.int32(self._planar), np.int32(self._swap),
+                    ),
+                )  # fmt: skip
+            event = self._recorded(self._stream)
 
         def wait() -> None:
-            nonlocal source, rows
+            nonlocal pixels, source, positions
             event.synchronize()
-            source = rows = None  # both must live until the copy is done
+            pixels = source = positions = None  # the kernel reads them
 
         return wait
+
+    def apply(self, pixels: Any, kept: NDArray[np.int64], out: Array) -> Callable[[], None]:
+        """Enqueues kernel and copy; see `Normalizer.apply`.
+
+        Args:
+            pixels: uint8 (N, H, W, C) in R,G,B: anything with DLPack on this GPU.
+            kept: which of the N.
+            out: the front of a buffer that `allocate` made.
+        """
+        launched = self.launch(pixels, kept, out)
+        self._copy_stream.wait_event(self._recorded(self._stream))
+        self._twins[out.ctypes.data][: out.size].get(stream=self._copy_stream, out=out.reshape(-1), blocking=False)
+        event = self._recorded(self._copy_stream)
+
+        def wait() -> None:
+            event.synchronize()
+            launched()
+
+        return wait
+
+    def device_bytes(self) -> int:
+        """Memory of the GPU that is in use, by whomever."""
+        free, total = self._cupy.cuda.runtime.memGetInfo()
+        return int(total - free)
+
+    def _recorded(self, stream: Any) -> Any:
+        event = self._cupy.cuda.Event(block=True, disable_timing=True)  # who waits for it sleeps
+        event.record(stream)
+        return event

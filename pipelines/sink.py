@@ -1,4 +1,7 @@
-"""From rows to committed shards, behind the decoder's back: one thread writes, one flushes, publishes and commits."""
+"""From rows to committed shards, behind the decoder's back: one thread a shard, from its first row to its record.
+
+While one shard is flushed, renamed and committed, others are written; so nobody waits for the disk but the disk.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import contextlib
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -22,8 +26,9 @@ from .output import shard_name
 from .plan import Item
 from .rejects import Reject
 from .storage import LocalStorage
+from .tuning import Tuning
 
-_BUFFERS = 3  # one being filled, one being written, one between the two
+_SPARE_BUFFERS = 2  # one being filled, one on its way
 _UNFLUSHED_SHARDS = 2
 
 
@@ -39,6 +44,8 @@ class Rows:
         valid: whether each has an image, bool (N,).
         rejects: the batch's items that have none.
         last: whether the shard ends here.
+        ready: waits for the images; called once, in the shard's thread.
+        buffer: what `ShardSink.buffer` gave.
     """
 
     shard: int
@@ -52,16 +59,11 @@ class Rows:
     buffer: NDArray[Any]
 
 
-@dataclass
-class _OpenShard:
-    shard: int
-    temporary: str
-    file: NpzWriter
-    rows: list[Rows] = field(default_factory=list)
+_Todo = queue.SimpleQueue["Rows | None"]  # one shard's rows; None if no more of them come
 
 
 class ShardSink:
-    """Writes shards one after the other, in threads of its own.
+    """Writes shards, each in a thread of its own.
 
     Use as a context manager: leaving it waits until everything is committed; if its body raised, no shard that is
     unfinished by then is published.
@@ -71,7 +73,7 @@ class ShardSink:
         job: what is being built.
         environment: what goes into every commit record.
         allocate: makes a row buffer of a given shape; a few are made, and used again and again.
-        batch_size: rows a buffer holds.
+        tuning: rows a buffer holds, and how many shards may be open.
     """
 
     def __init__(
@@ -80,25 +82,24 @@ class ShardSink:
         job: Job,
         environment: dict[str, Any],
         allocate: Callable[[tuple[int, ...]], NDArray[Any]],
-        batch_size: int,
+        tuning: Tuning,
     ) -> None:
-        self.seconds = {"write": 0.0, "commit": 0.0}
+        self.seconds: Counter[str] = Counter(transfer=0.0, write=0.0, commit=0.0)
         self._storage = storage
         self._job = job
         self._environment = environment
         self._free: queue.SimpleQueue[NDArray[Any]] = queue.SimpleQueue()
-        for _ in range(_BUFFERS):
-            self._free.put(allocate((batch_size, *job.row_shape)))
-        self._todo: queue.SimpleQueue[Rows | None] = queue.SimpleQueue()
+        for _ in range(tuning.open_shards + _SPARE_BUFFERS):
+            self._free.put(allocate((tuning.batch_size, *job.row_shape)))
+        self._todo: dict[int, _Todo] = {}  # by shard, while its rows come
         self._done: queue.SimpleQueue[CommitRecord] = queue.SimpleQueue()
         self._failure: BaseException | None = None
-        self._open: _OpenShard | None = None
-        self._unflushed = threading.BoundedSemaphore(_UNFLUSHED_SHARDS)
-        self._committer = ThreadPoolExecutor(1, "gpu-npz-commit")
-        self._writer = threading.Thread(target=self._write_all, name="gpu-npz-write", daemon=True)
+        self._lock = threading.Lock()
+        shards = tuning.open_shards + _UNFLUSHED_SHARDS
+        self._room = threading.BoundedSemaphore(shards)
+        self._threads = ThreadPoolExecutor(shards, "gpu-npz-shard")
 
     def __enter__(self) -> ShardSink:
-        self._writer.start()
         return self
 
     def __exit__(
@@ -106,11 +107,9 @@ class ShardSink:
     ) -> None:
         if error is not None:
             self._failure = self._failure or error
-        self._todo.put(None)
-        self._writer.join()
-        self._committer.shutdown()
-        if self._open is not None:
-            self._abandon(self._open)
+        for todo in self._todo.values():
+            todo.put(None)
+        self._threads.shutdown()
         if error is None:
             self._raise_failure()
 
@@ -121,8 +120,15 @@ class ShardSink:
         return buffer
 
     def put(self, rows: Rows) -> None:
-        """Takes the next rows. The rows of a shard come in order and without another shard's between them."""
-        self._todo.put(rows)
+        """Takes the next rows of a shard, which come in order; those of other open shards may come between them."""
+        todo = self._todo.get(rows.shard)
+        if todo is None:
+            self._room.acquire()
+            todo = self._todo[rows.shard] = queue.SimpleQueue()
+            self._threads.submit(self._build, rows.shard, todo)
+        todo.put(rows)
+        if rows.last:
+            del self._todo[rows.shard]
 
     def committed(self) -> Iterator[CommitRecord]:
         """The shards that were committed since the last call."""
@@ -134,82 +140,79 @@ class ShardSink:
         if self._failure is not None:
             raise self._failure
 
-    def _write_all(self) -> None:
-        while (rows := self._todo.get()) is not None:
-            try:
-                if self._failure is None:
-                    self._write(rows)
-            except BaseException as exc:  # handed to the main thread, which raises it
-                self._failure = exc
-            finally:
-                self._free.put(rows.buffer)
+    def _build(self, shard: int, todo: _Todo) -> None:
+        """Takes a shard from its first rows to its commit record; runs in a thread of its own."""
+        name = shard_name(shard, self._job.plan.shard_count)
+        temporary = self._storage.temporary(name)
+        taken = self._taken(todo)
+        parts: list[Rows] = []
+        try:
+            with self._storage.explained(name), NpzWriter(temporary) as file:
+                file.begin("images", self._job.dtype, self._job.row_shape)
+                for rows in taken:
+                    if self._failure is not None:
+                        break
+                    with self._timed("transfer"):
+                        rows.ready()
+                    with self._timed("write"):
+                        file.append(rows.images)
+                    rows.images = rows.images[:0]  # the buffer goes back, the rest stays until the shard ends
+                    parts.append(rows)
+                if self._failure is None and parts and parts[-1].last:
+                    with self._timed("commit"):
+                        self._done.put(self._commit(shard, temporary, file, parts))
+        except BaseException as exc:  # handed to the main thread, which raises it
+            self._failure = self._failure or exc
+        finally:
+            for _ in taken:  # whoever waits for a buffer must get one
+                pass
+            self._storage.discard(temporary)
+            self._room.release()
 
-    def _write(self, rows: Rows) -> None:
-        rows.ready()
-        start = time.perf_counter()
-        name = self._name(rows.shard)
-        with self._storage.explained(name):
-            if self._open is None:
-                temporary = self._storage.temporary(name)
-                self._open = _OpenShard(rows.shard, temporary, NpzWriter(temporary))
-                self._open.file.begin("images", self._job.dtype, self._job.row_shape)
-            shard = self._open
-            shard.file.append(rows.images)
-            shard.rows.append(rows)
-            rows.images = rows.images[:0]  # the buffer goes back, the rest stays until the shard ends
+    def _taken(self, todo: _Todo) -> Iterator[Rows]:
+        """A shard's rows as they come; a buffer is free again when the next rows are asked for."""
+        while (rows := todo.get()) is not None:
+            yield rows
+            self._free.put(rows.buffer)
             if rows.last:
-                for member, array in self._columns(shard.rows).items():
-                    shard.file.add(member, array)
-        self.seconds["write"] += time.perf_counter() - start
-        if rows.last:
-            self._unflushed.acquire()
-            self._open = None
-            self._committer.submit(self._commit, shard)
+                break
 
-    def _columns(self, batches: list[Rows]) -> dict[str, NDArray[Any]]:
+    def _commit(self, shard: int, temporary: str, file: NpzWriter, parts: list[Rows]) -> CommitRecord:
+        """Gives a shard its other members, its final name and its record."""
+        for member, array in self._columns(parts).items():
+            file.add(member, array)
+        directory = file.close(self._job.comment(shard))
+        self._storage.publish(temporary, shard_name(shard, self._job.plan.shard_count))
+        record = CommitRecord(
+            id=self._job.record.id,
+            shard=shard,
+            rows=directory.members["images"].shape[0],
+            bytes=directory.file_bytes,
+            digest=directory.digest,
+            environment=self._environment,
+            rejects=tuple(reject for rows in parts for reject in rows.rejects),
+        )
+        commit(self._storage, record, self._job.plan.shard_count)
+        return record
+
+    def _columns(self, parts: list[Rows]) -> dict[str, NDArray[Any]]:
         """The members beside the images, one entry a row each."""
-        items = [item for rows in batches for item in rows.items]
+        items = [item for rows in parts for item in rows.items]
         columns: dict[str, NDArray[Any]] = {}
         if self._job.labelled:
             columns["labels"] = np.array([item.label for item in items], np.int64)
         columns["paths"] = np.array([item.path for item in items], None if items else "<U1")
         columns["index"] = np.array([item.index for item in items], np.int64)
-        columns["source_bytes"] = np.concatenate([rows.source_bytes for rows in batches])
+        columns["source_bytes"] = np.concatenate([rows.source_bytes for rows in parts])
         if self._job.settings.on_reject == "blank":
-            columns["valid"] = np.concatenate([rows.valid for rows in batches])
+            columns["valid"] = np.concatenate([rows.valid for rows in parts])
         return columns
 
-    def _commit(self, shard: _OpenShard) -> None:
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            if self._failure is not None:
-                self._abandon(shard)
-                return
-            name = self._name(shard.shard)
-            with self._storage.explained(name), shard.file:
-                directory = shard.file.close(self._job.comment(shard.shard))
-            self._storage.publish(shard.temporary, name)
-            record = CommitRecord(
-                id=self._job.record.id,
-                shard=shard.shard,
-                rows=directory.members["images"].shape[0],
-                bytes=directory.file_bytes,
-                digest=directory.digest,
-                environment=self._environment,
-                rejects=tuple(reject for rows in shard.rows for reject in rows.rejects),
-            )
-            commit(self._storage, record, self._job.plan.shard_count)
-            self._done.put(record)
-        except BaseException as exc:  # handed to the main thread, which raises it
-            self._failure = exc
-            self._storage.discard(shard.temporary)
+            yield
         finally:
-            self.seconds["commit"] += time.perf_counter() - start
-            self._unflushed.release()
-
-    def _abandon(self, shard: _OpenShard) -> None:
-        with shard.file:
-            self._storage.discard(shard.temporary)
-
-    def _name(self, shard: int) -> str:
-        return shard_name(shard, self._job.plan.shard_count)
+            with self._lock:
+                self.seconds[stage] += time.perf_counter() - start

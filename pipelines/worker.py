@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import sys
 import time
-from collections.abc import Generator, Iterable
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +21,12 @@ from .geometry import Geometry
 from .job import Job
 from .manifest import CommitRecord
 from .normalize import CudaNormalizer, Normalizer
-from .plan import Batch
+from .plan import Batch, Plan
+from .rejects import clean
 from .sink import Rows, ShardSink
 from .sources.base import Source
 from .storage import LocalStorage
+from .tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -40,28 +46,36 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class StageSeconds:
-    """How long a worker was busy with each stage, once it has ended."""
+class WorkerEnded:
+    """What a worker took.
 
-    seconds: dict[str, float]
+    Attributes:
+        stage_seconds: how long it was busy with each stage. Stages overlap, and several shards are written at once.
+        memory_bytes: the most main memory that its process has held.
+        gpu_memory_bytes: memory of the GPU that it held at its end, with what DALI and CuPy keep to use again; 0 on a
+            CPU. Another process on the same GPU is counted in.
+    """
+
+    stage_seconds: dict[str, float]
+    memory_bytes: int
+    gpu_memory_bytes: int
 
 
-Event = Progress | Committed | StageSeconds
+Event = Progress | Committed | WorkerEnded
 
 
 @dataclass(frozen=True)
 class Task:
     """What a worker needs to know; small, and can be pickled.
 
-    `gpu` is a device number, None for the CPU; `threads` is how many the decoder may have, if it has any.
-    `environment` is what the shards so far were made with, None if any will do.
+    `gpu` is a device number, None for the CPU. `environment` is what the shards so far were made with, None if any will
+    do.
     """
 
     out: str
     source: Source
     gpu: int | None
-    batch_size: int
-    threads: int
+    tuning: Tuning
     environment: dict[str, Any] | None
 
 
@@ -76,61 +90,70 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
     """
     storage = LocalStorage(task.out)
     job = Job.open(storage)
-    normalizer = Normalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)
-    geometry = Geometry.of(job.settings, job.record.image_size)
-    decoder = make_decoder(
-        job.record.backend,
-        job.settings,
-        geometry,
-        task.source,
-        batch_size=task.batch_size,
-        threads=task.threads,
-        gpu=task.gpu,
-        stream=getattr(normalizer, "stream", None),
-    )
-    _require_environment(task.environment, environment := decoder.environment())
-    seconds = {"read": 0.0, "decode": 0.0, "normalize": 0.0}
-    batches = (batch for shard in shards for batch in job.plan.batches(shard, task.batch_size))
-    try:
-        sink = ShardSink(storage, job, environment, normalizer.allocate, task.batch_size)
-    except MemoryError as exc:
-        raise ShardError(f"no memory for batches of {task.batch_size} images; lower --batch-size or --workers") from exc
-    with decoder, sink:
-        for decoded in decoder.decode(batches):
+    with _explained(task), contextlib.ExitStack() as stack:
+        normalizer = Normalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)
+        decoder = make_decoder(
+            job.record.backend,
+            job.settings,
+            Geometry.of(job.settings, job.record.image_size),
+            task.source,
+            tuning=task.tuning,
+            gpu=task.gpu,
+            stream=getattr(normalizer, "stream", None),
+        )
+        _require_environment(task.environment, environment := decoder.environment())
+        seconds = Counter(read=0.0, decode=0.0, normalize=0.0)
+        sink = ShardSink(storage, job, environment, normalizer.allocate, task.tuning)
+        stack.enter_context(decoder)
+        stack.enter_context(sink)
+        for decoded in decoder.decode(interleaved(job.plan, shards, task.tuning)):
             if decoded.rejects and job.settings.on_reject == "fail":
                 reject = decoded.rejects[0]
                 raise RejectedError(
                     f"{reject.path!r} is rejected at {reject.stage}: {reject.code} ({reject.detail}); mend the "
                     "file and run the same command, or start anew with --overwrite and --on-reject skip or blank"
                 )
-            for name, spent in decoded.seconds.items():
-                seconds[name] += spent
+            seconds.update(decoded.seconds)
             buffer = sink.buffer()
             start = time.perf_counter()
             rows = _rows(decoded, buffer, normalizer, blank=job.settings.on_reject == "blank")
             seconds["normalize"] += time.perf_counter() - start
             sink.put(rows)
-            batch = decoded.batch
-            yield Progress(len(batch.items), len(decoded.rejects), int(decoded.source_bytes.sum()))
+            yield Progress(len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum()))
             yield from map(Committed, sink.committed())
+        gpu_memory_bytes = normalizer.device_bytes()
     yield from map(Committed, sink.committed())
-    yield StageSeconds({**seconds, **sink.seconds})
+    yield WorkerEnded({**seconds, **sink.seconds}, _peak_bytes(), gpu_memory_bytes)
+
+
+def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[Batch]:
+    """The batches of several shards in turn, as many as may be open, so that their threads write at the same time."""
+    coming, turns = iter(shards), deque[Iterator[Batch]]()
+    while True:
+        while len(turns) < tuning.open_shards and (shard := next(coming, None)) is not None:
+            turns.append(plan.batches(shard, tuning.batch_size))
+        if not turns:
+            return
+        batches = turns.popleft()
+        yield (batch := next(batches))
+        if not batch.last:
+            turns.append(batches)
 
 
 def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaNormalizer, *, blank: bool) -> Rows:
-    batch: Batch = decoded.batch
-    count = len(decoded.kept)
-    images = buffer[:count]
-    ready = normalizer.apply(decoded.pixels, images)
-    valid = np.ones(count, bool)
-    kept = decoded.kept
-    if blank and decoded.rejects:
-        ready()
+    batch, kept = decoded.batch, decoded.kept
+    valid = np.ones(len(kept), bool)
+    if blank:
         valid = np.isin(np.arange(len(batch.items)), kept)
         kept = np.arange(len(batch.items))
-        images = buffer[: len(kept)]
-        images[valid] = images[:count].copy()
-        images[~valid] = 0
+    images = buffer[: len(kept)]
+    whole = normalizer.apply(decoded.pixels, kept, images)
+
+    def ready() -> None:
+        whole()
+        if not valid.all():
+            images[~valid] = 0
+
     return Rows(
         shard=batch.shard,
         images=images,
@@ -142,6 +165,30 @@ def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaN
         ready=ready,
         buffer=buffer,
     )
+
+
+@contextlib.contextmanager
+def _explained(task: Task) -> Iterator[None]:
+    """Makes a ShardError of what goes wrong with memory, or with a GPU."""
+    try:
+        yield
+    except MemoryError as exc:  # CuPy's, too
+        raise ShardError(
+            f"no memory for batches of {task.tuning.batch_size} images in {task.tuning.open_shards} open shards; "
+            "lower --batch-size, --open-shards or --workers, and run the command again to resume"
+        ) from exc
+    except RuntimeError as exc:
+        if not type(exc).__module__.startswith("cupy"):
+            raise
+        raise ShardError(
+            f"GPU {task.gpu} failed ({clean(str(exc))}); `nvidia-smi` shows its memory and who holds it, dmesg its "
+            "errors (Xid). Run the same command to resume"
+        ) from exc
+
+
+def _peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _require_environment(expected: dict[str, Any] | None, found: dict[str, Any]) -> None:

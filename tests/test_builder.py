@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -37,6 +38,7 @@ from gpu_npz.job import Job
 from gpu_npz.manifest import Manifest
 from gpu_npz.plan import Item
 from gpu_npz.storage import LocalStorage
+from gpu_npz.tuning import Tuning
 
 FileBytes = Callable[..., bytes]  # fixtures: see conftest.py
 MakeTree = Callable[..., Path]
@@ -164,12 +166,14 @@ def test_rejects_are_listed_with_place_stage_code_and_detail(whole: Path) -> Non
 
 def test_the_report_says_what_was_built(mixed: Path, out: Path) -> None:
     report = build(mixed, out, settings(batch_size=3))
-    assert report == BuildReport(**report.to_json())
+    values = report.to_json()
+    assert report == BuildReport(**{**values, "tuning": Tuning(**values["tuning"])})
+    assert report.worker_memory_bytes > 10**7
     assert (report.complete, report.out, report.backend, report.device) == (True, str(out), "pillow", "cpu")
-    assert (report.shards, report.built_shards, report.built_items, report.workers) == (6, 6, ITEMS, 1)
-    assert report.batch_size == 3
+    assert (report.shards, report.built_shards, report.built_items, report.tuning.workers) == (6, 6, ITEMS, 1)
+    assert report.tuning.batch_size == 3
     assert report.dataset_bytes == sum((out / shard).stat().st_size for shard in shards(out))
-    assert set(report.stage_seconds) == {"read", "decode", "normalize", "write", "commit"}
+    assert set(report.stage_seconds) == {"read", "decode", "normalize", "transfer", "write", "commit"}
     assert report.bottleneck in report.stage_seconds
     assert "--shuffle SEED" in report.hints[0]
     stored = json.loads((out / ".gpu-npz/report.json").read_text())
@@ -205,7 +209,19 @@ def test_names_that_are_not_utf8_survive_a_resumed_build(mixed: Path, copied: Pa
 # The same bytes however it was run
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 7}, {"batch_size": 32}, {"workers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 1},
+        {"batch_size": 7},
+        {"batch_size": 32},
+        {"workers": 2},
+        {"open_shards": 2},
+        {"open_shards": 64, "batch_size": 3},
+        {"open_shards": 3, "batch_size": 1, "workers": 2},
+    ],
+    ids=str,
+)
 def test_the_output_is_the_same_however_it_was_run(
     mixed: Path, whole: Path, out: Path, options: dict[str, Any]
 ) -> None:
@@ -217,7 +233,7 @@ def test_batches_that_do_not_fit_into_a_shard_evenly_make_the_same_output(mixed:
     options = {"shard_size": 10, "shuffle": 1, "on_reject": "blank", "layout": "NHWC", "dtype": "float16"}
     made = []
     for batch_size in (1, 3, 32):
-        build(mixed, tmp_path / str(batch_size), settings(batch_size=batch_size, **options))
+        build(mixed, tmp_path / str(batch_size), settings(batch_size=batch_size, open_shards=batch_size, **options))
         made.append(contents(tmp_path / str(batch_size)))
     assert made[0] == made[1] == made[2]
 
@@ -400,7 +416,7 @@ def test_what_is_lost_is_built_again_and_nothing_else(
 
 def test_a_build_that_lost_shards_to_two_workers_is_whole_again(mixed: Path, whole: Path, copied: Path) -> None:
     damage(copied, "shards lost")
-    assert build(mixed, copied, settings(workers=2)).workers == 2
+    assert build(mixed, copied, settings(workers=2)).tuning.workers == 2
     assert contents(copied) == contents(whole)
 
 
@@ -844,6 +860,41 @@ def test_what_a_worker_process_fails_with_reaches_the_caller(
     assert not children()
 
 
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_shard_that_fails_beside_others_stops_them_and_is_what_the_caller_hears_of(
+    mixed: Path, whole: Path, out: Path, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = LocalStorage.publish
+
+    def full(storage: LocalStorage, temporary: str, name: str) -> None:
+        if name == f"shard-{failing:05}.npz":
+            raise StorageError("the disk is full")
+        publish(storage, temporary, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStorage, "publish", full)
+        with pytest.raises(StorageError, match="the disk is full"):
+            build(mixed, out, settings(open_shards=3, batch_size=1))
+    assert not [name for name in contents(out) if name.endswith(".tmp")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("gpu-npz")]
+    build(mixed, out, settings())
+    assert contents(out) == contents(whole)
+
+
+def test_shards_take_turns_and_no_more_of_them_are_open_than_were_asked_for(mixed: Path, copied: Path) -> None:
+    plan = Job.open(LocalStorage(copied)).plan
+    tuning = Tuning(workers=1, batch_size=3, threads=1, prefetch=1, open_shards=3, hw_decoder_load=None)
+    batches = list(worker.interleaved(plan, range(plan.shard_count), tuning))
+    assert sorted(item.index for batch in batches for item in batch.items) == list(range(plan.item_count))
+    assert [batch.shard for batch in batches[:4]] == [0, 1, 2, 0]
+    still_open: set[int] = set()
+    for batch in batches:
+        still_open.add(batch.shard)
+        assert len(still_open) <= 3
+        still_open -= {batch.shard} if batch.last else set()
+    assert not still_open
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_of_the_callers_own_stops_all_workers_and_publishes_nothing_half(
     mixed: Path, whole: Path, out: Path, workers: int
@@ -884,7 +935,7 @@ def test_progress_adds_up_to_the_plan(mixed: Path, out: Path, options: dict[str,
     assert progressed(seen) == (ITEMS, len(REJECTS), file_bytes)
     records = [event.record for event in seen if isinstance(event, worker.Committed)]
     assert sorted(record.shard for record in records) == list(range(6))
-    assert len([event for event in seen if isinstance(event, worker.StageSeconds)]) == workers
+    assert len([event for event in seen if isinstance(event, worker.WorkerEnded)]) == workers
 
 
 def test_progress_of_a_resumed_build_adds_up_with_what_was_done(mixed: Path, copied: Path) -> None:
@@ -911,4 +962,4 @@ def test_a_dtype_that_cannot_hold_the_values_is_refused_before_anything_is_begun
 
 
 def test_workers_are_never_more_than_shards(pictures: Path, out: Path) -> None:
-    assert build(pictures, out, settings(workers=64, shard_size=8)).workers == 1
+    assert build(pictures, out, settings(workers=64, shard_size=8)).tuning.workers == 1

@@ -29,6 +29,7 @@ from gpu_npz.geometry import Geometry
 from gpu_npz.plan import Batch, Item
 from gpu_npz.rejects import Reject
 from gpu_npz.sources.folder import FolderSource
+from gpu_npz.tuning import Tuning
 
 dali = pytest.importorskip("gpu_npz.decode.dali", reason="DALI is not installed", exc_type=ImportError)
 
@@ -90,9 +91,14 @@ def config_of(device: int | None, **settings: Any) -> tuple[BuildConfig, Geometr
     return config, Geometry.of(config, config.size)
 
 
+def tuning_of(config: BuildConfig, batch_size: int) -> Tuning:
+    load = 0.0 if config.reproducible else None
+    return Tuning(1, batch_size, threads=2, prefetch=2, open_shards=1, hw_decoder_load=load)
+
+
 def decoder_of(root: Path, device: int | None, batch_size: int = 8, **settings: Any) -> Any:
     config, geometry = config_of(device, **settings)
-    return dali.DaliDecoder(config, geometry, FolderSource(root), batch_size=batch_size, device=device, threads=2)
+    return dali.DaliDecoder(config, geometry, FolderSource(root), tuning=tuning_of(config, batch_size), device=device)
 
 
 def batches_of(names: list[str], size: int) -> list[Batch]:
@@ -112,7 +118,7 @@ def outcome_of(decoder: Any, names: list[str], size: int = 8) -> Outcome:
         assert sorted(decoded.kept.tolist()) == decoded.kept.tolist()
         assert [r.index for r in decoded.rejects] == [item.index for item in batch.items if item not in kept]
         assert set(decoded.seconds) == {"read", "decode"}
-        outcome.rows |= {item.path: row for item, row in zip(kept, pixels, strict=True)}
+        outcome.rows |= {item.path: pixels[p] for item, p in zip(kept, decoded.kept.tolist(), strict=True)}
         outcome.rejects |= {reject.path: reject for reject in decoded.rejects}
         outcome.source_bytes |= {item.path: int(n) for item, n in zip(batch.items, decoded.source_bytes, strict=True)}
     return outcome
@@ -392,9 +398,9 @@ def test_pixels_are_ordered_on_the_stream_that_was_given(tmp_path: Path) -> None
     with decoder_of(root, 0) as decoder:
         expected = outcome_of(decoder, names).rows
     config, geometry = config_of(0)
-    stream, source = cupy.cuda.Stream(non_blocking=True), FolderSource(root)
+    stream, source, tuning = cupy.cuda.Stream(non_blocking=True), FolderSource(root), tuning_of(config, 8)
     with (
-        dali.DaliDecoder(config, geometry, source, batch_size=8, device=0, stream=stream.ptr, threads=2) as decoder,
+        dali.DaliDecoder(config, geometry, source, tuning=tuning, device=0, stream=stream.ptr) as decoder,
         stream,
     ):
         rows = np.concatenate([cupy.asnumpy(decoded.pixels) for decoded in decoder.decode(batches_of(names, 8))])

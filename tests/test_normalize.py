@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gpu_npz import normalize
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import UsageError
 from gpu_npz.normalize import CudaNormalizer, Normalizer, apply_table, row_shape, table
@@ -73,6 +77,10 @@ def pixels_with_every_level(channels: str, images: int = 3) -> np.ndarray:
     return pixels
 
 
+def every(pixels: np.ndarray) -> np.ndarray:
+    return np.arange(len(pixels))
+
+
 def looked_up(values: np.ndarray, pixels: np.ndarray, channels: str, layout: str) -> np.ndarray:
     """What the normalizers must give, spelled out: one value at a time."""
     stored = pixels[..., ::-1] if channels == "bgr" else pixels
@@ -119,7 +127,7 @@ def test_rows_hold_the_tables_values_in_the_layout_and_order_asked_for(dtype: st
     pixels = pixels_with_every_level(channels)
     normalizer = Normalizer(config)
     out = normalizer.allocate((len(pixels), *row_shape(config, 16, 24)))
-    normalizer.apply(pixels, out)()
+    normalizer.apply(pixels, every(pixels), out)()
     np.testing.assert_array_equal(out, looked_up(table(config), pixels, channels, layout), strict=True)
 
 
@@ -129,16 +137,26 @@ def test_pixels_may_be_a_view_and_rows_a_part_of_a_larger_buffer() -> None:
     normalizer = Normalizer(config)
     buffer = normalizer.allocate((8, *row_shape(config, 16, 24)))
     buffer[...] = -99
-    normalizer.apply(pixels, buffer[2:5])()
+    normalizer.apply(pixels, every(pixels), buffer[2:5])()
     np.testing.assert_array_equal(buffer[2:5], looked_up(table(config), pixels, "bgr", "NHWC"))
     assert (buffer[:2] == -99).all()
     assert (buffer[5:] == -99).all()
 
 
+def test_only_the_images_that_are_kept_become_rows() -> None:
+    for dtype in DTYPES:
+        config = config_of("imagenet", dtype=dtype)
+        pixels, kept = pixels_with_every_level("rgb", images=6), np.array([1, 2, 5])
+        normalizer = Normalizer(config)
+        rows = normalizer.allocate((3, *row_shape(config, 16, 24)))
+        normalizer.apply(pixels, kept, rows)()
+        np.testing.assert_array_equal(rows, looked_up(table(config), pixels[kept], "rgb", "NCHW"))
+
+
 def test_a_batch_without_images_is_no_trouble() -> None:
     config = config_of("imagenet")
     normalizer = Normalizer(config)
-    normalizer.apply(np.empty((0, 16, 24, 3), np.uint8), normalizer.allocate((0, 3, 16, 24)))()
+    normalizer.apply(np.empty((2, 16, 24, 3), np.uint8), np.arange(0), normalizer.allocate((0, 3, 16, 24)))()
 
 
 @pytest.mark.parametrize("channels", ["rgb", "bgr"])
@@ -153,7 +171,7 @@ def test_stored_pixels_and_the_table_give_what_a_float_build_would_have_stored(
         config = config_of("imagenet", channels, dtype=kind, layout=layout)
         normalizer = Normalizer(config)
         rows[kind] = normalizer.allocate((len(pixels), *row_shape(config, 16, 24)))
-        normalizer.apply(pixels, rows[kind])()
+        normalizer.apply(pixels, every(pixels), rows[kind])()
     values = table(config_of("imagenet", channels, dtype="uint8"), dtype)
     np.testing.assert_array_equal(apply_table(values, rows["uint8"], layout), rows[dtype], strict=True)
     np.testing.assert_array_equal(apply_table(values, rows["uint8"][1], layout), rows[dtype][1], strict=True)
@@ -179,7 +197,7 @@ def test_the_shape_of_a_row_follows_layout_and_channels() -> None:
 )
 def test_pixels_that_are_not_uint8_nhwc_are_refused(pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"pixels: got .*; need uint8 \(N, H, W, 3\)"):
-        Normalizer(config_of("imagenet")).apply(pixels, np.empty((2, 3, 16, 24), np.float32))
+        Normalizer(config_of("imagenet")).apply(pixels, np.arange(2), np.empty((2, 3, 16, 24), np.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,7 +207,7 @@ def test_rows_for_another_number_or_size_of_images_are_refused(layout: str, dtyp
     normalizer = Normalizer(config)
     for shape in ((3, *row_shape(config, 16, 24)), (1, *row_shape(config, 16, 24)), (2, *row_shape(config, 16, 23))):
         with pytest.raises(ValueError, match="out: got"):
-            normalizer.apply(np.zeros((2, 16, 24, 3), np.uint8), np.empty(shape, dtype))
+            normalizer.apply(np.zeros((2, 16, 24, 3), np.uint8), np.arange(2), np.empty(shape, dtype))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +222,7 @@ def test_rows_for_another_number_or_size_of_images_are_refused(layout: str, dtyp
 def test_rows_of_another_dtype_or_number_of_channels_are_refused(dtype: str, out: np.ndarray) -> None:
     normalizer = Normalizer(config_of("imagenet", dtype=dtype))
     with pytest.raises(ValueError, match="out: got"):
-        normalizer.apply(np.zeros((2, 16, 24, 3), np.uint8), out)
+        normalizer.apply(np.zeros((2, 16, 24, 3), np.uint8), np.arange(2), out)
 
 
 @pytest.mark.parametrize(
@@ -236,12 +254,12 @@ def test_the_gpu_gives_the_cpus_rows_to_the_last_bit(dtype: str, channels: str, 
         config = config_of(name, channels, dtype=dtype, layout=layout)
         shape = (len(pixels), *row_shape(config, 16, 24))
         expected = Normalizer(config).allocate(shape)
-        Normalizer(config).apply(pixels, expected)()
+        Normalizer(config).apply(pixels, every(pixels), expected)()
         normalizer = CudaNormalizer(config, 0)
         on_gpu = cupy.asarray(pixels)
         cupy.cuda.get_current_stream().synchronize()
         rows = normalizer.allocate(shape)
-        wait = normalizer.apply(on_gpu, rows)
+        wait = normalizer.apply(on_gpu, every(pixels), rows)
         del on_gpu  # what is enqueued must keep its input alive
         wait()
         bits = f"u{rows.dtype.itemsize}"
@@ -249,15 +267,64 @@ def test_the_gpu_gives_the_cpus_rows_to_the_last_bit(dtype: str, channels: str, 
 
 
 @pytest.mark.gpu
-def test_the_gpu_writes_into_a_part_of_a_larger_buffer_and_nowhere_else() -> None:
+def test_the_gpu_writes_the_rows_that_are_kept_to_the_front_of_a_buffer_and_nowhere_else() -> None:
     import cupy
 
     config = config_of("imagenet")
     normalizer = CudaNormalizer(config, 0)
-    pixels = pixels_with_every_level("rgb")
+    pixels = pixels_with_every_level("rgb", images=6)
     buffer = normalizer.allocate((6, *row_shape(config, 16, 24)))
-    buffer[...] = -99
-    normalizer.apply(cupy.asarray(pixels), buffer[1:4])()
-    np.testing.assert_array_equal(buffer[1:4], looked_up(table(config), pixels, "rgb", "NCHW"))
-    assert (buffer[:1] == -99).all()
-    assert (buffer[4:] == -99).all()
+    for kept in ([0, 2, 5], [], [4]):
+        buffer[...] = -99
+        normalizer.apply(cupy.asarray(pixels), np.array(kept, np.int64), buffer[: len(kept)])()
+        np.testing.assert_array_equal(buffer[: len(kept)], looked_up(table(config), pixels[kept], "rgb", "NCHW"))
+        assert (buffer[len(kept) :] == -99).all()
+
+
+@pytest.mark.gpu
+def test_buffers_in_flight_do_not_disturb_each_other() -> None:
+    import cupy
+
+    config = config_of("imagenet", layout="NHWC")
+    normalizer = CudaNormalizer(config, 0)
+    batches = [np.random.default_rng(seed).integers(0, 256, (64, 96, 96, 3), np.uint8) for seed in range(8)]
+    buffers = [normalizer.allocate((64, 96, 96, 3)) for _ in batches]
+    on_gpu = [cupy.asarray(pixels) for pixels in batches]
+    cupy.cuda.get_current_stream().synchronize()
+    for _ in range(3):
+        waits = [normalizer.apply(*given) for given in zip(on_gpu, map(every, batches), buffers, strict=True)]
+        for wait, pixels, rows in zip(waits, batches, buffers, strict=True):
+            wait()
+            np.testing.assert_array_equal(rows, looked_up(table(config), pixels, "rgb", "NHWC"))
+            rows[...] = -99
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
+    dtype: str, channels: str, layout: str, tmp_path: Path
+) -> None:
+    # What a GPU's threads do, one after the other: no GPU is needed to see a wrong index.
+    kernel = normalize._KERNEL.replace('extern "C" __global__', "").replace(
+        "VALUE", normalize._BITS[np.dtype(dtype).itemsize]
+    )
+    grid = "static struct { int x, y; } blockIdx, threadIdx, blockDim;\n"
+    launch = """
+    void launch(int blocks, int images, int threads, void *pixels, void *kept, void *table, void *out, int plane,
+                int channels, int planar, int swap) {
+      for (blockDim.x = threads, blockIdx.y = 0; blockIdx.y < images; blockIdx.y++)
+        for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+          for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
+            normalize(pixels, kept, table, out, plane, channels, planar, swap);
+    }"""
+    (tmp_path / "kernel.c").write_text(grid + kernel + launch)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "kernel.so", tmp_path / "kernel.c"], check=True)
+    config = config_of("mean-std", channels, dtype=dtype, layout=layout)
+    pixels, kept, values = pixels_with_every_level(channels), np.array([2, 0], np.int32), table(config)
+    out = np.full((3, *row_shape(config, 16, 24)), 99, dtype)
+    arrays = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, kept, values, out)]
+    launched = ctypes.CDLL(str(tmp_path / "kernel.so")).launch
+    launched(2, len(kept), 256, *arrays, 16 * 24, len(values), int(layout == "NCHW"), int(channels == "bgr"))
+    np.testing.assert_array_equal(out[:2], looked_up(values, pixels[kept], channels, layout), strict=True)
+    assert (out[2] == 99).all()

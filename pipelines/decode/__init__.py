@@ -6,6 +6,7 @@ from ..config import BuildConfig
 from ..environment import BackendName
 from ..geometry import Geometry
 from ..sources.base import Source
+from ..tuning import Tuning
 from .base import Decoder
 
 
@@ -15,8 +16,7 @@ def make_decoder(
     geometry: Geometry,
     source: Source,
     *,
-    batch_size: int,
-    threads: int,
+    tuning: Tuning,
     gpu: int | None = None,
     stream: int | None = None,
 ) -> Decoder:
@@ -27,8 +27,7 @@ def make_decoder(
         config: the settings of the build.
         geometry: where pixels go.
         source: gives the items.
-        batch_size: the largest batch that it will meet.
-        threads: how many it may have, if it has any.
+        tuning: the largest batch that it will meet, how many threads it may have, and so on.
         gpu: the device's number, None for the CPU.
         stream: handle of the CUDA stream on which the pixels will be used.
     """
@@ -38,6 +37,4 @@ def make_decoder(
         return PillowDecoder(config, geometry, source)
     from .dali import DaliDecoder
 
-    return DaliDecoder(
-        config, geometry, source, batch_size=batch_size, device=gpu, stream=stream, threads=threads
-    )  # fmt: skip
+    return DaliDecoder(config, geometry, source, tuning=tuning, device=gpu, stream=stream)

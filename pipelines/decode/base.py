@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,10 @@ class Decoded:
 
     Attributes:
         batch: what was asked for.
-        pixels: uint8 (N, H, W, C) in R,G,B (C=3) or gray (C=1), one image for each of `kept`: a NumPy array, or an
-            object with DLPack on the decoder's GPU, ordered on the stream that the decoder was given.
-        kept: positions in `batch.items` that have pixels, ascending, int64 (N,).
+        pixels: uint8 (N, H, W, C) in R,G,B (C=3) or gray (C=1), an image for each of the batch's N items, of which a
+            reject's is undefined: a NumPy array, or an object with DLPack on the decoder's GPU, ordered on the stream
+            that the decoder was given. On a GPU, hold it until that stream has done with it.
+        kept: positions in `batch.items` that have pixels, ascending, int64 (rows,).
         source_bytes: encoded size of every item of the batch, int64; 0 where nothing could be read.
         rejects: the items without pixels, in order.
         seconds: time spent in each stage, by its name.
@@ -36,11 +37,21 @@ class Decoded:
     seconds: dict[str, float]
 
 
+Stage = Literal["read", "decode", "resize"]
+
+
 class Decoder(Protocol):
     """Batches to pixels. Use as a context manager; it may read ahead, and keeps the order."""
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
         """The batches, decoded. Raises ShardError for trouble that is not an image's."""
+        ...
+
+    def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
+        """For measuring: the stages up to `last`, as `decode` goes through them, and nothing around them.
+
+        What comes of them is lost; gives each batch when it is done.
+        """
         ...
 
     def environment(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -32,7 +32,8 @@ from ..geometry import Geometry
 from ..plan import Batch, Item
 from ..rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
 from ..sources.base import Source, read_item
-from .base import Decoded
+from ..tuning import Tuning
+from .base import Decoded, Stage
 from .pillow import PillowDecoder, versions
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ _FILTERS = {
 _FAILURES = (RuntimeError, MemoryError, UnicodeDecodeError)  # the last: a missing file whose name is not UTF-8
 _NO_MEMORY = re.compile("bad_alloc|out.of.memory|MemoryAllocation|allocation failed|can't allocate", re.IGNORECASE)
 _BROKEN_GPU = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
-_READ_AHEAD = 2  # batches inside DALI: one is decoded while another is used; 3 was no faster
+_UNFINISHED = 2  # batches that wait for Pillow while DALI goes on: a few slow files in one of them do no harm
 
 
 @dataclass
@@ -62,6 +63,17 @@ class _Rows:
     done: NDArray[np.bool_]
 
 
+@dataclass
+class _Unfinished:
+    """A batch that DALI is done with, and what Pillow makes of the items at the positions `left`."""
+
+    batch: Batch
+    rows: _Rows
+    left: NDArray[np.int64]
+    results: list[Future[tuple[int, NDArray[np.uint8] | Reject]]]
+    seconds: float
+
+
 class DaliDecoder:
     """Decodes whole 8-bit JPEGs by DALI; every other item, and what DALI fails on, by Pillow.
 
@@ -69,10 +81,9 @@ class DaliDecoder:
         config: the settings of the build.
         geometry: where pixels go.
         source: gives the items, as files of a local filesystem.
-        batch_size: the largest batch that `decode` will meet.
+        tuning: the largest batch that `decode` will meet, threads (for DALI, and as many for Pillow), and so on.
         device: the GPU's number, or None for DALI's CPU operators.
         stream: handle of the CUDA stream on which the pixels will be used; None waits for each batch instead.
-        threads: for DALI, and as many for Pillow.
     """
 
     def __init__(
@@ -81,24 +92,23 @@ class DaliDecoder:
         geometry: Geometry,
         source: Source,
         *,
-        batch_size: int,
+        tuning: Tuning,
         device: int | None,
         stream: int | None = None,
-        threads: int,
     ) -> None:
         self._source = source
         self._pillow = PillowDecoder(config, geometry, source)
-        self._batch_size = batch_size
+        self._tuning = tuning
         self._device = device
         self._stream = stream
-        self._threads = threads
         self._row_shape = (geometry.height, geometry.width, config.channel_count)
         self._options = {
             "config": config,
             "geometry": geometry,
             "backend": "cpu" if device is None else "mixed",
-            "batch_size": batch_size,
-            "num_threads": self._threads,
+            "hw_decoder_load": tuning.hw_decoder_load,
+            "batch_size": tuning.batch_size,
+            "num_threads": tuning.threads,
             "device_id": device,
         }
         self._xp: Any = np if device is None else importlib.import_module("cupy")
@@ -114,12 +124,15 @@ class DaliDecoder:
 
     def __enter__(self) -> DaliDecoder:
         try:
-            self._main = _from_files(self._next, prefetch_queue_depth=_READ_AHEAD, **self._options)
+            self._main = _from_files(self._next, "resize", prefetch_queue_depth=self._tuning.prefetch, **self._options)
             self._main.build()
         except RuntimeError as exc:
-            raise BackendError(f"DALI does not start ({_reason(exc)}); see what `gpu-npz doctor` finds") from exc
+            advice = "see what `gpu-npz doctor` finds"
+            if _NO_MEMORY.search(str(exc)):
+                advice = "`nvidia-smi` shows which processes hold the GPU's memory; end them, or take another GPU"
+            raise BackendError(f"DALI does not start ({_reason(exc)}); {advice}") from exc
         self._open.enter_context(self._pillow)
-        self._pool = self._open.enter_context(ThreadPoolExecutor(self._threads, "gpu-npz-pillow"))
+        self._pool = self._open.enter_context(ThreadPoolExecutor(self._tuning.threads, "gpu-npz-pillow"))
         return self
 
     def __exit__(
@@ -145,35 +158,76 @@ class DaliDecoder:
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
         """See `Decoder.decode`; what `batches` raises comes after the batches before it."""
+        unfinished: deque[_Unfinished] = deque()
+        try:
+            with contextlib.closing(self._run(batches)) as runs:
+                for run in runs:
+                    unfinished.append(run)
+                    while unfinished and (
+                        len(unfinished) > _UNFINISHED or all(result.done() for result in unfinished[0].results)
+                    ):
+                        yield self._finish(unfinished.popleft())
+            while unfinished:
+                yield self._finish(unfinished.popleft())
+        finally:
+            for result in (result for batch in unfinished for result in batch.results):
+                result.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
+        """See `Decoder.bare`; waits for each batch."""
+        self._batches, self._failure = iter(batches), None
+        pipeline = _from_files(self._next, last, prefetch_queue_depth=self._tuning.prefetch, **self._options)
+        try:
+            while True:
+                try:
+                    pipeline.run()
+                except StopIteration:
+                    break
+                except _FAILURES:
+                    log.debug("DALI failed on a batch")
+                yield self._ahead.popleft()
+        finally:
+            pipeline.__del__()
+            self._ahead.clear()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, batches: Iterable[Batch]) -> Iterator[_Unfinished]:
+        """What DALI makes of the batches, in order; what it has left begins at Pillow."""
         self._batches, self._failure = iter(batches), None
         self._main.reset()
         try:
             while True:
-                start, outputs = time.perf_counter(), []
+                start = time.perf_counter()
                 try:
                     *outputs, index = self._main.run(self._stream)
                 except StopIteration:
                     break
                 except _FAILURES as exc:
                     log.info("DALI failed on a batch, which is decoded again in parts: %s", _reason(exc))
-                batch = self._ahead.popleft()
-                if outputs and np.asarray(index.as_tensor()).tolist() != [item.index for item in batch.items]:
-                    raise ShardError(f"DALI {dali.__version__} gave a batch out of turn; install DALI 2.4")
-                with self._on_stream:
-                    decoded = self._finish(batch, self._rows(outputs) if outputs else self._salvage(batch))
-                decoded.seconds["decode"] = time.perf_counter() - start
-                yield decoded
+                    batch = self._ahead.popleft()
+                    with self._on_stream:
+                        rows = self._salvage(batch, exc)
+                else:
+                    batch = self._ahead.popleft()
+                    if np.asarray(index.as_tensor()).tolist() != [item.index for item in batch.items]:
+                        raise ShardError(f"DALI {dali.__version__} gave a batch out of turn; install DALI 2.4")
+                    with self._on_stream:
+                        rows = self._rows(outputs)
+                left = np.flatnonzero(~rows.done)
+                results = [self._pool.submit(self._by_pillow, batch.items[position]) for position in left]
+                yield _Unfinished(batch, rows, left, results, time.perf_counter() - start)
         finally:
             self._drain()
-        if self._failure is not None:
-            raise self._failure
 
     def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
         """Paths and indices of the next batch, for DALI, which takes no exception but StopIteration."""
         try:
             batch = next(self._batches)
-            if not 1 <= len(batch.items) <= self._batch_size:
-                raise ValueError(f"a batch of {len(batch.items)} items; allowed are 1 to {self._batch_size}")
+            if not 1 <= len(batch.items) <= self._tuning.batch_size:
+                raise ValueError(f"a batch of {len(batch.items)} items; allowed are 1 to {self._tuning.batch_size}")
             paths = [np.frombuffer(self._source.local_path(item.path), np.uint8) for item in batch.items]
         except StopIteration:
             raise
@@ -193,47 +247,63 @@ class DaliDecoder:
 
     def _rows(self, outputs: list[Any]) -> _Rows:
         pixels, source_bytes, usable = (output.as_tensor() for output in outputs)
-        # Nothing is copied. The last two come from CPU operators, which have finished when a batch is handed out,
-        # whatever the stream. (Never run on a GPU.)
+        # The last two come from CPU operators, which have finished when a batch is handed out, whatever the stream
+        # (DALI's executor waits for its tasks before it gives outputs; not yet seen on a GPU).
         images = np.asarray(pixels) if self._device is None else self._xp.from_dlpack(pixels)
-        return _Rows(images, np.asarray(source_bytes), np.asarray(usable))
+        return _Rows(images, np.array(source_bytes), np.array(usable))
 
-    def _finish(self, batch: Batch, rows: _Rows) -> Decoded:
-        """The rows with Pillow's pixels where DALI has none, and without those of rejects."""
-        left = np.flatnonzero(~rows.done)
-        results = self._pool.map(self._by_pillow, [batch.items[p] for p in left])
-        rejects = []
-        for position, (data, result) in zip(left, results, strict=True):
-            rows.source_bytes[position] = len(data)
+    def _finish(self, run: _Unfinished) -> Decoded:
+        """The batch with Pillow's pixels where DALI has none."""
+        start = time.perf_counter()
+        rows, rejects, mended, images = run.rows, [], [], []
+        for position, future in zip(run.left.tolist(), run.results, strict=True):
+            rows.source_bytes[position], result = future.result()
             if isinstance(result, Reject):
                 rejects.append(result)
             else:
-                rows.pixels[position] = self._xp.asarray(result)
-                rows.done[position] = True
-        kept = np.flatnonzero(rows.done)
-        pixels = rows.pixels[self._xp.asarray(kept)] if rejects else rows.pixels
-        return Decoded(batch, pixels, kept, rows.source_bytes, rejects, {"read": 0.0})
+                mended.append(position)
+                images.append(result)
+        if mended:
+            with self._on_stream:
+                rows.pixels[self._xp.asarray(mended)] = self._xp.asarray(np.stack(images))
+            rows.done[mended] = True
+        seconds = {"read": 0.0, "decode": run.seconds + time.perf_counter() - start}
+        return Decoded(run.batch, rows.pixels, np.flatnonzero(rows.done), rows.source_bytes, rejects, seconds)
 
-    def _by_pillow(self, item: Item) -> tuple[bytes, NDArray[np.uint8] | Reject]:
-        """The item's bytes, empty if it cannot be read, and its pixels or why it has none."""
+    def _by_pillow(self, item: Item) -> tuple[int, NDArray[np.uint8] | Reject]:
+        """The item's encoded size, 0 if it cannot be read, and its pixels or why it has none."""
         data = b""
         try:
             data = read_item(self._source, item.path)
-            return data, self._pillow.decode_image(data, item.path)
+            return len(data), self._pillow.decode_image(data, item.path)
         except BadItem as bad:
-            return data, bad.of(item.path, item.index)
+            return len(data), bad.of(item.path, item.index)
 
-    def _salvage(self, batch: Batch) -> _Rows:
+    def _encoded(self, item: Item) -> bytes:
+        """The item's bytes, empty if it cannot be read."""
+        try:
+            return read_item(self._source, item.path)
+        except BadItem:
+            return b""
+
+    def _salvage(self, batch: Batch, failure: Exception) -> _Rows:
         """What DALI can decode of a batch that it failed on as a whole."""
         count = len(batch.items)
         rows = _Rows(
             self._xp.empty((count, *self._row_shape), np.uint8), np.zeros(count, np.int64), np.zeros(count, np.bool_)
         )
-        data, results = zip(*self._pool.map(self._by_pillow, batch.items), strict=True)
-        # DALI names one image at most. Whatever Pillow rejects is a good guess at them all, and mostly leaves one run
-        # for the others. But what DALI does with an image alone decides, lest its pixels depend on its neighbours.
-        suspects = {p for p in range(count) if isinstance(results[p], Reject)}
-        groups = [[p for p in range(count) if p not in suspects], *([p] for p in sorted(suspects) if data[p])]
+        data = list(self._pool.map(self._encoded, batch.items))
+        positions = [position for position in range(count) if data[position]]
+        if _is_no_memory(failure):
+            dali.backend.ReleaseUnusedMemory()
+            groups = list(_halves(positions))
+        else:
+            # DALI names one image at most. Whatever Pillow rejects is a good guess at them all, and mostly leaves one
+            # run for the others. But what DALI does with an image alone decides, lest its pixels depend on its
+            # neighbours.
+            results = self._pool.map(self._by_pillow, [batch.items[position] for position in positions])
+            suspects = [p for p, (_, result) in zip(positions, results, strict=True) if isinstance(result, Reject)]
+            groups = [[position for position in positions if position not in suspects], *([p] for p in suspects)]
         for group in filter(None, groups):
             self._mend(rows, data, group)
         return rows
@@ -244,41 +314,65 @@ class DaliDecoder:
         try:
             outputs = self._repair.run(self._stream, encoded=[np.frombuffer(data[p], np.uint8) for p in positions])
         except _FAILURES as exc:
-            no_memory = isinstance(exc, MemoryError) or _NO_MEMORY.search(str(exc))
+            no_memory = _is_no_memory(exc)
             if not no_memory and _BROKEN_GPU.search(str(exc)):
                 raise ShardError(
                     f"GPU {self._device} is in an error state ({_reason(exc)}); "
                     "look for Xid errors in dmesg, then run the same command to resume"
                 ) from exc
+            if no_memory:
+                dali.backend.ReleaseUnusedMemory()
             if len(positions) > 1:
-                middle = len(positions) // 2
-                self._mend(rows, data, positions[:middle])
-                self._mend(rows, data, positions[middle:])
+                for half in _halves(positions):
+                    self._mend(rows, data, half)
             elif no_memory:  # never another decoder for want of memory: its pixels would differ
-                raise ShardError("no memory to decode one image; lower --workers or --max-pixels") from exc
+                raise ShardError(
+                    "no memory to decode one image; end what else uses it, or lower --workers or --open-shards, and "
+                    "run the command again to resume (with a lower --max-pixels, it starts anew)"
+                ) from exc
         else:
             part = self._rows(outputs)
             rows.pixels[self._xp.asarray(positions)] = part.pixels
             rows.source_bytes[positions] = part.source_bytes
             rows.done[positions] = part.done
+            if self._stream is not None:  # DALI may use the part's buffer again as soon as it is dropped
+                self._on_stream.synchronize()
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
-def _from_files(source: Callable[[], Any], config: BuildConfig, geometry: Geometry, backend: str) -> Any:
-    """The files whose paths `source` gives at each call, decoded; and the indices that it gave with them."""
+def _from_files(
+    source: Callable[[], Any],
+    last: Stage,
+    config: BuildConfig,
+    geometry: Geometry,
+    backend: str,
+    hw_decoder_load: float | None,
+) -> Any:
+    """The files whose paths `source` gives at each call, up to the stage `last`; and the indices that it gave."""
     paths, index = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0])
     # Not mapped: plain reads are twice as fast, and a file that shrinks meanwhile does no harm.
-    return *_decoded(fn.io.file.read(paths, dont_use_mmap=True), config, geometry, backend), index
+    encoded = fn.io.file.read(paths, dont_use_mmap=True)
+    if last == "read":
+        outputs = (encoded.shape(),)
+    else:
+        outputs = _decoded(encoded, last, config, geometry, backend, hw_decoder_load)
+    return *outputs, index
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
-def _from_memory(config: BuildConfig, geometry: Geometry, backend: str) -> Any:
+def _from_memory(config: BuildConfig, geometry: Geometry, backend: str, hw_decoder_load: float | None) -> Any:
     """What is fed as "encoded", decoded."""
-    return _decoded(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), config, geometry, backend)
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    return _decoded(encoded, "resize", config, geometry, backend, hw_decoder_load)
 
 
-def _decoded(encoded: Any, config: BuildConfig, geometry: Geometry, backend: str) -> tuple[Any, Any, Any]:
-    """The graph: pixels, encoded sizes, and which items DALI decoded, where the others' pixels are a blank's."""
+def _decoded(
+    encoded: Any, last: Stage, config: BuildConfig, geometry: Geometry, backend: str, hw_decoder_load: float | None
+) -> tuple[Any, Any, Any]:
+    """The graph: pixels, encoded sizes, and which items DALI decoded, where the others' pixels are a blank's.
+
+    Up to the stage `decode`, pixels have the size that they are stored in.
+    """
     out_height, out_width = geometry.height, geometry.width
     max_pixels = min(config.max_pixels, 2**31 - 1)  # the largest constant that a graph can hold
 
@@ -313,11 +407,11 @@ def _decoded(encoded: Any, config: BuildConfig, geometry: Geometry, backend: str
         output_type=types.GRAY if config.channels == "gray" else types.RGB,
         adjust_orientation=config.exif_orientation,
         jpeg_fancy_upsampling=True,  # as Pillow does; without it, pixels of 4:2:0 images differ by up to 27 levels
-        **({"hw_decoder_load": 0.0} if config.reproducible else {}),
+        **({} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}),
     )
-    if geometry.mode != "none":
+    if last == "resize" and geometry.mode != "none":
         images = fn.resize(images, size=size, interp_type=_FILTERS[config.interpolation], subpixel_scale=False)
-    if start is not None:
+    if last == "resize" and start is not None:
         images = fn.slice(
             images,
             start=start,
@@ -344,6 +438,15 @@ def _place(geometry: Geometry, height: Any, width: Any) -> tuple[Any, Any, Any, 
         wide = math.clamp((2 * width * out_height + height) // (2 * height), 1, out_width)
         top, left = -((out_height - high) // 2), -((out_width - wide) // 2)
     return high, wide, top, left
+
+
+def _halves(positions: Sequence[int]) -> tuple[list[int], list[int]]:
+    middle = len(positions) // 2
+    return list(positions[:middle]), list(positions[middle:])
+
+
+def _is_no_memory(failure: Exception) -> bool:
+    return isinstance(failure, MemoryError) or _NO_MEMORY.search(str(failure)) is not None
 
 
 def _reason(failure: BaseException) -> str:

@@ -21,7 +21,7 @@ from ..geometry import Geometry, Placement
 from ..plan import Batch, Item
 from ..rejects import BadItem, Reject
 from ..sources.base import Source, read_item
-from .base import Decoded
+from .base import Decoded, Stage
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -92,12 +92,26 @@ class PillowDecoder:
                     data = read_item(self._source, item.path)
                     reading += time.perf_counter() - start
                     source_bytes[position] = len(data)
-                    pixels[len(kept)] = self.decode_image(data, item.path)
+                    pixels[position] = self.decode_image(data, item.path)
                     kept.append(position)
                 except BadItem as bad:
                     rejects.append(bad.of(item.path, item.index))
             seconds = {"read": reading, "decode": time.perf_counter() - begin - reading}
-            yield Decoded(batch, pixels[: len(kept)], np.array(kept, np.int64), source_bytes, rejects, seconds)
+            yield Decoded(batch, pixels, np.array(kept, np.int64), source_bytes, rejects, seconds)
+
+    def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
+        """See `Decoder.bare`."""
+        for batch in batches:
+            for item in batch.items:
+                with contextlib.suppress(BadItem):
+                    data = read_item(self._source, item.path)
+                    if last == "resize":
+                        self.decode_image(data, item.path)
+                    elif last == "decode":
+                        self._check_data(data)
+                        with _opened(data, item.path) as image:
+                            self._upright(image)
+            yield batch
 
     def decode_image(self, data: bytes, path: str) -> NDArray[np.uint8]:
         """The pixels of one encoded image: uint8 (H, W, C), C = 3 in R,G,B or 1.

@@ -18,20 +18,20 @@ _JOIN_S = 10.0
 _Pool = dict[Connection, "subprocess.Popen[bytes]"]
 
 
-def run(task: Task, shards: Sequence[int], workers: int) -> Generator[Event, None, None]:
-    """Builds `shards` with `workers` processes (one worker: in this process) and yields what happens.
+def run(task: Task, shards: Sequence[int]) -> Generator[Event, None, None]:
+    """Builds `shards` with as many processes as the task says (one: this process) and yields what happens.
 
     A worker asks for a shard when it needs one, so fast workers take more. Closing the generator early stops them all.
 
     Raises:
         GpuNpzError: what a worker failed with; ShardError if it died.
     """
-    if workers == 1:
+    if task.tuning.workers == 1:
         yield from work(task, shards)
         return
     pool: _Pool = {}
     try:
-        for _ in range(workers):
+        for _ in range(task.tuning.workers):
             _start(pool, task)
         yield from _dispatch(pool, iter(shards))
     finally:

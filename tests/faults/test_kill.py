@@ -81,8 +81,9 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 @contextlib.contextmanager
 def running(src: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A build by two workers, killed with them in the end."""
-    command = [sys.executable, "-m", "gpu_npz", "build", os.fspath(src), os.fspath(out), *OPTIONS, "--workers", "2"]
+    """A build by two workers with two open shards each, killed with them in the end."""
+    options = [*OPTIONS, "--workers", "2", "--open-shards", "2"]
+    command = [sys.executable, "-m", "gpu_npz", "build", os.fspath(src), os.fspath(out), *options]
     with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as process:
         try:
             yield process
@@ -156,11 +157,12 @@ print(moment)
 """
 
 
+@pytest.mark.parametrize("open_shards", [1, 3])
 @pytest.mark.parametrize(("call", "step"), [("rename", 1), ("fsync", 5), ("pwrite", 13)])
 def test_a_build_that_is_killed_before_a_system_call_goes_on_to_the_same_output(
-    src: Path, tmp_path: Path, call: str, step: int
+    src: Path, tmp_path: Path, call: str, step: int, open_shards: int
 ) -> None:
-    config = SETTINGS.model_copy(update={"limit": 6})
+    config = SETTINGS.model_copy(update={"limit": 6, "open_shards": open_shards, "batch_size": 1})
     command = [sys.executable, "-c", KILLED_AT_EACH, call, str(step), str(src), str(tmp_path), config.model_dump_json()]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     last = int(result.stdout)  # the moment that never came: this one is undisturbed

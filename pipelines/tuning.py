@@ -1,0 +1,65 @@
+"""How much of a machine a build uses: what the settings leave open is chosen here, by device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import BATCH_SIZE, BuildConfig
+from .environment import BackendName, usable_cpus
+
+_BATCH_BYTES = 1 << 28  # a batch of huge images is smaller, unless asked for
+# Two batches inside DALI: one is decoded while another is used. On CPU operators 3 was no faster.
+_PREFETCH = 2
+# One thread writes a shard, and on one file two of them gain nothing. A GPU gives more than one thread can write.
+_OPEN_SHARDS = {"cuda": 4, "cpu": 1}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What decides how fast a build is. Nothing here changes which rows a shard holds, or their order.
+
+    Attributes:
+        workers: processes.
+        batch_size: images that are decoded together, at most.
+        threads: threads of a worker's DALI; pillow has none.
+        prefetch: batches inside DALI at the same time.
+        open_shards: shards that a worker writes at the same time.
+        hw_decoder_load: the share of a batch's JPEGs that a GPU's hardware engines get, None for DALI's own choice.
+    """
+
+    workers: int
+    batch_size: int
+    threads: int
+    prefetch: int
+    open_shards: int
+    hw_decoder_load: float | None
+
+    @classmethod
+    def of(
+        cls, config: BuildConfig, backend: BackendName, device: str, *, row_bytes: int, shard_rows: int, shards: int
+    ) -> Tuning:
+        """The tuning of a build.
+
+        Args:
+            config: what is set there is taken.
+            backend: the decoder.
+            device: `cuda` or `cpu`.
+            row_bytes: size of a stored image.
+            shard_rows: items a shard.
+            shards: how many are to be built.
+        """
+        cores = usable_cpus()
+        workers = config.workers or (cores if backend == "pillow" else 1)  # DALI has threads
+        workers = max(1, min(workers, shards))
+        batch_size = config.batch_size or max(1, min(BATCH_SIZE[device], _BATCH_BYTES // row_bytes))
+        threads = max(1, cores // workers)
+        if device == "cuda":
+            threads = max(1, threads // 2)  # the GPU's decoder keeps as many again for its share on the host
+        return cls(
+            workers=workers,
+            batch_size=min(batch_size, shard_rows),
+            threads=config.threads or threads,
+            prefetch=config.prefetch or _PREFETCH,
+            open_shards=min(config.open_shards or _OPEN_SHARDS[device], max(1, shards // workers)),
+            hw_decoder_load=0.0 if config.reproducible else config.hw_decoder_load,
+        )
