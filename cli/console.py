@@ -16,7 +16,8 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         style = "bold red" if record.levelno >= logging.WARNING else "dim"
-        errors.print(f"[{style}]gpu-npz: {escape(printable(record.getMessage()))}[/]")
+        text = printable(record.getMessage(), keep="\n")
+        errors.print(f"[{style}]gpu-npz: {escape(text)}[/]")
 
 
 def show_warnings() -> None:

@@ -13,13 +13,14 @@ from gpu_npz.cli.options import config_options, read_config
 if TYPE_CHECKING:
     from gpu_npz.audit.parity import Parity
 
-_SIDES = click.Choice(["pillow", "dali-cpu", "dali-gpu"])
+_SIDES = click.Choice(["pillow", "dali-cpu", "dali-gpu", "torchvision"])
+_TORCHVISION = "torchvision (where installed) is its pipeline on PIL images, which knows no EXIF orientation."
 _USED = ("device", "size", "resize_mode", "crop_pct", "pad_value", "interpolation", "exif_orientation", "channels")
 
 
 @click.command("parity")
 @click.argument("src", metavar="SRC")
-@click.option("--one", type=_SIDES, default="pillow", show_default=True, help="One decoder.")
+@click.option("--one", type=_SIDES, default="pillow", show_default=True, help=f"One decoder; {_TORCHVISION}")
 @click.option("--other", type=_SIDES, default="dali-cpu", show_default=True, help="The decoder to compare it with.")
 @click.option("--images", type=click.IntRange(1), default=1000, show_default=True, metavar="N", help="How many images.")
 @click.option("--max-mean", type=float, metavar="LEVELS", help="Exit 1 if the mean difference is larger.")
@@ -30,7 +31,7 @@ def command(src: str, one: Any, other: Any, images: int, max_mean: float | None,
     from gpu_npz.audit.parity import parity  # loads Pillow, which the help of this command does not need
 
     show_warnings()
-    config = read_config(None, given)
+    config = read_config(None, given | {"normalize": "none"})  # lest gray ask for another normalization
     with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
         task = progress.add_task("comparing", total=None)
         result = parity(

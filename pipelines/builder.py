@@ -120,7 +120,7 @@ def _begin(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
             f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
             "or --overwrite to build it anew"
         )
-    choice = environment.choose(config, environment.inspect())
+    choice = environment.choose(config, environment.inspect(config.device))
     if choice.warning:
         log.warning("%s", choice.warning)
     table(config)  # a value that the dtype cannot hold shows here, before anything is listed
@@ -171,7 +171,7 @@ def _backend(job: Job, config: BuildConfig) -> Choice:
     device = config.device if record.device == "cuda" else "cpu"
     same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
     try:
-        return environment.choose(config.model_copy(update=same), environment.inspect())
+        return environment.choose(config.model_copy(update=same), environment.inspect(device))
     except BackendError as exc:
         raise BackendError(
             f"OUT was begun with backend {record.backend} on {record.device}, which cannot be used here: {exc}\n"
@@ -225,7 +225,9 @@ def _run(
         write_rejects(storage, ordered)
     elif not finished:
         finish(storage, job, ordered)
-    stages = sum((Counter(worker.stage_seconds) for worker in ended), Counter())
+    stages: Counter[str] = Counter()
+    for worker in ended:
+        stages.update(worker.stage_seconds)
     seconds = time.perf_counter() - start
     report = BuildReport(
         out=storage.root,

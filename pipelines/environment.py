@@ -7,10 +7,11 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .config import BuildConfig
 from .errors import BackendError, UsageError
@@ -63,20 +64,16 @@ class Choice:
         return "cpu" if self.gpu is None else "cuda"
 
 
-def inspect() -> Machine:
-    """Looks at this machine: loads the NVIDIA driver if there is one, DALI and CuPy only if a GPU could use them."""
+def inspect(device: str = "auto") -> Machine:
+    """Looks at this machine: loads the NVIDIA driver if there is one, DALI and CuPy only if a GPU could use them.
+
+    Args:
+        device: as `--device` says; CuPy is tried on that GPU, or on the first.
+    """
     gpus, cuda, driver = _driver()
-    wheel = "13" if cuda is None or cuda >= 13_000 else "12"
-    dali_wheel = f"pip install 'nvidia-dali-cuda{wheel}0>=2.4,<3'"
-    cupy_wheel = f"pip install cupy-cuda{wheel}x"
-    check = gpus > 0 and driver is None
-    return Machine(
-        gpus,
-        cuda,
-        driver,
-        _package("DALI", "nvidia.dali", dali_wheel, None, check),
-        _package("CuPy", "cupy", cupy_wheel, _try_cupy, check),
-    )
+    number = int(device) if device.isdigit() else 0
+    gpu = number if number < gpus and driver is None else None
+    return Machine(gpus, cuda, driver, _trouble(_DALI, cuda, gpu), _trouble(_CUPY, cuda, gpu))
 
 
 def choose(config: BuildConfig, machine: Machine) -> Choice:
@@ -118,6 +115,11 @@ def usable_cpus() -> int:
     return max(1, math.ceil(min(affinity, _cgroup_quota())))
 
 
+def dotted(cuda: int) -> str:
+    """A CUDA version as people write it: 12040 is 12.4."""
+    return f"{cuda // 1000}.{cuda % 1000 // 10}"
+
+
 def _need_dali(backend: BackendName, machine: Machine) -> None:
     if backend == "dali" and machine.dali:
         raise BackendError(f"--backend dali: {machine.dali}")
@@ -143,7 +145,7 @@ def _driver() -> tuple[int, int | None, Missing | None]:
     cuda.cuDriverGetVersion(ctypes.byref(version))
     cuda.cuDeviceGetCount(ctypes.byref(count))
     if version.value < _OLDEST_CUDA:
-        reason = f"it is made for CUDA {version.value // 1000}.{version.value % 1000 // 10}; 12.0 or newer is needed"
+        reason = f"it is made for CUDA {dotted(version.value)}; 12.0 or newer is needed"
         return count.value, version.value, Missing("driver", reason, "install a newer NVIDIA driver (525 or later)")
     return count.value, version.value, None
 
@@ -160,27 +162,79 @@ def _pci_gpus() -> int:
     return found
 
 
-def _package(what: str, module: str, remedy: str, trial: Callable[[], None] | None, check: bool) -> Missing | None:
+@dataclass(frozen=True)
+class _Package:
+    """A part of the GPU path that has a wheel for each major version of CUDA, which stands for {} in names."""
+
+    what: str
+    module: str
+    wheel: str
+    replaced: str
+    made_for: Callable[[Any], int]
+    trial: Callable[[int], None] | None = None
+
+
+def _trouble(package: _Package, driver: int | None, gpu: int | None) -> Missing | None:
+    """What keeps a package from being used on GPU number `gpu`; if that is None, only whether it is installed."""
+    suits = 13 if driver is None or driver >= 13_000 else 12
+    install = f"pip install '{package.wheel.format(suits)}'"
     try:
-        if importlib.util.find_spec(module) is None:
-            return Missing(what, "not installed", remedy)
-        if check:
-            importlib.import_module(module)
-            if trial:
-                trial()
+        if importlib.util.find_spec(package.module) is None:
+            return Missing(package.what, "not installed", install)
+        if driver is None or gpu is None:
+            return None
+        made_for = package.made_for(importlib.import_module(package.module))
+        if made_for > driver // 1000:  # a newer minor version is no trouble: NVIDIA's minor-version compatibility
+            reason = f"made for CUDA {made_for}, and the driver is made for CUDA {dotted(driver)}"
+            uninstall = f"pip uninstall -y {package.replaced.format(made_for)}"
+            return Missing(package.what, reason, f"{uninstall} && {install}, or install a newer NVIDIA driver")
+        if made_for == 12:  # works with every driver; wheels for two versions spoil each other
+            install = f"pip install '{package.wheel.format(12)}'"
+        if package.trial:
+            package.trial(gpu)
     except ModuleNotFoundError:
-        return Missing(what, "not installed", remedy)
+        return Missing(package.what, "not installed", install)
     except Exception as exc:  # native libraries fail to load in many ways, each of which means the same here
-        return Missing(what, f"installed, but not usable ({' '.join(str(exc).split())[:200]})", remedy)
+        text = " ".join(str(exc).split())[:200]
+        if re.search("out of memory|busy or unavailable", text, re.IGNORECASE):
+            remedy = "`nvidia-smi` shows which process holds it; end that process, or choose another GPU with --device"
+            return Missing(f"GPU {gpu}", f"its memory is taken ({text})", remedy)
+        state = "installed without NVRTC, its compiler" if "libnvrtc" in text else "installed, but not usable"
+        return Missing(package.what, f"{state} ({text})", install)
     return None
 
 
-def _try_cupy() -> None:
+def _try_cupy(gpu: int) -> None:
+    """Does once what normalizing does on the GPU: compiles a kernel, runs it, allocates pinned memory."""
     import cupy
 
-    # Compiling needs NVRTC and the CUDA headers, which a plain `cupy` wheel takes from elsewhere.
-    kernel = cupy.ElementwiseKernel("uint8 x", "float32 y", "y = x", "gpu_npz_trial")
-    kernel(cupy.zeros(1, cupy.uint8))
+    with cupy.cuda.Device(gpu):
+        number = cupy.zeros(1, cupy.int32)
+        kernel = cupy.RawKernel('extern "C" __global__ void trial(int* number) { *number = 42; }', "trial")
+        kernel((1,), (1,), (number,))
+        cupy.cuda.alloc_pinned_memory(number.nbytes)
+        if int(number.get()[0]) != 42:
+            raise RuntimeError("a kernel ran and left no result")
+
+
+# DALI writes its version of CUDA without dots: 13.4.92 is 13492, 12.9.86 is 12986.
+_DALI = _Package(
+    "DALI",
+    "nvidia.dali",
+    "nvidia-dali-cuda{}0>=2.4,<3",
+    replaced="nvidia-dali-cuda{}0",
+    made_for=lambda dali: int(str(dali.__cuda_version__)[:2]),
+)
+# CuPy takes NVRTC from where it is; [ctk], new in CuPy 14, brings it. An NVRTC for CUDA 13 that stayed would be
+# preferred to the one that comes with a CuPy for CUDA 12, and compile for a driver that is not there.
+_CUPY = _Package(
+    "CuPy",
+    "cupy",
+    "cupy-cuda{}x[ctk]>=14",
+    replaced="cupy-cuda{}x nvidia-cuda-nvrtc",
+    made_for=lambda cupy: int(cupy.cuda.runtime.runtimeGetVersion()) // 1000,
+    trial=_try_cupy,
+)
 
 
 def _cgroup_quota() -> float:

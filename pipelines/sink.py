@@ -9,7 +9,6 @@ import contextlib
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ class ShardSink:
         allocate: Callable[[tuple[int, ...]], NDArray[Any]],
         tuning: Tuning,
     ) -> None:
-        self.seconds: Counter[str] = Counter(transfer=0.0, write=0.0, commit=0.0)
+        self.seconds = {"transfer": 0.0, "write": 0.0, "commit": 0.0}
         self._storage = storage
         self._job = job
         self._environment = environment

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +102,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             stream=getattr(normalizer, "stream", None),
         )
         _require_environment(task.environment, environment := decoder.environment())
-        seconds = Counter(read=0.0, decode=0.0, normalize=0.0)
+        seconds = {"read": 0.0, "decode": 0.0, "normalize": 0.0}
         sink = ShardSink(storage, job, environment, normalizer.allocate, task.tuning)
         stack.enter_context(decoder)
         stack.enter_context(sink)
@@ -113,7 +113,8 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
                     f"{reject.path!r} is rejected at {reject.stage}: {reject.code} ({reject.detail}); mend the "
                     "file and run the same command, or start anew with --overwrite and --on-reject skip or blank"
                 )
-            seconds.update(decoded.seconds)
+            for name, spent in decoded.seconds.items():
+                seconds[name] += spent
             buffer = sink.buffer()
             start = time.perf_counter()
             rows = _rows(decoded, buffer, normalizer, blank=job.settings.on_reject == "blank")

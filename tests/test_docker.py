@@ -68,7 +68,7 @@ def test_an_image_runs_gpu_npz_as_a_user_without_rights(name: str) -> None:
 def test_doctor_notices_that_a_container_hides_the_hardware_jpeg_engines(
     capabilities: str | None, hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnosis, "inspect", lambda: Machine(1, 13_000, None, None, None))
+    monkeypatch.setattr(diagnosis, "inspect", lambda *_: Machine(1, 13_000, None, None, None))
     if capabilities is None:
         monkeypatch.delenv("NVIDIA_DRIVER_CAPABILITIES", raising=False)
     else:

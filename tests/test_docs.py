@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from gpu_npz.cli.main import COMMANDS
+from gpu_npz.config import BuildConfig
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -34,10 +35,16 @@ def table() -> list[str]:
         )
         text = command.get_short_help_str(200)
         rows.append(row(f"**`{name} {arguments}`**".replace(" `", "`"), text))
+        shared = []
         for param in command.params:
             if isinstance(param, click.Option):
                 syntax, description = param.get_help_record(context) or ("", "")
-                rows.append(row(f"`{syntax.replace(' / ', '`, `')}`", " ".join(description.split())))
+                if name != "build" and param.name in BuildConfig.model_fields:
+                    shared.append(f"`{syntax.split(' ')[0]}`")
+                else:
+                    rows.append(row(f"`{syntax.replace(' / ', '`, `')}`", " ".join(description.split())))
+        if shared:
+            rows.append(row(", ".join(shared), "As for `build`."))
     return rows
 
 

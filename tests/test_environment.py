@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from gpu_npz.errors import BackendError, MismatchError, UsageError
 
 DRIVER = Missing("driver", "libcuda.so.1 was not found", "install the NVIDIA driver")
 DALI = Missing("DALI", "not installed", "pip install 'nvidia-dali-cuda130>=2.4,<3'")
-CUPY = Missing("CuPy", "not installed", "pip install cupy-cuda13x")
+CUPY = Missing("CuPy", "not installed", "pip install 'cupy-cuda13x[ctk]>=14'")
 
 
 def machine(
@@ -157,17 +159,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_install_line(monkeypa
     found = inspect().cupy
     assert found is not None
     assert (found.what, found.reason) == ("CuPy", "not installed")
-    assert found.remedy.startswith("pip install cupy-cuda1")
-
-
-def test_a_package_that_cannot_be_loaded_is_not_usable_and_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "broken_part.py").write_text("raise OSError('libnvjpeg.so.13: cannot\\nopen')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    found = environment._package("DALI", "broken_part", "pip install it", None, True)
-    assert str(found) == "DALI: installed, but not usable (libnvjpeg.so.13: cannot open); pip install it"
-    assert environment._package("DALI", "broken_part", "pip install it", None, False) is None  # no GPU: not loaded
+    assert found.remedy == CUPY.remedy
 
 
 @pytest.mark.gpu
@@ -176,6 +168,242 @@ def test_a_gpu_node_is_found_to_be_one() -> None:
     assert found.gpus > 0
     assert not found.missing
     assert choose(BuildConfig(require_gpu=True), found) == Choice("dali", 0)
+
+
+# Bad surroundings, through the command: a driver, a DALI and a CuPy of our own, which fail as the real ones do
+
+LIBCUDA = r"""
+#include <stdlib.h>
+#include <string.h>
+static int given(const char *name, int otherwise) { return getenv(name) ? atoi(getenv(name)) : otherwise; }
+int cuInit(unsigned flags) { return given("FAKE_INIT", 0); }
+int cuDriverGetVersion(int *version) { *version = given("FAKE_CUDA", 13000); return 0; }
+int cuDeviceGetCount(int *count) { *count = given("FAKE_GPUS", 1); return 0; }
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "NVIDIA Pretence", size); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 80ul << 30; return 0; }
+int cuDeviceGetPCIBusId(char *bus, int size, int device) { strncpy(bus, "0000:17:00.0", size); return 0; }
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **handle) {
+    *handle = &given;
+    return strcmp(bus, "0000:17:00.0") != 0;
+}
+int nvmlDeviceGetMemoryInfo(void *handle, unsigned long long *memory) {
+    memory[0] = 80ull << 30; memory[1] = 3ull << 29; memory[2] = memory[0] - memory[1];
+    return handle != &given;
+}
+"""
+FAKE_DALI = """
+import os
+exec(os.environ.get("FAKE_DALI", ""))
+__cuda_version__ = int(os.environ.get("FAKE_DALI_CUDA", "13492"))
+"""
+FAKE_CUPY = """
+import contextlib, os, types
+import numpy
+from numpy import int32
+gpu, version = None, int(os.environ.get("FAKE_CUPY_CUDA", "13020"))
+class Array:
+    nbytes = 4
+    def __init__(self): self.values = numpy.zeros(1, int32)
+    def get(self): return self.values
+def zeros(count, dtype): return Array()
+@contextlib.contextmanager
+def device(number):
+    global gpu
+    gpu = number
+    yield
+def RawKernel(source, name):
+    assert f"void {name}(" in source
+    def launch(grid, block, args):
+        args[0].values[0] = 42
+        exec(os.environ.get("FAKE_CUPY", ""), {"gpu": gpu, "result": args[0].values})
+    return launch
+cuda = types.SimpleNamespace(
+    Device=device, alloc_pinned_memory=bytearray, runtime=types.SimpleNamespace(runtimeGetVersion=lambda: version)
+)
+"""
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def pretence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with libcuda.so.1, libnvidia-ml.so.1, cupy and nvidia.dali, to be steered by FAKE_* variables."""
+    root = tmp_path_factory.mktemp("pretence")
+    for name, content in {"cupy": FAKE_CUPY, "nvidia": "", "nvidia/dali": FAKE_DALI}.items():
+        (root / name).mkdir()
+        (root / name / "__init__.py").write_text(content)
+    (root / "cuda.c").write_text(LIBCUDA)
+    library = root / "libcuda.so.1"
+    subprocess.run([shutil.which("cc") or "cc", "-shared", "-fPIC", "-o", library, root / "cuda.c"], check=True)
+    shutil.copy(library, root / "libnvidia-ml.so.1")
+    return root
+
+
+@pytest.fixture
+def run_with(pretence: Path) -> Run:
+    """`run_with({"FAKE_CUDA": "12040"}, "doctor")`: the command on a machine with one GPU, unless told otherwise."""
+    kept = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+
+    def run(fakes: dict[str, str], *args: str | Path) -> subprocess.CompletedProcess[str]:
+        environ = {**kept, "LD_LIBRARY_PATH": str(pretence), "PYTHONPATH": str(pretence), "COLUMNS": "1000", **fakes}
+        command = [sys.executable, "-m", "gpu_npz", *args]
+        return subprocess.run(command, env=environ, capture_output=True, text=True)
+
+    return run
+
+
+pretending = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler for a driver of our own"
+)
+OLD_DRIVER = {"FAKE_CUDA": "12040"}
+FOR_12 = {"FAKE_DALI_CUDA": "12986", "FAKE_CUPY_CUDA": "12090"}
+NO_NVRTC = "raise RuntimeError('Failure finding \"libnvrtc.so.13 or libnvrtc.so.12\": No such file')"
+TAKEN = "raise MemoryError('Out of memory allocating 512 bytes (allocated so far: 0 bytes).')"
+BAD = {
+    "DALI too new for the driver": (
+        {**OLD_DRIVER, "FAKE_CUPY_CUDA": "12090"},
+        "  DALI: made for CUDA 13, and the driver is made for CUDA 12.4; pip uninstall -y nvidia-dali-cuda130 && "
+        "pip install 'nvidia-dali-cuda120>=2.4,<3', or install a newer NVIDIA driver\n",
+    ),
+    "CuPy too new for the driver": (
+        {**OLD_DRIVER, "FAKE_DALI_CUDA": "12986"},
+        "  CuPy: made for CUDA 13, and the driver is made for CUDA 12.4; pip uninstall -y cupy-cuda13x "
+        "nvidia-cuda-nvrtc && pip install 'cupy-cuda12x[ctk]>=14', or install a newer NVIDIA driver\n",
+    ),
+    "a driver too old for anything": (
+        {"FAKE_CUDA": "11040"},
+        "  driver: it is made for CUDA 11.4; 12.0 or newer is needed; install a newer NVIDIA driver (525 or later)\n",
+    ),
+    "CuPy without NVRTC": (
+        {"FAKE_CUPY": NO_NVRTC},
+        '  CuPy: installed without NVRTC, its compiler (Failure finding "libnvrtc.so.13 or libnvrtc.so.12": No such '
+        "file); pip install 'cupy-cuda13x[ctk]>=14'\n",
+    ),
+    "CuPy for CUDA 12 without NVRTC on a newer driver": (
+        {"FAKE_CUPY": NO_NVRTC, **FOR_12},
+        "; pip install 'cupy-cuda12x[ctk]>=14'\n",
+    ),
+    "no DALI": (
+        {"FAKE_DALI": "raise ModuleNotFoundError('nvidia.dali')"},
+        "  DALI: not installed; pip install 'nvidia-dali-cuda130>=2.4,<3'\n",
+    ),
+    "no CuPy": (
+        {"FAKE_CUPY": "raise ModuleNotFoundError('cupy')", **OLD_DRIVER, **FOR_12},
+        "  CuPy: not installed; pip install 'cupy-cuda12x[ctk]>=14'\n",
+    ),
+    "DALI that cannot be loaded": (
+        {"FAKE_DALI": "raise OSError('libnvjpeg.so.13: cannot\\nopen')"},
+        "  DALI: installed, but not usable (libnvjpeg.so.13: cannot open); pip install 'nvidia-dali-cuda130>=2.4,<3'\n",
+    ),
+    "a kernel that does nothing": (
+        {"FAKE_CUPY": "result[:] = 0"},
+        "  CuPy: installed, but not usable (a kernel ran and left no result); pip install 'cupy-cuda13x[ctk]>=14'\n",
+    ),
+    "memory taken": (
+        {"FAKE_CUPY": TAKEN},
+        "  GPU 0: its memory is taken (Out of memory allocating 512 bytes (allocated so far: 0 bytes).); `nvidia-smi` "
+        "shows which process holds it; end that process, or choose another GPU with --device\n",
+    ),
+    "memory taken, as CUDA says it": (
+        {"FAKE_CUPY": "raise RuntimeError('cudaErrorMemoryAllocation: out of memory')"},
+        "  GPU 0: its memory is taken (cudaErrorMemoryAllocation: out of memory); `nvidia-smi` shows",
+    ),
+}
+
+
+@pretending
+@pytest.mark.parametrize("bad", BAD)
+def test_a_gpu_in_bad_surroundings_that_was_asked_for_is_an_error_with_the_remedy(
+    bad: str, run_with: Run, make_tree: Any, tmp_path: Path
+) -> None:
+    fakes, message = BAD[bad]
+    result = run_with(fakes, "build", make_tree({"a/1.jpg": "jpeg"}), tmp_path / "out", "--device", "0")
+    assert result.returncode == 1, result.stderr
+    assert "the GPU cannot be used:\n" in result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "out/.gpu-npz/job.json").exists()
+
+
+@pretending
+@pytest.mark.parametrize("bad", ["DALI too new for the driver", "CuPy without NVRTC", "memory taken"])
+def test_a_gpu_in_bad_surroundings_sends_auto_to_the_cpu_with_a_warning_and_the_remedy(
+    bad: str, run_with: Run, make_tree: Any, tmp_path: Path
+) -> None:
+    (fakes, message), out = BAD[bad], tmp_path / "out"
+    result = run_with(fakes, "build", make_tree({"a/1.jpg": "jpeg"}), out, "--size", "16")
+    assert result.returncode == 0, result.stderr
+    assert "THE GPU CANNOT BE USED: building on the CPU with pillow" in result.stderr
+    assert message.rstrip() in result.stderr
+    assert (out / "dataset.json").exists()
+
+
+@pretending
+@pytest.mark.parametrize(
+    "bad", [OLD_DRIVER, {"FAKE_CUPY": TAKEN}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"CUDA_VISIBLE_DEVICES": ""}], ids=str
+)
+def test_require_gpu_where_none_can_be_used_is_an_error(
+    bad: dict[str, str], run_with: Run, make_tree: Any, tmp_path: Path
+) -> None:
+    result = run_with(bad, "build", make_tree({"a/1.jpg": "jpeg"}), tmp_path / "out", "--require-gpu")
+    assert result.returncode == 1
+    assert "GPU" in result.stderr
+    assert not (tmp_path / "out/.gpu-npz/job.json").exists()
+
+
+@pretending
+@pytest.mark.parametrize("bad", [{}, OLD_DRIVER], ids=str)
+def test_a_gpu_number_beyond_the_last_is_a_usage_error_whatever_else_is_wrong(
+    bad: dict[str, str], run_with: Run, make_tree: Any, tmp_path: Path
+) -> None:
+    result = run_with(bad, "build", make_tree({"a/1.jpg": "jpeg"}), tmp_path / "out", "--device", "3")
+    assert result.returncode == 2
+    assert "got 3; this machine has 1 usable GPU(s), numbered 0" in result.stderr
+
+
+@pretending
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_gpus_that_are_hidden_send_a_build_to_the_cpu_and_doctor_says_what_hides_them(
+    hidden: str, run_with: Run, make_tree: Any, tmp_path: Path
+) -> None:
+    fakes, out = {"CUDA_VISIBLE_DEVICES": hidden}, tmp_path / "out"
+    result = run_with(fakes, "build", make_tree({"a/1.jpg": "jpeg"}), out, "--size", "16", "--device", "0")
+    assert result.returncode == 0, result.stderr
+    assert "NO GPU IS VISIBLE: building on the CPU with pillow" in result.stderr
+    assert (out / "dataset.json").exists()
+    shown = run_with(fakes, "doctor").stdout
+    assert f"none visible, and CUDA_VISIBLE_DEVICES is {hidden!r}" in shown
+    assert "-> unset CUDA_VISIBLE_DEVICES" in shown
+
+
+@pretending
+def test_doctor_tells_the_gpus_with_their_memory_and_what_is_wrong(run_with: Run) -> None:
+    result = run_with({"FAKE_GPUS": "2", "FAKE_CUPY": NO_NVRTC}, "doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    found = {finding["what"]: finding for finding in json.loads(result.stdout)}
+    assert found["GPU"]["found"] == "2 visible, driver for CUDA 13.0"
+    assert found["GPU 0"]["found"] == found["GPU 1"]["found"] == "NVIDIA Pretence, 80.0 GiB, 1.5 GiB free"
+    assert found["DALI"]["ok"]
+    assert (found["CuPy"]["ok"], found["CuPy"]["remedy"]) == (False, CUPY.remedy)
+
+
+@pretending
+@pytest.mark.parametrize(("device", "taken"), [("auto", True), ("0", True), ("1", False), ("2", False)])
+def test_the_gpu_that_is_asked_for_is_the_one_that_is_tried(device: str, taken: bool, pretence: Path) -> None:
+    program = f"from gpu_npz.environment import inspect\nprint(*inspect({device!r}).missing)"
+    fakes = {"FAKE_GPUS": "2", "FAKE_CUPY": f"if gpu != 1: {TAKEN}"}
+    environ = {**os.environ, "LD_LIBRARY_PATH": str(pretence), "PYTHONPATH": str(pretence), **fakes}
+    environ.pop("CUDA_VISIBLE_DEVICES", None)
+    result = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
+    assert ("GPU 0: its memory is taken" in result.stdout) == taken
+    assert taken or result.stdout == "\n"
+
+
+@pretending
+@pytest.mark.parametrize("fits", [FOR_12, {**FOR_12, **OLD_DRIVER}, {"FAKE_DALI_CUDA": "124127"}], ids=str)
+def test_within_a_major_version_of_cuda_and_below_it_every_driver_will_do(fits: dict[str, str], run_with: Run) -> None:
+    found = json.loads(run_with(fits, "doctor", "--json").stdout)
+    assert all(finding["ok"] for finding in found if finding["what"] in ("GPU", "DALI", "CuPy"))
 
 
 # Once planned, never another
@@ -209,11 +437,11 @@ def test_what_was_begun_on_a_gpu_does_not_go_on_without_one(
 ) -> None:
     src, out = begun
     begin_with(out, "dali", "cuda")
-    monkeypatch.setattr(environment, "inspect", lambda: LAPTOP)
+    monkeypatch.setattr(environment, "inspect", lambda *_: LAPTOP)
     with pytest.raises(BackendError, match=r"begun with backend dali on cuda.*no NVIDIA GPU is visible") as caught:
         build(src, out, asking(**asked))
     assert caught.value.exit_code == 1
-    monkeypatch.setattr(environment, "inspect", lambda: HALF_READY["DALI"])
+    monkeypatch.setattr(environment, "inspect", lambda *_: HALF_READY["DALI"])
     with pytest.raises(BackendError, match="pip install 'nvidia-dali"):
         build(src, out, asking(**asked))
     assert not (out / ".gpu-npz/commits/shard-00001.json").exists()
@@ -224,7 +452,7 @@ def test_what_was_begun_with_dali_on_the_cpu_does_not_go_on_without_dali(
 ) -> None:
     src, out = begun
     begin_with(out, "dali", "cpu")
-    monkeypatch.setattr(environment, "inspect", lambda: LAPTOP)
+    monkeypatch.setattr(environment, "inspect", lambda *_: LAPTOP)
     with pytest.raises(BackendError, match="pip install 'nvidia-dali"):
         build(src, out, asking())
 
@@ -255,7 +483,7 @@ def test_what_was_begun_on_the_cpu_goes_on_there_on_a_gpu_node_too(
     begun: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str
 ) -> None:
     src, out = begun
-    monkeypatch.setattr(environment, "inspect", lambda: FOUR_GPUS)
+    monkeypatch.setattr(environment, "inspect", lambda *_: FOUR_GPUS)
     report = build(src, out, asking(device=device))
     assert (report.complete, report.backend, report.device) == (True, "pillow", "cpu")
     assert ("goes on there, not on GPU 0" in caplog.text) == (device == "0")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from gpu_npz import BuildConfig
 from gpu_npz.audit import parity as module
 from gpu_npz.audit.parity import Parity, parity
 from gpu_npz.cli.main import run
-from gpu_npz.errors import SourceError, UsageError
+from gpu_npz.errors import BackendError, SourceError, UsageError
 
 pytest.importorskip("nvidia.dali")
 CONFIG = BuildConfig(size=48)
@@ -88,6 +90,7 @@ def test_the_command_fails_if_the_mean_is_larger_than_allowed(tree: Path, capsys
     captured = capsys.readouterr()
     assert "verdicts that differ: 0" in captured.out
     assert "--max-mean allows 0.0" in captured.err
+    assert run([*options, "--channels", "gray"]) == 0
 
 
 def test_what_cannot_be_compared_is_refused(tree: Path, tmp_path: Path) -> None:
@@ -96,6 +99,77 @@ def test_what_cannot_be_compared_is_refused(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "a").mkdir(parents=True)
     with pytest.raises(SourceError, match="holds no images"):
         compare(tmp_path / "empty")
+
+
+def test_sides_need_no_size_where_the_images_have_one(make_tree: Callable[[Mapping[str, str]], Path]) -> None:
+    src = make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "gray"})
+    found = parity(src, BuildConfig(resize_mode="none"), ("pillow", "dali-cpu"), images=2)
+    assert (found.images, found.verdicts) == (2, ())
+
+
+def test_a_missing_torchvision_is_named_with_what_to_install(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(BackendError, match=r"torchvision cannot be imported .*; pip install torchvision, in"):
+        parity(tree, CONFIG, ("pillow", "torchvision"), images=1)
+    assert run(["parity", str(tree), "--one", "torchvision", "--other", "pillow"]) == 1
+    assert "pip install torchvision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ({"resize_mode": "pad"}, "choose stretch, center-crop or none"),
+        ({"resize_mode": "center-crop", "size": (32, 48)}, "32x48: .* give a square --size, or choose stretch"),
+    ],
+)
+def test_what_torchvision_has_not_is_refused(tree: Path, settings: dict[str, Any], allowed: str) -> None:
+    with pytest.raises(UsageError, match=allowed):
+        parity(tree, BuildConfig(**settings), ("pillow", "torchvision"), images=1)
+
+
+@pytest.mark.parametrize("channels", ["rgb", "gray"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
+@pytest.mark.parametrize("mode", ["stretch", "center-crop", "none"])
+def test_torchvision_gives_the_pixels_of_pillow(
+    make_tree: Callable[[Mapping[str, str]], Path], mode: Any, interpolation: Any, channels: Any
+) -> None:
+    pytest.importorskip("torchvision")
+    kinds = ["jpeg", "jpeg-444", "jpeg-422", "progressive", "gray", "cmyk", "png-named-jpg", "palette", "bilevel"]
+    src = make_tree({f"a/{kind}.jpg": kind for kind in [*kinds, "half"]})
+    config = BuildConfig(
+        size=None if mode == "none" else 48,
+        resize_mode=mode, interpolation=interpolation, channels=channels, normalize="unit",
+    )  # fmt: skip
+    found = parity(src, config, ("torchvision", "pillow"), images=1000)
+    assert (found.images, found.verdicts) == (len(kinds), ())
+    assert found.kinds[0].max == 0  # Pillow's resize to the same sizes; 120 pixels to 48 are too few for `draft`
+    assert found.sides["torchvision"]["backend"] == "torchvision"
+
+
+def test_torchvision_differs_where_it_does_not_turn_and_does_not_see_alpha(
+    make_tree: Callable[[Mapping[str, str]], Path],
+) -> None:
+    pytest.importorskip("torchvision")
+    src = make_tree({"a/1.jpg": "exif-6", "a/2.jpg": "alpha", "a/3.jpg": "gray16", "a/4.jpg": "jpeg-444"})
+    sides = ("pillow", "torchvision")
+    by_kind = {found.kind: found.mean for found in parity(src, CONFIG, sides, images=4).kinds}
+    assert by_kind["EXIF turned"] > 10
+    assert by_kind["not JPEG"] > 10
+    assert by_kind["4:4:4"] == 0
+    unturned = parity(src, BuildConfig(size=48, exif_orientation=False), sides, images=4)
+    assert {found.kind: found.max for found in unturned.kinds}["EXIF turned"] == 0
+
+
+def test_torchvision_decodes_large_jpegs_whole_and_pillow_does_not(
+    make_tree: Callable[[Mapping[str, bytes]], Path], file_bytes: Callable[..., bytes]
+) -> None:
+    pytest.importorskip("torchvision")
+    src = make_tree({"a/1.jpg": file_bytes("jpeg", size=(400, 500))})
+    found = parity(src, CONFIG, ("pillow", "torchvision"), images=1)
+    print(found.kinds[0])
+    assert 0 < found.mean <= 2  # Pillow's side takes a quarter from the DCT, and filters only the rest
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import stat
+import threading
 import subprocess
 import sys
 import tempfile
@@ -138,7 +139,7 @@ def test_a_build_names_only_what_is_on_the_disk_and_each_proof_after_what_it_pro
     make_tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(4)})
-    calls: list[str] = []
+    calls: list[tuple[int, str]] = []  # with the thread: each shard has one, and they do not wait for each other
     flushed: set[tuple[int, int]] = set()
     fsync, rename = os.fsync, os.rename
 
@@ -147,22 +148,35 @@ def test_a_build_names_only_what_is_on_the_disk_and_each_proof_after_what_it_pro
         status = os.fstat(descriptor)
         flushed.add((status.st_ino, status.st_size))
         if stat.S_ISDIR(status.st_mode):
-            calls.append("folder")
+            calls.append((threading.get_ident(), "folder"))
 
     def watched_rename(old: str, new: str) -> None:
         status = os.stat(old)
         assert (status.st_ino, status.st_size) in flushed, new
-        calls.append(os.path.basename(new))
+        calls.append((threading.get_ident(), os.path.basename(new)))
         rename(old, new)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
     build(src, tmp_path / "out", SETTINGS)
-    names = [
-        "plan.npz", "job.json", "shard-00000.npz", "shard-00000.json", "shard-00001.npz", "shard-00001.json",
-        "rejects.jsonl", "index.npz", "dataset.json", "report.json",
-    ]  # fmt: skip
-    assert calls == [call for name in names for call in (name, "folder")]
+
+    def flushed_each(*names: str) -> list[str]:
+        return [call for name in names for call in (name, "folder")]
+
+    own = threading.get_ident()
+    before, after = (
+        flushed_each("plan.npz", "job.json"),
+        flushed_each("rejects.jsonl", "index.npz", "dataset.json", "report.json"),
+    )
+    assert calls[: len(before)] == [(own, call) for call in before]
+    assert calls[-len(after) :] == [(own, call) for call in after]
+    shards = calls[len(before) : -len(after)]
+    assert len(shards) == 8
+    for name in ("shard-00000", "shard-00001"):
+        thread, start = next((thread, place) for place, (thread, call) in enumerate(shards) if call == f"{name}.npz")
+        assert [call for one, call in shards[start:] if one == thread][:4] == flushed_each(
+            f"{name}.npz", f"{name}.json"
+        )
 
 
 def test_temporaries_of_killed_builds_are_removed_and_nothing_that_only_looks_like_one(storage: LocalStorage) -> None:

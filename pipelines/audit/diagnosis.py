@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import Any
 
-from ..environment import Machine, inspect, usable_cpus
+from ..environment import Machine, dotted, inspect, usable_cpus
 
 _SIMD_INSTALL = 'CC="cc -mavx2" pip install pillow-simd'
 
@@ -44,13 +45,13 @@ def diagnose() -> list[Finding]:
 
 
 def _gpu(machine: Machine) -> list[Finding]:
-    cuda = machine.cuda and f"{machine.cuda // 1000}.{machine.cuda % 1000 // 10}"
-    found = f"{machine.gpus} visible, driver for CUDA {cuda}" if cuda else f"{machine.gpus} visible"
-    findings = [Finding("GPU", machine.gpus > 0, found if machine.gpus else "none visible: builds run on the CPU")]
-    parts = {"driver": machine.driver, "DALI": machine.dali, "CuPy": machine.cupy}
-    for what, missing in parts.items():
+    found = f"{machine.gpus} visible" + (f", driver for CUDA {dotted(machine.cuda)}" if machine.cuda else "")
+    findings = [Finding("GPU", True, found) if machine.gpus else _no_gpu()]
+    if not machine.driver:
+        findings += [Finding(f"GPU {number}", True, _device(number)) for number in range(machine.gpus)]
+    for what, missing in {"driver": machine.driver, "DALI": machine.dali, "CuPy": machine.cupy}.items():
         if missing:
-            findings.append(Finding(what, False, missing.reason, missing.remedy))
+            findings.append(Finding(missing.what, False, missing.reason, missing.remedy))
         elif what != "driver":
             findings.append(Finding(what, True, _installed("nvidia-dali" if what == "DALI" else "cupy")))
     # Set in containers only; what it leaves out, the container toolkit does not bring in.
@@ -60,6 +61,36 @@ def _gpu(machine: Machine) -> list[Finding]:
         remedy = "docker run -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,video ..."
         findings.append(Finding("JPEG engines", False, reason, remedy))
     return findings
+
+
+def _no_gpu() -> Finding:
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        return Finding("GPU", False, "none visible: builds run on the CPU")
+    found = f"none visible, and CUDA_VISIBLE_DEVICES is {shown!r}: builds run on the CPU"
+    return Finding("GPU", False, found, "unset CUDA_VISIBLE_DEVICES")
+
+
+def _device(number: int) -> str:
+    """Name and memory of a GPU: from the driver and NVML, which tell without taking any of that memory."""
+    name, bus = ctypes.create_string_buffer(128), ctypes.create_string_buffer(32)
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
+    text = "name and memory unknown"
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        if cuda.cuDeviceGet(ctypes.byref(device), number) or cuda.cuDeviceGetName(name, len(name), device):
+            return text
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        text = f"{name.value.decode()}, {size.value / 2**30:.1f} GiB"
+        cuda.cuDeviceGetPCIBusId(bus, len(bus), device)  # CUDA and NVML number GPUs differently
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(bus, ctypes.byref(handle))
+        if not failed and not nvml.nvmlDeviceGetMemoryInfo(handle, memory):
+            text += f", {memory[1] / 2**30:.1f} GiB free"
+    except (OSError, AttributeError):  # NVML comes with the driver, but a container may leave it out
+        pass
+    return text
 
 
 def _pillow() -> list[Finding]:

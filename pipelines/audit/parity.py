@@ -3,13 +3,18 @@
 Tolerances, and why they are not zero: decoders agree on the JPEG's coefficients, but the inverse DCT and the upsampling
 of chroma are theirs (ITU-T T.81 leaves both open), and resizing rounds once or twice. DALI's CPU operators share
 libjpeg-turbo's arithmetic with Pillow: what is left is the resize, a mean of some 0.2 levels. A GPU's decoders have
-arithmetic of their own: a mean within 1 level is the expectation. Normalization is by table, and equal to the last bit.
+arithmetic of their own: a mean within 1 level is the expectation. torchvision's transforms of PIL images are Pillow's
+own resize to the same sizes: equal to the last bit, but for what torchvision leaves out (see `_TorchvisionDecoder`) and
+for JPEGs of four times the size and more, which Pillow's side decodes at a half or less (`draft`): a mean of some
+1 level. Normalization is by table, and equal to the last bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,18 +24,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, JpegImagePlugin
 
-from ..config import BATCH_SIZE, BuildConfig
+from ..config import BuildConfig
 from ..decode import make_decoder
 from ..decode.base import Decoded, Decoder
-from ..environment import choose, inspect, usable_cpus
-from ..errors import SourceError, UsageError
-from ..geometry import Geometry
+from ..decode.pillow import PillowDecoder, first_size, versions
+from ..environment import choose, inspect
+from ..errors import BackendError, SourceError, UsageError
+from ..geometry import Geometry, Placement
 from ..plan import Item, Plan, collect
 from ..rejects import BadItem
 from ..sources.base import Source, read_item
 from ..sources.folder import FolderSource
+from ..tuning import Tuning
 
-Side = Literal["pillow", "dali-cpu", "dali-gpu"]
+Side = Literal["pillow", "dali-cpu", "dali-gpu", "torchvision"]
 KINDS = ("4:4:4", "4:2:2", "4:2:0", "other subsampling", "gray", "CMYK", "progressive", "EXIF turned", "not JPEG")
 _SUBSAMPLING = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
 _WORST = 5
@@ -111,7 +118,7 @@ def parity(
         progress: called with images done and images in all.
 
     Raises:
-        UsageError: the sides are the same.
+        UsageError: the sides are the same, or torchvision has nothing like the resize mode.
         BackendError: a side cannot be used here.
         SourceError: SRC cannot be read, or holds no images.
     """
@@ -121,15 +128,19 @@ def parity(
     arrays = collect(source.groups(), shuffle=config.shuffle, limit=images)
     if not len(arrays["name_ends"]):
         raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
-    height, width = config.size or (224, 224)
     plan = Plan(arrays, len(arrays["name_ends"]))
+    size = config.size or first_size(source, plan.items(0, plan.item_count), config)
+    if size is None:
+        raise SourceError(f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size")
+    row_bytes = math.prod(size) * config.channel_count
+    tuning = Tuning.of(config, "dali", "cpu", row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=1)
     tallies = {kind: _Tally() for kind in ("all", *KINDS)}
     worst: list[tuple[str, float]] = []
     verdicts: list[tuple[str, str, str]] = []
     with contextlib.ExitStack() as stack:
-        decoders = [stack.enter_context(_decoder(side, config, (height, width), source)) for side in sides]
+        decoders = [stack.enter_context(_decoder(side, config, size, source, tuning)) for side in sides]
         described = dict(zip(sides, (decoder.environment() for decoder in decoders), strict=True))
-        streams = [decoder.decode(plan.batches(0, BATCH_SIZE["cpu"])) for decoder in decoders]
+        streams = [decoder.decode(plan.batches(0, tuning.batch_size)) for decoder in decoders]
         done = 0
         for pair in zip(*streams, strict=True):
             first, second = ({item.index: row for item, row in _rows(decoded)} for decoded in pair)
@@ -157,27 +168,76 @@ def parity(
     )
 
 
-def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Source) -> Decoder:
+def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Source, tuning: Tuning) -> Decoder:
+    if side == "torchvision":
+        return _TorchvisionDecoder(config, Geometry.of(config, size), source)
     backend, _, place = side.partition("-")
     device = ("0" if config.device in ("auto", "cpu") else config.device) if place == "gpu" else "cpu"
     asked = {"backend": backend, "device": device, "require_gpu": place == "gpu"}
     settings = BuildConfig(**{**config.model_dump(), **asked})
-    choice = choose(settings, inspect())
-    return make_decoder(
-        choice.backend,
-        settings,
-        Geometry.of(settings, size),
-        source,
-        batch_size=BATCH_SIZE["cpu"],
-        threads=usable_cpus(),
-        gpu=choice.gpu,
-    )
+    choice = choose(settings, inspect(settings.device))
+    return make_decoder(choice.backend, settings, Geometry.of(settings, size), source, tuning=tuning, gpu=choice.gpu)
+
+
+class _TorchvisionDecoder(PillowDecoder):
+    """What a training script that reads images itself gets: torchvision's folder loader, then its transforms.
+
+    stretch is `Resize((H, W))`; center-crop is `Resize(Hc)` and `CenterCrop((H, W))`, for square outputs alone, since
+    `Resize` takes no two numbers to cover; gray is `Grayscale()` before them. The loader is `convert("RGB")`: no EXIF
+    orientation, no `draft`, alpha dropped, 16 bits saturated. Reading, limits and rejects are those of Pillow's side.
+
+    Raises:
+        UsageError: torchvision has nothing like the resize mode.
+        BackendError: torchvision cannot be imported.
+    """
+
+    def __init__(self, config: BuildConfig, geometry: Geometry, source: Source) -> None:
+        super().__init__(config, geometry, source)
+        self._size = (geometry.height, geometry.width)
+        if geometry.mode == "pad":
+            raise UsageError("--resize-mode pad: torchvision has nothing like it; choose stretch, center-crop or none")
+        if geometry.mode == "center-crop" and geometry.height != geometry.width:
+            raise UsageError(
+                f"--resize-mode center-crop to {geometry.height}x{geometry.width}: torchvision's Resize covers squares "
+                "alone; give a square --size, or choose stretch"
+            )
+        try:
+            self._torchvision: Any = importlib.import_module("torchvision")
+        except (ImportError, RuntimeError) as exc:  # RuntimeError: it was built for another torch than is installed
+            raise BackendError(
+                f"parity: torchvision cannot be imported ({exc}); "
+                "pip install torchvision, in the version that fits your torch"
+            ) from exc
+        transforms = self._torchvision.transforms
+        steps = [transforms.Grayscale()] if config.channels == "gray" else []
+        if geometry.mode != "none":
+            target = geometry.cover[0] if geometry.mode == "center-crop" else self._size
+            steps.append(transforms.Resize(target, transforms.InterpolationMode(config.interpolation), antialias=True))
+        if geometry.mode == "center-crop":
+            steps.append(transforms.CenterCrop(self._size))
+        self._transform = transforms.Compose(steps)
+
+    def environment(self) -> dict[str, Any]:
+        """torchvision's version, and those of the Pillow below it."""
+        return {"backend": "torchvision", "device": "cpu", "torchvision": self._torchvision.__version__, **versions()}
+
+    def _upright(self, image: Image.Image) -> tuple[Image.Image, Placement]:
+        self._check_pixels(*image.size)
+        loaded = image.convert("RGB")
+        place = self._geometry.place(loaded.height, loaded.width)
+        self._check_pixels(place.width, place.height)
+        if self._geometry.mode == "none" and (loaded.height, loaded.width) != self._size:
+            raise BadItem("resize", "wrong-size", f"{loaded.height} x {loaded.width} pixels (height x width)")
+        return loaded, place
+
+    def _place(self, image: Image.Image, place: Placement) -> NDArray[np.uint8]:
+        return np.asarray(self._transform(image)).reshape(*self._size, -1)
 
 
 def _rows(decoded: Decoded) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
     pixels = decoded.pixels if isinstance(decoded.pixels, np.ndarray) else decoded.pixels.get()  # CuPy's copy to host
-    for position, row in zip(decoded.kept.tolist(), pixels, strict=True):
-        yield decoded.batch.items[position], row
+    for position in decoded.kept.tolist():
+        yield decoded.batch.items[position], pixels[position]
 
 
 def _verdict(decoded: Decoded, item: Item) -> str:

@@ -1,20 +1,18 @@
-"""How fast a build is beside a bare loop of its own steps, and the shard writer beside NumPy's and a bare write.
+"""How fast each stage of a build is, whole builds beside them, and the shard writer beside NumPy's and a bare write.
 
-All rows of a table come from one run with interleaved rounds; only their ratios mean something on another machine.
+A stage's row goes through the stages before it, too, by the build's own functions with its batches and threads. All
+rows come from one run with interleaved rounds; only their ratios mean something on another machine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import platform
-import shutil
-import statistics
 import tempfile
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,168 +20,252 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from ..builder import build
-from ..config import BATCH_SIZE, BuildConfig
-from ..decode.pillow import PillowDecoder, versions
+from ..config import BuildConfig
+from ..decode import make_decoder
+from ..decode.base import Decoder, Stage
+from ..environment import Choice, choose, inspect
+from ..errors import UsageError
 from ..geometry import Geometry
-from ..normalize import Normalizer, row_shape
+from ..job import Job
+from ..normalize import CudaNormalizer, Normalizer, row_shape
 from ..npz.writer import NpzWriter
-from ..plan import Plan, collect
+from ..plan import Batch, Plan, collect
 from ..sources.folder import FolderSource
+from ..storage import LocalStorage
+from ..tuning import Tuning
+from ..worker import Progress, Task, interleaved, work
+from .rates import Measurement, Tick, Way, folder_of, in_turns, linked, machine
 
 ROUNDS = 5
-_SHARD_ROWS = 1024
+IMAGES = {"cuda": 20_000, "cpu": 2_000}
+_DTYPES = ("float32", "float16", "uint8")
 _WRITER_BATCHES = 4
 _WRITER_BATCH_ROWS = 256
+_BUFFERS = 3
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measured way: images a second in each round; `baseline` names the row that it is compared with."""
+class Setup:
+    """One build's parts, as `build` would put them together."""
 
-    name: str
-    baseline: str
-    rates: tuple[float, ...]
+    config: BuildConfig
+    choice: Choice
+    source: FolderSource
+    plan: Plan
+    tuning: Tuning
+    place: Path
 
-    @property
-    def median(self) -> float:
-        """Median of the rates."""
-        return statistics.median(self.rates)
+    @classmethod
+    def of(cls, config: BuildConfig, choice: Choice, source: FolderSource, place: Path) -> Setup:
+        """The parts of a build of `source` that writes below `place`."""
+        row_bytes = math.prod(cls._shape(config)) * np.dtype(config.dtype).itemsize
+        plan = Plan(collect(source.groups()), config.shard_rows(row_bytes))
+        shard_rows = min(plan.shard_rows, plan.item_count)
+        tuning = Tuning.of(
+            config,
+            choice.backend,
+            choice.device,
+            row_bytes=row_bytes,
+            shard_rows=shard_rows,
+            shards=plan.shard_count,
+        )
+        return cls(config, choice, source, plan, tuning, place)
 
+    @staticmethod
+    def _shape(config: BuildConfig) -> tuple[int, ...]:
+        assert config.size is not None
+        return row_shape(config, *config.size)
 
-@dataclass(frozen=True)
-class Measurement:
-    """A whole run: its rows, and the machine that they were measured on."""
+    def batches(self) -> Iterator[Batch]:
+        return interleaved(self.plan, range(self.plan.shard_count), self.tuning)
 
-    rows: tuple[Row, ...]
-    machine: dict[str, Any]
+    def decoder(self, stream: int | None = None) -> Decoder:
+        assert self.config.size is not None
+        geometry = Geometry.of(self.config, self.config.size)
+        return make_decoder(
+            self.choice.backend,
+            self.config,
+            geometry,
+            self.source,
+            tuning=self.tuning,
+            gpu=self.choice.gpu,
+            stream=stream,
+        )
 
-    def ratio(self, row: Row) -> float:
-        """The median over rounds of a row's rate to its baseline's in the same round."""
-        baseline = next(other for other in self.rows if other.name == row.baseline)
-        return statistics.median(a / b for a, b in zip(row.rates, baseline.rates, strict=True))
+    def bare(self, tick: Tick, last: Stage) -> None:
+        """The stages up to `last`, and nothing around them."""
+        with self.decoder() as decoder:
+            for batch in decoder.bare(self.batches(), last):
+                tick(len(batch.items))
 
-    def to_json(self) -> dict[str, Any]:
-        """The measurement as JSON values."""
-        rows = [{**asdict(row), "median": row.median, "ratio": self.ratio(row)} for row in self.rows]
-        return {"rows": rows, "machine": self.machine}
+    def normalized(self, tick: Tick, *, transfer: bool) -> None:
+        """Decoded, resized and normalized rows; on a GPU they stay there, or are copied to the host."""
+        normalizer: Normalizer | CudaNormalizer
+        if self.choice.gpu is None:
+            normalizer = Normalizer(self.config)
+            step = normalizer.apply
+        else:
+            normalizer = CudaNormalizer(self.config, self.choice.gpu)
+            step = normalizer.apply if transfer else normalizer.launch
+        shape = (self.tuning.batch_size, *self._shape(self.config))
+        buffers = [normalizer.allocate(shape) for _ in range(_BUFFERS)]
+        waits: deque[Callable[[], None]] = deque()
+        with self.decoder(getattr(normalizer, "stream", None)) as decoder:
+            for number, decoded in enumerate(decoder.decode(self.batches())):
+                out = buffers[number % _BUFFERS][: len(decoded.kept)]
+                waits.append(step(decoded.pixels, decoded.kept, out))
+                if len(waits) == _BUFFERS:
+                    waits.popleft()()
+                tick(len(decoded.batch.items))
+            for wait in waits:
+                wait()
+
+    def written(self, tick: Tick) -> None:
+        """What a worker does: all stages, and committed shards."""
+        assert self.config.size is not None
+        with folder_of(self.place / "out") as out:
+            Job.create(
+                LocalStorage(out),
+                self.plan,
+                self.config,
+                self.choice,
+                source=(self.source.kind, self.source.location),
+                class_names=self.source.class_names,
+                image_size=self.config.size,
+            )
+            task = Task(os.fspath(out), self.source, self.choice.gpu, self.tuning, None)
+            for event in work(task, range(self.plan.shard_count)):
+                if isinstance(event, Progress):
+                    tick(event.items)
+
+    def built(self, tick: Tick) -> None:
+        """A whole build."""
+        with folder_of(self.place / "out") as out:
+            build(
+                self.source.location,
+                out,
+                self.config,
+                progress=lambda event: tick(event.items) if isinstance(event, Progress) else None,
+            )
+
+    def looped(self, tick: Tick) -> None:
+        """The steps of a build straight after one another: read, decode, resize, normalize, CRC, write, flush."""
+        normalizer = Normalizer(self.config)
+        buffer = normalizer.allocate((self.tuning.batch_size, *self._shape(self.config)))
+        with self.decoder() as decoder:
+            for shard in range(self.plan.shard_count):
+                with _flushed(self.place / f"loop-{shard}") as descriptor:
+                    crc = 0
+                    for decoded in decoder.decode(self.plan.batches(shard, self.tuning.batch_size)):
+                        rows = buffer[: len(decoded.kept)]
+                        normalizer.apply(decoded.pixels, decoded.kept, rows)
+                        crc = crc32(rows.reshape(-1).view(np.uint8).data, crc)
+                        _write(descriptor, rows)
+                        tick(len(decoded.batch.items))
 
 
 def measure(
     src: str | os.PathLike[str],
+    config: BuildConfig | None = None,
     *,
-    images: int = 3000,
+    images: int | None = None,
     rounds: int = ROUNDS,
     folder: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
-    """Measures builds with one worker on one core, and the shard writer.
+    """Measures the stages of a build, whole builds, and the shard writer.
+
+    Pillow is measured with one worker on one core, beside a loop of the same steps; DALI with one worker on all cores.
 
     Args:
         src: a folder as for `build`; its files are linked until there are enough.
-        images: how many images a build has.
+        config: the settings; the rows after `resize` have its dtype, and whole builds are made of every dtype.
+        images: how many images each row takes; 20,000 on a GPU and 2,000 on a CPU if None.
         rounds: how often everything is measured; the ways take turns within a round.
         folder: where to write; the system's temporary folder if None. It needs some 2.5 MB an image.
         say: told what is being measured.
+
+    Raises:
+        UsageError: `resize_mode` is `none`.
+        BackendError, SourceError: as `build`.
     """
-    ways: dict[tuple[str, str], Callable[[], float]] = {}
-    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as name, _one_core():
+    config = config or BuildConfig()
+    if config.size is None:
+        raise UsageError("--resize-mode none: rates of images as they are say little; choose another mode, or a --size")
+    choice = choose(config, inspect(config.device))
+    if choice.warning:
+        say(choice.warning)
+    device = "cpu" if choice.gpu is None else str(choice.gpu)
+    common = {"device": device, "backend": choice.backend, "workers": 1, "max_rejects": "100%"}
+    settings = BuildConfig(**{**config.model_dump(), **common})
+    one_core = choice.backend == "pillow"
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as name,
+        _one_core() if one_core else contextlib.nullcontext(),
+    ):
         place = Path(name)
-        source = _linked(src, place / "src", images)
-        for dtype in ("float32", "uint8"):
-            config = BuildConfig(
-                dtype=dtype, device="cpu", backend="pillow", workers=1, shard_size=str(_SHARD_ROWS), max_rejects="100%"
-            )
-            loop = f"loop {dtype}"
-            ways[loop, loop] = lambda config=config: _timed(images, lambda: reference_loop(source, place, config))  # type: ignore[misc]
-            ways[f"build {dtype}", loop] = lambda config=config: _timed(  # type: ignore[misc]
-                images, lambda: build(source, place / "out", config), place / "out"
-            )
-        batch = np.random.default_rng(0).normal(size=(_WRITER_BATCH_ROWS, 3, 224, 224)).astype(np.float32)
-        count = _WRITER_BATCHES * len(batch)
-        for way in (bare_write, savez, shard_writer):
-            name = way.__name__.replace("_", " ")
-            ways[name, "savez"] = lambda way=way: _timed(count, lambda: way(place / "file.npz", batch))  # type: ignore[misc]
-        rates: dict[tuple[str, str], list[float]] = {key: [] for key in ways}
-        for number in range(rounds + 1):
-            for key, run in ways.items():
-                say(f"round {number} of {rounds}: {key[0]}")
-                rate = run()
-                if number:  # the first round warms up
-                    rates[key].append(rate)
-    rows = tuple(Row(name, baseline, tuple(values)) for (name, baseline), values in rates.items())
-    return Measurement(rows, machine())
+        source = FolderSource(linked(src, place / "src", images or IMAGES[choice.device]))
+        setup = Setup.of(settings, choice, source, place)
+        ways = _stages(setup)
+        for dtype in _DTYPES:
+            typed = BuildConfig(**{**settings.model_dump(), "dtype": dtype})
+            whole = Setup.of(typed, choice, source, place)
+            baselines: tuple[str, ...] = ("resize",)
+            if one_core:
+                loop = f"loop {dtype}"
+                ways[loop] = (baselines, whole.looped)
+                baselines = (loop, *baselines)
+            ways[f"build {dtype}"] = (baselines, whole.built)
+        ways |= _writers(place)
+        rows = in_turns(ways, rounds, say)
+        environment = setup.decoder().environment()
+    used = {"images": setup.plan.item_count, "dtype": settings.dtype, "size": settings.size, **asdict(setup.tuning)}
+    return Measurement(rows, used, {**machine(environment), "cores": 1} if one_core else machine(environment))
 
 
-def reference_loop(source: Path, place: Path, config: BuildConfig) -> None:
-    """The steps of a build straight after one another: read, decode, resize, normalize, CRC, write, flush."""
-    assert config.size is not None
-    collection = FolderSource(source)
-    plan = Plan(collect(collection.groups()), _SHARD_ROWS)
-    normalizer = Normalizer(config)
-    buffer = normalizer.allocate((BATCH_SIZE["cpu"], *row_shape(config, *config.size)))
-    with PillowDecoder(config, Geometry.of(config, config.size), collection) as decoder:
-        for shard in range(plan.shard_count):
-            with _flushed(place / f"loop-{shard}") as descriptor:
-                crc = 0
-                for decoded in decoder.decode(plan.batches(shard, len(buffer))):
-                    rows = buffer[: len(decoded.kept)]
-                    normalizer.apply(decoded.pixels, rows)
-                    crc = crc32(rows.reshape(-1).view(np.uint8).data, crc)
-                    _write(descriptor, rows)
+def _stages(setup: Setup) -> dict[str, tuple[tuple[str, ...], Way]]:
+    ways: dict[str, tuple[tuple[str, ...], Way]] = {
+        "read": ((), lambda tick: setup.bare(tick, "read")),
+        "decode": (("read",), lambda tick: setup.bare(tick, "decode")),
+        "resize": (("decode",), lambda tick: setup.bare(tick, "resize")),
+        "normalize": (("resize",), lambda tick: setup.normalized(tick, transfer=False)),
+    }
+    if setup.choice.gpu is not None:
+        ways["transfer"] = (("normalize",), lambda tick: setup.normalized(tick, transfer=True))
+    ways["write"] = ((list(ways)[-1], "resize"), setup.written)
+    return ways
 
 
-def bare_write(path: Path, batch: Any) -> None:
-    """The same bytes by `write()` and `fsync()` alone."""
-    with _flushed(path) as descriptor:
-        for _ in range(_WRITER_BATCHES):
-            _write(descriptor, batch)
+def _writers(place: Path) -> dict[str, tuple[tuple[str, ...], Way]]:
+    """The same float32 rows by `write()` and `fsync()`, by `numpy.savez` and `fsync()`, and by a shard's writer."""
+    batch = np.random.default_rng(0).normal(size=(_WRITER_BATCH_ROWS, 3, 224, 224)).astype(np.float32)
+    path = place / "file.npz"
 
+    def bare_write(tick: Tick) -> None:
+        with _flushed(path) as descriptor:
+            for _ in range(_WRITER_BATCHES):
+                _write(descriptor, batch)
+        tick(len(batch) * _WRITER_BATCHES)
 
-def savez(path: Path, batch: Any) -> None:
-    """`numpy.savez` of the whole array, and `fsync()`."""
-    np.savez(path, images=np.concatenate([batch] * _WRITER_BATCHES))
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    def savez(tick: Tick) -> None:
+        np.savez(path, images=np.concatenate([batch] * _WRITER_BATCHES))
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        tick(len(batch) * _WRITER_BATCHES)
 
+    def shard_writer(tick: Tick) -> None:
+        with NpzWriter(path) as file:
+            file.begin("images", batch.dtype, batch.shape[1:])
+            for _ in range(_WRITER_BATCHES):
+                file.append(batch)
+            file.close()
+        tick(len(batch) * _WRITER_BATCHES)
 
-def shard_writer(path: Path, batch: Any) -> None:
-    """A shard's writer, batch by batch."""
-    with NpzWriter(path) as file:
-        file.begin("images", batch.dtype, batch.shape[1:])
-        for _ in range(_WRITER_BATCHES):
-            file.append(batch)
-        file.close()
-
-
-def machine() -> dict[str, Any]:
-    """Processor and versions."""
-    model = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    names = ("numpy", "isal")
-    return {"processor": model, "cores": 1, **{name: version(name) for name in names}, **versions()}
-
-
-def _timed(images: int, run: Callable[[], object], out: Path | None = None) -> float:
-    if out is not None:
-        shutil.rmtree(out, ignore_errors=True)
-    start = time.perf_counter()
-    run()
-    return images / (time.perf_counter() - start)
-
-
-def _linked(src: str | os.PathLike[str], place: Path, images: int) -> Path:
-    """A tree of `images` links to the files of `src`."""
-    collection = FolderSource(src)
-    plan = Plan(collect(collection.groups()), 1)
-    items = plan.items(0, plan.item_count)
-    for number in range(images):
-        item = items[number % len(items)]
-        folder = place / f"class-{number * 100 // images:03}"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.symlink(os.fsdecode(collection.local_path(item.path)), folder / f"{number:08}{Path(item.path).suffix}")
-    return place
+    return {
+        "savez": ((), savez),
+        "bare write": (("savez",), bare_write),
+        "shard writer": (("savez", "bare write"), shard_writer),
+    }
 
 
 @contextlib.contextmanager

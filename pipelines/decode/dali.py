@@ -15,7 +15,7 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -194,7 +194,7 @@ class DaliDecoder:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, batches: Iterable[Batch]) -> Iterator[_Unfinished]:
+    def _run(self, batches: Iterable[Batch]) -> Generator[_Unfinished, None, None]:
         """What DALI makes of the batches, in order; what it has left begins at Pillow."""
         self._batches, self._failure = iter(batches), None
         self._main.reset()
@@ -352,6 +352,7 @@ def _from_files(
     paths, index = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0])
     # Not mapped: plain reads are twice as fast, and a file that shrinks meanwhile does no harm.
     encoded = fn.io.file.read(paths, dont_use_mmap=True)
+    outputs: tuple[Any, ...]
     if last == "read":
         outputs = (encoded.shape(),)
     else:
