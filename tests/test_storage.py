@@ -10,10 +10,10 @@ import re
 import signal
 import socket
 import stat
-import threading
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
