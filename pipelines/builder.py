@@ -204,7 +204,7 @@ def _run(
     ended: list[WorkerEnded] = []
     if todo:
         choice = _backend(job, config)
-        if records and record.device == "cpu" and config.device.isdigit():
+        if records and record.device == "cpu" and config.device not in ("auto", "cpu"):
             log.warning(
                 "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
             )

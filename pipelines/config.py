@@ -39,8 +39,8 @@ MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files
 
 _RANGES = {
     "crop_pct": (1e-3, 1), "pad_value": (0, 255), "background": (0, 255), "max_pixels": (1, 2**40), "limit": (1, 2**40),
-    "shuffle": (0, 2**63), "batch_size": (1, 4096), "workers": (1, 1024), "threads": (1, 1024), "prefetch": (1, 64),
-    "open_shards": (1, 64), "hw_decoder_load": (0, 1),
+    "shuffle": (0, 2**63), "batch_size": (1, 4096), "workers": (0, 1024), "threads": (1, 1024), "prefetch": (1, 64),
+    "open_shards": (1, 64), "hw_decoder_load": (0, 1), "worker_timeout": (1, 86_400),
 }  # fmt: skip
 
 
@@ -61,9 +61,9 @@ class BuildConfig(BaseModel):
     device: str = _setting(
         "environment",
         "auto",
-        "Where to decode: a GPU when one is usable (auto), a GPU by its number, or the CPU.",
-        "auto, cpu, or the number of a GPU: 0, 1, ...",
-        "auto|cpu|N",
+        "Where to decode: a GPU when one is usable (auto), GPUs by number (0 or 0,1,2), all GPUs, or the CPU.",
+        "auto, cpu, all, or numbers of GPUs: 0 or 0,1,2",
+        "auto|cpu|all|N,...",
     )
     backend: Literal["auto", "pillow", "dali"] = _setting(
         "environment", "auto", "Decoder: dali on a GPU and pillow on a CPU (auto), or one by name."
@@ -159,8 +159,8 @@ class BuildConfig(BaseModel):
     workers: int | None = _setting(
         "operational",
         None,
-        "Worker processes; as many as usable cores for pillow, one for dali, unless given.",
-        "1 to 1024",
+        "Worker processes; as many as usable cores for pillow, one a GPU, unless given; 0: none but this process.",
+        "0 to 1024",
         "N",
     )
     threads: int | None = _setting(
@@ -187,6 +187,29 @@ class BuildConfig(BaseModel):
         "0 to 1",
         "SHARE",
     )
+    worker_timeout: int = _setting(
+        "operational",
+        300,
+        "A worker that gives no sign of life for so many seconds is stopped, and its shards are built again.",
+        "1 to 86400",
+        "SECONDS",
+    )
+    engine: Literal["local", "ray"] = _setting(
+        "operational", "local", "Where workers run: in processes on this machine, or on a Ray cluster."
+    )
+    ray_address: str | None = _setting(
+        "operational", None, "For --engine ray: the cluster's address; one that runs here, or a new one, unless given.",
+        "an address that ray.init takes",
+        "ADDRESS",
+    )  # fmt: skip
+    part: str | None = _setting(
+        "operational",
+        None,
+        "Build one of n parts of the shards, as one of n jobs: i of 1 to n; auto takes both from Slurm or torchrun.",
+        "i/n with i from 1 to n, or auto",
+        "I/N|auto",
+    )
+    preflight: bool = _setting("operational", True, "Refuse to start a build whose output does not fit on OUT's disk.")
     overwrite: bool = _setting("operational", False, "Delete what an earlier build left in OUT and start anew.")
     accept_environment: bool = _setting(
         "operational", False, "Resume although the decoder, its version or the GPU model has changed."
@@ -225,8 +248,11 @@ class BuildConfig(BaseModel):
     @classmethod
     def _parse_device(cls, value: Any) -> str:
         text = str(value).strip().lower()
-        text = str(int(text)) if text.isascii() and text.isdigit() else text
-        return str(_require(text in ("auto", "cpu") or (text.isascii() and text.isdigit()), text))
+        if text in ("auto", "cpu", "all"):
+            return text
+        numbers = re.findall(r"\d{1,4}", text) if re.fullmatch(r"\d{1,4}(\s*,\s*\d{1,4})*", text, re.ASCII) else []
+        _require(numbers and len({*map(int, numbers)}) == len(numbers), text)
+        return ",".join(str(int(number)) for number in numbers)
 
     @field_validator("background", "mean", "std", mode="before")
     @classmethod
@@ -241,6 +267,14 @@ class BuildConfig(BaseModel):
         _require(match and int(match[1]) > 0 and (not match[2] or match[2].lower() in units), value)
         assert match
         return str(int(match[1])) if not match[2] else f"{int(match[1]) * units[match[2].lower()]}B"
+
+    @field_validator("part", mode="before")
+    @classmethod
+    def _parse_part(cls, value: Any) -> str | None:
+        text = str(value).strip().lower()
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+        _require(text == "auto" or (match and 1 <= int(match[1]) <= int(match[2])), value)
+        return text if match is None else f"{int(match[1])}/{int(match[2])}"
 
     @field_validator("max_rejects", mode="before")
     @classmethod
@@ -278,13 +312,15 @@ class BuildConfig(BaseModel):
                 "normalize imagenet has statistics for three channels; with --channels gray choose unit, signed or "
                 "none, or give --mean and --std with one number each"
             )
-        if self.device.isdigit() and self.backend == "pillow":
+        if self.device not in ("auto", "cpu") and self.backend == "pillow":
             raise ValueError(f"--backend pillow cannot use GPU {self.device}; choose --backend dali or --device cpu")
         if self.reproducible and self.hw_decoder_load:
             raise ValueError(
                 f"--reproducible leaves nothing to the hardware JPEG engines; --hw-decoder-load {self.hw_decoder_load} "
                 "contradicts it; leave one out"
             )
+        if self.ray_address is not None and self.engine != "ray":
+            raise ValueError("--ray-address goes with --engine ray; add it, or leave the address out")
         if self.device == "cpu" and self.require_gpu:
             raise ValueError("--require-gpu and --device cpu contradict each other; leave one out")
         return self
@@ -314,6 +350,11 @@ class BuildConfig(BaseModel):
         if not self.max_rejects.endswith("%"):
             return int(self.max_rejects)
         return max(MIN_REJECT_LIMIT, int(items * Fraction(self.max_rejects[:-1]) / 100))
+
+
+def gpu_numbers(device: str) -> tuple[int, ...]:
+    """The GPUs that a `device` setting names, none for `auto`, `cpu` and `all`."""
+    return () if device in ("auto", "cpu", "all") else tuple(map(int, device.split(",")))
 
 
 def settings_of(kind: Kind) -> list[str]:

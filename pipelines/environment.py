@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import BuildConfig
+from .config import BuildConfig, gpu_numbers
 from .errors import BackendError, UsageError
 
 BackendName = Literal["pillow", "dali"]
@@ -52,26 +52,31 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """The decoder of a build and the GPU that it runs on, None for the CPU; `warning` is for the user."""
+    """The decoder of a build and the GPUs that it runs on, none for the CPU; `warning` is for the user."""
 
     backend: BackendName
-    gpu: int | None
+    gpus: tuple[int, ...] = ()
     warning: str | None = None
+
+    @property
+    def gpu(self) -> int | None:
+        """The first GPU, None for the CPU."""
+        return next(iter(self.gpus), None)
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
         """The kind of device: what is stored with the plan, and must be the same on resume."""
-        return "cpu" if self.gpu is None else "cuda"
+        return "cuda" if self.gpus else "cpu"
 
 
 def inspect(device: str = "auto") -> Machine:
     """Looks at this machine: loads the NVIDIA driver if there is one, DALI and CuPy only if a GPU could use them.
 
     Args:
-        device: as `--device` says; CuPy is tried on that GPU, or on the first.
+        device: as `--device` says; CuPy is tried on the first GPU that it names, or on the first of all.
     """
     gpus, cuda, driver = _driver()
-    number = int(device) if device.isdigit() else 0
+    number = next(iter(gpu_numbers(device)), 0)
     gpu = number if number < gpus and driver is None else None
     return Machine(gpus, cuda, driver, _trouble(_DALI, cuda, gpu), _trouble(_CUPY, cuda, gpu))
 
@@ -89,15 +94,13 @@ def choose(config: BuildConfig, machine: Machine) -> Choice:
     on_cpu: BackendName = "dali" if backend == "dali" else "pillow"
     if device == "cpu" or backend == "pillow":
         _need_dali(on_cpu, machine)
-        return Choice(on_cpu, None)
+        return Choice(on_cpu)
     if machine.gpus == 0:
         if config.require_gpu:
             raise BackendError("a GPU is required, and no NVIDIA GPU is visible; `gpu-npz doctor` tells more")
         _need_dali(on_cpu, machine)
-        return Choice(
-            on_cpu, None, f"NO GPU IS VISIBLE: building on the CPU with {on_cpu} (`gpu-npz doctor` tells more)"
-        )
-    if device != "auto" and int(device) >= machine.gpus:
+        return Choice(on_cpu, (), f"NO GPU IS VISIBLE: building on the CPU with {on_cpu} (`gpu-npz doctor` tells more)")
+    if any(number >= machine.gpus for number in gpu_numbers(device)):
         known = "0" if machine.gpus == 1 else f"0 to {machine.gpus - 1}"
         raise UsageError(f"--device: got {device}; this machine has {machine.gpus} usable GPU(s), numbered {known}")
     if machine.missing:
@@ -105,8 +108,9 @@ def choose(config: BuildConfig, machine: Machine) -> Choice:
         if device != "auto" or config.require_gpu:
             raise BackendError(f"the GPU cannot be used:\n{reasons}")
         _need_dali(on_cpu, machine)
-        return Choice(on_cpu, None, f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
-    return Choice("dali", 0 if device == "auto" else int(device))
+        return Choice(on_cpu, (), f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
+    every = tuple(range(machine.gpus))
+    return Choice("dali", every if device == "all" else gpu_numbers(device) or every[:1])
 
 
 def usable_cpus() -> int:

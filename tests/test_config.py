@@ -85,9 +85,14 @@ def test_a_value_of_a_wrong_type_is_answered_with_what_is_allowed(name: str) -> 
 @pytest.mark.parametrize(
     ("name", "value", "got", "allowed"),
     [
-        ("device", "gpu", "'gpu'", "auto, cpu, or the number of a GPU"),
-        ("device", -1, "-1", "auto, cpu, or the number of a GPU"),
-        ("device", "²", "'²'", "auto, cpu, or the number of a GPU"),
+        ("device", "gpu", "'gpu'", "auto, cpu, all, or numbers of GPUs"),
+        ("device", -1, "-1", "auto, cpu, all, or numbers of GPUs"),
+        ("device", "0,0", "'0,0'", "auto, cpu, all, or numbers of GPUs"),
+        ("device", "0,all", "'0,all'", "auto, cpu, all, or numbers of GPUs"),
+        ("part", "5/4", "'5/4'", "i/n with i from 1 to n, or auto"),
+        ("part", "0/4", "'0/4'", "i/n with i from 1 to n, or auto"),
+        ("part", "2", "'2'", "i/n with i from 1 to n, or auto"),
+        ("device", "²", "'²'", "auto, cpu, all, or numbers of GPUs"),
         ("backend", "opencv", "'opencv'", "auto, pillow, dali"),
         ("size", 0, "0", "N or HxW, each side 1 to 16384"),
         ("size", "224x", "'224x'", "N or HxW"),
@@ -116,7 +121,7 @@ def test_a_value_of_a_wrong_type_is_answered_with_what_is_allowed(name: str) -> 
         ("max_rejects", "101%", "'101%'", "a number of items (50) or a percentage"),
         ("max_rejects", "many", "'many'", "a number of items (50) or a percentage"),
         ("batch_size", 4097, "4097", "1 to 4096"),
-        ("workers", 0, "0", "1 to 1024"),
+        ("workers", -1, "-1", "0 to 1024"),
         ("overwrite", "perhaps", "'perhaps'", "true, false"),
     ],
 )
@@ -163,6 +168,9 @@ def test_an_unknown_setting_is_answered_with_the_nearest_name() -> None:
         ({"mean": (0, float("nan"), 0), "std": (1, 1, 1)}, "as many numbers as channels"),
         ({"channels": "gray"}, "with --channels gray choose unit, signed or none"),
         ({"device": 0, "backend": "pillow"}, "choose --backend dali or --device cpu"),
+        ({"device": "all", "backend": "pillow"}, "choose --backend dali or --device cpu"),
+        ({"ray_address": "auto"}, "goes with --engine ray"),
+        ({"reproducible": True, "hw_decoder_load": 0.5}, "leave one out"),
         ({"device": "cpu", "require_gpu": True}, "contradict each other"),
     ],
 )

@@ -282,7 +282,7 @@ def test_a_plan_whose_images_are_gone_when_it_goes_on_still_has_them(make_tree: 
 def test_a_job_has_the_plan_that_it_was_made_with(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     options: dict[str, Any] = {"source": ("folder", "/there"), "class_names": ["a", "b", "c"], "image_size": (16, 16)}
-    job = Job.create(storage, plan(shuffle=1), SETTINGS, Choice("pillow", None), **options)
+    job = Job.create(storage, plan(shuffle=1), SETTINGS, Choice("pillow"), **options)
     again = Job.open(storage)
     assert again.record == job.record
     assert again.record.plan_digest == again.plan.digest() == plan(shuffle=1).digest()

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, JpegImagePlugin
 
-from ..config import BuildConfig
+from ..config import BuildConfig, gpu_numbers
 from ..decode import make_decoder
 from ..decode.base import Decoded, Decoder
 from ..decode.pillow import PillowDecoder, first_size, versions
@@ -172,7 +172,8 @@ def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Sou
     if side == "torchvision":
         return _TorchvisionDecoder(config, Geometry.of(config, size), source)
     backend, _, place = side.partition("-")
-    device = ("0" if config.device in ("auto", "cpu") else config.device) if place == "gpu" else "cpu"
+    gpu = next(iter(gpu_numbers(config.device)), 0)
+    device = str(gpu) if place == "gpu" else "cpu"
     asked = {"backend": backend, "device": device, "require_gpu": place == "gpu"}
     settings = BuildConfig(**{**config.model_dump(), **asked})
     choice = choose(settings, inspect(settings.device))
