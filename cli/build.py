@@ -52,10 +52,11 @@ def summary(report: BuildReport) -> str:
     if not report.built_shards:
         return "\n".join([*lines, "  complete; nothing was left to build"])
     tuning, place = report.tuning, "GPU" if report.device == "cuda" else "CPU"
+    workers = f"{tuning.workers} worker(s)" if tuning.workers else "no worker but itself"
     gpu_memory = f", {size(report.gpu_memory_bytes)} on its GPU" if report.gpu_memory_bytes else ""
     lines += [
         f"  built       {report.built_items} items in {report.seconds:.1f} s: {report.images_per_second:.0f} images/s",
-        f"  with        {report.backend} on the {place}, {tuning.workers} worker(s), batches of {tuning.batch_size}",
+        f"  with        {report.backend} on the {place}, {workers}, batches of {tuning.batch_size}",
         f"  memory      {size(report.worker_memory_bytes)} in a worker{gpu_memory}",
     ]
     if report.bottleneck:

@@ -192,25 +192,19 @@ def _run(
     todo = [shard for shard in range(plan.shard_count) if shard not in records]
     built_items = sum(len(plan.shard_range(shard)) for shard in todo)
     row_bytes = math.prod(job.row_shape) * job.dtype.itemsize
-    tuning = Tuning.of(
-        config,
-        record.backend,
-        record.device,
-        row_bytes=row_bytes,
-        shard_rows=min(plan.shard_rows, plan.item_count),
-        shards=len(todo),
-    )
+    choice = _backend(job, config) if todo else Choice(record.backend)
+    shard_rows = min(plan.shard_rows, plan.item_count)
+    tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=len(todo))
     progress(Started(plan.item_count, plan.item_count - built_items, record.backend, record.device, tuning.workers))
     ended: list[WorkerEnded] = []
     if todo:
-        choice = _backend(job, config)
         if records and record.device == "cpu" and config.device not in ("auto", "cpu"):
             log.warning(
                 "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
             )
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
-        task = Task(storage.root, source, choice.gpu, tuning, _environment(records, config))
-        with contextlib.closing(local.run(task, todo)) as events:
+        task = Task(storage.root, source, None, tuning, _environment(records, config))
+        with contextlib.closing(local.run(task, todo, choice.gpus, config.worker_timeout)) as events:
             for event in events:
                 if isinstance(event, Committed):
                     records[event.record.shard] = event.record

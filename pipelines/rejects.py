@@ -16,6 +16,8 @@ Code = Literal[
     "undecodable",  # damaged, or of a kind that cannot be decoded
     "too-large",  # more pixels than `max_pixels`, or more bytes than MAX_ENCODED_BYTES
     "wrong-size",  # not the one size of a build with `resize_mode` none
+    "crashed",  # the process that decoded it, and nothing else, died of it
+    "timed-out",  # the decoder did not come back from it
 ]
 MAX_ENCODED_BYTES = 2**29 - 1  # the largest encoded image that DALI's CPU decoders take, too
 _DETAIL_LENGTH = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import BATCH_SIZE, BuildConfig
-from .environment import BackendName, usable_cpus
+from .environment import Choice, usable_cpus
 
 _BATCH_BYTES = 1 << 28  # a batch of huge images is smaller, unless asked for
 # Two batches inside DALI: one is decoded while another is used. On CPU operators 3 was no faster.
@@ -19,7 +19,7 @@ class Tuning:
     """What decides how fast a build is. Nothing here changes which rows a shard holds, or their order.
 
     Attributes:
-        workers: processes.
+        workers: processes; none where everything is done in the process that builds.
         batch_size: images that are decoded together, at most.
         threads: threads of a worker's DALI; pillow has none.
         prefetch: batches inside DALI at the same time.
@@ -35,24 +35,23 @@ class Tuning:
     hw_decoder_load: float | None
 
     @classmethod
-    def of(
-        cls, config: BuildConfig, backend: BackendName, device: str, *, row_bytes: int, shard_rows: int, shards: int
-    ) -> Tuning:
+    def of(cls, config: BuildConfig, choice: Choice, *, row_bytes: int, shard_rows: int, shards: int) -> Tuning:
         """The tuning of a build.
 
         Args:
             config: what is set there is taken.
-            backend: the decoder.
-            device: `cuda` or `cpu`.
+            choice: the decoder, and the GPUs.
             row_bytes: size of a stored image.
             shard_rows: items a shard.
             shards: how many are to be built.
         """
         cores = usable_cpus()
-        workers = config.workers or (cores if backend == "pillow" else 1)  # DALI has threads
-        workers = max(1, min(workers, shards))
+        device, workers = choice.device, config.workers
+        if workers is None:
+            workers = cores if choice.backend == "pillow" else max(1, len(choice.gpus))  # DALI has threads
+        workers = min(workers, max(1, shards))
         batch_size = config.batch_size or max(1, min(BATCH_SIZE[device], _BATCH_BYTES // row_bytes))
-        threads = max(1, cores // workers)
+        threads = max(1, cores // max(1, workers))
         if device == "cuda":
             threads = max(1, threads // 2)  # the GPU's decoder keeps as many again for its share on the host
         return cls(
@@ -60,6 +59,6 @@ class Tuning:
             batch_size=min(batch_size, shard_rows),
             threads=config.threads or threads,
             prefetch=config.prefetch or _PREFETCH,
-            open_shards=min(config.open_shards or _OPEN_SHARDS[device], max(1, shards // workers)),
+            open_shards=min(config.open_shards or _OPEN_SHARDS[device], max(1, shards // max(1, workers))),
             hw_decoder_load=0.0 if config.reproducible else config.hw_decoder_load,
         )

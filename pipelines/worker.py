@@ -7,32 +7,33 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .decode import make_decoder
-from .decode.base import Decoded
+from .decode.base import Decoded, Decoder
 from .errors import MismatchError, RejectedError, ShardError
 from .geometry import Geometry
 from .job import Job
 from .manifest import CommitRecord
 from .normalize import CudaNormalizer, Normalizer
 from .plan import Batch, Plan
-from .rejects import clean
+from .rejects import BadItem, Code, Reject, clean
 from .sink import Rows, ShardSink
-from .sources.base import Source
+from .sources.base import Source, read_item
 from .storage import LocalStorage
 from .tuning import Tuning
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A batch has been decoded and goes to the disk."""
+    """A batch of a shard has been decoded and goes to the disk. Negative numbers take back what was lost."""
 
+    shard: int
     items: int
     rejects: int
     source_bytes: int
@@ -61,7 +62,14 @@ class WorkerEnded:
     gpu_memory_bytes: int
 
 
-Event = Progress | Committed | WorkerEnded
+@dataclass(frozen=True)
+class Decoding:
+    """In careful mode: the item that is about to be decoded, None once it is done. For the engine alone."""
+
+    index: int | None
+
+
+Event = Progress | Committed | WorkerEnded | Decoding
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class Task:
     """What a worker needs to know; small, and can be pickled.
 
     `gpu` is a device number, None for the CPU. `environment` is what the shards so far were made with, None if any will
-    do.
+    do. `careful` decodes one image at a time and says which, and makes rejects of `banned` items, by index with code
+    and detail, without a look at them; its batches hold one item each.
     """
 
     out: str
@@ -77,6 +86,8 @@ class Task:
     gpu: int | None
     tuning: Tuning
     environment: dict[str, Any] | None
+    careful: bool = False
+    banned: Mapping[int, tuple[Code, str]] = field(default_factory=dict)
 
 
 def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
@@ -106,7 +117,11 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         sink = ShardSink(storage, job, environment, normalizer.allocate, task.tuning)
         stack.enter_context(decoder)
         stack.enter_context(sink)
-        for decoded in decoder.decode(interleaved(job.plan, shards, task.tuning)):
+        batches = interleaved(job.plan, shards, task.tuning)
+        for decoded in _carefully(decoder, batches, task) if task.careful else decoder.decode(batches):
+            if isinstance(decoded, Decoding):
+                yield decoded
+                continue
             if decoded.rejects and job.settings.on_reject == "fail":
                 reject = decoded.rejects[0]
                 raise RejectedError(
@@ -120,7 +135,8 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             rows = _rows(decoded, buffer, normalizer, blank=job.settings.on_reject == "blank")
             seconds["normalize"] += time.perf_counter() - start
             sink.put(rows)
-            yield Progress(len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum()))
+            counts = len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum())
+            yield Progress(decoded.batch.shard, *counts)
             yield from map(Committed, sink.committed())
         gpu_memory_bytes = normalizer.device_bytes()
     yield from map(Committed, sink.committed())
@@ -141,6 +157,25 @@ def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[B
             turns.append(batches)
 
 
+def _carefully(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Iterator[Decoded | Decoding]:
+    """Decodes batches of one item each. Between a Decoding with an index and one without, only a decoder is at work.
+
+    Reading comes before: a disk that does not answer is not the image's fault.
+    """
+    for batch in batches:
+        (item,) = batch.items
+        if item.index in task.banned:
+            reject = Reject(item.path, item.index, "decode", *task.banned[item.index])
+            yield Decoded(batch, None, np.empty(0, np.int64), np.zeros(1, np.int64), [reject], {})
+            continue
+        with contextlib.suppress(BadItem):
+            read_item(task.source, item.path)
+        yield Decoding(item.index)
+        for decoded in decoder.decode([batch]):
+            yield Decoding(None)
+            yield decoded
+
+
 def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaNormalizer, *, blank: bool) -> Rows:
     batch, kept = decoded.batch, decoded.kept
     valid = np.ones(len(kept), bool)
@@ -148,10 +183,11 @@ def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaN
         valid = np.isin(np.arange(len(batch.items)), kept)
         kept = np.arange(len(batch.items))
     images = buffer[: len(kept)]
-    whole = normalizer.apply(decoded.pixels, kept, images)
+    whole = normalizer.apply(decoded.pixels, kept, images) if len(decoded.kept) else None
 
     def ready() -> None:
-        whole()
+        if whole is not None:
+            whole()
         if not valid.all():
             images[~valid] = 0
 

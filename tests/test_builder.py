@@ -68,7 +68,7 @@ REJECTS = [
 
 
 def settings(**values: Any) -> BuildConfig:
-    return BuildConfig(**{"device": "cpu", "size": 16, "workers": 1, "shard_size": 4, **values})
+    return BuildConfig(**{"device": "cpu", "size": 16, "workers": 0, "shard_size": 4, **values})
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_the_report_says_what_was_built(mixed: Path, out: Path) -> None:
     assert report == BuildReport(**{**values, "tuning": Tuning(**values["tuning"])})
     assert report.worker_memory_bytes > 10**7
     assert (report.complete, report.out, report.backend, report.device) == (True, str(out), "pillow", "cpu")
-    assert (report.shards, report.built_shards, report.built_items, report.tuning.workers) == (6, 6, ITEMS, 1)
+    assert (report.shards, report.built_shards, report.built_items, report.tuning.workers) == (6, 6, ITEMS, 0)
     assert report.tuning.batch_size == 3
     assert report.dataset_bytes == sum((out / shard).stat().st_size for shard in shards(out))
     assert set(report.stage_seconds) == {"read", "decode", "normalize", "transfer", "write", "commit"}
@@ -477,7 +477,7 @@ def test_every_difference_is_named_at_once(mixed: Path, copied: Path) -> None:
 
 def test_a_resume_need_not_repeat_the_size_that_was_found(make_tree: MakeTree, out: Path) -> None:
     src = make_tree({"a/1.jpg": "jpeg"})
-    config = BuildConfig(resize_mode="none", workers=1, device="cpu")
+    config = BuildConfig(resize_mode="none", workers=0, device="cpu")
     build(src, out, config)
     (out / "shard-00000.npz").unlink()
     assert build(src, out, config).built_shards == 1
@@ -658,7 +658,7 @@ def test_without_resizing_all_images_have_the_first_readable_ones_size(
         (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         kind = "half" if name == "a/0.jpg" else "jpeg"
         (tmp_path / "src" / name).write_bytes(file_bytes(kind, seed=seed, size=size))
-    config = BuildConfig(resize_mode="none", dtype="uint8", workers=1, device="cpu")
+    config = BuildConfig(resize_mode="none", dtype="uint8", workers=0, device="cpu")
     report = build(tmp_path / "src", out, config)
     assert report.rejects_by_code == {"truncated": 1, "wrong-size": 1}
     assert np.load(out / "shard-00000.npz")["images"].shape == (2, 3, 24, 32)
@@ -670,8 +670,8 @@ def test_without_resizing_all_images_have_the_first_readable_ones_size(
 def test_without_resizing_and_without_a_readable_image_there_is_no_size(make_tree: MakeTree, out: Path) -> None:
     src = make_tree({"a/1.jpg": "half", "a/2.jpg": "empty"})
     with pytest.raises(SourceError, match="no image can be decoded, so --resize-mode none finds no size; give --size"):
-        build(src, out, BuildConfig(resize_mode="none", workers=1, device="cpu"))
-    assert build(src, out, BuildConfig(resize_mode="none", size="8x9", workers=1, device="cpu")).rejects == 2
+        build(src, out, BuildConfig(resize_mode="none", workers=0, device="cpu"))
+    assert build(src, out, BuildConfig(resize_mode="none", size="8x9", workers=0, device="cpu")).rejects == 2
 
 
 # Places
@@ -929,21 +929,21 @@ def progressed(seen: Iterable[Started | worker.Event]) -> tuple[int, int, int]:
 @pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"workers": 2}], ids=str)
 def test_progress_adds_up_to_the_plan(mixed: Path, out: Path, options: dict[str, Any]) -> None:
     seen = events(mixed, out, settings(**options))
-    workers = options.get("workers", 1)
+    workers = options.get("workers", 0)
     assert seen[0] == Started(ITEMS, 0, "pillow", "cpu", workers)
     file_bytes = sum(path.stat().st_size for path in mixed.rglob("*") if path.is_file())
     assert progressed(seen) == (ITEMS, len(REJECTS), file_bytes)
     records = [event.record for event in seen if isinstance(event, worker.Committed)]
     assert sorted(record.shard for record in records) == list(range(6))
-    assert len([event for event in seen if isinstance(event, worker.WorkerEnded)]) == workers
+    assert len([event for event in seen if isinstance(event, worker.WorkerEnded)]) == max(1, workers)
 
 
 def test_progress_of_a_resumed_build_adds_up_with_what_was_done(mixed: Path, copied: Path) -> None:
     damage(copied, "shards lost")
     seen = events(mixed, copied, settings())
-    assert seen[0] == Started(ITEMS, ITEMS - 8, "pillow", "cpu", 1)
+    assert seen[0] == Started(ITEMS, ITEMS - 8, "pillow", "cpu", 0)
     assert progressed(seen)[0] == 8
-    assert events(mixed, copied, settings()) == [Started(ITEMS, ITEMS, "pillow", "cpu", 1)]
+    assert events(mixed, copied, settings()) == [Started(ITEMS, ITEMS, "pillow", "cpu", 0)]
 
 
 # Settings

@@ -26,7 +26,7 @@ from gpu_npz.config import BuildConfig, load_toml
 MakeTree = Callable[..., Path]  # a fixture: see conftest.py
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--size", "16", "--shard-size", "2", "--workers", "1", "--device", "cpu"]
+SMALL = ["--size", "16", "--shard-size", "2", "--workers", "0", "--device", "cpu"]
 HEAVY = ("torch", "cupy", "nvidia.dali", "ray", "PIL", "pydantic")
 
 
@@ -72,7 +72,7 @@ def test_a_build_says_what_it_made_on_stdout_and_nothing_on_stderr(
     lines = captured.out.splitlines()
     assert lines[0].startswith(f"{out}: 8 images in 5 shards, ")
     assert lines[1] == "  rejects     2 (1 not-an-image, 1 truncated); rejects.jsonl names them"
-    assert "  with        pillow on the CPU, 1 worker(s), batches of 2" in lines
+    assert "  with        pillow on the CPU, no worker but itself, batches of 2" in lines
     assert any(line.startswith("  bottleneck  ") for line in lines)
     assert any("--shuffle SEED" in line for line in lines)
     assert captured.err == ""
@@ -274,7 +274,7 @@ def test_an_interrupted_build_says_how_to_go_on_and_then_makes_the_same_output(
     assert not [name for name in contents(out) if name.endswith((".tmp", "lock", "dataset.json"))]
     (tmp_path / "3.jpg").replace(last)
     assert run([*command[:-1], "1", "--quiet"]) == 0
-    build(src, tmp_path / "undisturbed", BuildConfig(size=16, shard_size=2, workers=1, device="cpu"))
+    build(src, tmp_path / "undisturbed", BuildConfig(size=16, shard_size=2, workers=0, device="cpu"))
     assert contents(out) == contents(str(tmp_path / "undisturbed"))
 
 

@@ -28,7 +28,7 @@ def test_the_broken_files_of_the_demo_are_its_rejects(tmp_path: Path) -> None:
     from gpu_npz.demo import make_images
 
     made = make_images(tmp_path / "images", count=20)
-    config = gpu_npz.BuildConfig(device="cpu", backend="pillow", workers=1, size=32)
+    config = gpu_npz.BuildConfig(device="cpu", backend="pillow", workers=0, size=32)
     report = gpu_npz.build(made.folder, tmp_path / "out", config)
     lines = (tmp_path / "out/rejects.jsonl").read_text()
     assert report.rejects == len(made.bad)

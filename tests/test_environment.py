@@ -421,7 +421,7 @@ def begun(make_tree: Any, tmp_path: Path) -> tuple[Path, Path]:
     return src, out
 
 
-SMALL = BuildConfig(size=16, shard_size=1, workers=1, device="cpu")
+SMALL = BuildConfig(size=16, shard_size=1, workers=0, device="cpu")
 
 
 def begin_with(out: Path, backend: str, device: str) -> None:

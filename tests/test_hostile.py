@@ -24,7 +24,7 @@ from gpu_npz.sources.folder import FolderSource
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 Encode = Callable[..., bytes]
-SETTINGS = BuildConfig(device="cpu", backend="pillow", workers=1, size=16, shard_size=4, max_rejects="100%")
+SETTINGS = BuildConfig(device="cpu", backend="pillow", workers=0, size=16, shard_size=4, max_rejects="100%")
 
 
 def build(src: Path, out: Path, **settings: Any) -> list[dict[str, Any]]:

@@ -254,7 +254,7 @@ def test_a_damaged_plan_of_an_output_is_refused(make_tree: Any, tmp_path: Path, 
 
 # Never made again
 
-SETTINGS = BuildConfig(size=16, shard_size=2, workers=1, device="cpu")
+SETTINGS = BuildConfig(size=16, shard_size=2, workers=0, device="cpu")
 
 
 def test_a_build_that_goes_on_does_not_list_its_source_again(

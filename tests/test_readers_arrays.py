@@ -32,7 +32,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 
 def build(src: Path, out: Path, **settings: Any) -> gpu_npz.Dataset:
-    settings = {"device": "cpu", "workers": 1, "shard_size": 7, "size": "12x16", "max_rejects": "100%", **settings}
+    settings = {"device": "cpu", "workers": 0, "shard_size": 7, "size": "12x16", "max_rejects": "100%", **settings}
     gpu_npz.build(src, out, gpu_npz.BuildConfig(**settings))
     return gpu_npz.open_dataset(out)
 

@@ -52,7 +52,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> P
 
 
 def build(images: Path, out: Path, **settings: Any) -> Path:
-    settings = {"device": "cpu", "workers": 1, "shard_size": 4, "size": "12x16", **settings}
+    settings = {"device": "cpu", "workers": 0, "shard_size": 4, "size": "12x16", **settings}
     gpu_npz.build(images, out, gpu_npz.BuildConfig(**settings))
     return out
 

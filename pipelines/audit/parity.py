@@ -28,7 +28,7 @@ from ..config import BuildConfig, gpu_numbers
 from ..decode import make_decoder
 from ..decode.base import Decoded, Decoder
 from ..decode.pillow import PillowDecoder, first_size, versions
-from ..environment import choose, inspect
+from ..environment import Choice, choose, inspect
 from ..errors import BackendError, SourceError, UsageError
 from ..geometry import Geometry, Placement
 from ..plan import Item, Plan, collect
@@ -133,7 +133,7 @@ def parity(
     if size is None:
         raise SourceError(f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size")
     row_bytes = math.prod(size) * config.channel_count
-    tuning = Tuning.of(config, "dali", "cpu", row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=1)
+    tuning = Tuning.of(config, Choice("dali"), row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=1)
     tallies = {kind: _Tally() for kind in ("all", *KINDS)}
     worst: list[tuple[str, float]] = []
     verdicts: list[tuple[str, str, str]] = []

@@ -61,14 +61,7 @@ class Setup:
         row_bytes = math.prod(cls._shape(config)) * np.dtype(config.dtype).itemsize
         plan = Plan(collect(source.groups()), config.shard_rows(row_bytes))
         shard_rows = min(plan.shard_rows, plan.item_count)
-        tuning = Tuning.of(
-            config,
-            choice.backend,
-            choice.device,
-            row_bytes=row_bytes,
-            shard_rows=shard_rows,
-            shards=plan.shard_count,
-        )
+        tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=plan.shard_count)
         return cls(config, choice, source, plan, tuning, place)
 
     @staticmethod
@@ -196,7 +189,7 @@ def measure(
     if choice.warning:
         say(choice.warning)
     device = "cpu" if choice.gpu is None else str(choice.gpu)
-    common = {"device": device, "backend": choice.backend, "workers": 1, "max_rejects": "100%"}
+    common = {"device": device, "backend": choice.backend, "workers": 0, "max_rejects": "100%"}
     settings = BuildConfig(**{**config.model_dump(), **common})
     one_core = choice.backend == "pillow"
     with (

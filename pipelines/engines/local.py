@@ -1,84 +1,200 @@
-"""Worker processes on this machine. Only shard numbers and events travel between them, never pixels."""
+"""Worker processes on this machine. Only shard numbers and events travel between them, never pixels.
+
+A worker that dies or hangs is replaced, and the shards that it had begun are built again. A shard that loses its worker
+twice is built in careful mode: one image at a time in a process that says which one it is about to decode. An image
+that ends that process becomes a reject; the death of a process by SIGKILL, as the system does it when memory is short,
+is never taken for an image's fault.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import multiprocessing
 import signal
 import subprocess
 import sys
+import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
 from ..errors import GpuNpzError, ShardError
-from ..worker import Event, Task, work
+from ..rejects import Code
+from ..worker import Committed, Decoding, Event, Progress, Task, work
 
+log = logging.getLogger(__name__)
 _JOIN_S = 10.0
-_Pool = dict[Connection, "subprocess.Popen[bytes]"]
+_LOOK_S = 1.0
+_DOUBTFUL = 2  # losses of a shard after which it is built with care
+_HOPELESS = 5  # losses of a shard without an image to blame
+_MAX_DEATHS = 100
+_CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE}
 
 
-def run(task: Task, shards: Sequence[int]) -> Generator[Event, None, None]:
-    """Builds `shards` with as many processes as the task says (one: this process) and yields what happens.
+def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float) -> Generator[Event, None, None]:
+    """Builds `shards` with as many processes as the task says (none: in this one) and yields what happens.
 
-    A worker asks for a shard when it needs one, so fast workers take more. Closing the generator early stops them all.
+    A worker asks for a shard when it needs one, so fast workers take more. Progress that is lost with a worker is taken
+    back by a negative Progress. Closing the generator early stops all workers.
+
+    Args:
+        task: what every worker needs to know; each gets its own `gpu`.
+        shards: what to build.
+        gpus: the workers take them in turn; none for the CPU.
+        timeout_s: a worker without a sign of life for so long is taken to hang.
 
     Raises:
-        GpuNpzError: what a worker failed with; ShardError if it died.
+        GpuNpzError: what a worker failed with; ShardError if workers die again and again.
     """
-    if task.tuning.workers == 1:
-        yield from work(task, shards)
+    tasks = [dataclasses.replace(task, gpu=gpu) for gpu in gpus or (None,)]
+    if task.tuning.workers == 0:
+        yield from (event for event in work(tasks[0], shards) if not isinstance(event, Decoding))
         return
-    pool: _Pool = {}
+    pool = _Pool(shards, timeout_s)
     try:
-        for _ in range(task.tuning.workers):
-            _start(pool, task)
-        yield from _dispatch(pool, iter(shards))
+        for number in range(task.tuning.workers):
+            pool.start(tasks[number % len(tasks)])
+        yield from pool.events()
     finally:
-        for connection in pool:
-            connection.close()  # a worker that sends to nobody ends
-        for process in pool.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_JOIN_S)
-            process.kill()
-            process.wait()
+        pool.stop()
 
 
-def _start(pool: _Pool, task: Task) -> None:
-    # Not multiprocessing.Process, which runs the caller's script again in each worker. A session of its own keeps the
-    # terminal's Ctrl-C from the worker: the parent decides.
-    here, there = multiprocessing.Pipe()
-    program = (
-        f"import sys; sys.path[:] = {sys.path!r}; from gpu_npz.engines.local import serve; serve({there.fileno()})"
-    )
-    command = [sys.executable, "-c", program]
-    with there:
-        pool[here] = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()], start_new_session=True
+@dataclasses.dataclass
+class _Worker:
+    """A process, what it was told, and what is known of it.
+
+    Attributes:
+        progress: what it has done of each shard that it has begun and not committed.
+        decoding: in careful mode, the item that is being decoded.
+        silent_s: how long it has said nothing.
+        hung: whether it was stopped for that.
+    """
+
+    process: subprocess.Popen[bytes]
+    task: Task
+    progress: dict[int, list[Progress]] = dataclasses.field(default_factory=dict)
+    decoding: int | None = None
+    silent_s: float = 0.0
+    hung: bool = False
+
+
+class _Pool:
+    """The workers of one build, and the shards that are left for them."""
+
+    def __init__(self, shards: Sequence[int], timeout_s: float) -> None:
+        self._workers: dict[Connection, _Worker] = {}
+        self._todo = deque(shards)
+        self._doubtful: deque[int] = deque()
+        self._losses: Counter[int] = Counter()
+        self._banned: dict[int, tuple[Code, str]] = {}
+        self._deaths = 0
+        self._timeout_s = timeout_s
+
+    def start(self, task: Task) -> None:
+        """Starts a worker."""
+        # Not multiprocessing.Process, which runs the caller's script again in each worker. A session of its own keeps
+        # the terminal's Ctrl-C from the worker: the parent decides.
+        here, there = multiprocessing.Pipe()
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}; from gpu_npz.engines.local import serve; serve({there.fileno()})"
         )
-    with contextlib.suppress(ConnectionError):  # it died already: the first recv says so
-        here.send(task)
+        command = [sys.executable, "-c", program]
+        with there:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()], start_new_session=True
+            )
+        self._workers[here] = _Worker(process, task)
+        with contextlib.suppress(ConnectionError):  # it died already: the first recv says so
+            here.send(task)
 
+    def stop(self) -> None:
+        """Ends all workers."""
+        for connection in self._workers:
+            connection.close()  # a worker that sends to nobody ends
+        for worker in self._workers.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(_JOIN_S)
+            worker.process.kill()
+            worker.process.wait()
 
-def _dispatch(pool: _Pool, shards: Iterator[int]) -> Iterator[Event]:
-    while pool:
-        for connection in wait(list(pool)):
-            assert isinstance(connection, Connection)
-            try:
-                message = connection.recv()
-            except (EOFError, OSError):  # OSError where it died in the middle of a message
-                process = pool.pop(connection)
-                connection.close()
-                if code := process.wait():
-                    raise ShardError(_epitaph(code)) from None
-                continue
-            if isinstance(message, BaseException):
-                raise message
-            if message is None:
-                with contextlib.suppress(ConnectionError):  # it died meanwhile: the next recv says so
-                    connection.send(next(shards, None))
-            else:
-                yield message
+    def events(self) -> Iterator[Event]:
+        """What happens, until all shards are built."""
+        while self._workers:
+            begin = time.monotonic()
+            ready = wait(list(self._workers), _LOOK_S)
+            self._watch(ready, min(time.monotonic() - begin, 2 * _LOOK_S))  # a machine that slept is no hung worker
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                worker = self._workers[connection]
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):  # OSError where it died in the middle of a message
+                    del self._workers[connection]
+                    connection.close()
+                    if code := worker.process.wait():
+                        yield from self._lost(worker, code)
+                    continue
+                if isinstance(message, BaseException):
+                    raise message
+                if message is None:
+                    with contextlib.suppress(ConnectionError):  # it died meanwhile: the next recv says so
+                        connection.send(self._next(worker))
+                elif isinstance(message, Decoding):
+                    worker.decoding = message.index
+                else:
+                    if isinstance(message, Committed):
+                        worker.progress.pop(message.record.shard, None)
+                    elif isinstance(message, Progress):
+                        worker.progress[message.shard].append(message)
+                    yield message
+
+    def _next(self, worker: _Worker) -> int | None:
+        """A shard for a worker, None if there is none for it; begins the one that it gets."""
+        queue = self._doubtful if worker.task.careful else self._todo
+        shard = queue.popleft() if queue else None
+        if shard is not None:
+            worker.progress[shard] = []
+        return shard
+
+    def _watch(self, ready: Sequence[object], elapsed_s: float) -> None:
+        """Stops the workers that have said nothing for too long."""
+        for connection, worker in self._workers.items():
+            worker.silent_s = 0.0 if connection in ready else worker.silent_s + elapsed_s
+            if worker.silent_s > self._timeout_s and not worker.hung:
+                worker.hung = True
+                worker.process.kill()
+
+    def _lost(self, worker: _Worker, code: int) -> Iterator[Event]:
+        """Sees to the shards of a worker that has died, and to a new worker.
+
+        Raises:
+            ShardError: there is no point in going on.
+        """
+        self._deaths += 1
+        cause = f"gave no sign of life for {self._timeout_s:.0f} s" if worker.hung else _cause(code)
+        if not worker.progress or self._deaths > _MAX_DEATHS:
+            raise ShardError(_epitaph(cause, self._deaths))
+        if worker.decoding is not None and (worker.hung or code in _CRASHES):
+            self._banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
+        else:
+            self._losses.update(list(worker.progress))
+        for shard, lost in worker.progress.items():
+            if self._losses[shard] >= _HOPELESS:
+                raise ShardError(_epitaph(cause, self._deaths))
+            (self._doubtful if self._losses[shard] >= _DOUBTFUL else self._todo).appendleft(shard)
+            items, rejects, source_bytes = (
+                sum(column) for column in zip(*((p.items, p.rejects, p.source_bytes) for p in lost), strict=True)
+            ) if lost else (0, 0, 0)  # fmt: skip
+            yield Progress(shard, -items, -rejects, -source_bytes)
+        log.warning("a worker process %s; another takes over its %d shard(s)", cause, len(worker.progress))
+        if self._doubtful:
+            tuning = dataclasses.replace(worker.task.tuning, batch_size=1, prefetch=1, open_shards=1)
+            self.start(dataclasses.replace(worker.task, tuning=tuning, careful=True, banned=dict(self._banned)))
+        if self._todo and not worker.task.careful:
+            self.start(worker.task)
 
 
 def serve(descriptor: int) -> None:
@@ -117,10 +233,13 @@ def _messages(task: Task, shards: Iterator[int]) -> Generator[Event | GpuNpzErro
         yield ShardError(f"a worker process failed:\n{traceback.format_exc()}")
 
 
-def _epitaph(code: int) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
-        cause = f"was killed by {name}" + (" (the system may be out of memory)" if code == -signal.SIGKILL else "")
-    else:
-        cause = f"ended with code {code}"
-    return f"a worker process {cause}; run the same command to resume, with fewer --workers if memory is short"
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"ended with code {code}"
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+    return f"was killed by {name}" + (" (the system may be out of memory)" if code == -signal.SIGKILL else "")
+
+
+def _epitaph(cause: str, deaths: int) -> str:
+    times = f", the last of {deaths}," if deaths > 1 else ""
+    return f"a worker process{times} {cause}; run the same command to resume, with fewer --workers if memory is short"

@@ -20,7 +20,7 @@ from gpu_npz.config import BuildConfig
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 
-SETTINGS = BuildConfig(size=24, shard_size=2, workers=1, device="cpu", max_rejects="50%", shuffle=1)
+SETTINGS = BuildConfig(size=24, shard_size=2, workers=0, device="cpu", max_rejects="50%", shuffle=1)
 OPTIONS = ["--size", "24", "--shard-size", "2", "--device", "cpu", "--max-rejects", "50%", "--shuffle", "1", "--quiet"]
 BAD = ("half", "empty", "text")
 

@@ -1,0 +1,182 @@
+"""Workers that die or hang: others take over, and an image that kills or hangs its decoder becomes one reject."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpu_npz
+from gpu_npz import worker
+from gpu_npz.builder import Started, build
+from gpu_npz.config import BuildConfig
+from gpu_npz.engines import local
+from gpu_npz.errors import ShardError
+from gpu_npz.tuning import Tuning
+
+FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
+
+# Loaded by every worker before anything else of the package: a decoder that dies or hangs on some images.
+SABOTAGE = """
+import ctypes, os, signal, time
+from gpu_npz.decode.pillow import PillowDecoder
+whole = PillowDecoder.decode_image
+def decode_image(self, data, path):
+    name = os.path.basename(path)
+    if name.startswith("crash"):
+        ctypes.string_at(0)
+    if name.startswith("abort"):
+        os.abort()
+    if name.startswith("hang"):
+        time.sleep(3600)
+    if name.startswith("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name.startswith("once"):
+        marker = os.path.join(os.environ["ONCE"], name)
+        if not os.path.exists(marker):
+            open(marker, "w").close()
+            os.kill(os.getpid(), signal.SIGSEGV)
+    return whole(self, data, path)
+PillowDecoder.decode_image = decode_image
+"""
+
+
+@pytest.fixture
+def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers decode with the sabotage above."""
+    (tmp_path / "sabotage.py").write_text(SABOTAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ONCE", str(tmp_path))
+    start = local._Pool.start
+
+    def start_sabotaged(self: Any, task: Any) -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            popen = local.subprocess.Popen
+            patched.setattr(
+                local.subprocess,
+                "Popen",
+                lambda command, **options: popen([*command[:2], edited(command[2])], **options),
+            )
+            start(self, task)
+
+    def edited(program: str) -> str:
+        before, serve, rest = program.partition("from gpu_npz.engines.local import serve;")
+        return f"{before} import sabotage; {serve}{rest}"
+
+    monkeypatch.setattr(local._Pool, "start", start_sabotaged)
+
+
+@pytest.fixture
+def src(tmp_path: Path, file_bytes: FileBytes) -> Callable[..., Path]:
+    """Makes a tree of 24 good pictures, one bad one, and those that are named."""
+
+    def make(*names: str) -> Path:
+        root = tmp_path / "images"
+        good = [f"{number:02}.jpg" for number in range(24)]
+        for seed, name in enumerate([*good, *names]):
+            path = root / ("a" if seed % 2 else "b") / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file_bytes("jpeg", seed=seed % 5, size=(40, 50)))
+        (root / "a/bad.jpg").write_bytes(file_bytes("half"))
+        return root
+
+    return make
+
+
+def settings(**values: Any) -> BuildConfig:
+    common = {"device": "cpu", "size": 16, "shard_size": 5, "workers": 2, "batch_size": 2, "max_rejects": "100%"}
+    return BuildConfig(**{**common, **values})
+
+
+def rejects(out: Path) -> dict[str, tuple[str, str]]:
+    lines = map(json.loads, (out / "rejects.jsonl").read_text().splitlines())
+    return {os.path.basename(line["path"]): (line["code"], line["detail"]) for line in lines}
+
+
+def progressed(seen: list[Started | worker.Event]) -> tuple[int, int]:
+    steps = [event for event in seen if isinstance(event, worker.Progress)]
+    return sum(step.items for step in steps), sum(step.rejects for step in steps)
+
+
+@pytest.mark.usefixtures("sabotaged")
+@pytest.mark.parametrize(("workers", "open_shards"), [(1, 1), (2, 1), (2, 3)])
+def test_images_that_kill_the_decoder_become_rejects_and_all_others_rows(
+    workers: int, open_shards: int, src: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = src("crash-1.jpg", "crash-2.jpg", "abort.jpg")
+    seen: list[Started | worker.Event] = []
+    config = settings(workers=workers, open_shards=open_shards)
+    report = build(root, tmp_path / "out", config, progress=seen.append)
+    assert rejects(tmp_path / "out").keys() == {"bad.jpg", "crash-1.jpg", "crash-2.jpg", "abort.jpg"}
+    assert rejects(tmp_path / "out")["crash-1.jpg"] == ("crashed", "was killed by SIGSEGV")
+    assert rejects(tmp_path / "out")["abort.jpg"] == ("crashed", "was killed by SIGABRT")
+    assert (report.rows, report.complete) == (24, True)
+    assert progressed(seen) == (28, 4)  # what was lost with a worker does not count twice
+    assert gpu_npz.verify(tmp_path / "out").ok
+    for name in ("crash-1.jpg", "crash-2.jpg", "abort.jpg"):
+        next(root.rglob(name)).write_bytes(b"no image")  # what is left, an undisturbed build has, too
+    build(root, tmp_path / "undisturbed", settings(workers=0))
+    ours, theirs = (gpu_npz.open_dataset(tmp_path / name) for name in ("out", "undisturbed"))
+    assert list(ours.paths) == list(theirs.paths)
+    np.testing.assert_array_equal(ours[:], theirs[:])
+
+
+@pytest.mark.usefixtures("sabotaged")
+@pytest.mark.parametrize("on_reject", ["skip", "blank"])
+def test_an_image_that_hangs_the_decoder_becomes_a_reject(
+    on_reject: str, src: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_LOOK_S", 0.1)
+    report = build(src("hang.jpg"), tmp_path / "out", settings(worker_timeout=3, on_reject=on_reject))
+    assert rejects(tmp_path / "out")["hang.jpg"] == ("timed-out", "the decoder gave no sign of life for 3 s")
+    assert report.rejects == 2
+    assert gpu_npz.verify(tmp_path / "out").ok
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_a_worker_that_dies_once_is_replaced_and_nothing_is_rejected(src: Callable[..., Path], tmp_path: Path) -> None:
+    report = build(src("once-1.jpg", "once-2.jpg"), tmp_path / "out", settings())
+    assert (report.rows, report.rejects) == (26, 1)
+    assert (tmp_path / "once-1.jpg").exists()
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_a_process_that_the_system_kills_is_never_an_images_fault(src: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"was killed by SIGKILL \(the system may be out of memory\).*fewer --workers"):
+        build(src("killed.jpg"), tmp_path / "out", settings())
+    assert not (tmp_path / "out/dataset.json").exists()
+    assert build(src(), tmp_path / "out", settings(workers=0)).rejects == 1
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_a_machine_on_which_everything_crashes_stops_the_build(
+    src: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_MAX_DEATHS", 6)
+    with pytest.raises(ShardError, match="the last of 7, was killed by SIGSEGV"):
+        build(src(*(f"crash-{number}.jpg" for number in range(20))), tmp_path / "out", settings())
+
+
+def test_a_worker_that_cannot_start_is_an_error_at_once(
+    src: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local.sys, "executable", "/bin/false")
+    with pytest.raises(ShardError, match="a worker process ended with code 1"):
+        build(src(), tmp_path / "out", settings())
+
+
+def test_each_worker_has_a_gpu_of_its_own_and_they_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int | None] = []
+    monkeypatch.setattr(local._Pool, "start", lambda self, task: started.append(task.gpu))
+    monkeypatch.setattr(local._Pool, "events", lambda self: iter(()))
+    tuning = Tuning(workers=5, batch_size=1, threads=1, prefetch=1, open_shards=1, hw_decoder_load=None)
+    task = worker.Task("out", None, None, tuning, None)  # type: ignore[arg-type]  # nobody reads it
+    assert list(local.run(task, [0, 1], (2, 0), 1.0)) == []
+    assert started == [2, 0, 2, 0, 2]
+    assert signal.SIGKILL not in {-code for code in local._CRASHES}
