@@ -216,6 +216,7 @@ def _try_cupy(gpu: int) -> None:
         number = cupy.zeros(1, cupy.int32)
         kernel = cupy.RawKernel('extern "C" __global__ void trial(int* number) { *number = 42; }', "trial")
         kernel((1,), (1,), (number,))
+        number[cupy.asarray([0])] = cupy.asarray([42])  # by a kernel of CuPy's own, which takes CUDA's headers
         cupy.cuda.alloc_pinned_memory(number.nbytes)
         if int(number.get()[0]) != 42:
             raise RuntimeError("a kernel ran and left no result")

@@ -214,7 +214,7 @@ def _explained(task: Task) -> Iterator[None]:
             f"no memory for batches of {task.tuning.batch_size} images in {task.tuning.open_shards} open shards; "
             "lower --batch-size, --open-shards or --workers, and run the command again to resume"
         ) from exc
-    except RuntimeError as exc:
+    except Exception as exc:
         if not type(exc).__module__.startswith("cupy"):
             raise
         raise ShardError(

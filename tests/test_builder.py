@@ -840,7 +840,7 @@ def test_a_worker_that_is_killed_is_named_with_its_signal_and_the_same_call_fini
             for process in children():
                 os.kill(process, signal.SIGKILL)
 
-    with pytest.raises(ShardError, match=r"a worker process was killed by SIGKILL.*the same command to resume"):
+    with pytest.raises(ShardError, match=r"a worker process.* was killed by SIGKILL.*the same command to resume"):
         build(mixed, out, settings(workers=2), progress=kill)
     assert not children()
     assert not (out / "dataset.json").exists()

@@ -204,12 +204,13 @@ __cuda_version__ = int(os.environ.get("FAKE_DALI_CUDA", "13492"))
 FAKE_CUPY = """
 import contextlib, os, types
 import numpy
-from numpy import int32
+from numpy import asarray, int32
 gpu, version = None, int(os.environ.get("FAKE_CUPY_CUDA", "13020"))
 class Array:
     nbytes = 4
     def __init__(self): self.values = numpy.zeros(1, int32)
     def get(self): return self.values
+    def __setitem__(self, place, values): exec(os.environ.get("FAKE_CUPY_INDEXING", ""))
 def zeros(count, dtype): return Array()
 @contextlib.contextmanager
 def device(number):
@@ -282,6 +283,11 @@ BAD = {
         {"FAKE_CUPY": NO_NVRTC},
         '  CuPy: installed without NVRTC, its compiler (Failure finding "libnvrtc.so.13 or libnvrtc.so.12": No such '
         "file); pip install 'cupy-cuda13x[ctk]>=14'\n",
+    ),
+    "CuPy without CUDA's headers": (
+        {"FAKE_CUPY_INDEXING": "raise RuntimeError('cannot open source file cuda_fp16.h')"},
+        "  CuPy: installed, but not usable (cannot open source file cuda_fp16.h); "
+        "pip install 'cupy-cuda13x[ctk]>=14'\n",
     ),
     "CuPy for CUDA 12 without NVRTC on a newer driver": (
         {"FAKE_CUPY": NO_NVRTC, **FOR_12},

@@ -276,7 +276,9 @@ def test_the_gpu_writes_the_rows_that_are_kept_to_the_front_of_a_buffer_and_nowh
     buffer = normalizer.allocate((6, *row_shape(config, 16, 24)))
     for kept in ([0, 2, 5], [], [4]):
         buffer[...] = -99
-        normalizer.apply(cupy.asarray(pixels), np.array(kept, np.int64), buffer[: len(kept)])()
+        on_gpu = cupy.asarray(pixels)
+        cupy.cuda.get_current_stream().synchronize()
+        normalizer.apply(on_gpu, np.array(kept, np.int64), buffer[: len(kept)])()
         np.testing.assert_array_equal(buffer[: len(kept)], looked_up(table(config), pixels[kept], "rgb", "NCHW"))
         assert (buffer[len(kept) :] == -99).all()
 

@@ -115,6 +115,8 @@ class DaliDecoder:
         self._on_stream: Any = contextlib.nullcontext()
         if stream is not None:
             self._on_stream = self._xp.cuda.ExternalStream(stream, device)
+        elif device is not None:
+            self._on_stream = self._xp.cuda.Device(device)
         self._batches: Iterator[Batch] = iter(())
         self._ahead: deque[Batch] = deque()  # given to DALI and not yet taken back, in order
         self._failure: Exception | None = None
@@ -131,6 +133,9 @@ class DaliDecoder:
             if _NO_MEMORY.search(str(exc)):
                 advice = "`nvidia-smi` shows which processes hold the GPU's memory; end them, or take another GPU"
             raise BackendError(f"DALI does not start ({_reason(exc)}); {advice}") from exc
+        if self._device is not None:
+            with self._on_stream:  # CuPy compiles this once, which must not come in the midst of a build
+                self._xp.zeros((1, 1), np.uint8)[self._xp.asarray([0])] = self._xp.asarray(np.ones((1, 1), np.uint8))
         self._open.enter_context(self._pillow)
         self._pool = self._open.enter_context(ThreadPoolExecutor(self._tuning.threads, "gpu-npz-pillow"))
         return self
@@ -335,8 +340,8 @@ class DaliDecoder:
             rows.pixels[self._xp.asarray(positions)] = part.pixels
             rows.source_bytes[positions] = part.source_bytes
             rows.done[positions] = part.done
-            if self._stream is not None:  # DALI may use the part's buffer again as soon as it is dropped
-                self._on_stream.synchronize()
+            if self._device is not None:  # DALI may use the part's buffer again as soon as it is dropped
+                self._xp.cuda.get_current_stream().synchronize()
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above

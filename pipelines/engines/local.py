@@ -175,7 +175,7 @@ class _Pool:
         """
         self._deaths += 1
         cause = f"gave no sign of life for {self._timeout_s:.0f} s" if worker.hung else _cause(code)
-        if not worker.progress or self._deaths > _MAX_DEATHS:
+        if (code > 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # it cannot even start
             raise ShardError(_epitaph(cause, self._deaths))
         if worker.decoding is not None and (worker.hung or code in _CRASHES):
             self._banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
