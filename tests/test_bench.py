@@ -49,6 +49,7 @@ def test_bench_pipeline_measures_each_stage_and_whole_builds(
     assert list(rows)[: len(expected)] == expected
     assert {"build float32", "build float16", "build uint8", "savez", "bare write", "shard writer"} <= rows.keys()
     assert ("loop uint8" in rows) == by_pillow
+    assert "usual script" in rows["all cores float32"]["shares"] if by_pillow else "usual script" not in rows
     for before, name in itertools.pairwise(expected):
         assert before in rows[name]["shares"]
     assert "resize" in rows["build uint8"]["shares"]

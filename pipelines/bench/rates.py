@@ -141,3 +141,26 @@ def machine(environment: Mapping[str, Any]) -> dict[str, Any]:
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     versions = {name: version(name) for name in ("gpu-npz", "numpy", "isal")}
     return {"processor": model, "cores": usable_cpus(), **versions, **environment}
+
+
+def on_one_core(way: Way) -> Way:
+    """The same, on one core."""
+
+    def restricted(tick: Tick) -> None:
+        with _one_core():
+            way(tick)
+
+    return restricted
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -20,8 +20,8 @@ from ..config import BuildConfig
 from ..environment import choose, inspect, usable_cpus
 from ..sources.folder import FolderSource
 from ..worker import Progress
-from .pipeline import Setup
 from .rates import Tick, folder_of, linked, machine, rate
+from .setup import Setup
 
 SECONDS = 60.0
 _PLAINLY = 1.03

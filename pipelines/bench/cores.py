@@ -1,0 +1,94 @@
+"""All cores: whole builds beside as many reference loops at the same time, and beside the script that people write."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..config import BuildConfig
+from ..environment import Choice, usable_cpus
+from ..sources.folder import FolderSource
+from .rates import Tick, Way
+from .setup import Setup
+
+_SHARDS_A_CORE = 4
+_SCRIPT_THREADS = 8
+_SCRIPT_IMAGES = 256  # it is slow, and its rate does not depend on their number
+_MEAN, _STD = (np.array(values, np.float32) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def ways(setup: Setup) -> dict[str, tuple[tuple[str, ...], Way]]:
+    """What is measured, by name and with baselines: builds by all cores of float32 and uint8."""
+    found: dict[str, tuple[tuple[str, ...], Way]] = {}
+    for dtype in ("float32", "uint8"):
+        shard_size = max(1, setup.plan.item_count // (_SHARDS_A_CORE * usable_cpus()))
+        given = {"dtype": dtype, "workers": usable_cpus(), "shard_size": shard_size}
+        config = BuildConfig(**{**setup.config.model_dump(), **given})
+        cores = Setup.of(config, setup.choice, setup.source, setup.place)
+        found[f"{usable_cpus()} loops {dtype}"] = ((), lambda tick, cores=cores: _loops(tick, cores))  # type: ignore[misc]
+        baselines = (f"{usable_cpus()} loops {dtype}", *(["usual script"] if dtype == "float32" else []))
+        found[f"all cores {dtype}"] = (baselines, cores.built)
+    return {"usual script": ((), lambda tick: _usual_script(tick, setup)), **found}
+
+
+def _loops(tick: Tick, setup: Setup) -> None:
+    """A reference loop in each of as many processes as there are cores, over a part of the images each."""
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pipes: list[Connection] = []
+        for number in range(setup.tuning.workers):
+            here, there = context.Pipe()
+            place = setup.place / f"loops-{number}"
+            share = (number, setup.tuning.workers)
+            arguments = (there, os.fspath(setup.source.location), os.fspath(place), setup.config, setup.choice, share)
+            process = context.Process(target=_loop, args=arguments)
+            process.start()
+            stack.callback(process.join)
+            pipes.append(here)
+        for pipe in pipes:
+            pipe.recv()  # it is ready
+        tick(0)
+        for pipe in pipes:
+            pipe.send(None)
+        for pipe in pipes:
+            tick(pipe.recv())
+
+
+def _loop(pipe: Connection, src: str, place: str, config: BuildConfig, choice: Choice, share: tuple[int, int]) -> None:
+    os.environ["NUMPY_MADVISE_HUGEPAGE"] = "0"
+    Path(place).mkdir(exist_ok=True)
+    setup = Setup.of(config, choice, FolderSource(src), Path(place))
+    images = 0
+
+    def tick(count: int) -> None:
+        nonlocal images
+        images += count
+
+    pipe.send(None)
+    pipe.recv()
+    setup.looped(tick, shards=range(share[0], setup.plan.shard_count, share[1]))
+    pipe.send(images)
+
+
+def _usual_script(tick: Tick, setup: Setup) -> None:
+    """Eight threads that decode and resize by Pillow, a list of float32 arrays, `np.stack`, `np.savez_compressed`."""
+    assert setup.config.size is not None
+    height, width = setup.config.size
+
+    def load(path: str) -> np.ndarray:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
+        return ((pixels.astype(np.float32) / 255 - _MEAN) / _STD).transpose(2, 0, 1)
+
+    items = setup.plan.items(0, min(setup.plan.item_count, _SCRIPT_IMAGES))
+    with ThreadPoolExecutor(_SCRIPT_THREADS) as pool:
+        rows = list(pool.map(load, (os.fsdecode(setup.source.local_path(item.path)) for item in items)))
+    np.savez_compressed(setup.place / "script.npz", images=np.stack(rows), labels=[item.label for item in items])
+    tick(len(items))

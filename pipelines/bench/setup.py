@@ -1,0 +1,166 @@
+"""One build's parts, and what of it can be measured alone, by the build's own functions."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from isal.isal_zlib import crc32
+
+from ..builder import build
+from ..config import BuildConfig
+from ..decode import make_decoder
+from ..decode.base import Decoder, Stage
+from ..environment import Choice
+from ..geometry import Geometry
+from ..job import Job
+from ..normalize import CudaNormalizer, Normalizer, row_shape
+from ..plan import Batch, Plan, collect
+from ..sources.folder import FolderSource
+from ..storage import LocalStorage
+from ..tuning import Tuning
+from ..worker import Progress, Task, interleaved, work
+from .rates import Tick, folder_of
+
+_BUFFERS = 3
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One build's parts, as `build` would put them together."""
+
+    config: BuildConfig
+    choice: Choice
+    source: FolderSource
+    plan: Plan
+    tuning: Tuning
+    place: Path
+
+    @classmethod
+    def of(cls, config: BuildConfig, choice: Choice, source: FolderSource, place: Path) -> Setup:
+        """The parts of a build of `source` that writes below `place`."""
+        row_bytes = math.prod(cls._shape(config)) * np.dtype(config.dtype).itemsize
+        plan = Plan(collect(source.groups()), config.shard_rows(row_bytes))
+        shard_rows = min(plan.shard_rows, plan.item_count)
+        tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=plan.shard_count)
+        return cls(config, choice, source, plan, tuning, place)
+
+    @staticmethod
+    def _shape(config: BuildConfig) -> tuple[int, ...]:
+        assert config.size is not None
+        return row_shape(config, *config.size)
+
+    def batches(self) -> Iterator[Batch]:
+        return interleaved(self.plan, range(self.plan.shard_count), self.tuning)
+
+    def decoder(self, stream: int | None = None) -> Decoder:
+        assert self.config.size is not None
+        geometry = Geometry.of(self.config, self.config.size)
+        return make_decoder(
+            self.choice.backend,
+            self.config,
+            geometry,
+            self.source,
+            tuning=self.tuning,
+            gpu=self.choice.gpu,
+            stream=stream,
+        )
+
+    def bare(self, tick: Tick, last: Stage) -> None:
+        """The stages up to `last`, and nothing around them."""
+        with self.decoder() as decoder:
+            for batch in decoder.bare(self.batches(), last):
+                tick(len(batch.items))
+
+    def normalized(self, tick: Tick, *, transfer: bool) -> None:
+        """Decoded, resized and normalized rows; on a GPU they stay there, or are copied to the host."""
+        normalizer: Normalizer | CudaNormalizer
+        if self.choice.gpu is None:
+            normalizer = Normalizer(self.config)
+            step = normalizer.apply
+        else:
+            normalizer = CudaNormalizer(self.config, self.choice.gpu)
+            step = normalizer.apply if transfer else normalizer.launch
+        shape = (self.tuning.batch_size, *self._shape(self.config))
+        buffers = [normalizer.allocate(shape) for _ in range(_BUFFERS)]
+        waits: deque[Callable[[], None]] = deque()
+        with self.decoder(getattr(normalizer, "stream", None)) as decoder:
+            for number, decoded in enumerate(decoder.decode(self.batches())):
+                out = buffers[number % _BUFFERS][: len(decoded.kept)]
+                waits.append(step(decoded.pixels, decoded.kept, out))
+                if len(waits) == _BUFFERS:
+                    waits.popleft()()
+                tick(len(decoded.batch.items))
+            for wait in waits:
+                wait()
+
+    def written(self, tick: Tick) -> None:
+        """What a worker does: all stages, and committed shards."""
+        assert self.config.size is not None
+        with folder_of(self.place / "out") as out:
+            Job.create(
+                LocalStorage(out),
+                self.plan,
+                self.config,
+                self.choice,
+                source=(self.source.kind, self.source.location),
+                class_names=self.source.class_names,
+                image_size=self.config.size,
+            )
+            task = Task(os.fspath(out), self.source, self.choice.gpu, self.tuning, None)
+            for event in work(task, range(self.plan.shard_count)):
+                if isinstance(event, Progress):
+                    tick(event.items)
+
+    def built(self, tick: Tick) -> None:
+        """A whole build."""
+        with folder_of(self.place / "out") as out:
+            build(
+                self.source.location,
+                out,
+                self.config,
+                progress=lambda event: tick(event.items) if isinstance(event, Progress) else None,
+            )
+
+    def looped(self, tick: Tick, shards: Iterable[int] | None = None) -> None:
+        """The steps of a build straight after one another: read, decode, resize, normalize, CRC, write, flush.
+
+        Of all shards, or of some.
+        """
+        normalizer = Normalizer(self.config)
+        buffer = normalizer.allocate((self.tuning.batch_size, *self._shape(self.config)))
+        with self.decoder() as decoder:
+            for shard in range(self.plan.shard_count) if shards is None else shards:
+                with flushed(self.place / f"loop-{shard}") as descriptor:
+                    crc = 0
+                    for decoded in decoder.decode(self.plan.batches(shard, self.tuning.batch_size)):
+                        rows = buffer[: len(decoded.kept)]
+                        normalizer.apply(decoded.pixels, decoded.kept, rows)
+                        crc = crc32(rows.reshape(-1).view(np.uint8).data, crc)
+                        write_all(descriptor, rows)
+                        tick(len(decoded.batch.items))
+
+
+@contextlib.contextmanager
+def flushed(path: Path) -> Iterator[int]:
+    """A new file's descriptor; flushed to the disk in the end."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, array: Any) -> None:
+    """Writes an array's bytes by `write()`."""
+    data = array.reshape(-1).view(np.uint8).data
+    while data:
+        data = data[os.write(descriptor, data) :]
