@@ -30,7 +30,7 @@ def command(src: str, out: str, config_file: str | None, as_json: bool, quiet: b
     """
     show_warnings()
     config = read_config(config_file, given)
-    with _Bar(hidden=quiet or as_json) as bar:
+    with Bar(hidden=quiet or as_json) as bar:
         try:
             report = build(src, out, config, progress=bar)
         except RejectLimitError as exc:
@@ -49,8 +49,11 @@ def summary(report: BuildReport) -> str:
         f"{printable(report.out)}: {report.rows} images in {report.shards} shards, {size(report.dataset_bytes)}",
         f"  rejects     {_rejects(report)}",
     ]
+    if report.missing_shards:
+        left = f"{report.missing_shards} of {report.shards} shards are left for others; the last part finishes"
+        lines.append(f"  part        {report.part} is built; {left}")
     if not report.built_shards:
-        return "\n".join([*lines, "  complete; nothing was left to build"])
+        return "\n".join([*lines, f"  {'complete; ' if report.complete else ''}nothing was left to build"])
     tuning, place = report.tuning, "GPU" if report.device == "cuda" else "CPU"
     workers = f"{tuning.workers} worker(s)" if tuning.workers else "no worker but itself"
     gpu_memory = f", {size(report.gpu_memory_bytes)} on its GPU" if report.gpu_memory_bytes else ""
@@ -71,7 +74,7 @@ def _rejects(report: BuildReport) -> str:
     return f"{report.rejects} ({codes}); rejects.jsonl names them"
 
 
-class _Bar:
+class Bar:
     """A progress bar on stderr that listens to a build's events."""
 
     def __init__(self, *, hidden: bool) -> None:
@@ -88,7 +91,7 @@ class _Bar:
         self._task = self._progress.add_task("build", total=None, rates="", visible=False)
         self._rejects = self._bytes = 0
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         self._progress.start()
         return self
 

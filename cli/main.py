@@ -16,8 +16,11 @@ from gpu_npz.errors import GpuNpzError
 # Kept here so that `--help` imports none of the commands.
 COMMANDS = {
     "build": "Build NPZ shards from images, or go on with a build that was stopped.",
+    "plan": "Say what a build would do and take, before a long job.",
     "info": "Say what a dataset is, or how far its build has come.",
     "verify": "Read a whole dataset and compare it with its manifest.",
+    "retry": "Try the rejects of a dataset again, after their files were mended.",
+    "finalize": "Finish a dataset that was built in parts.",
     "parity": "Say how far two decoders differ on the same images.",
     "doctor": "Say what this machine can use, and how to get the rest.",
     "demo": "Make some images, build and verify a dataset from them.",

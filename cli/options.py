@@ -7,7 +7,11 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from gpu_npz.config import BuildConfig, load_toml
+from gpu_npz.config import BuildConfig, load_toml, settings_of
+
+# What may differ from the build when rejects are tried again or shards built anew.
+_NOT = {"classes_from", "part", "overwrite"}
+OPERATIONAL = [name for name in (*settings_of("environment"), *settings_of("operational")) if name not in _NOT]
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -11,7 +11,7 @@ import platform
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,20 +21,32 @@ from . import environment
 from .config import BuildConfig
 from .engines import local
 from .environment import Choice
-from .errors import BackendError, FormatError, MismatchError, RejectLimitError, SourceError, StorageError, UsageError
+from .errors import (
+    BackendError,
+    FormatError,
+    LockedError,
+    MismatchError,
+    RejectLimitError,
+    SourceError,
+    StorageError,
+    UsageError,
+)
 from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
 from .normalize import row_shape, table
 from .output import INDEX, JOB, MANIFEST, PLAN, REJECTS, REPORT, clear, remove_temporaries, require_own
+from .parts import Part
 from .plan import Plan, collect
 from .sources.base import Source
 from .sources.folder import FolderSource
-from .storage import PRIVATE, LocalStorage
+from .space import require_space
+from .storage import LOCK, PRIVATE, LocalStorage
 from .tuning import Tuning
 from .worker import Committed, Event, Task, WorkerEnded
 
 log = logging.getLogger(__name__)
 _PROBED_ITEMS = 16
+_PLAN_WAIT_S = 3600.0  # for the first of several parts, which lists the source, or for the last, which finishes
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,8 @@ class BuildReport:
 
     out: str
     complete: bool
+    part: str | None
+    missing_shards: int
     items: int
     rows: int
     rejects: int
@@ -104,14 +118,46 @@ def build(
     start = time.perf_counter()
     storage = LocalStorage(out)
     _check_places(src, storage)
+    part = None if config.part is None else Part.of(config.part, os.environ)
+    if part and config.overwrite:
+        raise UsageError(
+            "--part and --overwrite: the parts would delete each other's shards; delete OUT, then start them"
+        )
     classes = class_list(config.classes_from) if config.classes_from is not None else None
     source = FolderSource(src, classes)
     require_own(storage)
-    with storage.lock():
-        remove_temporaries(storage)
-        begin = config.overwrite or storage.size(JOB) is None
-        job = (_begin if begin else _resume)(storage, source, config)
-        return _run(storage, job, source, config, progress or (lambda _: None), start)
+    with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as planning:
+            held = planning.enter_context(storage.lock(wait_s=_PLAN_WAIT_S if part else 0.0))
+            if not part:
+                require_no_parts(storage)
+            if not live_parts(storage):
+                remove_temporaries(storage)
+            begin = config.overwrite or storage.size(JOB) is None
+            job = (_begin if begin else _resume)(storage, source, config)
+            if part:
+                log.warning("building part %s (%s)", part, part.origin)
+                held = stack.enter_context(storage.lock(f"{LOCK}-part-{part.number}-of-{part.count}"))
+            else:
+                stack.push(planning.pop_all())
+
+        def told(event: Started | Event) -> None:
+            held.require_held()
+            if progress:
+                progress(event)
+
+        return run(storage, job, source, config, told, start=start, part=part)
+
+
+def live_parts(storage: LocalStorage) -> list[str]:
+    """The parts of a build that are at work in OUT, by their locks."""
+    return [name for name in storage.live_locks() if name != LOCK]
+
+
+def require_no_parts(storage: LocalStorage) -> None:
+    """Raises LockedError where parts of a build are at work."""
+    if parts := live_parts(storage):
+        raise LockedError(f"{storage.root!r} is being built in parts ({', '.join(parts)}); wait until they have ended")
 
 
 def _begin(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
@@ -149,11 +195,11 @@ def _resume(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
     if job.plan.digest() != job.record.plan_digest:
         raise FormatError(f"{storage.path(PLAN)!r} is damaged; restore it, or build anew with --overwrite")
     if source.location != job.record.source_location:
-        _check_moved(job, source)
+        require_moved(job, source)
     return job
 
 
-def _backend(job: Job, config: BuildConfig) -> Choice:
+def backend(job: Job, config: BuildConfig) -> Choice:
     """The backend that the plan was made with, or an error: once planned, a build never falls back.
 
     Raises:
@@ -179,59 +225,78 @@ def _backend(job: Job, config: BuildConfig) -> Choice:
         ) from exc
 
 
-def _run(
+def run(
     storage: LocalStorage,
     job: Job,
     source: Source,
     config: BuildConfig,
     progress: Callable[[Started | Event], None],
+    *,
     start: float,
+    part: Part | None = None,
 ) -> BuildReport:
+    """Builds what is not built yet, for whoever holds the lock; see `build`.
+
+    Args:
+        storage: OUT.
+        job: what is being built.
+        source: the images.
+        config: its operational settings count.
+        progress: told what happens.
+        start: `time.perf_counter()` when all this began.
+        part: which shards; all if None.
+    """
     record, plan = job.record, job.plan
     records = committed(storage, job)
-    todo = [shard for shard in range(plan.shard_count) if shard not in records]
+    mine = part.shards(plan.shard_count) if part else range(plan.shard_count)
+    todo = [shard for shard in mine if shard not in records]
     built_items = sum(len(plan.shard_range(shard)) for shard in todo)
     row_bytes = math.prod(job.row_shape) * job.dtype.itemsize
-    choice = _backend(job, config) if todo else Choice(record.backend)
+    choice = backend(job, config) if todo else Choice(record.backend)
     shard_rows = min(plan.shard_rows, plan.item_count)
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=len(todo))
-    progress(Started(plan.item_count, plan.item_count - built_items, record.backend, record.device, tuning.workers))
+    items = sum(len(plan.shard_range(shard)) for shard in mine)
+    progress(Started(items, items - built_items, record.backend, record.device, tuning.workers))
     ended: list[WorkerEnded] = []
     if todo:
         if records and record.device == "cpu" and config.device not in ("auto", "cpu"):
             log.warning(
                 "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
             )
+        if config.preflight:
+            shards = len(todo)
+            require_space(storage.root, rows=built_items, row_bytes=row_bytes, shards=shards, dtype=job.settings.dtype)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
         task = Task(storage.root, source, None, tuning, _environment(records, config))
-        with contextlib.closing(local.run(task, todo, choice.gpus, config.worker_timeout)) as events:
+        with contextlib.closing(_events(task, todo, choice, config)) as events:
             for event in events:
                 if isinstance(event, Committed):
                     records[event.record.shard] = event.record
                 elif isinstance(event, WorkerEnded):
                     ended.append(event)
                 progress(event)
-    ordered = [records[shard] for shard in range(plan.shard_count)]
-    rejects = Counter(reject.code for commit in ordered for reject in commit.rejects)
-    finished = all(storage.size(name) is not None for name in (MANIFEST, INDEX, REJECTS))
-    complete = finished or rejects.total() <= config.reject_limit(plan.item_count)
-    if not complete:
-        write_rejects(storage, ordered)
-    elif not finished:
-        finish(storage, job, ordered)
+    if part:
+        with storage.lock(wait_s=_PLAN_WAIT_S):
+            records = committed(storage, job)  # the other parts', too
+            complete = len(records) == plan.shard_count and publish(storage, job, records, config)
+    else:
+        complete = publish(storage, job, records, config)
     stages: Counter[str] = Counter()
     for worker in ended:
         stages.update(worker.stage_seconds)
+    rejects = Counter(reject.code for commit in records.values() for reject in commit.rejects)
     seconds = time.perf_counter() - start
     report = BuildReport(
         out=storage.root,
         complete=complete,
+        part=str(part) if part else None,
+        missing_shards=plan.shard_count - len(records),
         items=plan.item_count,
-        rows=sum(commit.rows for commit in ordered),
+        rows=sum(commit.rows for commit in records.values()),
         rejects=rejects.total(),
         rejects_by_code=dict(sorted(rejects.items())),
         shards=plan.shard_count,
-        dataset_bytes=sum(commit.bytes for commit in ordered),
+        dataset_bytes=sum(commit.bytes for commit in records.values()),
         backend=record.backend,
         device=record.device,
         tuning=tuning,
@@ -243,13 +308,45 @@ def _run(
         bottleneck=_bottleneck(stages, tuning),
         worker_memory_bytes=max((worker.memory_bytes for worker in ended), default=0),
         gpu_memory_bytes=max((worker.gpu_memory_bytes for worker in ended), default=0),
-        hints=_hints(job, ordered),
+        hints=_hints(job, list(records.values())),
     )
     if todo:
         _store_report(storage, report)
-    if not complete:
+    if not complete and not report.missing_shards:
         raise RejectLimitError(_too_many(storage, report, config), report)
     return report
+
+
+def publish(storage: LocalStorage, job: Job, records: Mapping[int, CommitRecord], config: BuildConfig) -> bool:
+    """Makes a dataset of shards that are all there, unless too many items were rejected, and says whether it is one.
+
+    Raises:
+        MismatchError: the shards were made in several environments, and `accept_environment` is not set.
+    """
+    if all(storage.size(name) is not None for name in (MANIFEST, INDEX, REJECTS)):
+        return True
+    ordered = [records[shard] for shard in range(job.plan.shard_count)]
+    made_with = {json.dumps(record.environment, sort_keys=True): record.shard for record in ordered}
+    if len(made_with) > 1 and not config.accept_environment:
+        raise MismatchError(
+            "shards were made in several environments, whose pixels may differ:\n"
+            + "\n".join(f"  shard {shard}, for one: {made}" for made, shard in made_with.items())
+            + "\nadd --accept-environment to mix them, or start anew with --overwrite"
+        )
+    rejects = sum(len(record.rejects) for record in ordered)
+    if rejects > config.reject_limit(job.plan.item_count):
+        write_rejects(storage, ordered)
+        return False
+    finish(storage, job, ordered)
+    return True
+
+
+def _events(task: Task, shards: Sequence[int], choice: Choice, config: BuildConfig) -> Generator[Event, None, None]:
+    if config.engine == "local":
+        return local.run(task, shards, choice.gpus, config.worker_timeout)
+    from .engines import ray
+
+    return ray.run(task, shards, workers=config.workers, address=config.ray_address, timeout_s=config.worker_timeout)
 
 
 def _environment(records: dict[int, CommitRecord], config: BuildConfig) -> dict[str, Any] | None:
@@ -316,7 +413,7 @@ def _check_places(src: str | os.PathLike[str], storage: LocalStorage) -> None:
         raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")
 
 
-def _check_moved(job: Job, source: Source) -> None:
+def require_moved(job: Job, source: Source) -> None:
     """A source under another path must have at least some of the planned items."""
     probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
     if not any(os.path.exists(source.local_path(item.path)) for item in probe):

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
-import json
 import os
 import re
-import socket
 import stat
-import time
 from collections.abc import Iterator
 
-from .errors import LockedError, StorageError
+from .errors import StorageError
+from .locks import FileLock, is_live
 
+LOCK = "lock"
 PRIVATE = ".gpu-npz"  # the folder in OUT with all that resume and repair need
-_LOCK = f"{PRIVATE}/lock"
-_LINGER_S = 5.0
 _TEMPORARY = re.compile(r"\..+\.\d+-\d+\.tmp")
 _ADVICE = {
     errno.ENOSPC: "free some space, then run the same command to resume",
@@ -113,54 +109,27 @@ class LocalStorage:
                 self.remove(os.path.join(folder, name))
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds OUT for one build.
+    def lock(self, name: str = LOCK, *, wait_s: float = 0.0) -> Iterator[FileLock]:
+        """Holds OUT for one build, or a part of it; `locks.py` has the rules.
 
-        The kernel drops the lock of a process that died, so on one host a stale lock is simply taken over. A lock that
-        names another host is respected, since not every network filesystem carries locks between hosts.
+        Args:
+            name: which lock: they do not know of each other.
+            wait_s: how long to wait for whoever holds it.
 
         Raises:
-            LockedError: another build holds OUT.
+            LockedError: another build holds it.
             StorageError: OUT cannot be written.
         """
         with contextlib.ExitStack() as stack:
-            with self.explained(_LOCK):
+            with self.explained(f"{PRIVATE}/{name}"):
                 os.makedirs(self.path(PRIVATE), exist_ok=True)
-                descriptor = self._take_lock(stack)
-                stack.callback(self.remove, _LOCK)  # before the descriptor is closed: only the holder removes it
-                holder = {"host": socket.gethostname(), "process": os.getpid()}
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-            yield
+                held = stack.enter_context(FileLock(self.path(f"{PRIVATE}/{name}"), self.root, wait_s))
+            yield held
 
-    def _take_lock(self, stack: contextlib.ExitStack) -> int:
-        path = self.path(_LOCK)
-        patience = time.monotonic() + _LINGER_S
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = False
-            except BlockingIOError:
-                held = True
-            host, process = _holder(os.pread(descriptor, 4096, 0))
-            elsewhere = host not in ("", socket.gethostname())
-            if held and not elsewhere and _is_gone(process) and time.monotonic() < patience:
-                # A worker that a killed build was just starting has its lock until the worker's program runs.
-                stack.pop_all().close()
-                time.sleep(0.01)
-                continue
-            if held or elsewhere:
-                rest = f"; if that host or process is gone, delete {path!r}" if elsewhere else ""
-                raise LockedError(
-                    f"{self.root!r} is in use by process {process or '?'} on host {host or '?'}; wait for it, or stop "
-                    f"it and run the same command{rest}"
-                )
-            # Whoever held it before may have removed the file between our open and our lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
+    def live_locks(self) -> list[str]:
+        """The names of the locks that somebody holds."""
+        found = (name for name in self.names(PRIVATE) if name == LOCK or name.startswith(f"{LOCK}-"))
+        return [name for name in found if is_live(self.path(f"{PRIVATE}/{name}"))]
 
     @contextlib.contextmanager
     def explained(self, name: str) -> Iterator[None]:
@@ -187,20 +156,3 @@ def open_regular(path: str | bytes | os.PathLike[str], flags: int) -> int:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "not a regular file")
-
-
-def _is_gone(process: int) -> bool:
-    with contextlib.suppress(PermissionError):  # somebody else's, so it is there
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return True
-    return False
-
-
-def _holder(content: bytes) -> tuple[str, int]:
-    try:
-        values = json.loads(content)
-        return str(values["host"]), int(values["process"])
-    except (ValueError, KeyError, TypeError):
-        return "", 0

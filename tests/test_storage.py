@@ -27,7 +27,7 @@ from gpu_npz.errors import LockedError, StorageError
 from gpu_npz.storage import LocalStorage
 
 LOCK = ".gpu-npz/lock"
-SETTINGS = BuildConfig(size=16, shard_size=2, workers=1, device="cpu")
+SETTINGS = BuildConfig(size=16, shard_size=2, workers=0, device="cpu")
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ sys.exit(run(["build", *sys.argv[2:]]))
 
 def test_a_disk_that_takes_no_more_stops_the_build_and_leaves_nothing_half(make_tree: Any, tmp_path: Path) -> None:
     src, out = make_tree({f"a/{number}.jpg": "jpeg" for number in range(10)}), tmp_path / "out"
-    options = ["--size", "64", "--shard-size", "4", "--workers", "1", "--device", "cpu", "--quiet"]
+    options = ["--size", "64", "--shard-size", "4", "--workers", "0", "--device", "cpu", "--quiet"]
     # Ten rows of 48 KiB: two shards of four, one of two, which alone fits.
     result = subprocess.run(
         [sys.executable, "-c", FULL_DISK, "150000", src, out, *options], capture_output=True, text=True
@@ -286,7 +286,7 @@ def test_a_disk_that_takes_no_more_stops_the_build_and_leaves_nothing_half(make_
     assert "shard-00000.npz': File too large; choose a smaller --shard-size or raise the file size" in result.stderr
     assert "Traceback" not in result.stderr
     assert {path.name for path in out.rglob("*") if path.is_file()} == {"job.json", "plan.npz"}
-    report = build(src, out, BuildConfig(size=64, shard_size=4, workers=1, device="cpu"))
+    report = build(src, out, BuildConfig(size=64, shard_size=4, workers=0, device="cpu"))
     assert (report.complete, report.rows) == (True, 10)
 
 
@@ -411,7 +411,7 @@ def test_a_lock_file_that_says_nothing_and_that_nobody_holds_is_taken_over(
     storage.write(LOCK, content)
     with storage.lock():
         holder = json.loads(storage.read(LOCK) or b"")
-        assert holder == {"host": socket.gethostname(), "process": os.getpid()}
+        assert holder == {"host": socket.gethostname(), "process": os.getpid(), "beat": 0}
     assert files(storage) == set()
 
 

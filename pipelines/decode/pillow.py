@@ -108,8 +108,8 @@ class PillowDecoder:
                     if last == "resize":
                         self.decode_image(data, item.path)
                     elif last == "decode":
-                        self._check_data(data)
-                        with _opened(data, item.path) as image:
+                        self.check_data(data)
+                        with opened(data, item.path) as image:
                             self._upright(image)
             yield batch
 
@@ -124,19 +124,19 @@ class PillowDecoder:
             BadItem: the data is no image, damaged or too large: a property of the file.
             ShardError: there is not enough memory.
         """
-        self._check_data(data)
-        with _opened(data, path) as image:
+        self.check_data(data)
+        with opened(data, path) as image:
             upright, place = self._upright(image)
         with _enough_memory(path):
             return self._place(upright, place)
 
     def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
         """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
-        self._check_data(data)
-        with _opened(data, path) as image:
+        self.check_data(data)
+        with opened(data, path) as image:
             self._check_pixels(*image.size)
             image.load()
-            turned = self._config.exif_orientation and _orientation(image) >= 5
+            turned = self._config.exif_orientation and orientation_of(image) >= 5
             width, height = image.size
             return (width, height) if turned else (height, width)
 
@@ -144,7 +144,7 @@ class PillowDecoder:
         if width * height > self._config.max_pixels:
             raise BadItem("decode", "too-large", f"{width} x {height} pixels; at most {self._config.max_pixels}")
 
-    def _check_data(self, data: bytes) -> None:
+    def check_data(self, data: bytes) -> None:
         """What must be known before Pillow opens the data. Raises BadItem."""
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             self._check_webp(data)
@@ -170,7 +170,7 @@ class PillowDecoder:
             # Before EXIF is asked for: loading turns a TIFF upright, and a PNG's EXIF may stand behind its pixels.
             image.load()
         width, height = image.size
-        orientation = _orientation(image) if config.exif_orientation else 1
+        orientation = orientation_of(image) if config.exif_orientation else 1
         if orientation >= 5:
             height, width = width, height
         place = self._geometry.place(height, width)
@@ -210,7 +210,8 @@ def _enough_memory(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, path: str) -> Iterator[Image.Image]:
+def opened(data: bytes, path: str) -> Iterator[Image.Image]:
+    """An image whose header has been read. What its body raises for the image's sake becomes a BadItem."""
     try:
         with _enough_memory(path), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
@@ -251,7 +252,8 @@ def is_simd() -> bool:
     return ".post" in PIL.__version__
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8: 1 where there is none, or none that can be read."""
     # What cannot be read does not say how to turn anything. Pillow turns TIFF by itself, whether asked to or not.
     block = image.info.get("exif")
     if not block or image.format == "TIFF":

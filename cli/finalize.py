@@ -1,0 +1,22 @@
+"""`gpu-npz finalize`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gpu_npz.cli.console import printable, show_warnings
+from gpu_npz.cli.options import config_options, read_config
+from gpu_npz.maintenance import finalize
+
+
+@click.command("finalize")
+@click.argument("out", metavar="OUT")
+@config_options("max_rejects", "accept_environment")
+def command(out: str, **given: Any) -> None:
+    """Make a dataset of OUT when all of its shards are built, as the last part of a build does by itself."""
+    show_warnings()
+    manifest = finalize(out, read_config(None, given))
+    counts = manifest.counts
+    click.echo(f"{printable(out)}: {counts.rows} images in {counts.shards} shards; complete")

@@ -1,0 +1,121 @@
+"""`gpu-npz plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.progress import Progress
+
+from gpu_npz.cli.console import errors, print_json, printable, show_warnings, size
+from gpu_npz.cli.options import config_options, read_config
+from gpu_npz.config import BuildConfig
+
+if TYPE_CHECKING:
+    from gpu_npz.preflight import Sample, Survey
+
+
+@click.command("plan")
+@click.argument("src", metavar="SRC")
+@click.argument("out", metavar="[OUT]", required=False)
+@click.option(
+    "--seconds", type=click.FloatRange(0, 600), default=3.0, show_default=True, metavar="S", help="How long to measure."
+)
+@click.option("--no-measure", is_flag=True, help="Do not measure; the duration is then left out, as by --seconds 0.")
+@click.option("--folder", metavar="DIR", help="Where to measure; the system's temporary folder unless given.")
+@config_options(*BuildConfig.model_fields)
+@click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def command(
+    src: str,
+    out: str | None,
+    seconds: float,
+    no_measure: bool,
+    folder: str | None,
+    config_file: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Say what a build with these arguments would do, and what it would take: size, memory, time.
+
+    Lists SRC, reads about 1,000 headers, and builds shards of some items for a few seconds in a temporary folder.
+    Writes nothing to OUT, whose free space is looked at; that of the current folder if it is not given.
+    """
+    from gpu_npz.preflight import survey
+
+    show_warnings()
+    config = read_config(config_file, given)
+    with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        found = survey(
+            src,
+            config,
+            out,
+            seconds=0.0 if no_measure else seconds,
+            folder=folder,
+            progress=lambda stage, done, total: progress.update(task, description=stage, completed=done, total=total),
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        click.echo("\n".join(_lines(found)))
+
+
+def _lines(found: Survey) -> list[str]:
+    tuning = found.tuning
+    free = "" if found.free_bytes is None else f", {size(found.free_bytes)} free"
+    workers = f"{tuning.workers} worker(s)" if tuning.workers else "no worker but itself"
+    shape = f"{found.image_size[0]} x {found.image_size[1]}"
+    shards = f"{found.shards} shard(s) of up to {found.shard_rows} rows, {size(found.output_bytes)}{free}"
+    lines = [
+        f"{printable(found.source)}: {found.items} items{_classes(found)}",
+        *_sampled(found.sample, found.items),
+        f"  output      images of {shape}, {size(found.row_bytes)} each; {shards}",
+        f"  with        {found.backend} on the {'GPU' if found.device == 'cuda' else 'CPU'}, {workers}, "
+        f"batches of {tuning.batch_size}, {tuning.open_shards} open shard(s) a worker",
+        f"  memory      about {size(found.worker_memory_bytes)} a worker, {size(found.memory_bytes)} in all",
+    ]
+    if found.measured and found.duration_s is not None:
+        rate = f"{found.measured.images_per_second:.0f} images/s by one worker"
+        lines.append(f"  duration    about {_time(found.duration_s)}: {rate}, {found.measured.items} items measured")
+    return lines + [f"  warning     {printable(warning, keep=chr(10))}" for warning in found.warnings]
+
+
+def _classes(found: Survey) -> str:
+    if found.classes is None or found.smallest_class is None or found.largest_class is None:
+        return ", no labels"
+    (small, least), (large, most) = found.smallest_class, found.largest_class
+    if least == most:
+        return f" in {found.classes} classes, {least} in each"
+    return f" in {found.classes} classes, {least} ({printable(small)}) to {most} ({printable(large)}) in one"
+
+
+def _sampled(sample: Sample, items: int) -> list[str]:
+    codes = ", ".join(f"{count} {code}" for code, count in sample.unreadable.items())
+    lines = [f"  sample      {sample.items} headers, {codes or 'all'} {'cannot' if codes else 'can'} be read"]
+    if not sample.sizes:
+        return lines
+    smallest, median, largest = (f"{height} x {width}" for height, width in sample.sizes)
+    encoded = f"{size(sample.encoded_bytes)} encoded, some {size(sample.encoded_bytes * items)} in all"
+    readable = sum(sample.formats.values())
+    kinds = {"progressive": sample.progressive, "turned by EXIF": sample.turned, "CMYK": sample.cmyk}
+    shares = ", ".join(f"{count / readable:.1%} {kind}" for kind, count in {**kinds, "gray": sample.gray}.items())
+    lines += [
+        f"  sizes       {smallest} to {largest}, {median} in the middle; {encoded}",
+        f"  kinds       {_counts(sample.formats)}; {_counts(sample.modes)}; {shares}",
+    ]
+    if (heaviest := sample.heaviest) is not None:
+        sides = f"{heaviest.height} x {heaviest.width} {heaviest.mode} {heaviest.format}"
+        lines.append(f"  heaviest    {sides}, {size(heaviest.decode_bytes)} to decode: {printable(heaviest.path)}")
+    return lines
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,30 @@
+"""`gpu-npz retry`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gpu_npz.cli.build import Bar, summary
+from gpu_npz.cli.console import print_json, printable, show_warnings
+from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
+from gpu_npz.maintenance import retry
+
+
+@click.command("retry")
+@click.argument("out", metavar="OUT")
+@click.option("--source", metavar="SRC", help="Where the images are now, if they have moved.")
+@config_options(*OPERATIONAL)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def command(out: str, source: str | None, as_json: bool, **given: Any) -> None:
+    """Try the rejects of OUT again after their files were mended, and build only the shards anew that change."""
+    show_warnings()
+    with Bar(hidden=as_json) as bar:
+        result = retry(out, read_config(None, given), source=source, progress=bar)
+    if as_json:
+        print_json(result.to_json())
+    elif result.report is None:
+        click.echo(f"{printable(out)}: no reject can be decoded now; nothing was changed")
+    else:
+        click.echo(f"{len(result.shards)} shard(s) built anew\n{summary(result.report)}")

@@ -1,0 +1,206 @@
+"""What is done with an OUT that a build has begun: finish it, try its rejects again, build damaged shards anew."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .audit.verification import Problem, verify
+from .builder import BuildReport, Started, backend, live_parts, publish, require_moved, require_no_parts, run
+from .config import BuildConfig
+from .decode import make_decoder
+from .errors import FormatError, IncompleteError, SourceError
+from .geometry import Geometry
+from .job import Job
+from .manifest import Manifest, committed
+from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
+from .plan import Batch
+from .sources.base import Source
+from .sources.folder import FolderSource
+from .storage import LocalStorage
+from .tuning import Tuning
+from .worker import Event
+
+_DEADLY = ("crashed", "timed-out")  # what to try in a worker of its own
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What retry or repair did: the shards that were built again, and the build's report; None if there was nothing."""
+
+    shards: tuple[int, ...]
+    report: BuildReport | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {"shards": self.shards, "report": self.report and self.report.to_json()}
+
+
+def finalize(out: str | os.PathLike[str], config: BuildConfig | None = None) -> Manifest:
+    """Writes what makes OUT a finished dataset, if all of its shards are built.
+
+    Args:
+        out: the folder.
+        config: gives `max_rejects` and `accept_environment`.
+
+    Raises:
+        IncompleteError: shards are missing, or too many items were rejected.
+        LockedError: a build is at work, or a part of one.
+        FormatError: OUT was not begun by a build, or is damaged.
+    """
+    config = config or BuildConfig()
+    storage = LocalStorage(out)
+    job = Job.open(storage)
+    with storage.lock():
+        records = committed(storage, job)
+        missing = [shard for shard in range(job.plan.shard_count) if shard not in records]
+        if missing:
+            parts = live_parts(storage)
+            advice = f"these are at work: {', '.join(parts)}" if parts else "run the same gpu-npz build again"
+            raise IncompleteError(
+                f"{storage.root!r} is not complete: {len(records)} of {job.plan.shard_count} shards are built, and "
+                f"shard {missing[0]} is not; {advice}"
+            )
+        if not publish(storage, job, records, config):
+            rejects = sum(len(record.rejects) for record in records.values())
+            raise IncompleteError(
+                f"{storage.root!r}: {rejects} of {job.plan.item_count} items were rejected, and --max-rejects "
+                f"{config.max_rejects} allows {config.reject_limit(job.plan.item_count)}; give a higher --max-rejects"
+            )
+    return Manifest.load(out)
+
+
+def retry(
+    out: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    source: str | os.PathLike[str] | None = None,
+    progress: Callable[[Started | Event], None] | None = None,
+) -> Rebuilt:
+    """Tries the rejected items again, whose files may have been mended, and builds the shards anew that change.
+
+    Args:
+        out: the folder.
+        config: its operational settings count.
+        source: where the images are now, if not where they were when the build began.
+        progress: as for `build`.
+
+    Raises:
+        As `build`; UsageError: `source` is not given and the images are gone.
+    """
+    storage, job, images, settings = _opened(out, config, source)
+    with _alone(storage):
+        records = committed(storage, job)
+        if len(records) < job.plan.shard_count:
+            raise IncompleteError(
+                f"{storage.root!r}: {len(records)} of {job.plan.shard_count} shards are built; run the same gpu-npz "
+                "build again first"
+            )
+        rejected = {reject.index: reject.code for record in records.values() for reject in record.rejects}
+        usable = {index for index, code in rejected.items() if code in _DEADLY}  # a worker will see
+        usable |= _decodable(job, images, settings, sorted(rejected.keys() - usable))
+        shards = sorted({index // job.plan.shard_rows for index in usable})
+        return _rebuild(storage, job, images, settings, shards, progress) if shards else Rebuilt((), None)
+
+
+def repair(
+    out: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    source: str | os.PathLike[str] | None = None,
+    progress: Callable[[Started | Event], None] | None = None,
+    checked: Callable[[int, int], None] | None = None,
+) -> Rebuilt:
+    """Verifies a dataset and builds the shards anew that are damaged or missing, and what is written at the end.
+
+    Args:
+        out: the folder.
+        config: its operational settings count.
+        source: where the images are now, if not where they were when the build began.
+        progress: as for `build`.
+        checked: called with shards verified and shards in all.
+
+    Raises:
+        As `build`; IncompleteError: the build has not ended yet.
+    """
+    storage, job, images, settings = _opened(out, config, source)
+    with _alone(storage):
+        try:
+            problems = verify(out, progress=checked).problems
+        except FormatError as exc:
+            problems = (Problem(MANIFEST, str(exc)),)
+        if not problems:
+            return Rebuilt((), None)
+        damaged = {problem.file for problem in problems}
+        shards = job.plan.shard_count
+        bad = [shard for shard in range(shards) if shard_name(shard, shards) in damaged]
+        return _rebuild(storage, job, images, settings, bad, progress)
+
+
+def _opened(
+    out: str | os.PathLike[str], config: BuildConfig | None, source: str | os.PathLike[str] | None
+) -> tuple[LocalStorage, Job, Source, BuildConfig]:
+    """OUT, what it is built from, the images, and settings: the build's own, but for operational ones."""
+    storage = LocalStorage(out)
+    job = Job.open(storage)
+    try:
+        images = FolderSource(source or job.record.source_location, job.record.class_names)
+    except SourceError as exc:
+        if source is not None:
+            raise
+        raise SourceError(f"{exc}. If the images have moved, give --source SRC") from exc
+    if images.location != job.record.source_location:
+        require_moved(job, images)
+    settings = BuildConfig(**{**(config or BuildConfig()).model_dump(), **job.settings.identity()})
+    if storage.size(MANIFEST) is not None:  # its rejects were accepted once
+        settings = settings.model_copy(update={"max_rejects": "100%"})
+    return storage, job, images, settings
+
+
+@contextlib.contextmanager
+def _alone(storage: LocalStorage) -> Iterator[None]:
+    with storage.lock():
+        require_no_parts(storage)
+        remove_temporaries(storage)
+        yield
+
+
+def _decodable(job: Job, source: Source, config: BuildConfig, indices: Sequence[int]) -> set[int]:
+    """Which of these items can be decoded now."""
+    if not indices:
+        return set()
+    choice = backend(job, config)
+    row_bytes = math.prod(job.row_shape)
+    tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=len(indices), shards=1)
+    geometry = Geometry.of(job.settings, job.record.image_size)
+    items = [item for index in indices for item in job.plan.items(index, index + 1)]
+    batches = [
+        Batch(0, items[start : start + tuning.batch_size], False) for start in range(0, len(items), tuning.batch_size)
+    ]
+    with make_decoder(choice.backend, job.settings, geometry, source, tuning=tuning, gpu=choice.gpu) as decoder:
+        return {
+            decoded.batch.items[position].index
+            for decoded in decoder.decode(batches)
+            for position in decoded.kept.tolist()
+        }
+
+
+def _rebuild(
+    storage: LocalStorage,
+    job: Job,
+    source: Source,
+    config: BuildConfig,
+    shards: Sequence[int],
+    progress: Callable[[Started | Event], None] | None,
+) -> Rebuilt:
+    start = time.perf_counter()
+    for name in (MANIFEST, INDEX, REJECTS):
+        storage.remove(name)
+    for shard in shards:
+        storage.remove(commit_name(shard, job.plan.shard_count))
+    return Rebuilt(tuple(shards), run(storage, job, source, config, progress or (lambda _: None), start=start))

@@ -1,0 +1,286 @@
+"""Before a long build: what it would make and take, by a look at the items and a short measured run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from . import environment
+from .config import BuildConfig
+from .environment import Choice
+from .errors import SourceError, StorageError
+from .headers import Sample, sample_headers, spread
+from .job import Job
+from .manifest import class_list
+from .normalize import row_shape, table
+from .output import require_own, shard_name
+from .plan import Plan, collect
+from .sources.base import Group, Source
+from .sources.folder import FolderSource
+from .space import free_space, gigabytes, held_bytes, lack_of_space, output_bytes
+from .storage import LocalStorage
+from .tuning import Tuning
+from .worker import Committed, Progress, Task, work
+
+SECONDS = 3.0
+_MEASURED_ITEMS = 20_000
+_MEASURED_SHARD_BYTES = 1 << 27  # measured shards are deleted one by one, so that a few of these are all it takes
+_MANY_SHARDS = 100_000
+# A worker that has decoded nothing but tiny images: Python, NumPy and the decoder's library; DALI's without CUDA's.
+_PROCESS_BYTES = {"pillow": 60 * 10**6, "dali": 220 * 10**6}
+
+Tell = Callable[[str, float, "float | None"], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A short run of one worker: how many items in how many seconds, after the first batch."""
+
+    items: int
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a build would do. Sizes in bytes; of the whole dataset, whatever `part` says.
+
+    Attributes:
+        source: where the images are.
+        items: how many.
+        classes: how many; None without labels.
+        smallest_class, largest_class: name and number of items.
+        sample: what the headers say.
+        image_size: height and width of a stored image.
+        row_bytes, shard_rows, shards: of the output.
+        output_bytes: all files together, if no item is rejected.
+        free_bytes: of the filesystem where OUT lies or will lie; None where it does not tell.
+        backend, device, tuning: what the build would take.
+        worker_memory_bytes, memory_bytes: main memory of a worker and of all; estimates.
+        measured: a short run of one worker; None if it was left out.
+        duration_s: of the build, by that run; an estimate.
+        warnings: what to think over before the build.
+    """
+
+    source: str
+    items: int
+    classes: int | None
+    smallest_class: tuple[str, int] | None
+    largest_class: tuple[str, int] | None
+    sample: Sample
+    image_size: tuple[int, int]
+    row_bytes: int
+    shard_rows: int
+    shards: int
+    output_bytes: int
+    free_bytes: int | None
+    backend: str
+    device: str
+    tuning: Tuning
+    worker_memory_bytes: int
+    memory_bytes: int
+    measured: Measured | None
+    duration_s: float | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The survey as JSON values."""
+        return asdict(self)
+
+
+def survey(
+    src: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    seconds: float = SECONDS,
+    folder: str | None = None,
+    progress: Tell = lambda stage, done, total: None,
+) -> Survey:
+    """Says what `build` with the same arguments would do; writes nothing to `out`.
+
+    Args:
+        src: a folder of class folders, or of images.
+        config: the settings; the defaults if None.
+        out: where the dataset shall be; for its free space the current folder counts if None.
+        seconds: how long to decode, normalize and write for a rate, about; 0 leaves that out.
+        folder: where that writes, and deletes what it wrote; the system's temporary folder if None.
+        progress: called with the stage, what of it is done, and its total where that is known.
+
+    Raises:
+        UsageError, BackendError, SourceError: as `build`.
+        StorageError: `out` holds files that no build made.
+        ShardError: the measured run failed for a reason that lies outside the images.
+    """
+    config = config or BuildConfig()
+    classes = class_list(config.classes_from) if config.classes_from is not None else None
+    source = FolderSource(src, classes)
+    place = os.getcwd() if out is None else os.fspath(out)
+    if out is not None and "://" not in place:
+        require_own(LocalStorage(place))
+    choice = environment.choose(config, environment.inspect(config.device))
+    table(config)  # a value that the dtype cannot hold shows here
+    progress("listing", 0, None)
+    arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
+    if not len(arrays["name_ends"]):
+        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
+    sample = sample_headers(Plan(arrays, 1), source, config, choice, lambda *done: progress("reading headers", *done))
+    size = config.size or _common_size(Plan(arrays, 1), source, config)
+    shape = row_shape(config, *size)
+    row_bytes = math.prod(shape) * np.dtype(config.dtype).itemsize
+    plan = Plan(arrays, config.shard_rows(row_bytes))
+    shard_rows = min(plan.shard_rows, plan.item_count)
+    tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=plan.shard_count)
+    needed = output_bytes(plan, config, shape, labelled=source.class_names is not None)
+    memory = _memory(tuning, choice, row_bytes, math.prod(shape), sample)
+    measured, trouble = None, None
+    if seconds > 0:
+        try:
+            measured = _measure(plan, source, config, choice, tuning, size, row_bytes, seconds, folder, progress)
+        except StorageError as exc:
+            trouble = f"the duration is not known: {exc}; --folder DIR measures elsewhere"
+    workers = max(1, tuning.workers)
+    smallest, largest = _classes(plan, source)
+    return Survey(
+        source=source.location,
+        items=plan.item_count,
+        classes=None if source.class_names is None else len(source.class_names),
+        smallest_class=smallest,
+        largest_class=largest,
+        sample=sample,
+        image_size=size,
+        row_bytes=row_bytes,
+        shard_rows=plan.shard_rows,
+        shards=plan.shard_count,
+        output_bytes=needed,
+        free_bytes=free_space(place)[0],
+        backend=choice.backend,
+        device=choice.device,
+        tuning=tuning,
+        worker_memory_bytes=memory,
+        memory_bytes=workers * memory,
+        measured=measured,
+        duration_s=plan.item_count / (measured.images_per_second * workers) if measured else None,
+        warnings=tuple(
+            warning
+            for warning in (
+                choice.warning,
+                lack_of_space(place, needed - held_bytes(place), plan.shard_count),
+                *_warnings(config, plan, sample, needed, labelled=source.class_names is not None),
+                trouble,
+            )
+            if warning
+        ),
+    )
+
+
+# The items
+
+
+def _classes(plan: Plan, source: FolderSource) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
+    """The smallest and the largest class, each with its number of items."""
+    if source.class_names is None:
+        return None, None
+    counts = np.bincount(plan.labels(), minlength=len(source.class_names))
+    smallest, largest = int(counts.argmin()), int(counts.argmax())
+    return (source.class_names[smallest], int(counts[smallest])), (source.class_names[largest], int(counts[largest]))
+
+
+def _common_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
+    from .decode.pillow import first_size
+
+    size = first_size(source, (item for at in range(plan.item_count) for item in plan.items(at, at + 1)), config)
+    if size is None:
+        raise SourceError(
+            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
+        )
+    return size
+
+
+# What it takes
+
+
+def _memory(tuning: Tuning, choice: Choice, row_bytes: int, row_pixels: int, sample: Sample) -> int:
+    """Main memory of a worker; what a GPU holds does not count, but for the rows that go there and back."""
+    batches = 0 if choice.gpus else 2 if choice.backend == "pillow" else tuning.prefetch + 1
+    heaviest = sample.heaviest.decode_bytes if sample.heaviest else 0
+    at_once = tuning.threads if choice.backend == "dali" and not choice.gpus else 1
+    rows = (tuning.open_shards + 2) * row_bytes + batches * row_pixels
+    return _PROCESS_BYTES[choice.backend] + tuning.batch_size * rows + at_once * heaviest
+
+
+def _measure(
+    plan: Plan,
+    source: FolderSource,
+    config: BuildConfig,
+    choice: Choice,
+    tuning: Tuning,
+    size: tuple[int, int],
+    row_bytes: int,
+    seconds: float,
+    folder: str | None,
+    progress: Tell,
+) -> Measured:
+    """Lets one worker build shards of items spread over the plan, in a temporary folder, until the time is over."""
+    groups = []
+    for item in spread(plan, _MEASURED_ITEMS, 0.5):
+        parent, slash, name = item.path.encode("utf-8", "surrogateescape").rpartition(b"/")
+        groups.append(Group(parent + slash, [name], -1 if item.label is None else item.label))
+    rows = min(plan.shard_rows, max(tuning.batch_size, _MEASURED_SHARD_BYTES // row_bytes))
+    small = Plan(collect(groups), rows)
+    settings = config.model_copy(update={"on_reject": "skip"})
+    items, first_items, begin, first, last = 0, 0, time.perf_counter(), 0.0, 0.0
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-plan-", dir=folder) as place:
+        storage = LocalStorage(place)
+        origin = (source.kind, source.location)
+        names = source.class_names
+        Job.create(storage, small, settings, choice, source=origin, class_names=names, image_size=size)
+        task = Task(place, source, choice.gpu, tuning, None)
+        with contextlib.closing(work(task, range(small.shard_count))) as events:
+            for event in events:
+                if isinstance(event, Committed):
+                    storage.remove(shard_name(event.record.shard, small.shard_count))
+                elif isinstance(event, Progress):
+                    last = time.perf_counter()
+                    if first:
+                        items += event.items
+                    else:  # a decoder's start is the same for a million images
+                        first, first_items = last, event.items
+                    progress("measuring", min(last - first, seconds), seconds)
+                    if last - first > seconds:
+                        break
+    if not items:  # one batch was all
+        items, first = first_items, begin
+    return Measured(items, last - first, items / (last - first))
+
+
+def _warnings(config: BuildConfig, plan: Plan, sample: Sample, needed: int, *, labelled: bool) -> Iterator[str]:
+    if config.dtype == "float32":
+        yield (
+            f"--dtype uint8 would take some {gigabytes(needed // 4)} instead of {gigabytes(needed)}; "
+            "readers then normalize, with equal values"
+        )
+    if labelled and config.shuffle is None and plan.shard_count > 1:
+        yield "shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order"
+    rejects = sample.over_max_pixels + sum(sample.unreadable.values())
+    expected = rejects * plan.item_count // sample.items
+    if expected > config.reject_limit(plan.item_count):
+        yield (
+            f"{rejects} of {sample.items} sampled items would be rejected, so some {expected} in all; --max-rejects "
+            f"{config.max_rejects} allows {config.reject_limit(plan.item_count)}: mend them, or raise it"
+        )
+    if sample.over_max_pixels:
+        yield (
+            f"{sample.over_max_pixels} of {sample.items} sampled images have more than --max-pixels "
+            f"{config.max_pixels} and would be rejected; raise it if memory allows"
+        )
+    if plan.shard_count > _MANY_SHARDS:
+        yield f"{plan.shard_count} shards are slow to list and to check; a larger --shard-size makes fewer"

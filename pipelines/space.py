@@ -1,0 +1,139 @@
+"""How much a dataset takes on the disk, and whether it fits."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .config import BuildConfig
+from .errors import StorageError
+from .job import index_comment, shard_comment
+from .npz.format import Member, data_offset, directory_bytes
+from .output import shard_files
+from .plan import Plan
+from .storage import LocalStorage
+
+_ID = "0" * 32  # a dataset's id counts for its length alone
+_OTHER_FILES = 16
+_COMMIT_BYTES = 4096  # a record takes a block
+# What a row takes besides its image, in its shard and in index.npz: a path of 64 characters, five numbers, two flags.
+_ROW_BYTES = 4 * 64 + 5 * 8 + 2
+_SHARD_BYTES = 7 * 4096 + _COMMIT_BYTES  # six members, each padded, the end records, and a commit record
+_OTHER_BYTES = 1 << 16
+
+
+def require_space(storage_root: str, *, rows: int, row_bytes: int, shards: int, dtype: str | None = None) -> None:
+    """Raises StorageError if what is still to be written does not fit on OUT's filesystem.
+
+    The need is over-estimated: by 0.2% for pixels of 224 x 224, and by less for larger rows. A filesystem that does not
+    tell its free space is not checked, nor is an object store.
+
+    Args:
+        storage_root: OUT, which may not be there yet.
+        rows: the items of the shards that are not built yet.
+        row_bytes: the size of a stored image.
+        shards: how many are not built yet.
+        dtype: of stored images, to say what another one would take.
+    """
+    lack = lack_of_space(storage_root, _at_most(rows, row_bytes, shards), shards)
+    if lack is None:
+        return
+    item_bytes = np.dtype(dtype or "float32").itemsize
+    pixels = gigabytes(_at_most(rows, row_bytes // item_bytes, shards))
+    smaller = f"--dtype uint8 would take {pixels}; " if dtype else "--dtype uint8 takes a quarter of float32; "
+    raise StorageError(
+        f"{lack}. {smaller if item_bytes > 1 else ''}free some space, choose another OUT, or start all the same with "
+        "--no-preflight"
+    )
+
+
+def output_bytes(plan: Plan, config: BuildConfig, shape: tuple[int, ...], *, labelled: bool) -> int:
+    """The size of all files of a dataset without rejects: shards and index.npz to the byte, the rest about."""
+    flags = {"valid": bool} if config.on_reject == "blank" else {}
+    labels = {"labels": np.int64} if labelled else {}
+
+    def shard(rows: int, path_characters: int) -> int:
+        texts = {"paths": f"<U{max(1, path_characters)}"}
+        numbers = {"index": np.int64, "source_bytes": np.int64}
+        columns = {name: (kind, (rows,)) for name, kind in {**labels, **texts, **numbers, **flags}.items()}
+        comment = shard_comment(_ID, plan.shard_count - 1)
+        return _npz_bytes({"images": (config.dtype, (rows, *shape)), **columns}, comment)
+
+    *full, last = _path_characters(plan)
+    total = shard(len(plan.shard_range(plan.shard_count - 1)), last)
+    total += sum(count * shard(plan.shard_rows, characters) for characters, count in Counter(full).items())
+    row_columns = {name: (kind, (plan.item_count,)) for name, kind in {"index": np.int64, **labels, **flags}.items()}
+    numbers = dict.fromkeys(("shard_rows", "shard_bytes"), (np.int64, (plan.shard_count,)))
+    index = {**row_columns, **numbers, "shard_digest": (np.uint8, (plan.shard_count, 32))}
+    stored_plan = {name: (array.dtype, array.shape) for name, array in plan.arrays.items()}
+    return total + _npz_bytes(index, index_comment(_ID)) + _npz_bytes(stored_plan) + 700 * plan.shard_count
+
+
+def _npz_bytes(arrays: dict[str, tuple[Any, tuple[int, ...]]], comment: str = "") -> int:
+    """The size of a file of these members, each with its dtype and shape."""
+    members: list[Member] = []
+    position = 0
+    for name, (dtype, shape) in arrays.items():
+        members.append(Member(name, position, data_offset(position, name), np.dtype(dtype), shape, 0))
+        position = members[-1].data_offset + members[-1].data_bytes
+    return position + len(directory_bytes(members, position, comment))
+
+
+def _path_characters(plan: Plan) -> Sequence[int]:
+    """The longest path of each shard, in bytes of UTF-8, which is at least its characters."""
+    names, folders, groups = (
+        np.diff(plan.arrays[name], prepend=0) for name in ("name_ends", "folder_ends", "group_ends")
+    )
+    lengths = names + np.repeat(folders, groups)
+    if "order" in plan.arrays:
+        lengths = lengths[plan.arrays["order"]]
+    found: list[int] = np.maximum.reduceat(lengths, np.arange(0, plan.item_count, plan.shard_rows)).tolist()
+    return found
+
+
+def _at_most(rows: int, row_bytes: int, shards: int) -> int:
+    return rows * (row_bytes + _ROW_BYTES) + shards * _SHARD_BYTES + _OTHER_BYTES
+
+
+def lack_of_space(place: str, needed_bytes: int, shards: int) -> str | None:
+    """What does not fit where `place` lies, None if all does."""
+    free_bytes, free_files = free_space(place)
+    if free_bytes is not None and needed_bytes > free_bytes:
+        return f"{place!r} needs {gigabytes(needed_bytes)}, and its filesystem has {gigabytes(free_bytes)} free"
+    files = 2 * shards + shards // 500 + _OTHER_FILES  # a commit record each, and folders of 1,000
+    if free_files is not None and files > free_files:
+        room = f"its filesystem has room for {free_files}"
+        return f"{place!r} needs {files} files, and {room}; a larger --shard-size makes fewer"
+    return None
+
+
+def free_space(place: str) -> tuple[int | None, int | None]:
+    """Bytes and files for which the filesystem has room where a path lies or will lie; None where it does not tell."""
+    if "://" in place:
+        return None, None
+    place = os.path.abspath(place)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    try:
+        found = os.statvfs(place)
+    except OSError:
+        return None, None
+    free_bytes = found.f_bavail * found.f_frsize if found.f_blocks else None  # some of FUSE's have no blocks
+    return free_bytes, found.f_favail if found.f_files else None  # btrfs counts no files
+
+
+def held_bytes(place: str) -> int:
+    """What the shards of an earlier run take in OUT: a build keeps them, or deletes them first."""
+    if "://" in place:
+        return 0
+    storage = LocalStorage(place)
+    return sum(storage.size(name) or 0 for name in shard_files(storage))
+
+
+def gigabytes(number: int) -> str:
+    """A number of bytes in gigabytes."""
+    return f"{number / 1e9:.3f} GB"

@@ -1,0 +1,189 @@
+"""Job arrays: parts of one build, in any order and at the same time, and the dataset that they make together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gpu_npz
+from gpu_npz.builder import build
+from gpu_npz.cli.main import run
+from gpu_npz.config import BuildConfig
+from gpu_npz.errors import IncompleteError, LockedError, MismatchError, RejectLimitError, UsageError
+from gpu_npz.maintenance import finalize
+from gpu_npz.parts import Part
+from gpu_npz.storage import LocalStorage
+
+FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
+
+
+def settings(**values: Any) -> BuildConfig:
+    common = {"device": "cpu", "size": 16, "workers": 0, "shard_size": 4, "max_rejects": "50%", "shuffle": 3}
+    return BuildConfig(**{**common, **values})
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
+    """30 files in 8 shards, some of them bad."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(30):
+        path = root / f"class-{number % 3}" / f"{number:02}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(file_bytes("half" if number % 11 == 5 else "jpeg", seed=number % 7, size=(40, 50)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    build(src, out, settings())
+    return contents(out)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Everything in OUT but the report, which has times in it."""
+    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    files.pop(".gpu-npz/report.json", None)
+    return files
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 2, 3, 1)], ids=str)
+def test_parts_in_any_order_make_the_dataset_that_one_build_makes(
+    order: tuple[int, ...], src: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    for place, number in enumerate(order, 1):
+        report = build(src, tmp_path / "out", settings(part=f"{number}/3"))
+        assert report.part == f"{number}/3"
+        assert report.complete == (place == len(order))
+        assert report.missing_shards == 8 - sum({1: 3, 2: 3, 3: 2}[done] for done in set(order[:place]))
+    assert contents(tmp_path / "out") == undisturbed
+    assert build(src, tmp_path / "out", settings(part="1/3")).built_shards == 0
+    assert build(src, tmp_path / "out", settings()).complete
+
+
+def test_parts_at_the_same_time_make_the_dataset_that_one_build_makes(
+    src: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    options = ["--device", "cpu", "--size", "16", "--shard-size", "4", "--max-rejects", "50%", "--shuffle", "3"]
+    command = [sys.executable, "-m", "gpu_npz", "build", str(src), str(tmp_path / "out"), *options, "--workers", "0"]
+    jobs = [
+        subprocess.Popen(
+            [*command, "--part", "auto"],
+            env={**os.environ, "SLURM_PROCID": str(number), "SLURM_NTASKS": "4"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    said = [job.communicate() for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 4, said
+    assert "building part 3/4 (SLURM_PROCID=2, SLURM_NTASKS=4)" in said[2][1]
+    assert contents(tmp_path / "out") == undisturbed
+    assert gpu_npz.verify(tmp_path / "out").ok
+
+
+def test_a_plain_build_never_takes_a_part_by_itself(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    report = build(src, tmp_path / "out", settings())
+    assert (report.part, report.complete, report.built_shards) == (None, True, 8)
+
+
+def test_a_plain_build_and_finalize_wait_for_no_part_but_say_so(src: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(src, out, settings(part="1/3"))
+    with LocalStorage(out).lock("lock-part-2-of-3"):
+        with pytest.raises(LockedError, match=r"being built in parts \(lock-part-2-of-3\)"):
+            build(src, out, settings())
+        with pytest.raises(IncompleteError, match=r"3 of 8 shards are built.*at work: lock-part-2-of-3"):
+            finalize(out)
+        with pytest.raises(LockedError):
+            build(src, out, settings(part="2/3"))
+        assert not build(src, out, settings(part="3/3")).complete
+    assert build(src, out, settings(part="2/3")).complete
+
+
+def test_parts_with_other_settings_are_refused(src: Path, tmp_path: Path) -> None:
+    build(src, tmp_path / "out", settings(part="1/3"))
+    with pytest.raises(MismatchError, match="dtype: float32 there, uint8 asked for"):
+        build(src, tmp_path / "out", settings(part="2/3", dtype="uint8"))
+    with pytest.raises(UsageError, match="--part and --overwrite"):
+        build(src, tmp_path / "out", settings(part="2/3", overwrite=True))
+
+
+def test_finalize_publishes_what_is_whole(
+    src: Path, undisturbed: dict[str, bytes], tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    build(src, out, settings(part="1/2"))
+    with pytest.raises(
+        IncompleteError, match="4 of 8 shards are built, and shard 1 is not; run the same gpu-npz build"
+    ):
+        finalize(out)
+    with pytest.raises(RejectLimitError):
+        build(src, out, settings(part="2/2", max_rejects="0"))
+    with pytest.raises(IncompleteError, match="give a higher --max-rejects"):
+        finalize(out, BuildConfig(max_rejects="0"))
+    assert run(["finalize", str(out), "--max-rejects", "50%"]) == 0
+    assert "27 images in 8 shards; complete" in capsys.readouterr().out
+    assert contents(out) == undisturbed
+
+
+def test_parts_that_were_built_in_other_environments_are_not_mixed_by_accident(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    build(src, out, settings(part="1/2"))
+    monkeypatch.setattr("gpu_npz.builder._environment", lambda records, config: None)  # both began at the same time
+    monkeypatch.setattr("gpu_npz.decode.pillow.versions", lambda: {"pillow": "another"})
+    with pytest.raises(MismatchError, match="several environments"):
+        build(src, out, settings(part="2/2"))
+    assert build(src, out, settings(part="2/2", accept_environment=True)).complete
+
+
+ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "part"),
+    [
+        ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "8"}, "1/8"),
+        ({"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "8"}, "8/8"),
+        ({**ARRAY, "SLURM_ARRAY_TASK_COUNT": "4"}, "3/4"),
+        ({**ARRAY, "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "6/8"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3", "RANK": "1", "WORLD_SIZE": "2"}, "1/3"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "2/2"),
+    ],
+)
+def test_auto_reads_what_slurm_and_torchrun_say(environ: dict[str, str], part: str) -> None:
+    found = Part.of("auto", environ)
+    assert str(found) == part
+    assert all(f"{name}={environ[name]}" in found.origin for name in ("RANK",) if len(environ) == 2 and name in environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({}, "neither SLURM_ARRAY_TASK_ID"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "neither"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "neither"),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}, "without gaps"),
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_COUNT": "4"}, "without gaps"),
+    ],
+)
+def test_auto_that_finds_nothing_usable_says_what_it_looked_for(environ: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Part.of("auto", environ)
+
+
+def test_every_shard_is_in_exactly_one_part() -> None:
+    for count in (1, 3, 10):
+        shards = [shard for number in range(count) for shard in Part(number + 1, count, "").shards(8)]
+        assert sorted(shards) == list(range(8))
