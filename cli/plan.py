@@ -12,7 +12,8 @@ from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
 
 if TYPE_CHECKING:
-    from gpu_npz.preflight import Sample, Survey
+    from gpu_npz.headers import Sample
+    from gpu_npz.preflight import Survey
 
 
 @click.command("plan")

@@ -72,7 +72,7 @@ def finalize(out: str | os.PathLike[str], config: BuildConfig | None = None) -> 
                 f"{storage.root!r}: {rejects} of {job.plan.item_count} items were rejected, and --max-rejects "
                 f"{config.max_rejects} allows {config.reject_limit(job.plan.item_count)}; give a higher --max-rejects"
             )
-    return Manifest.load(out)
+    return Manifest.load(storage.root)
 
 
 def retry(

@@ -8,8 +8,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..config import BuildConfig
@@ -82,13 +84,16 @@ def _usual_script(tick: Tick, setup: Setup) -> None:
     assert setup.config.size is not None
     height, width = setup.config.size
 
-    def load(path: str) -> np.ndarray:
+    def load(path: str) -> NDArray[Any]:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
-        return ((pixels.astype(np.float32) / 255 - _MEAN) / _STD).transpose(2, 0, 1)
+        values: NDArray[Any] = (pixels.astype(np.float32) / 255 - _MEAN) / _STD
+        return np.ascontiguousarray(values.transpose(2, 0, 1))
 
     items = setup.plan.items(0, min(setup.plan.item_count, _SCRIPT_IMAGES))
     with ThreadPoolExecutor(_SCRIPT_THREADS) as pool:
         rows = list(pool.map(load, (os.fsdecode(setup.source.local_path(item.path)) for item in items)))
-    np.savez_compressed(setup.place / "script.npz", images=np.stack(rows), labels=[item.label for item in items])
+    np.savez_compressed(
+        setup.place / "script.npz", images=np.stack(rows), labels=np.array([item.label or 0 for item in items])
+    )
     tick(len(items))
