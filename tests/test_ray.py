@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -371,6 +372,27 @@ def test_an_actor_works_on_the_one_gpu_that_it_sees(
     assert actor.poll(7) == [*[Progress(7, 1, 0, 0)] * 3, None]  # progress comes in groups
     assert actor.poll(None) == [WorkerEnded({}, 0, 0)]
     assert actor.poll() == []
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_actor_that_is_stopped_gives_its_work_up(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    ends: list[type[BaseException] | None] = []
+
+    def work(task: Task, shards: Any) -> Iterator[Any]:
+        try:
+            while next(iter(shards) if waits else itertools.repeat(0), None) is not None:
+                yield Progress(0, 1, 0, 0)
+        finally:
+            ends.append(sys.exc_info()[0])
+
+    monkeypatch.setattr(engine, "work", work)
+    actor = engine._Actor(task(FolderSource(src), tmp_path), False, None)
+    assert isinstance(actor.poll()[0], engine._Here)
+    actor.poll()
+    actor.stop()  # waits for its thread
+    assert ends == [None if waits else GeneratorExit]
 
 
 @pytest.mark.parametrize(
