@@ -40,7 +40,7 @@ from .plan import Plan, collect
 from .sources.base import Source
 from .sources.folder import FolderSource
 from .space import require_space
-from .storage import LOCK, PRIVATE, LocalStorage
+from .storage import LOCK, PRIVATE, Storage, is_remote, open_storage
 from .tuning import Tuning
 from .worker import Committed, Event, Task, WorkerEnded
 
@@ -106,7 +106,7 @@ def build(
 
     Args:
         src: a folder of class folders, or of images.
-        out: a folder; made if it is not there.
+        out: a folder, made if it is not there; or `s3://bucket/path` and the like.
         config: the settings; the defaults if None.
         progress: called with what happens, from the calling thread.
 
@@ -116,7 +116,7 @@ def build(
     """
     config = config or BuildConfig()
     start = time.perf_counter()
-    storage = LocalStorage(out)
+    storage = open_storage(out)
     _check_places(src, storage)
     part = None if config.part is None else Part.of(config.part, os.environ)
     if part and config.overwrite:
@@ -149,18 +149,18 @@ def build(
         return run(storage, job, source, config, told, start=start, part=part)
 
 
-def live_parts(storage: LocalStorage) -> list[str]:
+def live_parts(storage: Storage) -> list[str]:
     """The parts of a build that are at work in OUT, by their locks."""
     return [name for name in storage.live_locks() if name != LOCK]
 
 
-def require_no_parts(storage: LocalStorage) -> None:
+def require_no_parts(storage: Storage) -> None:
     """Raises LockedError where parts of a build are at work."""
     if parts := live_parts(storage):
         raise LockedError(f"{storage.root!r} is being built in parts ({', '.join(parts)}); wait until they have ended")
 
 
-def _begin(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
+def _begin(storage: Storage, source: Source, config: BuildConfig) -> Job:
     if storage.size(MANIFEST) is not None and not config.overwrite:
         raise StorageError(
             f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
@@ -189,7 +189,7 @@ def _begin(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
     )
 
 
-def _resume(storage: LocalStorage, source: Source, config: BuildConfig) -> Job:
+def _resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
     job = Job.open(storage)
     job.require_same(config, source.class_names)
     if job.plan.digest() != job.record.plan_digest:
@@ -226,7 +226,7 @@ def backend(job: Job, config: BuildConfig) -> Choice:
 
 
 def run(
-    storage: LocalStorage,
+    storage: Storage,
     job: Job,
     source: Source,
     config: BuildConfig,
@@ -317,7 +317,7 @@ def run(
     return report
 
 
-def publish(storage: LocalStorage, job: Job, records: Mapping[int, CommitRecord], config: BuildConfig) -> bool:
+def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], config: BuildConfig) -> bool:
     """Makes a dataset of shards that are all there, unless too many items were rejected, and says whether it is one.
 
     Raises:
@@ -379,7 +379,7 @@ def _hints(job: Job, records: Sequence[CommitRecord]) -> tuple[str, ...]:
     return tuple(hints)
 
 
-def _too_many(storage: LocalStorage, report: BuildReport, config: BuildConfig) -> str:
+def _too_many(storage: Storage, report: BuildReport, config: BuildConfig) -> str:
     codes = ", ".join(f"{count} {code}" for code, count in report.rejects_by_code.items())
     return (
         f"{report.rejects} of {report.items} items were rejected ({codes}); --max-rejects {config.max_rejects} allows "
@@ -388,7 +388,7 @@ def _too_many(storage: LocalStorage, report: BuildReport, config: BuildConfig) -
     )
 
 
-def _store_report(storage: LocalStorage, report: BuildReport) -> None:
+def _store_report(storage: Storage, report: BuildReport) -> None:
     machine = {"host": socket.gethostname(), "machine": platform.machine(), "python": platform.python_version()}
     ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     content = {**report.to_json(), "ended": ended, **machine}
@@ -407,7 +407,9 @@ def _common_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, 
     return size
 
 
-def _check_places(src: str | os.PathLike[str], storage: LocalStorage) -> None:
+def _check_places(src: str | os.PathLike[str], storage: Storage) -> None:
+    if is_remote(storage.root):
+        return
     source, out = os.path.realpath(src), os.path.realpath(storage.root)
     if os.path.commonpath([source, out]) == source and os.path.isdir(source):
         raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")

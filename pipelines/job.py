@@ -20,7 +20,7 @@ from .npz.reader import NpzReader
 from .npz.writer import NpzWriter
 from .output import JOB, PLAN
 from .plan import Plan
-from .storage import LocalStorage
+from .storage import Storage
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -74,7 +74,7 @@ class Job:
     @classmethod
     def create(
         cls,
-        storage: LocalStorage,
+        storage: Storage,
         plan: Plan,
         config: BuildConfig,
         choice: Choice,
@@ -114,7 +114,7 @@ class Job:
         return cls.open(storage)
 
     @classmethod
-    def open(cls, storage: LocalStorage) -> Job:
+    def open(cls, storage: Storage) -> Job:
         """The job that OUT was begun with.
 
         Raises:
@@ -130,7 +130,7 @@ class Job:
                 f"{label}: its id is not that of its settings; the file was altered. --overwrite starts anew"
             )
         try:
-            reader = NpzReader(storage.path(PLAN))
+            reader = open_npz(storage, PLAN)
         except OSError as exc:
             raise FormatError(f"{storage.path(PLAN)!r}: {exc.strerror}; run the build again with --overwrite") from exc
         plan = Plan({name: reader[name] for name in reader.directory.members}, record.shard_rows)
@@ -185,7 +185,7 @@ def index_comment(dataset_id: str) -> str:
     return f"gpu-npz 1 dataset={dataset_id} index"
 
 
-def store_arrays(storage: LocalStorage, name: str, arrays: Mapping[str, NDArray[Any]], comment: str) -> None:
+def store_arrays(storage: Storage, name: str, arrays: Mapping[str, NDArray[Any]], comment: str) -> None:
     """Writes a whole NPZ in one step: it is there whole or not at all."""
     temporary = storage.temporary(name)
     try:
@@ -196,6 +196,17 @@ def store_arrays(storage: LocalStorage, name: str, arrays: Mapping[str, NDArray[
         storage.publish(temporary, name)
     finally:
         storage.discard(temporary)
+
+
+def open_npz(storage: Storage, name: str) -> NpzReader:
+    """An NPZ of OUT, mapped; errors name it by its place in OUT. Raises OSError if it cannot be opened."""
+    with storage.local(name) as path:
+        try:
+            reader = NpzReader(path)
+        except FormatError as exc:
+            raise FormatError(str(exc).replace(path, storage.path(name))) from exc
+    reader.path = storage.path(name)
+    return reader
 
 
 def to_json(record: BaseModel) -> bytes:

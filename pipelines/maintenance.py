@@ -22,7 +22,7 @@ from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, s
 from .plan import Batch
 from .sources.base import Source
 from .sources.folder import FolderSource
-from .storage import LocalStorage
+from .storage import Storage, open_storage
 from .tuning import Tuning
 from .worker import Event
 
@@ -54,7 +54,7 @@ def finalize(out: str | os.PathLike[str], config: BuildConfig | None = None) -> 
         FormatError: OUT was not begun by a build, or is damaged.
     """
     config = config or BuildConfig()
-    storage = LocalStorage(out)
+    storage = open_storage(out)
     job = Job.open(storage)
     with storage.lock():
         records = committed(storage, job)
@@ -144,9 +144,9 @@ def repair(
 
 def _opened(
     out: str | os.PathLike[str], config: BuildConfig | None, source: str | os.PathLike[str] | None
-) -> tuple[LocalStorage, Job, Source, BuildConfig]:
+) -> tuple[Storage, Job, Source, BuildConfig]:
     """OUT, what it is built from, the images, and settings: the build's own, but for operational ones."""
-    storage = LocalStorage(out)
+    storage = open_storage(out)
     job = Job.open(storage)
     try:
         images = FolderSource(source or job.record.source_location, job.record.class_names)
@@ -163,7 +163,7 @@ def _opened(
 
 
 @contextlib.contextmanager
-def _alone(storage: LocalStorage) -> Iterator[None]:
+def _alone(storage: Storage) -> Iterator[None]:
     with storage.lock():
         require_no_parts(storage)
         remove_temporaries(storage)
@@ -191,7 +191,7 @@ def _decodable(job: Job, source: Source, config: BuildConfig, indices: Sequence[
 
 
 def _rebuild(
-    storage: LocalStorage,
+    storage: Storage,
     job: Job,
     source: Source,
     config: BuildConfig,

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,10 @@ from .job import Job, from_json, index_comment, store_arrays, to_json
 from .normalize import statistics
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, shard_name
 from .rejects import Reject
-from .storage import LocalStorage
+from .storage import Storage, is_remote, open_storage
 
 FORMAT_VERSION = 1
+_READERS = 16  # a store far away answers each request after some hundredths of a second
 
 
 class CommitRecord(BaseModel):
@@ -102,7 +104,7 @@ class Manifest(BaseModel):
             IncompleteError: the build has not ended yet.
             FormatError: not a dataset, damaged, or made by a later version.
         """
-        storage = LocalStorage(folder)
+        storage = open_storage(folder)
         content = storage.read(MANIFEST)
         if content is None:
             raise _no_manifest(storage)
@@ -134,8 +136,8 @@ def class_list(classes_from: str) -> tuple[str, ...]:
         UsageError: neither of the two, or a name stands there twice.
     """
     path, option = Path(classes_from), f"--classes-from {classes_from!r}"
-    if path.is_dir():
-        classes = Manifest.load(path).classes
+    if is_remote(classes_from) or path.is_dir():
+        classes = Manifest.load(classes_from).classes
         if classes is None:
             raise UsageError(f"{option}: that dataset has no labels; leave the option out")
         return classes
@@ -153,12 +155,12 @@ def class_list(classes_from: str) -> tuple[str, ...]:
     return names
 
 
-def commit(storage: LocalStorage, record: CommitRecord, shards: int) -> None:
+def commit(storage: Storage, record: CommitRecord, shards: int) -> None:
     """Stores the proof that a shard is whole."""
     storage.write(commit_name(record.shard, shards), to_json(record))
 
 
-def committed(storage: LocalStorage, job: Job) -> dict[int, CommitRecord]:
+def committed(storage: Storage, job: Job) -> dict[int, CommitRecord]:
     """The shards that need no building: those with a commit record of this job and a file of the size it names.
 
     Raises:
@@ -166,17 +168,19 @@ def committed(storage: LocalStorage, job: Job) -> dict[int, CommitRecord]:
     """
     shards = job.plan.shard_count
     known = set(commit_files(storage))
-    records = {}
-    for shard in range(shards):
+    found = [shard for shard in range(shards) if commit_name(shard, shards) in known]
+
+    def look(shard: int) -> CommitRecord | None:
         name = commit_name(shard, shards)
-        if name not in known:
-            continue
         record = from_json(CommitRecord, storage.read(name) or b"", storage.path(name))
         whole = storage.size(shard_name(shard, shards)) == record.bytes
-        if record.id == job.record.id and record.shard == shard and whole:
-            _require_complete(record, job, storage.path(name))
-            records[shard] = record
-    return records
+        if record.id != job.record.id or record.shard != shard or not whole:
+            return None
+        _require_complete(record, job, storage.path(name))
+        return record
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return {record.shard: record for record in pool.map(look, found) if record is not None}
 
 
 def _require_complete(record: CommitRecord, job: Job, label: str) -> None:
@@ -189,7 +193,7 @@ def _require_complete(record: CommitRecord, job: Job, label: str) -> None:
         )
 
 
-def write_rejects(storage: LocalStorage, records: Iterable[CommitRecord]) -> str:
+def write_rejects(storage: Storage, records: Iterable[CommitRecord]) -> str:
     """Writes rejects.jsonl, a line a reject in the order of the plan; returns the SHA-256 of the file."""
     lines = (json.dumps(reject.to_json()) + "\n" for record in records for reject in record.rejects)
     content = "".join(lines).encode("ascii")
@@ -197,7 +201,7 @@ def write_rejects(storage: LocalStorage, records: Iterable[CommitRecord]) -> str
     return hashlib.sha256(content).hexdigest()
 
 
-def finish(storage: LocalStorage, job: Job, records: Sequence[CommitRecord]) -> Manifest:
+def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manifest:
     """Writes what makes OUT a finished dataset, dataset.json last.
 
     Args:
@@ -264,7 +268,7 @@ def _index(job: Job, records: Sequence[CommitRecord]) -> dict[str, NDArray[Any]]
     return index
 
 
-def _no_manifest(storage: LocalStorage) -> IncompleteError | FormatError:
+def _no_manifest(storage: Storage) -> IncompleteError | FormatError:
     if storage.size(JOB) is None:
         return FormatError(f"{storage.root!r} holds no dataset ({MANIFEST} is missing); give a folder that build made")
     job = Job.open(storage)

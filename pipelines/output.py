@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 
 from .errors import StorageError
-from .storage import PRIVATE, LocalStorage
+from .storage import PRIVATE, Storage
 
 MANIFEST = "dataset.json"
 INDEX = "index.npz"
@@ -35,7 +34,7 @@ def commit_name(shard: int, shards: int) -> str:
     return f"{COMMITS}/{shard_name(shard, shards).removesuffix('.npz')}.json"
 
 
-def shard_files(storage: LocalStorage) -> list[str]:
+def shard_files(storage: Storage) -> list[str]:
     """Every file in OUT that has a shard's name, sorted."""
     folders = ["", *_numbered(storage, "")]
     return [
@@ -43,7 +42,7 @@ def shard_files(storage: LocalStorage) -> list[str]:
     ]
 
 
-def commit_files(storage: LocalStorage) -> list[str]:
+def commit_files(storage: Storage) -> list[str]:
     """Every commit record in OUT."""
     names = []
     for folder in (COMMITS, *_numbered(storage, COMMITS)):
@@ -51,7 +50,7 @@ def commit_files(storage: LocalStorage) -> list[str]:
     return names
 
 
-def require_own(storage: LocalStorage) -> None:
+def require_own(storage: Storage) -> None:
     """Raises StorageError for a folder with files in it that no build made: a mistyped OUT must not be written to."""
     foreign = [name for name in storage.names() if name != PRIVATE]
     if foreign and storage.size(JOB) is None and storage.size(MANIFEST) is None:
@@ -61,13 +60,13 @@ def require_own(storage: LocalStorage) -> None:
         )
 
 
-def remove_temporaries(storage: LocalStorage) -> None:
+def remove_temporaries(storage: Storage) -> None:
     """Removes what killed builds left unfinished. Only for the holder of the lock."""
     for folder in ("", PRIVATE, COMMITS, *_numbered(storage, ""), *_numbered(storage, COMMITS)):
         storage.remove_temporaries(folder)
 
 
-def clear(storage: LocalStorage) -> None:
+def clear(storage: Storage) -> None:
     """Removes what builds made and nothing else. Only for the holder of the lock.
 
     The manifest goes first, since what is left is no dataset any more, and the job last: it tells that OUT is our own.
@@ -81,13 +80,7 @@ def clear(storage: LocalStorage) -> None:
             storage.remove(folder)
 
 
-def _numbered(storage: LocalStorage, parent: str) -> list[str]:
+def _numbered(storage: Storage, parent: str) -> list[str]:
     """The folders of 1,000 shards or records in a folder; no links, which lead elsewhere, no datasets of their own."""
     paths = [posixpath.join(parent, name) for name in storage.names(parent) if _FOLDER.fullmatch(name)]
-    return [
-        path
-        for path in paths
-        if os.path.isdir(storage.path(path))
-        and not os.path.islink(storage.path(path))
-        and not {PRIVATE, MANIFEST} & set(storage.names(path))
-    ]
+    return [path for path in paths if storage.is_folder(path) and not {PRIVATE, MANIFEST} & set(storage.names(path))]

@@ -24,7 +24,7 @@ from .npz.writer import NpzWriter
 from .output import shard_name
 from .plan import Item
 from .rejects import Reject
-from .storage import LocalStorage
+from .storage import Storage
 from .tuning import Tuning
 
 _SPARE_BUFFERS = 2  # one being filled, one on its way
@@ -77,7 +77,7 @@ class ShardSink:
 
     def __init__(
         self,
-        storage: LocalStorage,
+        storage: Storage,
         job: Job,
         environment: dict[str, Any],
         allocate: Callable[[tuple[int, ...]], NDArray[Any]],

@@ -25,7 +25,7 @@ from .plan import Batch, Plan
 from .rejects import BadItem, Code, Reject, clean
 from .sink import Rows, ShardSink
 from .sources.base import Source, read_item
-from .storage import LocalStorage
+from .storage import open_storage
 from .tuning import Tuning
 
 
@@ -99,7 +99,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         ShardError: a shard failed for a reason that lies outside its images.
         StorageError: OUT cannot be written.
     """
-    storage = LocalStorage(task.out)
+    storage = open_storage(task.out)
     job = Job.open(storage)
     with _explained(task), contextlib.ExitStack() as stack:
         normalizer = Normalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from gpu_npz import locks
 from gpu_npz.audit.verification import verify
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
@@ -402,6 +403,76 @@ def test_the_lock_of_another_host_is_respected_and_the_way_out_is_told(storage: 
     storage.remove(LOCK)
     with storage.lock():
         pass
+
+
+def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "STALE_S", 0.5)
+    monkeypatch.setattr(locks, "_LOOK_S", 0.02)
+    storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode())
+    ends: list[str] = []
+    ended, both = threading.Event(), threading.Barrier(2)
+
+    def wait() -> None:
+        both.wait()
+        try:
+            with LocalStorage(storage.root).lock(wait_s=2):
+                ends.append("won")
+                assert ended.wait(60)
+        except LockedError as exc:
+            ends.append(str(exc))
+            ended.set()
+
+    threads = [threading.Thread(target=wait) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ends[0] == "won"
+    assert f"in use by process {os.getpid()} " in ends[1]
+    assert files(storage) == set()
+
+
+def test_the_lock_of_another_host_is_respected_while_its_heart_beats(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "STALE_S", 0.5)
+    monkeypatch.setattr(locks, "_LOOK_S", 0.02)
+    over = threading.Event()
+
+    def write(beat: int) -> None:
+        storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711, "beat": beat}).encode())
+
+    def beat() -> None:
+        for number in itertools.count(1):
+            if over.wait(0.05):
+                return
+            write(number)
+
+    write(0)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(LockedError, match="process 4711 on host node-17"), storage.lock(wait_s=1.5):
+            pass
+        assert storage.live_locks() == ["lock"]
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_who_was_taken_for_dead_is_told_and_leaves_the_lock_of_the_other(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.02)
+    other = json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode()
+    with storage.lock() as held:
+        storage.write(LOCK, other)  # another file in its place
+        held._heart.join(60)
+        with pytest.raises(LockedError, match="was taken over by another host"):
+            held.require_held()
+    assert storage.read(LOCK) == other
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": null}', b"\xff\x00"])

@@ -22,9 +22,10 @@ from ..normalize import row_shape, statistics, table
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
 from ..readers.arrays import open_index, open_shard
-from ..storage import LocalStorage
+from ..storage import Storage, is_remote, open_storage
 
 _ROWS_AT_ONCE = 64
+_FETCHED_SHARDS = 4  # of an object store, on the local disk at the same time
 _MISSING_SHARDS = 100_000  # more than these are not looked for one by one on the word of a damaged manifest
 
 
@@ -70,15 +71,14 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
         IncompleteError: the build has not ended.
         FormatError: there is no manifest that can be read, or it contradicts itself.
     """
-    folder = os.path.abspath(path)
-    manifest = Manifest.load(folder)
-    storage = LocalStorage(folder)
+    storage = open_storage(path)
+    manifest = Manifest.load(storage.root)
     _require_consistent(manifest, storage.path(MANIFEST))
     shards = manifest.counts.shards
     problems: list[Problem] = []
     index: NpzReader | None
     try:
-        index = open_index(folder, manifest)
+        index = open_index(storage, manifest)
         problems += [Problem(INDEX, what) for what in _index_faults(index, manifest)]
         if problems:
             index = None
@@ -93,18 +93,19 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
         )
     expected = {shard_name(shard, shards) for shard in range(shards)}
     problems += [Problem(name, "not a shard of this dataset; move it away") for name in found if name not in expected]
-    checker = _ShardChecker(folder, manifest, index)
-    with ThreadPoolExecutor(usable_cpus()) as pool:
+    checker = _ShardChecker(storage, manifest, index)
+    threads = min(usable_cpus(), _FETCHED_SHARDS) if is_remote(storage.root) else usable_cpus()
+    with ThreadPoolExecutor(threads) as pool:
         for shard, faults in enumerate(pool.map(checker.faults, range(shards))):
             problems += [Problem(shard_name(shard, shards), what) for what in faults]
             if progress:
                 progress(shard + 1, shards)
-    return Verification(folder, shards, manifest.counts.rows, checker.bytes_checked, tuple(problems))
+    return Verification(storage.root, shards, manifest.counts.rows, checker.bytes_checked, tuple(problems))
 
 
 class _ShardChecker:
-    def __init__(self, folder: str, manifest: Manifest, index: NpzReader | None) -> None:
-        self._folder = folder
+    def __init__(self, storage: Storage, manifest: Manifest, index: NpzReader | None) -> None:
+        self._storage = storage
         self._manifest = manifest
         self._index = index
         self._ends = np.cumsum(index["shard_rows"]) if index else None
@@ -113,9 +114,9 @@ class _ShardChecker:
         self.bytes_checked = 0
 
     def faults(self, shard: int) -> list[str]:
-        path = os.path.join(self._folder, shard_name(shard, self._manifest.counts.shards))
+        path = self._storage.path(shard_name(shard, self._manifest.counts.shards))
         try:
-            reader = open_shard(path, self._manifest, shard)
+            reader = open_shard(self._storage, self._manifest, shard)
             self.bytes_checked += reader.directory.file_bytes
             damaged = [name for name in reader.directory.members if not reader.crc_matches(name)]
             if damaged:
@@ -228,7 +229,7 @@ def _index_faults(index: NpzReader, manifest: Manifest) -> Iterator[str]:
         yield "labels and the manifest's classes contradict each other"
 
 
-def _reject_faults(storage: LocalStorage, manifest: Manifest, index: NpzReader | None) -> Iterator[str]:
+def _reject_faults(storage: Storage, manifest: Manifest, index: NpzReader | None) -> Iterator[str]:
     content = storage.read(REJECTS)
     if content is None:
         yield "missing"

@@ -29,7 +29,7 @@ from ..errors import BackendError, GpuNpzError, ShardError, SourceError, Storage
 from ..job import Job
 from ..sources.base import Source
 from ..sources.folder import FolderSource
-from ..storage import PRIVATE, LocalStorage
+from ..storage import PRIVATE, LocalStorage, is_remote, open_storage
 from ..worker import Committed, Event, Progress, Task, WorkerEnded, work
 
 log = logging.getLogger(__name__)
@@ -357,7 +357,7 @@ def _kill(actor: Any) -> None:
 
 def _demand(task: Task) -> dict[str, int]:
     """What one actor takes of a node. What the plan was made for counts: nothing falls back to another device."""
-    record = Job.open(LocalStorage(task.out)).record
+    record = Job.open(open_storage(task.out)).record
     if record.device == "cuda":
         return {"GPU": 1}
     return {"CPU": 1 if record.backend == "pillow" else task.tuning.threads}
@@ -366,7 +366,7 @@ def _demand(task: Task) -> dict[str, int]:
 @contextlib.contextmanager
 def _probe(task: Task) -> Iterator[str | None]:
     """A file in OUT, under a name that only its token tells; None for an object store, which all nodes share."""
-    if "://" in task.out:
+    if is_remote(task.out):
         yield None
         return
     storage, token = LocalStorage(task.out), secrets.token_hex(8)

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FormatError, StorageError
-from ..job import index_comment, shard_comment
+from ..job import index_comment, open_npz, shard_comment
 from ..manifest import Manifest
 from ..normalize import apply_table, table
 from ..npz.reader import NpzReader
 from ..output import INDEX, shard_name
+from ..storage import LocalStorage, Storage, is_remote
 
 _OPEN_SHARDS = 64  # maps kept; before Python 3.13 each holds a file descriptor
 
@@ -45,13 +46,16 @@ class Dataset:
     Raises:
         IncompleteError: the build has not ended.
         FormatError: not a dataset, damaged, or made by a later version.
-        StorageError: the process has too many files open.
+        StorageError: the process has too many files open, or the dataset is not on a disk.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)
+        if is_remote(path):
+            raise StorageError(f"{os.fspath(path)!r}: only files on a disk can be mapped; {_copying(os.fspath(path))}")
+        self._storage = LocalStorage(os.fspath(path).removeprefix("file://"))
+        self.path = self._storage.root
         self.manifest = Manifest.load(self.path)
-        index = open_index(self.path, self.manifest)
+        index = open_index(self._storage, self.manifest)
         rows = self.manifest.counts.rows
         self.index: NDArray[np.int64] = index["index"]
         self.labels: NDArray[np.int64] | None = index.get("labels")
@@ -148,11 +152,12 @@ class Dataset:
             if number in self._shards:
                 self._shards.move_to_end(number)
                 return self._shards[number]
-            path = os.path.join(self.path, shard_name(number, self.manifest.counts.shards))
-            reader = open_shard(path, self.manifest, number)
+            reader = open_shard(self._storage, self.manifest, number)
             rows = self._ends[number] - (self._ends[number - 1] if number else 0)
             if len(reader["images"]) != rows:
-                raise FormatError(f"{path}: {len(reader['images'])} rows; {INDEX} says {rows}; run gpu-npz verify")
+                raise FormatError(
+                    f"{reader.path}: {len(reader['images'])} rows; {INDEX} says {rows}; run gpu-npz verify"
+                )
             self._shards[number] = reader
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
@@ -221,9 +226,9 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
     return Dataset(path)
 
 
-def open_index(folder: str, manifest: Manifest) -> NpzReader:
+def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
     """The index.npz of a dataset. Raises FormatError if it is missing, damaged or another dataset's."""
-    reader = _opened(os.path.join(folder, INDEX))
+    reader = _opened(storage, INDEX)
     _require_comment(reader, index_comment(manifest.id))
     kinds = {"index": np.int64, "labels": np.int64, "valid": np.bool_, "shard_rows": np.int64, "shard_bytes": np.int64}
     for name, kind in kinds.items():
@@ -236,18 +241,18 @@ def open_index(folder: str, manifest: Manifest) -> NpzReader:
     return reader
 
 
-def open_shard(path: str, manifest: Manifest, number: int) -> NpzReader:
+def open_shard(storage: Storage, manifest: Manifest, number: int) -> NpzReader:
     """One shard, which must be the one of this number and of this dataset.
 
     Raises:
         FormatError: missing, damaged, foreign, or with images of another shape or type.
     """
-    reader = _opened(path)
+    reader = _opened(storage, shard_name(number, manifest.counts.shards))
     _require_comment(reader, shard_comment(manifest.id, number))
     images = reader["images"]
     if images.shape[1:] != manifest.images.shape or images.dtype.name != manifest.images.dtype:
         wanted = f"{manifest.images.dtype} (N, {', '.join(map(str, manifest.images.shape))})"
-        raise FormatError(f"{path}: images are {images.dtype} {images.shape}; the manifest says {wanted}")
+        raise FormatError(f"{reader.path}: images are {images.dtype} {images.shape}; the manifest says {wanted}")
     return reader
 
 
@@ -256,9 +261,15 @@ def _require_comment(reader: NpzReader, expected: str) -> None:
         raise FormatError(f"{reader.path}: it is {found!r}, but {expected!r} belongs here; copy it again")
 
 
-def _opened(path: str) -> NpzReader:
+def _copying(url: str) -> str:
+    command = f"`aws s3 sync {url} DIR`" if url.startswith("s3:") else f"`gcloud storage rsync -r {url} DIR`"
+    return f"copy the dataset first, with {command} for one, and open DIR"
+
+
+def _opened(storage: Storage, name: str) -> NpzReader:
+    path = storage.path(name)
     try:
-        return NpzReader(path)
+        return open_npz(storage, name)
     except OSError as exc:
         if exc.errno in (errno.EMFILE, errno.ENFILE):
             raise StorageError(
