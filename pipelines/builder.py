@@ -19,8 +19,8 @@ import numpy as np
 
 from . import environment
 from .config import BuildConfig
-from .engines import local
-from .environment import Choice
+from .engines import local, ray
+from .environment import Choice, Machine
 from .errors import (
     BackendError,
     FormatError,
@@ -127,6 +127,8 @@ def build(
     source = FolderSource(src, classes)
     require_own(storage)
     with contextlib.ExitStack() as stack:
+        if config.engine == "ray" and (config.overwrite or storage.size(MANIFEST) is None):
+            stack.enter_context(ray.cluster(config.ray_address))  # once for all that follows
         with contextlib.ExitStack() as planning:
             held = planning.enter_context(storage.lock(wait_s=_PLAN_WAIT_S if part else 0.0))
             if not part:
@@ -149,6 +151,13 @@ def build(
         return run(storage, job, source, config, told, start=start, part=part)
 
 
+def inspect(config: BuildConfig) -> Machine:
+    """What is usable where the workers of a build run: on this machine, or on the nodes of a Ray cluster."""
+    if config.engine == "ray":
+        return ray.inspect(config.ray_address, dali=config.backend == "dali")
+    return environment.inspect(config.device)
+
+
 def live_parts(storage: Storage) -> list[str]:
     """The parts of a build that are at work in OUT, by their locks."""
     return [name for name in storage.live_locks() if name != LOCK]
@@ -166,7 +175,7 @@ def _begin(storage: Storage, source: Source, config: BuildConfig) -> Job:
             f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
             "or --overwrite to build it anew"
         )
-    choice = environment.choose(config, environment.inspect(config.device))
+    choice = environment.choose(config, inspect(config))
     if choice.warning:
         log.warning("%s", choice.warning)
     table(config)  # a value that the dtype cannot hold shows here, before anything is listed
@@ -216,8 +225,9 @@ def backend(job: Job, config: BuildConfig) -> Choice:
         )
     device = config.device if record.device == "cuda" else "cpu"
     same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
+    config = config.model_copy(update=same)
     try:
-        return environment.choose(config.model_copy(update=same), environment.inspect(device))
+        return environment.choose(config, inspect(config))
     except BackendError as exc:
         raise BackendError(
             f"OUT was begun with backend {record.backend} on {record.device}, which cannot be used here: {exc}\n"
@@ -344,8 +354,6 @@ def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], con
 def _events(task: Task, shards: Sequence[int], choice: Choice, config: BuildConfig) -> Generator[Event, None, None]:
     if config.engine == "local":
         return local.run(task, shards, choice.gpus, config.worker_timeout)
-    from .engines import ray
-
     return ray.run(task, shards, workers=config.workers, address=config.ray_address, timeout_s=config.worker_timeout)
 
 

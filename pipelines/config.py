@@ -321,6 +321,12 @@ class BuildConfig(BaseModel):
             )
         if self.ray_address is not None and self.engine != "ray":
             raise ValueError("--ray-address goes with --engine ray; add it, or leave the address out")
+        if self.engine == "ray" and self.workers == 0:
+            raise ValueError("--workers 0 builds in this process; with --engine ray give 1 or more, or leave it out")
+        if self.engine == "ray" and gpu_numbers(self.device) not in ((), (0,)):
+            raise ValueError(
+                f"--engine ray gives each worker a GPU of its own; --device {self.device} does not fit it: give all"
+            )
         if self.device == "cpu" and self.require_gpu:
             raise ValueError("--require-gpu and --device cpu contradict each other; leave one out")
         return self

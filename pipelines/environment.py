@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,15 +34,29 @@ class Missing:
         return f"{self.what}: {self.reason}; {self.remedy}"
 
 
+def usable_cpus() -> int:
+    """Cores that this process may use: processor affinity and the cgroup's quota, not what the machine has."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(affinity, _cgroup_quota())))
+
+
 @dataclass(frozen=True)
 class Machine:
-    """What was found here. `gpus` counts the GPUs that this process may use, or could use with a driver."""
+    """What was found here.
+
+    Attributes:
+        gpus: how many GPUs this process may use, or could use with a driver.
+        cuda: the version of CUDA that the driver is made for, as cuDriverGetVersion counts.
+        driver, dali, cupy: what is wrong with them.
+        cpus: cores for the workers to share.
+    """
 
     gpus: int
     cuda: int | None
     driver: Missing | None
     dali: Missing | None
     cupy: Missing | None
+    cpus: int = field(default_factory=usable_cpus)
 
     @property
     def missing(self) -> list[Missing]:
@@ -52,11 +66,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """The decoder of a build and the GPUs that it runs on, none for the CPU; `warning` is for the user."""
+    """The decoder of a build, the GPUs that it runs on, none for the CPU, and cores; `warning` is for the user."""
 
     backend: BackendName
     gpus: tuple[int, ...] = ()
     warning: str | None = None
+    cpus: int = field(default_factory=usable_cpus)
 
     @property
     def gpu(self) -> int | None:
@@ -88,6 +103,15 @@ def choose(config: BuildConfig, machine: Machine) -> Choice:
         BackendError: a GPU was asked for and cannot be used, or DALI and it is not there.
         UsageError: there is no such GPU, or the options contradict each other.
     """
+    return replace(_choose(config, machine), cpus=machine.cpus)
+
+
+def dotted(cuda: int) -> str:
+    """A CUDA version as people write it: 12040 is 12.4."""
+    return f"{cuda // 1000}.{cuda % 1000 // 10}"
+
+
+def _choose(config: BuildConfig, machine: Machine) -> Choice:
     backend, device = config.backend, config.device
     if backend == "pillow" and config.require_gpu:
         raise UsageError("--require-gpu and --backend pillow contradict each other; leave one out")
@@ -111,17 +135,6 @@ def choose(config: BuildConfig, machine: Machine) -> Choice:
         return Choice(on_cpu, (), f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
     every = tuple(range(machine.gpus))
     return Choice("dali", every if device == "all" else gpu_numbers(device) or every[:1])
-
-
-def usable_cpus() -> int:
-    """Cores that this process may use: processor affinity and the cgroup's quota, not what the machine has."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(affinity, _cgroup_quota())))
-
-
-def dotted(cuda: int) -> str:
-    """A CUDA version as people write it: 12040 is 12.4."""
-    return f"{cuda // 1000}.{cuda % 1000 // 10}"
 
 
 def _need_dali(backend: BackendName, machine: Machine) -> None:

@@ -174,7 +174,7 @@ def _decodable(job: Job, source: Source, config: BuildConfig, indices: Sequence[
     """Which of these items can be decoded now."""
     if not indices:
         return set()
-    choice = backend(job, config)
+    choice = backend(job, config.model_copy(update={"engine": "local"}))
     row_bytes = math.prod(job.row_shape)
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=len(indices), shards=1)
     geometry = Geometry.of(job.settings, job.record.image_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import BATCH_SIZE, BuildConfig
-from .environment import Choice, usable_cpus
+from .environment import Choice
 
 _BATCH_BYTES = 1 << 28  # a batch of huge images is smaller, unless asked for
 # Two batches inside DALI: one is decoded while another is used. On CPU operators 3 was no faster.
@@ -40,12 +40,12 @@ class Tuning:
 
         Args:
             config: what is set there is taken.
-            choice: the decoder, and the GPUs.
+            choice: the decoder, the GPUs and the cores.
             row_bytes: size of a stored image.
             shard_rows: items a shard.
             shards: how many are to be built.
         """
-        cores = usable_cpus()
+        cores = choice.cpus
         device, workers = choice.device, config.workers
         if workers is None:
             workers = cores if choice.backend == "pillow" else max(1, len(choice.gpus))  # DALI has threads

@@ -170,6 +170,8 @@ def test_an_unknown_setting_is_answered_with_the_nearest_name() -> None:
         ({"device": 0, "backend": "pillow"}, "choose --backend dali or --device cpu"),
         ({"device": "all", "backend": "pillow"}, "choose --backend dali or --device cpu"),
         ({"ray_address": "auto"}, "goes with --engine ray"),
+        ({"engine": "ray", "workers": 0}, "with --engine ray give 1 or more"),
+        ({"engine": "ray", "device": "0,1"}, "gives each worker a GPU of its own"),
         ({"reproducible": True, "hw_decoder_load": 0.5}, "leave one out"),
         ({"device": "cpu", "require_gpu": True}, "contradict each other"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,9 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from gpu_npz import builder
+from gpu_npz import builder, environment, open_dataset
 from gpu_npz.config import BuildConfig
 from gpu_npz.engines import ray as engine
 from gpu_npz.errors import BackendError, RejectedError, ShardError, SourceError, StorageError
@@ -34,12 +36,22 @@ FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 
 SHARDS, ITEMS = 6, 24
 STORE_BYTES = 80 << 20
-# A module for the actors: a source some of whose images wait at a gate, kill their reader or hang, once or always.
+# A module for the actors: a source some of whose images wait at a gate, kill their reader or hang, once or always, and
+# a decoder that crashes on some.
 TRAPS = """
-import os, signal, time
+import ctypes, os, signal, time
+from gpu_npz.decode.pillow import PillowDecoder
 from gpu_npz.sources.folder import FolderSource
+traps = ""
+decode_image = PillowDecoder.decode_image
+def trapped(self, data, path):
+    if os.path.exists(f"{traps}/crash-{os.path.basename(path)}"):
+        ctypes.string_at(0)
+    return decode_image(self, data, path)
+PillowDecoder.decode_image = trapped
 class TrappedSource(FolderSource):
     def read(self, path):
+        global traps
         name, traps = os.path.basename(path), os.path.dirname(self.location) + "/traps"
         while os.path.exists(f"{traps}/gate-{name}"):
             time.sleep(0.05)
@@ -277,12 +289,27 @@ def test_a_shard_that_is_lost_again_and_again_stops_the_build(
     pair: Any, built: Build, traps: Path, whole: Path, tmp_path: Path
 ) -> None:
     (traps / "always-kill-06.jpg").touch()
-    with pytest.raises(ShardError, match=r"was lost, the last of 4: [\s\S]*fewer --workers"):
+    with pytest.raises(ShardError, match=r"a worker process, .* was killed by SIGKILL [\s\S]*fewer --workers"):
         built(pair)
     assert not (tmp_path / "out/dataset.json").exists()
     (traps / "always-kill-06.jpg").unlink()
     built(pair)
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_an_image_that_crashes_its_decoder_becomes_a_reject(
+    pair: Any, built: Build, traps: Path, whole: Path, tmp_path: Path
+) -> None:
+    for number in ("06", "22"):
+        (traps / f"crash-{number}.jpg").touch()
+    seen = built(pair)
+    lines = map(json.loads, (tmp_path / "out/rejects.jsonl").read_text().splitlines())
+    crashed = [(line["index"], line["detail"]) for line in lines if line["code"] == "crashed"]
+    assert crashed == [(6, "was killed by SIGSEGV"), (22, "was killed by SIGSEGV")]
+    assert progressed(seen) == (ITEMS, 8)
+    data, others = open_dataset(tmp_path / "out"), open_dataset(whole)
+    for row, index in enumerate(data.index.tolist()):
+        assert np.array_equal(data[row], others[others.index.tolist().index(index)])
 
 
 # Errors
@@ -348,6 +375,19 @@ def test_a_cluster_without_a_gpu_is_refused_at_once(pair: Any, built: Build, mon
         built(pair)
 
 
+@pytest.mark.parametrize("gpu", [0, 2])
+def test_the_machine_of_a_build_is_that_of_the_nodes(head: Any, gpu: int) -> None:
+    node = head.add_node(num_cpus=6, num_gpus=gpu, object_store_memory=STORE_BYTES)
+    try:
+        with engine.cluster(head.address):
+            found = engine.inspect(None, dali=True)
+    finally:
+        head.remove_node(node)
+    here = environment.inspect()
+    assert found.cpus == (3 if gpu else 1)  # a node of one CPU is among them
+    assert (found.gpus, found.dali) == (here.gpus, here.dali)
+
+
 # Actors, without Ray
 
 
@@ -366,7 +406,7 @@ def test_an_actor_works_on_the_one_gpu_that_it_sees(
         yield WorkerEnded({}, 0, 0)
 
     monkeypatch.setattr(engine, "work", work)
-    actor = engine._Actor(task(FolderSource(src), tmp_path), gpu, None)
+    actor = engine._Actor(task(FolderSource(src), tmp_path), gpu, None, 60.0, False)
     assert isinstance(actor.poll()[0], engine._Here)
     assert actor.poll() == [None]
     assert actor.poll(7) == [*[Progress(7, 1, 0, 0)] * 3, None]  # progress comes in groups
@@ -388,7 +428,7 @@ def test_an_actor_that_is_stopped_gives_its_work_up(
             ends.append(sys.exc_info()[0])
 
     monkeypatch.setattr(engine, "work", work)
-    actor = engine._Actor(task(FolderSource(src), tmp_path), False, None)
+    actor = engine._Actor(task(FolderSource(src), tmp_path), False, None, 60.0, False)
     assert isinstance(actor.poll()[0], engine._Here)
     actor.poll()
     actor.stop()  # waits for its thread

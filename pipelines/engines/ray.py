@@ -3,7 +3,9 @@
 The driver hands out the shards. One call to each actor is always on its way: it brings what the actor asked for, and
 returns at once if something needs an answer, else twice a second with the progress made since. A shard whose actor or
 node is lost goes back to the driver's queue; actors are started wherever the cluster has room, also on nodes that join
-later. All nodes need the same environment, and SRC and OUT under the same paths.
+later. A shard that is lost twice gets an actor of its own, which builds it in a process as `local.py` does, with care:
+an image that ends its decoder becomes a reject. All nodes need the same environment, and SRC and OUT under the same
+paths.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+from .. import environment
+from ..environment import Machine
 from ..errors import BackendError, GpuNpzError, ShardError, SourceError, StorageError
 from ..job import Job
 from ..sources.base import Source
 from ..sources.folder import FolderSource
 from ..storage import PRIVATE, LocalStorage, is_remote, open_storage
 from ..worker import Committed, Event, Progress, Task, WorkerEnded, work
+from . import local
 
 log = logging.getLogger(__name__)
 _FLUSH_S = 0.5
@@ -40,6 +45,7 @@ _JOIN_S = 10.0
 _CONNECT_S = 10.0
 _VISIBLE_S = 5.0  # network filesystems may show a new file a little late
 _PATIENCE_S = 30.0  # without an actor, before the log says what the build waits for
+_DOUBTFUL = 2  # losses of a shard after which it is built with care
 _HOPELESS = 4  # losses of a shard, or of actors in a row that had none
 _STORE_BYTES = 100 << 20  # Ray's object store, of which nothing is used here
 
@@ -69,12 +75,38 @@ def run(
         StorageError, SourceError: a node does not see OUT or SRC.
         GpuNpzError: what an actor failed with; ShardError if a shard is lost again and again.
     """
-    with _cluster(address), _probe(task) as token:
+    with cluster(address), _probe(task) as token:
         pool = _Pool(task, shards, token, workers, timeout_s)
         try:
             yield from pool.events()
         finally:
             pool.stop()
+
+
+def inspect(address: str | None, *, dali: bool) -> Machine:
+    """What the cluster's workers find, as `environment.inspect` tells it of a machine: on a node with a GPU if there is
+    one. Each worker has its GPU to itself, so there is at most one; `cpus` are those of the smallest node, by worker.
+
+    Args:
+        address: as for `run`.
+        dali: whether to look for DALI where there is no GPU.
+
+    Raises:
+        BackendError: no Ray, or no cluster.
+    """
+    with cluster(address):
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
+        cpus = max(1, min((int(node.get("CPU", 1) // max(1, node.get("GPU", 0))) for node in gpus or nodes), default=1))
+        if not gpus and not dali:
+            return Machine(0, None, None, None, None, cpus)
+        look = ray.remote(num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0)(environment.inspect).remote("auto")
+        while not ray.wait([look], timeout=_PATIENCE_S)[0]:
+            log.warning("waiting until the Ray cluster has a %s free (see `ray status`)", "GPU" if gpus else "CPU")
+        found: Machine = ray.get(look)
+        return dataclasses.replace(found, cpus=cpus)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +124,14 @@ class _Worker:
     Attributes:
         progress: what it has done of each shard that it has begun and not committed.
         node: where it runs; None until it does.
+        careful: whether it is for one shard that was lost before.
         silent_s: how long it has said nothing.
     """
 
     actor: Any
     progress: dict[int, list[Progress]] = dataclasses.field(default_factory=dict)
     node: str | None = None
+    careful: bool = False
     silent_s: float = 0.0
 
 
@@ -111,6 +145,7 @@ class _Pool:
 
         self._task = task
         self._todo = deque(shards)
+        self._doubtful: deque[int] = deque()
         self._token = token
         self._limit = sys.maxsize if limit is None else max(1, limit)
         self._timeout_s = timeout_s
@@ -131,7 +166,7 @@ class _Pool:
         import ray
 
         looked = -_LOOK_S
-        while self._todo or any(worker.node for worker in self._calls.values()):
+        while self._todo or self._doubtful or any(worker.node for worker in self._calls.values()):
             if time.monotonic() - looked >= _LOOK_S:
                 looked = time.monotonic()
                 self._grow()
@@ -163,10 +198,11 @@ class _Pool:
     def _grow(self) -> None:
         """Starts actors for the shards that are left. Ray places them, as soon as nobody else holds their resources."""
         count = min(self._room(), self._limit) - len(self._calls)
-        idle = sum(not worker.progress for worker in self._calls.values())
-        for _ in range(min(count, len(self._todo) - idle)):
-            actor = self._actor.remote(self._task, "GPU" in self._demand, self._token)
-            self._calls[actor.poll.remote()] = _Worker(actor)
+        idle = Counter(worker.careful for worker in self._calls.values() if not worker.progress)
+        wanted = [True] * (len(self._doubtful) - idle[True]) + [False] * (len(self._todo) - idle[False])
+        for careful in wanted[: max(0, count)]:
+            actor = self._actor.remote(self._task, "GPU" in self._demand, self._token, self._timeout_s, careful)
+            self._calls[actor.poll.remote()] = _Worker(actor, careful=careful)
 
     def _take(self, call: Any) -> Iterator[Event]:
         """Takes what an actor says, calls it again with the answers, and passes the events on."""
@@ -188,7 +224,8 @@ class _Pool:
                 if self._token and not _appears(self._task.out, str(message.probe), self._token):
                     raise _unshared(message.node, self._task.out)
             elif message is None:
-                answers.append(shard := self._todo.popleft() if self._todo else None)
+                shards = self._doubtful if worker.careful else self._todo
+                answers.append(shard := shards.popleft() if shards else None)
                 if shard is not None:
                     worker.progress[shard] = []
             else:
@@ -210,8 +247,9 @@ class _Pool:
         at_work = [(call, worker) for call, worker in self._calls.items() if worker.node]
         for call, worker in at_work:
             worker.silent_s += elapsed_s
-            if worker.silent_s > self._timeout_s:
-                yield from self._lost(call, f"gave no sign of life for {self._timeout_s:.0f} s")
+            # A careful one watches a process for as long, and what it has to say of that comes after.
+            if worker.silent_s > self._timeout_s * (2 if worker.careful else 1):
+                yield from self._lost(call, f"gave no sign of life for {worker.silent_s:.0f} s")
         if at_work:
             self._idle_s = 0.0
         elif self._idle_s is not None:
@@ -237,7 +275,8 @@ class _Pool:
                 "command to resume, with fewer --workers if memory is short"
             )
         log.warning("%s was lost, its %d shard(s) go to others: %s", place, len(worker.progress), cause.split("\n")[0])
-        self._todo.extendleft(worker.progress)
+        for shard in worker.progress:
+            (self._doubtful if self._losses[shard] >= _DOUBTFUL else self._todo).appendleft(shard)
         for step in itertools.chain(*worker.progress.values()):
             yield Progress(step.shard, -step.items, -step.rejects, -step.source_bytes)
 
@@ -245,12 +284,13 @@ class _Pool:
 class _Actor:
     """What Ray runs for each worker: `work` in a thread, and a mailbox in front of it."""
 
-    def __init__(self, task: Task, gpu: bool, token: str | None) -> None:
+    def __init__(self, task: Task, gpu: bool, token: str | None, timeout_s: float, careful: bool) -> None:
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._stopped = False
         if gpu:
             task = dataclasses.replace(task, gpu=0)  # Ray shows an actor no GPU but its own
+        self._alone_s = timeout_s if careful else None
         self._thread = threading.Thread(target=self._work, args=(task, token), daemon=True)
         self._thread.start()
 
@@ -279,7 +319,7 @@ class _Actor:
         try:
             task = dataclasses.replace(task, source=_seen(task.source, node))
             self._messages.put(_Here(node, None if token is None else _answer(task.out, token, node)))
-            with contextlib.closing(work(task, self._shards())) as events:
+            with contextlib.closing(self._events(task)) as events:
                 for event in events:
                     if self._stopped:
                         return
@@ -288,6 +328,13 @@ class _Actor:
             self._messages.put(exc)
         except Exception:
             self._messages.put(ShardError(f"a worker on node {node} failed:\n{traceback.format_exc()}"))
+
+    def _events(self, task: Task) -> Generator[Event, None, None]:
+        if self._alone_s is None:
+            return work(task, self._shards())
+        alone = dataclasses.replace(task, tuning=dataclasses.replace(task.tuning, workers=1))
+        gpus = () if task.gpu is None else (task.gpu,)
+        return local.run(alone, list(itertools.islice(self._shards(), 1)), gpus, self._alone_s)
 
     def _shards(self) -> Iterator[int]:
         while not self._stopped:
@@ -299,8 +346,13 @@ class _Actor:
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """Connects to a cluster, or starts one, unless the caller has done so; takes back what it did."""
+def cluster(address: str | None) -> Iterator[None]:
+    """Connects to a cluster, or starts one, unless the caller has done so; takes back what it did.
+
+    Raises:
+        BackendError: no Ray, or the cluster cannot be used.
+        ShardError: the cluster failed while the body ran.
+    """
     # Read when Ray is imported. Ray's own 20 tries, 40 s each, are for a cluster that is just being started.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
