@@ -76,6 +76,8 @@ def _lines(found: Survey) -> list[str]:
         f"batches of {tuning.batch_size}, {tuning.open_shards} open shard(s) a worker",
         f"  memory      about {size(found.worker_memory_bytes)} a worker, {size(found.memory_bytes)} in all",
     ]
+    if found.measured and found.measured.gpu_memory_bytes:
+        lines[-1] += f"; {size(found.measured.gpu_memory_bytes)} of the GPU"
     if found.measured and found.duration_s is not None:
         rate = f"{found.measured.images_per_second:.0f} images/s by one worker"
         lines.append(f"  duration    about {_time(found.duration_s)}: {rate}, {found.measured.items} items measured")

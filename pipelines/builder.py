@@ -12,6 +12,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,7 +118,7 @@ def build(
     config = config or BuildConfig()
     start = time.perf_counter()
     storage = open_storage(out)
-    _check_places(src, storage)
+    check_places(src, storage)
     part = None if config.part is None else Part.of(config.part, os.environ)
     if part and config.overwrite:
         raise UsageError(
@@ -151,6 +152,28 @@ def build(
         return run(storage, job, source, config, told, start=start, part=part)
 
 
+def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
+    """Raises UsageError where OUT lies inside SRC, whose next listing would find it."""
+    if is_remote(storage.root):
+        return
+    source, out = os.path.realpath(src), os.path.realpath(storage.root)
+    if os.path.commonpath([source, out]) == source and os.path.isdir(source):
+        raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")
+
+
+def common_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
+    """Height and width of the first image that can be decoded. Raises SourceError if there is none."""
+    from .decode.pillow import first_size
+
+    items = (item for batch in range(plan.item_count) for item in plan.items(batch, batch + 1))
+    size = first_size(source, items, config)
+    if size is None:
+        raise SourceError(
+            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
+        )
+    return size
+
+
 def inspect(config: BuildConfig) -> Machine:
     """What is usable where the workers of a build run: on this machine, or on the nodes of a Ray cluster."""
     if config.engine == "ray":
@@ -164,9 +187,17 @@ def live_parts(storage: Storage) -> list[str]:
 
 
 def require_no_parts(storage: Storage) -> None:
-    """Raises LockedError where parts of a build are at work."""
-    if parts := live_parts(storage):
-        raise LockedError(f"{storage.root!r} is being built in parts ({', '.join(parts)}); wait until they have ended")
+    """Raises LockedError where parts of a build are at work; ends the locks of those that another host left over."""
+
+    def look(part: str) -> None:
+        with storage.lock(part):
+            pass
+
+    try:
+        with ThreadPoolExecutor() as pool:  # each may have to be watched for a while
+            list(pool.map(look, live_parts(storage)))
+    except LockedError as exc:
+        raise LockedError(f"a part of the build is at work: {exc}") from exc
 
 
 def _begin(storage: Storage, source: Source, config: BuildConfig) -> Job:
@@ -182,7 +213,7 @@ def _begin(storage: Storage, source: Source, config: BuildConfig) -> Job:
     arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
     if not len(arrays["name_ends"]):
         raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
-    height, width = config.size or _common_size(Plan(arrays, 1), source, config)
+    height, width = config.size or common_size(Plan(arrays, 1), source, config)
     row_bytes = math.prod(row_shape(config, height, width)) * np.dtype(config.dtype).itemsize
     plan = Plan(arrays, config.shard_rows(row_bytes))
     if config.overwrite:
@@ -401,26 +432,6 @@ def _store_report(storage: Storage, report: BuildReport) -> None:
     ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     content = {**report.to_json(), "ended": ended, **machine}
     storage.write(REPORT, (json.dumps(content, indent=1) + "\n").encode("ascii"))
-
-
-def _common_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
-    from .decode.pillow import first_size
-
-    items = (item for batch in range(plan.item_count) for item in plan.items(batch, batch + 1))
-    size = first_size(source, items, config)
-    if size is None:
-        raise SourceError(
-            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
-        )
-    return size
-
-
-def _check_places(src: str | os.PathLike[str], storage: Storage) -> None:
-    if is_remote(storage.root):
-        return
-    source, out = os.path.realpath(src), os.path.realpath(storage.root)
-    if os.path.commonpath([source, out]) == source and os.path.isdir(source):
-        raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")
 
 
 def require_moved(job: Job, source: Source) -> None:

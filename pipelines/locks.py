@@ -3,9 +3,9 @@
 A lock file names its holder's host and process, and counts heartbeats. The rule for one that is left over:
 
 - Its host is this one: the kernel's flock decides, which ends with the process.
-- Its host is another one, whose flock may not reach this host: it is respected. Only who waits for it watches it, and
-  takes it for dead when its heartbeat has not changed for STALE_S by the waiter's own clock; clocks of two hosts are
-  never compared. The dead one is renamed away, which one of several waiters can do, and a new one is made.
+- Its host is another one, whose flock may not reach this host: it is watched. When its heartbeat changes, it is alive,
+  and who will not wait gives up; when it has not changed for STALE_S by the watcher's own clock, it is dead: clocks of
+  two hosts are never compared. Then its file is renamed away, which one of several waiters can do, and a new one made.
 
 A lock file is there with its content or not at all: it is written under another name and linked. A holder that finds
 another file in its place has been taken for dead (its host slept, say), and must publish nothing any more.
@@ -18,6 +18,7 @@ import errno
 import fcntl
 import itertools
 import json
+import logging
 import os
 import socket
 import threading
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 
 from .errors import LockedError
 
+log = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0
 STALE_S = 90.0
 _LOOK_S = 0.2
@@ -68,7 +70,8 @@ class FileLock:
     Args:
         path: the lock file; its folder must be there.
         root: what is locked, for messages.
-        wait_s: how long to wait for whoever holds it.
+        wait_s: how long to wait for whoever holds it. To see whether a holder on another host lives takes HEARTBEAT_S
+            or more, STALE_S if it does not.
 
     Raises:
         LockedError: another process holds it.
@@ -107,7 +110,8 @@ class FileLock:
 
     def _taken(self) -> int:
         deadline = time.monotonic() + self._wait_s
-        watched: tuple[Holder, float] | None = None  # a holder elsewhere, and since when its heart has not beaten
+        watched: tuple[Holder, float] | None = None  # a holder, and since when its heart has not beaten
+        alive = False
         while True:
             descriptor = self._made()
             if descriptor is not None:
@@ -130,11 +134,17 @@ class FileLock:
                     stack.pop_all()
                     return descriptor
             if watched is None or watched[0] != holder:
+                alive = watched is not None
+                if holder.elsewhere and not held and not alive:
+                    log.warning(
+                        "%r is held by process %s on host %s; looking for up to %g s whether it lives",
+                        self._path, holder.process, holder.host, STALE_S,
+                    )  # fmt: skip
                 watched = (holder, time.monotonic())
             silent_s = time.monotonic() - watched[1]
             # A worker that a killed build was just starting has its lock until the worker's program runs.
             lingers = held and not holder.elsewhere and _is_gone(holder.process) and silent_s < _LINGER_S
-            if not lingers and time.monotonic() >= deadline and (held or holder.elsewhere):
+            if not lingers and time.monotonic() >= deadline and (held or (holder.elsewhere and alive)):
                 raise LockedError(self._refusal(holder))
             if holder.elsewhere and not held and silent_s >= STALE_S:
                 self._remove_dead(holder)
@@ -215,10 +225,9 @@ class FileLock:
             return False
 
     def _refusal(self, holder: Holder) -> str:
-        rest = f"; if that host or process is gone, delete {self._path!r}" if holder.elsewhere else ""
         return (
             f"{self._root!r} is in use by process {holder.process or '?'} on host {holder.host or '?'}; wait for it, "
-            f"or stop it and run the same command{rest}"
+            "or stop it and run the same command"
         )
 
 

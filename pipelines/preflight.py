@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import environment
+from .builder import check_places, common_size, inspect
 from .config import BuildConfig
 from .environment import Choice
 from .errors import SourceError, StorageError
@@ -23,12 +24,12 @@ from .manifest import class_list
 from .normalize import row_shape, table
 from .output import require_own, shard_name
 from .plan import Plan, collect
-from .sources.base import Group, Source
+from .sources.base import Group
 from .sources.folder import FolderSource
 from .space import free_space, gigabytes, held_bytes, lack_of_space, output_bytes
-from .storage import LocalStorage
+from .storage import LocalStorage, open_storage
 from .tuning import Tuning
-from .worker import Committed, Progress, Task, work
+from .worker import Committed, Progress, Task, WorkerEnded, work
 
 SECONDS = 3.0
 _MEASURED_ITEMS = 20_000
@@ -42,11 +43,12 @@ Tell = Callable[[str, float, "float | None"], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """A short run of one worker: how many items in how many seconds, after the first batch."""
+    """A short run of one worker: how many items in how many seconds, after the first batch, and the GPU's memory."""
 
     items: int
     seconds: float
     images_per_second: float
+    gpu_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -124,16 +126,17 @@ def survey(
     classes = class_list(config.classes_from) if config.classes_from is not None else None
     source = FolderSource(src, classes)
     place = os.getcwd() if out is None else os.fspath(out)
-    if out is not None and "://" not in place:
-        require_own(LocalStorage(place))
-    choice = environment.choose(config, environment.inspect(config.device))
+    if out is not None:
+        check_places(src, storage := open_storage(out))
+        require_own(storage)
+    choice = environment.choose(config, inspect(config))
     table(config)  # a value that the dtype cannot hold shows here
     progress("listing", 0, None)
     arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
     if not len(arrays["name_ends"]):
         raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
     sample = sample_headers(Plan(arrays, 1), source, config, choice, lambda *done: progress("reading headers", *done))
-    size = config.size or _common_size(Plan(arrays, 1), source, config)
+    size = config.size or common_size(Plan(arrays, 1), source, config)
     shape = row_shape(config, *size)
     row_bytes = math.prod(shape) * np.dtype(config.dtype).itemsize
     plan = Plan(arrays, config.shard_rows(row_bytes))
@@ -142,7 +145,9 @@ def survey(
     needed = output_bytes(plan, config, shape, labelled=source.class_names is not None)
     memory = _memory(tuning, choice, row_bytes, math.prod(shape), sample)
     measured, trouble = None, None
-    if seconds > 0:
+    if seconds > 0 and config.engine == "ray":
+        trouble = "the duration is not known: with --engine ray it depends on the nodes, and nothing is measured here"
+    elif seconds > 0:
         try:
             measured = _measure(plan, source, config, choice, tuning, size, row_bytes, seconds, folder, progress)
         except StorageError as exc:
@@ -194,17 +199,6 @@ def _classes(plan: Plan, source: FolderSource) -> tuple[tuple[str, int] | None, 
     return (source.class_names[smallest], int(counts[smallest])), (source.class_names[largest], int(counts[largest]))
 
 
-def _common_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
-    from .decode.pillow import first_size
-
-    size = first_size(source, (item for at in range(plan.item_count) for item in plan.items(at, at + 1)), config)
-    if size is None:
-        raise SourceError(
-            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
-        )
-    return size
-
-
 # What it takes
 
 
@@ -237,29 +231,36 @@ def _measure(
     rows = min(plan.shard_rows, max(tuning.batch_size, _MEASURED_SHARD_BYTES // row_bytes))
     small = Plan(collect(groups), rows)
     settings = config.model_copy(update={"on_reject": "skip"})
-    items, first_items, begin, first, last = 0, 0, time.perf_counter(), 0.0, 0.0
+    items, first_items, begin, first, last, gpu_memory = 0, 0, time.perf_counter(), 0.0, 0.0, 0
+
+    def shards() -> Iterator[int]:
+        for shard in range(small.shard_count):
+            if last - first > seconds:
+                return  # so that the worker comes to its end, and says what it took
+            yield shard
+
     with tempfile.TemporaryDirectory(prefix="gpu-npz-plan-", dir=folder) as place:
         storage = LocalStorage(place)
         origin = (source.kind, source.location)
         names = source.class_names
         Job.create(storage, small, settings, choice, source=origin, class_names=names, image_size=size)
         task = Task(place, source, choice.gpu, tuning, None)
-        with contextlib.closing(work(task, range(small.shard_count))) as events:
+        with contextlib.closing(work(task, shards())) as events:
             for event in events:
                 if isinstance(event, Committed):
                     storage.remove(shard_name(event.record.shard, small.shard_count))
-                elif isinstance(event, Progress):
+                elif isinstance(event, WorkerEnded):
+                    gpu_memory = event.gpu_memory_bytes
+                elif isinstance(event, Progress) and last - first <= seconds:
                     last = time.perf_counter()
                     if first:
                         items += event.items
                     else:  # a decoder's start is the same for a million images
                         first, first_items = last, event.items
                     progress("measuring", min(last - first, seconds), seconds)
-                    if last - first > seconds:
-                        break
     if not items:  # one batch was all
         items, first = first_items, begin
-    return Measured(items, last - first, items / (last - first))
+    return Measured(items, last - first, items / (last - first), gpu_memory)
 
 
 def _warnings(config: BuildConfig, plan: Plan, sample: Sample, needed: int, *, labelled: bool) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import gpu_npz
+from gpu_npz import locks
 from gpu_npz.builder import build
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
@@ -100,7 +102,7 @@ def test_a_plain_build_and_finalize_wait_for_no_part_but_say_so(src: Path, tmp_p
     out = tmp_path / "out"
     build(src, out, settings(part="1/3"))
     with LocalStorage(out).lock("lock-part-2-of-3"):
-        with pytest.raises(LockedError, match=r"being built in parts \(lock-part-2-of-3\)"):
+        with pytest.raises(LockedError, match=r"a part of the build is at work: .* is in use by process"):
             build(src, out, settings())
         with pytest.raises(IncompleteError, match=r"3 of 8 shards are built.*at work: lock-part-2-of-3"):
             finalize(out)
@@ -108,6 +110,19 @@ def test_a_plain_build_and_finalize_wait_for_no_part_but_say_so(src: Path, tmp_p
             build(src, out, settings(part="2/3"))
         assert not build(src, out, settings(part="3/3")).complete
     assert build(src, out, settings(part="2/3")).complete
+
+
+def test_a_plain_build_ends_the_lock_of_a_part_that_another_host_left_over(
+    src: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "STALE_S", 0.3)
+    out = tmp_path / "out"
+    build(src, out, settings(part="1/3"))
+    for number in (2, 3):
+        lock = {"host": "node-17", "process": 4711, "beat": number}
+        LocalStorage(out).write(f".gpu-npz/lock-part-{number}-of-3", json.dumps(lock).encode())
+    build(src, out, settings())
+    assert contents(out) == undisturbed
 
 
 def test_parts_with_other_settings_are_refused(src: Path, tmp_path: Path) -> None:

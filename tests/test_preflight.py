@@ -410,3 +410,9 @@ def test_a_foreign_folder_as_out_is_refused_as_by_the_build(tree: Path, tmp_path
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(StorageError, match="holds no dataset of gpu-npz"):
         look(tree, tmp_path)
+
+
+def test_an_out_inside_of_src_is_refused_as_by_build(make_tree: Any) -> None:
+    src = make_tree({"a/1.jpg": "jpeg"})
+    with pytest.raises(UsageError, match="lies inside SRC"):
+        survey(src, BuildConfig(), src / "out", seconds=0)

@@ -392,17 +392,16 @@ def test_the_lock_that_a_dying_build_has_still_lent_to_a_child_is_waited_for(sto
             assert json.loads(path.read_bytes())["process"] == os.getpid()
 
 
-def test_the_lock_of_another_host_is_respected_and_the_way_out_is_told(storage: LocalStorage) -> None:
-    storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711}).encode())
-    for _ in range(2):
-        with pytest.raises(LockedError) as caught, storage.lock():
-            pass
-        message = str(caught.value)
-        assert "process 4711 on host node-17" in message
-        assert message.endswith(f"if that host or process is gone, delete {storage.path(LOCK)!r}")
-    storage.remove(LOCK)
+def test_the_lock_of_another_host_whose_heart_stands_still_is_taken_over(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(locks, "STALE_S", 0.3)
+    monkeypatch.setattr(locks, "_LOOK_S", 0.02)
+    storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode())
     with storage.lock():
-        pass
+        assert json.loads(storage.read(LOCK) or b"")["process"] == os.getpid()
+    assert "is held by process 4711 on host node-17; looking for up to 0.3 s whether it lives" in caplog.text
+    assert files(storage) == set()
 
 
 def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
@@ -434,10 +433,11 @@ def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
     assert files(storage) == set()
 
 
+@pytest.mark.parametrize("wait_s", [0.0, 0.7])
 def test_the_lock_of_another_host_is_respected_while_its_heart_beats(
-    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, wait_s: float
 ) -> None:
-    monkeypatch.setattr(locks, "STALE_S", 0.5)
+    monkeypatch.setattr(locks, "STALE_S", 5.0)
     monkeypatch.setattr(locks, "_LOOK_S", 0.02)
     over = threading.Event()
 
@@ -454,7 +454,7 @@ def test_the_lock_of_another_host_is_respected_while_its_heart_beats(
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(LockedError, match="process 4711 on host node-17"), storage.lock(wait_s=1.5):
+        with pytest.raises(LockedError, match="process 4711 on host node-17"), storage.lock(wait_s=wait_s):
             pass
         assert storage.live_locks() == ["lock"]
     finally:
