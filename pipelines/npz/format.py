@@ -1,4 +1,4 @@
-"""The bytes of a shard: a ZIP of stored NPY members, each array's data at a multiple of 4096 bytes.
+"""The bytes of a shard: a ZIP of NPY members, stored or deflated, each array's data at a multiple of 4096 bytes.
 
 ZIP records follow PKWARE's APPNOTE 6.3.10 (4.3.7 local header, 4.3.12 central directory, 4.3.14 to 4.3.16 end records,
 4.5.3 zip64 extra field), written as `numpy.savez` writes them: version 45, a zip64 field in every local header. The
@@ -8,9 +8,18 @@ padding is an extra field with the id 0xD935, Android's for alignment. NPY heade
     | local header, name, zip64 field, padding | NPY header, 128 bytes | data ... | next member ... | directory | end |
     0                                                                  4096
 
+A deflated member (RFC 1951) keeps its NPY header as one stored block of 5 + 128 bytes, so that it can be written over,
+too. Its data is a run of blocks for each row, which ends with a full flush and so can be inflated alone, and an empty
+final block of two bytes. The array `<name>.rowindex`, int64 (N + 1,), holds where each run begins, counted from the
+first, and where the last one ends.
+
+    | ... padding | 00 80 00 7F FF, NPY header | run of row 0 | run of row 1 | ... | 03 00 | next member ...
+    0                                          4096
+
 The directory holds the CRC-32 of every member, so its SHA-256 (`Directory.digest`) stands for the whole file: every
 other byte follows from it, and a file in which one does not is refused. So is what `numpy.savez` itself writes, whose
-data lies anywhere.
+data lies anywhere. Deflate may write the same data in many ways, and who reads a row checks no CRC-32: its run must
+give exactly the row's bytes and end with a flush, the rest is for `NpzReader.crc_matches`.
 """
 
 from __future__ import annotations
@@ -35,6 +44,10 @@ _END = struct.Struct("<4sHHHHLLH")
 _END64 = struct.Struct("<4sQHHLLQQQQ")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _ZIP64_FIELD = struct.Struct("<HHQQ")
+DEFLATE_END = b"\3\0"
+_DEFLATED = 8
+_MAX_RATIO = 1032  # zlib's technical notes: more than this deflate cannot make of a byte
+_STORED_BLOCK = struct.pack("<BHH", 0, NPY_HEADER_BYTES, NPY_HEADER_BYTES ^ 0xFFFF)
 _NPY_PREFIX = b"\x93NUMPY\x01\x00"
 # Read by pattern: NumPy's own reader hands the text to Python's parser, which raises a dozen kinds of errors.
 _NPY_FIELDS = re.compile(rb"\{'descr': '([<|][biufU]\d{1,6})', 'fortran_order': False, 'shape': \(([\d, ]*)\), \} *\n")
@@ -51,7 +64,10 @@ _MAX_COMMENT_BYTES = 0xFFFF
 
 @dataclass(frozen=True)
 class Member:
-    """One array of a file: where it lies and what it is. Offsets and sizes in bytes."""
+    """One array of a file: where it lies and what it is. Offsets and sizes in bytes.
+
+    `runs_bytes` is what lies at `data_offset` in a deflated member, all runs and the final block; None if it is stored.
+    """
 
     name: str
     header_offset: int
@@ -59,15 +75,28 @@ class Member:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     crc32: int
+    runs_bytes: int | None = None
 
     @property
     def npy_bytes(self) -> int:
-        """The member's size: NPY header and data."""
+        """The member's size, inflated: NPY header and data."""
         return NPY_HEADER_BYTES + self.data_bytes
 
     @property
+    def packed_bytes(self) -> int:
+        """The member's size as it lies in the file."""
+        if self.runs_bytes is None:
+            return self.npy_bytes
+        return len(_STORED_BLOCK) + NPY_HEADER_BYTES + self.runs_bytes
+
+    @property
+    def end(self) -> int:
+        """Where the member ends."""
+        return self.data_offset + (self.data_bytes if self.runs_bytes is None else self.runs_bytes)
+
+    @property
     def data_bytes(self) -> int:
-        """The size of the data alone."""
+        """The size of the data alone, inflated."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
@@ -82,9 +111,15 @@ class Directory:
     file_bytes: int
 
 
-def data_offset(position: int, name: str) -> int:
+def rowindex(name: str) -> str:
+    """The name of the array that holds where the rows of a deflated one lie."""
+    return f"{name}.rowindex"
+
+
+def data_offset(position: int, name: str, *, deflated: bool = False) -> int:
     """Where the data of a member lies whose local header begins at `position`."""
     bare = position + _LOCAL.size + len(_filename(name)) + _ZIP64_FIELD.size + NPY_HEADER_BYTES
+    bare += len(_STORED_BLOCK) if deflated else 0
     padding = -bare % ALIGNMENT
     if 0 < padding < 6:  # an extra field of this kind takes at least six bytes
         padding += ALIGNMENT
@@ -104,15 +139,15 @@ def npy_header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
 
 def member_header(member: Member) -> bytes:
     """Everything between `header_offset` and `data_offset`: local header, padding and NPY header."""
-    filename = _filename(member.name)
-    fields = _ZIP64_FIELD.pack(1, 16, member.npy_bytes, member.npy_bytes)
-    bare = member.header_offset + _LOCAL.size + len(filename) + len(fields) + NPY_HEADER_BYTES
+    filename, block = _filename(member.name), b"" if member.runs_bytes is None else _STORED_BLOCK
+    fields = _ZIP64_FIELD.pack(1, 16, member.npy_bytes, member.packed_bytes)
+    bare = member.header_offset + _LOCAL.size + len(filename) + len(fields) + len(block) + NPY_HEADER_BYTES
     if padding := member.data_offset - bare:
         fields += struct.pack("<HHH", _PADDING_ID, padding - 4, ALIGNMENT).ljust(padding, b"\0")
     local = _LOCAL.pack(
-        b"PK\3\4", _VERSION, 0, 0, 0, _DOS_DATE, member.crc32, _FULL, _FULL, len(filename), len(fields)
+        b"PK\3\4", _VERSION, 0, _method(member), 0, _DOS_DATE, member.crc32, _FULL, _FULL, len(filename), len(fields)
     )  # fmt: skip
-    return local + filename + fields + npy_header(member.dtype, member.shape)
+    return local + filename + fields + block + npy_header(member.dtype, member.shape)
 
 
 def directory_bytes(members: Sequence[Member], offset: int, comment: str) -> bytes:
@@ -130,15 +165,15 @@ def directory_bytes(members: Sequence[Member], offset: int, comment: str) -> byt
 
 def _entry(member: Member) -> bytes:
     filename = _filename(member.name)
-    size, offset, wide = member.npy_bytes, member.header_offset, []
-    if size > _ZIP32_LIMIT:
-        wide, size = [size, size], _FULL
+    size, packed, offset, wide = member.npy_bytes, member.packed_bytes, member.header_offset, []
+    if max(size, packed) > _ZIP32_LIMIT:
+        wide, size, packed = [size, packed], _FULL, _FULL
     if offset > _ZIP32_LIMIT:
         wide, offset = [*wide, offset], _FULL
     fields = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     return (
         _ENTRY.pack(
-            b"PK\1\2", _UNIX | _VERSION, _VERSION, 0, 0, 0, _DOS_DATE, member.crc32, size, size,
+            b"PK\1\2", _UNIX | _VERSION, _VERSION, 0, _method(member), 0, _DOS_DATE, member.crc32, packed, size,
             len(filename), len(fields), 0, 0, 0, _MODE, offset,
         )
         + filename
@@ -188,7 +223,7 @@ def _read_directory(buffer: memoryview) -> Directory:
         _check(member.name not in members, f"second {member.name}.npy")
         _check(member.header_offset == place, f"place of {member.name}.npy (there is a gap, or two arrays overlap)")
         members[member.name] = member
-        place = member.data_offset + member.data_bytes
+        place = member.end
     _check(place == offset, "place of the directory")
     comment = bytes(buffer[end + _END.size :]).decode("ascii")
     _check(directory_bytes(list(members.values()), offset, comment) == buffer[offset:], "directory")
@@ -204,21 +239,27 @@ def _read_entry(entries: bytes, position: int, body: memoryview) -> tuple[Member
     filename = entries[position : position + name_bytes].decode("ascii")
     fields = entries[position + name_bytes : position + name_bytes + field_bytes]
     _check(signature == b"PK\1\2" and filename.endswith(".npy"), "directory entry")
-    _check(flags == 0 and method == 0, f"compression of {filename} (only stored members can be mapped)")
+    _check(flags == 0 and method in (0, _DEFLATED), f"compression of {filename}")
     wide = iter(struct.unpack(f"<{(len(fields) - 4) // 8}Q", fields[4:]) if fields else ())
     size, packed = (next(wide, -1) if short == _FULL else short for short in (size, packed))
     offset = next(wide, -1) if offset == _FULL else offset
-    _check(0 <= packed == size and offset >= 0, f"size of {filename}")
+    block = len(_STORED_BLOCK) if method else 0
+    runs_bytes = packed - block - NPY_HEADER_BYTES if method else None
+    _check(
+        offset >= 0 and packed >= 0 and (packed == size if runs_bytes is None else runs_bytes >= len(DEFLATE_END)),
+        f"size of {filename}",
+    )
 
     signature, *_, local_name_bytes, local_field_bytes = _LOCAL.unpack_from(body, offset)
     start = offset + _LOCAL.size + local_name_bytes + local_field_bytes
     local_name = bytes(body[offset + _LOCAL.size :][:local_name_bytes])
     _check(signature == b"PK\3\4" and local_name == filename.encode(), f"local header of {filename}")
-    name, start = filename.removesuffix(".npy"), start + NPY_HEADER_BYTES
-    _check(start == data_offset(offset, name), f"place of the data of {filename}")
+    name, start = filename.removesuffix(".npy"), start + block + NPY_HEADER_BYTES
+    _check(start == data_offset(offset, name, deflated=bool(method)), f"place of the data of {filename}")
     dtype, shape = _read_npy_header(bytes(body[start - NPY_HEADER_BYTES : start]), filename)
-    member = Member(name, offset, start, dtype, shape, crc32)
+    member = Member(name, offset, start, dtype, shape, crc32, runs_bytes)
     _check(member.npy_bytes == size, f"shape {shape} of {filename}, which has {size} bytes")
+    _check(size <= _MAX_RATIO * packed, f"size of {filename}: {packed} bytes cannot hold {size}")
     _check(member_header(member) == body[offset:start], f"header of {filename}")
     return member, position + name_bytes + field_bytes + comment_bytes
 
@@ -238,6 +279,10 @@ def _read_npy_header(header: bytes, filename: str) -> tuple[np.dtype[Any], tuple
 def _check(condition: bool, what: str) -> None:
     if not condition:
         raise ValueError(f"wrong {what}")
+
+
+def _method(member: Member) -> int:
+    return 0 if member.runs_bytes is None else _DEFLATED
 
 
 def _filename(name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Opens an NPZ of this format as a memory map: arrays without a copy, rows without reading the rest."""
+"""Opens an NPZ of this format as a memory map: arrays without a copy, rows without reading or inflating the rest."""
 
 from __future__ import annotations
 
@@ -6,17 +6,70 @@ import math
 import mmap
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from isal.isal_zlib import crc32
+from isal.isal_zlib import IsalError, crc32, decompressobj
 from numpy.typing import NDArray
 
 from ..errors import FormatError
 from ..storage import open_regular
-from .format import NPY_HEADER_BYTES, Directory, Member, read_directory
+from .format import DEFLATE_END, NPY_HEADER_BYTES, Directory, Member, npy_header, read_directory, rowindex
 
 _PIECE_BYTES = 1 << 22
+_RAW = -15  # zlib's windowBits for a stream without header and checksum
+_FLUSHED = b"\0\0\xff\xff"  # how a full flush ends: an empty stored block
+
+
+class DeflatedRows:
+    """The rows of a deflated array. Each is inflated when it is asked for, on its own.
+
+    Attributes:
+        shape, dtype: as of the array.
+    """
+
+    def __init__(self, member: Member, runs: memoryview, ends: NDArray[np.int64], path: str) -> None:
+        self.shape, self.dtype = member.shape, member.dtype
+        self._runs = runs
+        self._ends = ends
+        self._row_bytes = member.dtype.itemsize * math.prod(member.shape[1:])
+        self._label = f"{path}: {member.name}"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice) -> NDArray[Any]:
+        """A row, or rows of a slice, as an array of their own."""
+        span = range(len(self))[rows]
+        numbers = span if isinstance(span, range) else (span,)
+        out = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        for place, row in enumerate(numbers):
+            self.read(row, out[place])
+        return out if isinstance(span, range) else out[0]
+
+    def read(self, row: int, out: NDArray[Any]) -> None:
+        """Inflates row number `row` (0 to N - 1) into `out`, an array of its shape.
+
+        Raises:
+            FormatError: its bytes are damaged.
+        """
+        out[...] = np.frombuffer(self.inflated(row), self.dtype).reshape(self.shape[1:])
+
+    def inflated(self, row: int) -> bytes:
+        """The bytes of one row. Raises FormatError as `read`."""
+        run = self._runs[self._ends[row] : self._ends[row + 1]]
+        stream = decompressobj(_RAW)
+        try:
+            data: bytes = stream.decompress(run, self._row_bytes + 1)  # never more, whatever the run would give
+        except IsalError as exc:
+            raise FormatError(f"{self._label}: row {row} is damaged ({exc}); copy the file again") from exc
+        if len(data) != self._row_bytes or stream.eof or stream.unconsumed_tail or run[-4:] != _FLUSHED:
+            raise FormatError(f"{self._label}: row {row} is damaged (not {self._row_bytes} bytes); copy the file again")
+        return data
+
+
+Rows = NDArray[Any] | DeflatedRows
 
 
 class NpzReader:
@@ -42,13 +95,16 @@ class NpzReader:
             os.close(descriptor)
         self._buffer = memoryview(self._map)
         self.directory: Directory = read_directory(self._buffer, self.path)
+        self._deflated: dict[str, DeflatedRows] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.directory.members
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        """The array `name`, a view of the map."""
+        """The array `name`, a view of the map; raises FormatError if it is deflated."""
         member = self._member(name)
+        if member.runs_bytes is not None:
+            raise FormatError(f"{self.path}: {name} is deflated, which no view can show; it is read by rows")
         count = math.prod(member.shape)
         if not count or not member.dtype.itemsize:
             return np.empty(member.shape, member.dtype)
@@ -58,14 +114,49 @@ class NpzReader:
         """The array `name`, None if there is none."""
         return self[name] if name in self else None
 
-    def crc_matches(self, name: str) -> bool:
-        """Reads the whole member and compares its CRC-32 with the directory's."""
+    def rows(self, name: str) -> Rows:
+        """The rows of array `name`: a view of the map, or what inflates them.
+
+        Raises:
+            FormatError: there is no such array, or where its rows lie is damaged.
+        """
         member = self._member(name)
-        start, crc = member.data_offset - NPY_HEADER_BYTES, 0
-        stop = start + member.npy_bytes
-        for position in range(start, stop, _PIECE_BYTES):
-            crc = crc32(self._buffer[position : min(position + _PIECE_BYTES, stop)], crc)
+        if member.runs_bytes is None:
+            return self[name]
+        if name not in self._deflated:
+            ends, runs_bytes = self[rowindex(name)], member.runs_bytes - len(DEFLATE_END)
+            if (
+                ends.dtype != np.int64
+                or ends.shape != (member.shape[0] + 1,)
+                or (ends[0], ends[-1]) != (0, runs_bytes)
+                or (np.diff(ends) < 0).any()
+            ):
+                raise FormatError(f"{self.path}: {rowindex(name)} does not fit {name}; copy the file again")
+            runs = self._buffer[member.data_offset : member.end]
+            self._deflated[name] = DeflatedRows(member, runs, ends, self.path)
+        return self._deflated[name]
+
+    def crc_matches(self, name: str) -> bool:
+        """Reads the whole member and compares its CRC-32 with the directory's.
+
+        Raises:
+            FormatError: rows of a deflated member are damaged.
+        """
+        member = self._member(name)
+        crc = crc32(npy_header(member.dtype, member.shape))
+        for piece in self._pieces(member):
+            crc = crc32(piece, crc)
         return crc == member.crc32
+
+    def _pieces(self, member: Member) -> Iterator[memoryview | bytes]:
+        rows = self.rows(member.name)
+        if isinstance(rows, DeflatedRows):
+            yield from map(rows.inflated, range(len(rows)))
+            if self._buffer[member.end - len(DEFLATE_END) : member.end] != DEFLATE_END:
+                raise FormatError(f"{self.path}: the end of {member.name} is damaged; copy the file again")
+        else:
+            for position in range(member.data_offset, member.end, _PIECE_BYTES):
+                yield self._buffer[position : min(position + _PIECE_BYTES, member.end)]
 
     def _member(self, name: str) -> Member:
         try:

@@ -1,20 +1,25 @@
-"""Streams arrays into an NPZ: rows go out as they come, headers are finished when their number is known."""
+"""Streams arrays into an NPZ: rows go out as they come, headers are finished when their number is known.
+
+Deflating is ISA-L's: its levels are 0 to 3, of which 1 and 2 are the useful ones.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from isal.isal_zlib import crc32, crc32_combine
+from isal.isal_zlib import DEFLATED, Z_FULL_FLUSH, compressobj, crc32, crc32_combine
 from numpy.typing import NDArray
 
-from .format import Directory, Member, data_offset, directory_bytes, member_header, npy_header
+from .format import DEFLATE_END, Directory, Member, data_offset, directory_bytes, member_header, npy_header, rowindex
 
 # CRC and write take turns on pieces that stay in the cache.
 _PIECE_BYTES = 1 << 22
+_RAW = -15  # zlib's windowBits for a stream without header and checksum
 
 
 class NpzWriter:
@@ -38,6 +43,8 @@ class NpzWriter:
         self._position = 0
         self._members: list[Member] = []
         self._open: tuple[str, int, np.dtype[Any], tuple[int, ...]] | None = None
+        self._deflate: Any = None
+        self._row_ends = [0]
         self._rows = 0
         self._crc = 0
 
@@ -54,13 +61,24 @@ class NpzWriter:
         self.begin(name, array.dtype, array.shape[1:])
         self.append(array)
 
-    def begin(self, name: str, dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> None:
-        """Begins the member `name`, an array of rows of `row_shape`; ends the one before it."""
+    def begin(
+        self, name: str, dtype: np.dtype[Any], row_shape: tuple[int, ...], *, deflate_level: int | None = None
+    ) -> None:
+        """Begins the member `name`, an array of rows of `row_shape`; ends the one before it.
+
+        Args:
+            name: without `.npy`.
+            dtype: of the array; big-endian ones are stored little-endian.
+            row_shape: of a row.
+            deflate_level: 0 to 3; None to store the rows as they are.
+        """
         self._end_member()
         if dtype.kind not in "biufU" or not dtype.itemsize or any(member.name == name for member in self._members):
             raise ValueError(f"{name}: a second one, or of type {dtype}; stored are numbers, bools and text")
         self._open = (name, self._position, dtype.newbyteorder("<"), row_shape)
-        self._position = data_offset(self._position, name)
+        self._deflate = None if deflate_level is None else compressobj(deflate_level, DEFLATED, _RAW)
+        self._position = data_offset(self._position, name, deflated=self._deflate is not None)
+        self._row_ends = [0]
         self._rows = self._crc = 0
 
     def append(self, rows: NDArray[Any]) -> None:
@@ -73,9 +91,13 @@ class NpzWriter:
         if not rows.size:
             return
         data = np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data
-        for start in range(0, len(data), _PIECE_BYTES):
-            piece = data[start : start + _PIECE_BYTES]
+        row_bytes = len(data) // len(rows)
+        for start in range(0, len(data), piece_bytes := _PIECE_BYTES if self._deflate is None else row_bytes):
+            piece = data[start : start + piece_bytes]
             self._crc = crc32(piece, self._crc)
+            if self._deflate is not None:
+                piece = memoryview(self._deflate.compress(piece) + self._deflate.flush(Z_FULL_FLUSH))
+                self._row_ends.append(self._row_ends[-1] + len(piece))
             self._write(piece, self._position)
             self._position += len(piece)
 
@@ -93,13 +115,20 @@ class NpzWriter:
         if self._open is None:
             return
         name, offset, dtype, row_shape = self._open
-        shape = (self._rows, *row_shape)
-        rows_bytes = self._position - data_offset(offset, name)
-        crc = crc32_combine(crc32(npy_header(dtype, shape)), self._crc, rows_bytes)
-        member = Member(name, offset, data_offset(offset, name), dtype, shape, crc)
+        shape, deflated = (self._rows, *row_shape), self._deflate is not None
+        runs_bytes = None
+        if deflated:
+            self._write(memoryview(DEFLATE_END), self._position)
+            self._position += len(DEFLATE_END)
+            runs_bytes = self._row_ends[-1] + len(DEFLATE_END)
+        crc = crc32_combine(crc32(npy_header(dtype, shape)), self._crc, dtype.itemsize * math.prod(shape))
+        member = Member(name, offset, data_offset(offset, name, deflated=deflated), dtype, shape, crc, runs_bytes)
         self._write(memoryview(member_header(member)), offset)
         self._members.append(member)
         self._open = None
+        if deflated:
+            self.add(rowindex(name), np.array(self._row_ends, np.int64))
+            self._end_member()
 
     def _write(self, data: memoryview, position: int) -> None:
         while data:
