@@ -304,7 +304,7 @@ def run(
             log.warning(
                 "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
             )
-        if config.preflight:
+        if config.preflight and job.settings.deflate_level is None:  # how far images shrink is not known
             shards = len(todo)
             require_space(storage.root, rows=built_items, row_bytes=row_bytes, shards=shards, dtype=job.settings.dtype)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again

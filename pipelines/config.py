@@ -35,6 +35,7 @@ Channels = Literal["rgb", "bgr", "gray"]
 MAX_SIDE = 16_384
 BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache, a GPU batch should fill the decoders
 SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+DEFLATE_LEVEL = 1
 MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files pass
 
 _RANGES = {
@@ -126,6 +127,13 @@ class BuildConfig(BaseModel):
         "Rows a shard, or its size in bytes with a unit.",
         "rows (1024) or bytes with a unit (512MB; B, kB, MB, GB, KiB, MiB, GiB)",
         "ROWS|BYTES",
+    )
+    compress: str = _setting(
+        "identity",
+        "none",
+        "Deflate stored images, by ISA-L at a level of 0 to 3 (1 unless given); any row is still read alone.",
+        "none, deflate, or deflate:LEVEL with a level of 0 to 3",
+        "none|deflate[:LEVEL]",
     )
     shuffle: int | None = _setting(
         "identity", None, "Shuffle the items by this seed.", "0 or a positive number", "SEED"
@@ -268,6 +276,14 @@ class BuildConfig(BaseModel):
         assert match
         return str(int(match[1])) if not match[2] else f"{int(match[1]) * units[match[2].lower()]}B"
 
+    @field_validator("compress", mode="before")
+    @classmethod
+    def _parse_compress(cls, value: Any) -> str:
+        match = re.fullmatch(r"none|deflate(?::([0-3]))?", str(value).strip().lower())
+        _require(match, value)
+        assert match
+        return "none" if match[0] == "none" else f"deflate:{match[1] or DEFLATE_LEVEL}"
+
     @field_validator("part", mode="before")
     @classmethod
     def _parse_part(cls, value: Any) -> str | None:
@@ -335,6 +351,11 @@ class BuildConfig(BaseModel):
     def channel_count(self) -> int:
         """How many channels a stored image has: 1 or 3."""
         return 1 if self.channels == "gray" else 3
+
+    @property
+    def deflate_level(self) -> int | None:
+        """ISA-L's level for stored images; None where they are not compressed."""
+        return None if self.compress == "none" else int(self.compress.partition(":")[2])
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the output's bytes, as JSON values by name."""

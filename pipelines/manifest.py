@@ -23,6 +23,7 @@ from .rejects import Reject
 from .storage import Storage, is_remote, open_storage
 
 FORMAT_VERSION = 1
+_KNOWN = ("deflate",)  # what `requires` may name
 _READERS = 16  # a store far away answers each request after some hundredths of a second
 
 
@@ -45,7 +46,7 @@ class CommitRecord(BaseModel):
 
 
 class Images(BaseModel):
-    """What a stored image is: `shape` without the batch axis, `layout` of a batch."""
+    """What a stored image is: `shape` without the batch axis, `layout` of a batch, whether shards deflate it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,6 +54,7 @@ class Images(BaseModel):
     dtype: str
     layout: Literal["NCHW", "NHWC"]
     channels: Literal["rgb", "bgr", "gray"]
+    deflated: bool = False
 
 
 class Normalization(BaseModel):
@@ -114,8 +116,9 @@ class Manifest(BaseModel):
             version, requires = int(head["version"]), list(head.get("requires", []))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
             raise FormatError(f"{label}: {exc!r}; not a dataset of gpu-npz, or damaged") from exc
-        if version > FORMAT_VERSION or requires:
-            wanted = f"format version {version}" + (f" with {requires}" if requires else "")
+        unknown = [name for name in requires if name not in _KNOWN]
+        if version > FORMAT_VERSION or unknown:
+            wanted = f"format version {version}" + (f" with {unknown}" if unknown else "")
             raise FormatError(f"{label}: {wanted} is newer than this gpu-npz, which reads 1; install a newer gpu-npz")
         return from_json(cls, content, label)
 
@@ -216,12 +219,14 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
     found = statistics(job.settings)
     environments = {json.dumps(record.environment, sort_keys=True): record.environment for record in records}
     manifest = Manifest(
+        requires=() if job.settings.deflate_level is None else ("deflate",),
         id=job.record.id,
         images=Images(
             shape=job.row_shape,
             dtype=job.settings.dtype,
             layout=job.settings.layout,
             channels=job.settings.channels,
+            deflated=job.settings.deflate_level is not None,
         ),
         normalization=found and Normalization(mean=tuple(map(float, found[0])), std=tuple(map(float, found[1]))),
         counts=Counts(

@@ -43,12 +43,16 @@ Tell = Callable[[str, float, "float | None"], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """A short run of one worker: how many items in how many seconds, after the first batch, and the GPU's memory."""
+    """A short run of one worker: how many items in how many seconds, after the first batch, and the GPU's memory.
+
+    `stored_row_bytes` is what a row took in the shards that it built, images and all; 0 if it built none.
+    """
 
     items: int
     seconds: float
     images_per_second: float
     gpu_memory_bytes: int
+    stored_row_bytes: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Survey:
         sample: what the headers say.
         image_size: height and width of a stored image.
         row_bytes, shard_rows, shards: of the output.
-        output_bytes: all files together, if no item is rejected.
+        output_bytes: all files together, if no item is rejected; of compressed images by the measured run, or the most.
         free_bytes: of the filesystem where OUT lies or will lie; None where it does not tell.
         backend, device, tuning: what the build would take.
         worker_memory_bytes, memory_bytes: main memory of a worker and of all; estimates.
@@ -152,6 +156,8 @@ def survey(
             measured = _measure(plan, source, config, choice, tuning, size, row_bytes, seconds, folder, progress)
         except StorageError as exc:
             trouble = f"the duration is not known: {exc}; --folder DIR measures elsewhere"
+    if measured and measured.stored_row_bytes and config.deflate_level is not None:
+        needed = int(plan.item_count * measured.stored_row_bytes)
     workers = max(1, tuning.workers)
     smallest, largest = _classes(plan, source)
     return Survey(
@@ -228,10 +234,12 @@ def _measure(
     for item in spread(plan, _MEASURED_ITEMS, 0.5):
         parent, slash, name = item.path.encode("utf-8", "surrogateescape").rpartition(b"/")
         groups.append(Group(parent + slash, [name], -1 if item.label is None else item.label))
-    rows = min(plan.shard_rows, max(tuning.batch_size, _MEASURED_SHARD_BYTES // row_bytes))
-    small = Plan(collect(groups), rows)
+    small = Plan(
+        collect(groups), min(plan.shard_rows, max(tuning.batch_size, _MEASURED_SHARD_BYTES // row_bytes))
+    )
     settings = config.model_copy(update={"on_reject": "skip"})
     items, first_items, begin, first, last, gpu_memory = 0, 0, time.perf_counter(), 0.0, 0.0, 0
+    rows = stored_bytes = 0
 
     def shards() -> Iterator[int]:
         for shard in range(small.shard_count):
@@ -248,6 +256,7 @@ def _measure(
         with contextlib.closing(work(task, shards())) as events:
             for event in events:
                 if isinstance(event, Committed):
+                    rows, stored_bytes = rows + event.record.rows, stored_bytes + event.record.bytes
                     storage.remove(shard_name(event.record.shard, small.shard_count))
                 elif isinstance(event, WorkerEnded):
                     gpu_memory = event.gpu_memory_bytes
@@ -260,7 +269,8 @@ def _measure(
                     progress("measuring", min(last - first, seconds), seconds)
     if not items:  # one batch was all
         items, first = first_items, begin
-    return Measured(items, last - first, items / (last - first), gpu_memory)
+    stored_row_bytes = stored_bytes / rows if rows else 0.0
+    return Measured(items, last - first, items / (last - first), gpu_memory, stored_row_bytes)
 
 
 def _warnings(config: BuildConfig, plan: Plan, sample: Sample, needed: int, *, labelled: bool) -> Iterator[str]:

@@ -147,7 +147,8 @@ class ShardSink:
         parts: list[Rows] = []
         try:
             with self._storage.explained(name), NpzWriter(temporary) as file:
-                file.begin("images", self._job.dtype, self._job.row_shape)
+                level = self._job.settings.deflate_level
+                file.begin("images", self._job.dtype, self._job.row_shape, deflate_level=level)
                 for rows in taken:
                     if self._failure is not None:
                         break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import resource
 import sys
 import time
@@ -112,7 +113,8 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             gpu=task.gpu,
             stream=getattr(normalizer, "stream", None),
         )
-        _require_environment(task.environment, environment := decoder.environment())
+        environment = {**decoder.environment(), **_deflater(job)}
+        _require_environment(task.environment, environment)
         seconds = {"read": 0.0, "decode": 0.0, "normalize": 0.0}
         sink = ShardSink(storage, job, environment, normalizer.allocate, task.tuning)
         stack.enter_context(decoder)
@@ -221,6 +223,11 @@ def _explained(task: Task) -> Iterator[None]:
             f"GPU {task.gpu} failed ({clean(str(exc))}); `nvidia-smi` shows its memory and who holds it, dmesg its "
             "errors (Xid). Run the same command to resume"
         ) from exc
+
+
+def _deflater(job: Job) -> dict[str, str]:
+    """The library that decides a compressed shard's bytes."""
+    return {} if job.settings.deflate_level is None else {"isal": importlib.metadata.version("isal")}
 
 
 def _peak_bytes() -> int:

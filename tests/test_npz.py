@@ -488,7 +488,10 @@ def test_what_is_no_npz_is_refused(path: Path, content: bytes, fault: str | None
 
 @pytest.mark.parametrize(
     ("save", "fault"),
-    [(np.savez, "wrong place of the data of images.npy"), (np.savez_compressed, "wrong compression of images.npy")],
+    [
+        (np.savez, "wrong place of the data of images.npy"),
+        (np.savez_compressed, "wrong size of images.npy"),
+    ],
 )
 def test_what_numpy_wrote_is_refused_since_its_arrays_are_not_aligned(
     path: Path, save: Callable[..., None], fault: str

@@ -416,3 +416,12 @@ def test_an_out_inside_of_src_is_refused_as_by_build(make_tree: Any) -> None:
     src = make_tree({"a/1.jpg": "jpeg"})
     with pytest.raises(UsageError, match="lies inside SRC"):
         survey(src, BuildConfig(), src / "out", seconds=0)
+
+
+def test_the_size_of_compressed_images_is_that_of_the_measured_ones(make_tree: Any, tmp_path: Path) -> None:
+    src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(9)})
+    config = BuildConfig(device="cpu", size=64, shard_size=3, workers=1, compress="deflate")
+    report = build(src, tmp_path / "out", config)
+    found = survey(src, config, seconds=1)
+    assert found.output_bytes == pytest.approx(report.dataset_bytes, rel=0.02)
+    assert found.output_bytes < survey(src, config, seconds=0).output_bytes / 1.2

@@ -411,7 +411,7 @@ def test_what_no_build_has_made_is_no_dataset(tmp_path: Path, make: Callable[[Pa
 
 @pytest.mark.parametrize(
     ("values", "fault"),
-    [({"version": 2}, "format version 2 is newer"), ({"requires": ["deflate"]}, r"with \['deflate'\] is newer")],
+    [({"version": 2}, "format version 2 is newer"), ({"requires": ["zstd"]}, r"with \['zstd'\] is newer")],
 )
 def test_what_a_later_version_made_is_refused(copy: Path, values: dict[str, Any], fault: str) -> None:
     edited(copy, lambda manifest: manifest.update(values))

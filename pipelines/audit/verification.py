@@ -135,8 +135,8 @@ class _ShardChecker:
             yield f"{reader.directory.file_bytes} bytes; the index says {size}"
         if reader.directory.digest != self._index["shard_digest"][shard].tobytes().hex():
             yield "its directory is not the one that was committed: the file was replaced by another whole one"
-        if len(reader["images"]) != rows:
-            yield f"{len(reader['images'])} rows; the index says {rows}"
+        if len(reader.rows("images")) != rows:
+            yield f"{len(reader.rows('images'))} rows; the index says {rows}"
             return
         span = slice(int(self._ends[shard]) - rows, int(self._ends[shard]))
         for name in ("index", "labels", "valid"):
@@ -146,7 +146,7 @@ class _ShardChecker:
                 yield f"{name} differs from the index"
 
     def _column_faults(self, reader: NpzReader) -> Iterator[str]:
-        rows = len(reader["images"])
+        rows = len(reader.rows("images"))
         kinds = {"index": "i", "source_bytes": "i", "paths": "U"}
         kinds |= {"labels": "i"} if self._manifest.classes is not None else {}
         kinds |= {"valid": "b"} if "valid" in reader else {}
@@ -160,7 +160,7 @@ class _ShardChecker:
                     yield f"labels {column.min()} to {column.max()}; there are {classes} classes"
 
     def _value_faults(self, reader: NpzReader) -> Iterator[str]:
-        images, valid = reader["images"], reader.get("valid")
+        images, valid = reader.rows("images"), reader.get("valid")
         if images.dtype == np.uint8 and valid is None:
             return
         axis = 1 if self._manifest.images.layout == "NCHW" else 3
@@ -188,9 +188,12 @@ def _require_consistent(manifest: Manifest, label: str) -> None:
         table(config)
     except UsageError as exc:
         raise FormatError(f"{label}: settings: {exc}; the file is damaged") from exc
-    images, settings = manifest.images, (config.dtype, config.layout, config.channels)
+    images, settings = manifest.images, (config.dtype, config.layout, config.channels, config.compress != "none")
     size = config.size or (images.shape[-2:] if config.layout == "NCHW" else images.shape[:2])
-    if settings != (images.dtype, images.layout, images.channels) or row_shape(config, *size) != images.shape:
+    if (
+        settings != (images.dtype, images.layout, images.channels, images.deflated)
+        or row_shape(config, *size) != images.shape
+    ):
         raise FormatError(f"{label}: {images!r} contradicts the settings; the file is damaged")
     found = statistics(config) or ((), ())
     said = manifest.normalization

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import FormatError
 from ..storage import open_regular
-from .format import DEFLATE_END, NPY_HEADER_BYTES, Directory, Member, npy_header, read_directory, rowindex
+from .format import DEFLATE_END, Directory, Member, npy_header, read_directory, rowindex
 
 _PIECE_BYTES = 1 << 22
 _RAW = -15  # zlib's windowBits for a stream without header and checksum

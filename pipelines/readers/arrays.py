@@ -9,16 +9,18 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..environment import usable_cpus
 from ..errors import FormatError, StorageError
 from ..job import index_comment, open_npz, shard_comment
 from ..manifest import Manifest
 from ..normalize import apply_table, table
-from ..npz.reader import NpzReader
+from ..npz.reader import DeflatedRows, NpzReader
 from ..output import INDEX, shard_name
 from ..storage import LocalStorage, Storage, is_remote
 
@@ -32,7 +34,7 @@ class Dataset:
 
     `dataset[i]` is the image of row i: (C, H, W) or (H, W, C), as stored, a view of the mapped file. `dataset[a:b]` is
     a batch: a view if it lies in one shard, else a copy; `dataset[[3, 1, 2]]` is a copy. What is written to a view
-    stays in this process.
+    stays in this process. Of a compressed dataset all are copies, and no rows but those are inflated.
 
     Attributes:
         path: the dataset's folder.
@@ -115,7 +117,7 @@ class Dataset:
             rows = np.array(span)
         if isinstance(rows, SupportsIndex) and np.ndim(rows) == 0:  # type: ignore[arg-type]  # any integer type
             shard, at = self._find(int(rows))
-            row: NDArray[Any] = self.shard(shard)[name][at]
+            row: NDArray[Any] = self.shard(shard).rows(name)[at]
             return row
         wanted = np.asarray(rows)
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
@@ -154,9 +156,9 @@ class Dataset:
                 return self._shards[number]
             reader = open_shard(self._storage, self.manifest, number)
             rows = self._ends[number] - (self._ends[number - 1] if number else 0)
-            if len(reader["images"]) != rows:
+            if len(reader.rows("images")) != rows:
                 raise FormatError(
-                    f"{reader.path}: {len(reader['images'])} rows; {INDEX} says {rows}; run gpu-npz verify"
+                    f"{reader.path}: {len(reader.rows('images'))} rows; {INDEX} says {rows}; run gpu-npz verify"
                 )
             self._shards[number] = reader
             if len(self._shards) > _OPEN_SHARDS:
@@ -179,7 +181,7 @@ class Dataset:
             count = min(stop, self._ends[shard]) - start
             runs.append((shard, at, at + count))
             start += count
-        if len(runs) != 1:
+        if len(runs) != 1 or (name == "images" and self.manifest.images.deflated):
             return self._gather(name, runs)
         ((shard, begin, end),) = runs
         view: NDArray[Any] = self.shard(shard)[name][begin:end]
@@ -189,6 +191,8 @@ class Dataset:
         """A copy of the rows of all runs (shard, start, stop), made run by run: views would keep every shard open."""
         if not runs:
             runs = [(0, 0, 0)]
+        if name == "images" and self.manifest.images.deflated:
+            return self._inflated([(shard, row) for shard, start, stop in runs for row in range(start, stop)])
         out: NDArray[Any] | None = None
         filled, count = 0, sum(stop - start for _, start, stop in runs)
         for shard, start, stop in runs:
@@ -201,6 +205,22 @@ class Dataset:
             filled += len(rows)
         assert out is not None
         return out
+
+    def _inflated(self, places: list[tuple[int, int]]) -> NDArray[Any]:
+        """The images at these places (shard, row), inflated by as many threads as there are cores."""
+        out = np.empty((len(places), *self.image_shape), self.dtype)
+
+        def inflate(at: int) -> None:
+            shard, row = places[at]
+            out[at] = self.shard(shard).rows("images")[row]
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(inflate, range(len(places))))
+        return out
+
+    @functools.cached_property
+    def _threads(self) -> int:
+        return usable_cpus()
 
 
 class _Paths(Sequence[str]):
@@ -249,7 +269,12 @@ def open_shard(storage: Storage, manifest: Manifest, number: int) -> NpzReader:
     """
     reader = _opened(storage, shard_name(number, manifest.counts.shards))
     _require_comment(reader, shard_comment(manifest.id, number))
-    images = reader["images"]
+    images = reader.rows("images")
+    if isinstance(images, DeflatedRows) != manifest.images.deflated:
+        raise FormatError(
+            f"{reader.path}: its images are {'stored' if manifest.images.deflated else 'deflated'}, "
+            "unlike the manifest's; copy it again"
+        )
     if images.shape[1:] != manifest.images.shape or images.dtype.name != manifest.images.dtype:
         wanted = f"{manifest.images.dtype} (N, {', '.join(map(str, manifest.images.shape))})"
         raise FormatError(f"{reader.path}: images are {images.dtype} {images.shape}; the manifest says {wanted}")
