@@ -19,6 +19,8 @@ COMMANDS = {
     "plan": "Say what a build would do and take, before a long job.",
     "info": "Say what a dataset is, or how far its build has come.",
     "verify": "Read a whole dataset and compare it with its manifest.",
+    "stats": "Say what the pixels of images or of a dataset are like: mean, std, histograms, classes.",
+    "preview": "Draw a contact sheet of a dataset, or of its rejects.",
     "retry": "Try the rejects of a dataset again, after their files were mended.",
     "finalize": "Finish a dataset that was built in parts.",
     "parity": "Say how far two decoders differ on the same images.",

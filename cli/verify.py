@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import click
 from rich.progress import Progress
 
-from gpu_npz.audit.verification import verify
+from gpu_npz.audit.comparison import MEAN_LEVELS, Comparison, compare
+from gpu_npz.audit.verification import Problem, verify
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings, size
 from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
-from gpu_npz.errors import UsageError
+from gpu_npz.errors import FormatError, UsageError
 from gpu_npz.maintenance import repair
+from gpu_npz.output import INDEX
 
 
 @click.command("verify")
 @click.argument("out", metavar="OUT")
 @click.option("--repair", "repairing", is_flag=True, help="Build damaged and missing shards anew; verify again.")
-@click.option("--source", metavar="SRC", help="For --repair: where the images are now, if they have moved.")
+@click.option(
+    "--deep", type=click.IntRange(1), metavar="N", help="Decode N random rows anew from their files; compare."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="SEED", help="For --deep: which rows.")
+@click.option("--source", metavar="SRC", help="For --repair and --deep: where the images are now, if they have moved.")
 @config_options(*OPERATIONAL)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def command(out: str, repairing: bool, source: str | None, as_json: bool, **given: Any) -> int:
+def command(
+    out: str, repairing: bool, deep: int | None, seed: int, source: str | None, as_json: bool, **given: Any
+) -> int:
     """Read the whole dataset in OUT and compare it with its manifest; exit 1 if anything is wrong.
 
     Checked: every CRC-32; that each shard is there, is this dataset's and is the one that was committed; shapes,
-    dtypes, value ranges, labels; and that every planned item is one row or one reject.
+    dtypes, value ranges, labels; and that every planned item is one row or one reject. With --deep also that rows are
+    what their source files give: bit for bit where the decoder's version is that of the build.
     """
     show_warnings()
     config = read_config(None, given)
-    if not repairing and (source is not None or any(value is not None for value in given.values())):
-        raise UsageError("--source and the settings of a build go with --repair; add it, or leave them out")
+    if not repairing and any(value is not None for value in given.values()):
+        raise UsageError("the settings of a build go with --repair; add it, or leave them out")
+    if source is not None and not repairing and deep is None:
+        raise UsageError("--source goes with --repair and --deep; add one of them, or leave it out")
     with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
         task = progress.add_task("verifying", total=None)
 
@@ -37,16 +49,37 @@ def command(out: str, repairing: bool, source: str | None, as_json: bool, **give
             progress.update(task, completed=done, total=total)
 
         rebuilt = repair(out, config, source=source, checked=checked) if repairing else None
+        again: Comparison | None = None
+        faults: list[Problem] = []
+        if deep is not None:
+            try:
+                again = compare(out, deep, seed=seed, source=source, progress=checked)
+                faults += again.problems
+            except FormatError as exc:  # the rest is verified all the same
+                faults.append(Problem(INDEX, f"--deep cannot read it: {exc}"))
         result = verify(out, progress=checked)
+    result = dataclasses.replace(result, problems=tuple(dict.fromkeys([*result.problems, *faults])))
     if as_json:
-        print_json({**result.to_json(), **({"repaired_shards": rebuilt.shards} if rebuilt else {})})
+        more: dict[str, Any] = {"repaired_shards": rebuilt.shards} if rebuilt else {}
+        more |= {"deep": again.to_json()} if again else {}
+        print_json({**result.to_json(), **more})
     else:
         if rebuilt is not None:
             click.echo(f"{len(rebuilt.shards)} shard(s) built anew")
         for problem in result.problems:
             click.echo(f"{printable(problem.file)}: {printable(problem.what)}")
+        if again is not None:
+            click.echo(_compared(again))
         verdict = "whole" if result.ok else f"NOT whole, {len(result.problems)} problem(s)"
         click.echo(
             f"{printable(result.path)}: {result.rows} rows in {result.shards} shards, {size(result.bytes)}: {verdict}"
         )
     return 0 if result.ok else 1
+
+
+def _compared(found: Comparison) -> str:
+    sides = (found.environment, *found.environments)
+    here, *made = (", ".join(f"{name} {value}" for name, value in side.items()) for side in sides)
+    how = "bit for bit" if found.exact else f"within a mean of {MEAN_LEVELS:g} levels, since {'; '.join(made)} built it"
+    differences = f"mean difference {found.mean:.3f} levels, max {found.max}"
+    return f"{found.rows} rows decoded again by {here}, to be equal {how}: {differences}"

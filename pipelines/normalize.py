@@ -93,6 +93,31 @@ def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
     return out
 
 
+def levels(values: Array, stored: Array, layout: Layout) -> NDArray[np.uint8]:
+    """Stored images as pixels again: of each value the level whose entry in the table is nearest.
+
+    The inverse of `apply_table`, to the bit, where the table tells its levels apart; uint8 images come back as they
+    are. A table is a straight line but for its rounding, so the level is a quotient.
+
+    Args:
+        values: the table that made them, (channels, 256).
+        stored: (..., C, H, W) or (..., H, W, C); NaN becomes level 0.
+        layout: which of the two.
+    """
+    if stored.dtype == np.uint8:
+        return stored
+    out = np.empty(stored.shape, np.uint8)
+    axis = stored.ndim - 3 if layout == "NCHW" else stored.ndim - 1
+    ends = values[:, [0, -1]].astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a table of one value, and damaged images
+        for source, target, (low, high) in zip(
+            np.moveaxis(stored, axis, 0), np.moveaxis(out, axis, 0), ends, strict=True
+        ):
+            scaled = (source.astype(np.float32) - low) * (np.float32(255) / (high - low))
+            target[...] = np.clip(np.rint(np.nan_to_num(scaled)), 0, 255)
+    return out
+
+
 class Normalizer:
     """Turns decoded pixels into stored rows on the CPU."""
 

@@ -14,7 +14,7 @@ import pytest
 from gpu_npz import normalize
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import UsageError
-from gpu_npz.normalize import CudaNormalizer, Normalizer, apply_table, row_shape, table
+from gpu_npz.normalize import CudaNormalizer, Normalizer, apply_table, levels, row_shape, table
 
 # Of each floating type: bits of a significand, exponent of the smallest number above zero (IEEE 754-2019, table 3.5).
 PRECISION = {"float16": (11, -24), "float32": (24, -149)}
@@ -330,3 +330,29 @@ def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
     launched(2, len(kept), 256, *arrays, 16 * 24, len(values), int(layout == "NCHW"), int(channels == "bgr"))
     np.testing.assert_array_equal(out[:2], looked_up(values, pixels[kept], channels, layout), strict=True)
     assert (out[2] == 99).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["mean-std", "unit", "signed", "none"])
+def test_stored_values_give_their_levels_back(layout: Any, channels: str, dtype: str, kind: str) -> None:
+    given: dict[str, Any] = {}
+    if kind == "mean-std":
+        given = {"mean": (0.9, 0.1, 0.4), "std": (0.01, 3.0, 0.25)}
+        given = {name: values[: 1 if channels == "gray" else 3] for name, values in given.items()}
+    config = BuildConfig(layout=layout, channels=channels, dtype=dtype, normalize=kind, **given)
+    values = table(config)
+    count = len(values)
+    pixels = np.stack([np.roll(np.arange(256, dtype=np.uint8), 7 * channel) for channel in range(count)])
+    images = pixels.reshape(1, count, 16, 16)
+    if layout == "NHWC":
+        images = np.moveaxis(images, 1, 3)
+    stored = images if dtype == "uint8" else apply_table(values, images, layout)
+    np.testing.assert_array_equal(levels(values, stored, layout), images)
+
+
+def test_values_between_levels_and_beyond_them_become_the_nearest_level() -> None:
+    values = table(BuildConfig(channels="gray", normalize="unit"))
+    stored = np.array([-5, 0.4 / 255, 0.6 / 255, 254.6 / 255, 9, np.nan, np.inf, -np.inf], np.float32).reshape(1, 2, 4)
+    assert levels(values, stored, "NCHW").ravel().tolist() == [0, 0, 1, 255, 255, 0, 255, 0]

@@ -1,0 +1,99 @@
+"""`gpu-npz stats`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.progress import Progress
+
+from gpu_npz.cli.console import errors, print_json, printable, show_warnings
+from gpu_npz.cli.options import config_options
+from gpu_npz.config import BuildConfig, load_toml
+from gpu_npz.errors import UsageError
+from gpu_npz.output import JOB, MANIFEST
+from gpu_npz.storage import is_remote, open_storage
+
+if TYPE_CHECKING:
+    from gpu_npz.audit.statistics import Statistics
+
+_USED = (
+    "device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "crop_pct", "pad_value",
+    "interpolation", "exif_orientation", "background", "max_pixels", "channels", "shuffle", "limit", "classes_from",
+    "batch_size", "workers", "threads", "prefetch", "hw_decoder_load",
+)  # fmt: skip
+_COLUMNS = 32  # of a drawn histogram: 8 levels each
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+@click.command("stats")
+@click.argument("src", metavar="SRC|OUT")
+@config_options(*_USED)
+@click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> None:
+    """Say what the pixels of SRC, decoded as a build would, or of a dataset are like: mean, std, histograms, classes.
+
+    Exact, by counts of levels. The last line has the options that normalize a build by these statistics.
+    """
+    from gpu_npz.audit.statistics import of_dataset, of_source  # loads Pillow, which the help does not need
+
+    show_warnings()
+    values = {name: value for name, value in given.items() if value is not None}
+    storage = open_storage(src)
+    is_dataset = is_remote(src) or any(storage.size(name) is not None for name in (MANIFEST, JOB))
+    if is_dataset and (values or config_file):
+        raise UsageError(f"{src!r} is a dataset, whose images are as they are; leave the settings out")
+    if config_file:
+        values = {**load_toml(config_file), **values}
+    # How values are normalized makes no difference, and imagenet is not allowed for gray.
+    values = {name: value for name, value in values.items() if name not in ("mean", "std")} | {"normalize": "none"}
+    with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
+        task = progress.add_task("counting", total=None)
+
+        def counted(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        if is_dataset:
+            found = of_dataset(src, progress=counted)
+        else:
+            found = of_source(src, BuildConfig(**values), progress=counted)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        click.echo("\n".join(_lines(found)))
+
+
+def _lines(found: Statistics) -> list[str]:
+    codes = ", ".join(f"{count} {code}" for code, count in found.rejects_by_code.items())
+    lines = [
+        f"{printable(found.path)}: {found.images} images{f'; rejects: {codes}' if codes else ''}",
+        f"  {'channel':8} {'mean':>8} {'std':>8} {'min':>4} {'max':>4}  levels 0 to 255",
+    ]
+    rows = zip(found.channels, found.mean, found.std, found.min, found.max, found.histograms, strict=True)
+    lines += [
+        f"  {name:8} {mean:8.6f} {std:8.6f} {low:4} {high:4}  {_drawn(counts)}"
+        for name, mean, std, low, high, counts in rows
+    ]
+    lines += _classes(found.class_counts)
+    if 0 in (stds := [round(std, 6) for std in found.std]):
+        return [*lines, "  a channel has one level alone: there is no --std for it"]
+    means = [round(mean, 6) for mean in found.mean]
+    return [*lines, f"--mean {','.join(map(str, means))} --std {','.join(map(str, stds))}"]
+
+
+def _drawn(counts: tuple[int, ...]) -> str:
+    step = len(counts) // _COLUMNS
+    columns = [sum(counts[start : start + step]) for start in range(0, len(counts), step)]
+    # Rounded up, so that a blank means none at all.
+    return "|" + "".join(_BLOCKS[-(-column * (len(_BLOCKS) - 1) // max(columns))] for column in columns) + "|"
+
+
+def _classes(counts: dict[str, int] | None) -> list[str]:
+    if not counts:
+        return []
+    ordered = sorted(counts, key=lambda name: counts[name])
+    if counts[ordered[0]] == counts[ordered[-1]]:
+        return [f"  classes  {len(counts)}, {counts[ordered[0]]} images in each"]
+    smallest, largest = (f"{counts[name]} ({printable(name)})" for name in (ordered[0], ordered[-1]))
+    return [f"  classes  {len(counts)}, {smallest} to {largest} images in one"]
