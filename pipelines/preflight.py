@@ -234,9 +234,7 @@ def _measure(
     for item in spread(plan, _MEASURED_ITEMS, 0.5):
         parent, slash, name = item.path.encode("utf-8", "surrogateescape").rpartition(b"/")
         groups.append(Group(parent + slash, [name], -1 if item.label is None else item.label))
-    small = Plan(
-        collect(groups), min(plan.shard_rows, max(tuning.batch_size, _MEASURED_SHARD_BYTES // row_bytes))
-    )
+    small = Plan(collect(groups), min(plan.shard_rows, max(tuning.batch_size, _MEASURED_SHARD_BYTES // row_bytes)))
     settings = config.model_copy(update={"on_reject": "skip"})
     items, first_items, begin, first, last, gpu_memory = 0, 0, time.perf_counter(), 0.0, 0.0, 0
     rows = stored_bytes = 0

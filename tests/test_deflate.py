@@ -18,6 +18,9 @@ import pytest
 from numpy.typing import NDArray
 
 import gpu_npz
+from gpu_npz.audit.comparison import compare
+from gpu_npz.audit.previews import preview
+from gpu_npz.audit.statistics import of_dataset
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import FormatError, MismatchError, UsageError
 from gpu_npz.npz.format import Directory, rowindex
@@ -236,6 +239,17 @@ def test_a_compressed_dataset_has_the_rows_of_a_stored_one(src: Path, tmp_path: 
     for shard in range(3):
         with np.load(tmp_path / f"out/shard-{shard:05}.npz", allow_pickle=False) as file:
             np.testing.assert_array_equal(file["images"], stored.shard(shard)["images"])
+
+
+def test_what_looks_at_a_dataset_reads_a_compressed_one(src: Path, tmp_path: Path) -> None:
+    build(src, tmp_path / "stored")
+    build(src, out := tmp_path / "out", compress="deflate")
+    found = compare(out, 100, source=src)
+    assert (found.rows, found.exact, found.problems) == (12, True, ())
+    assert of_dataset(out).histograms == of_dataset(tmp_path / "stored").histograms
+    preview(out, tmp_path / "sheet.png", count=4)
+    preview(tmp_path / "stored", tmp_path / "other.png", count=4)
+    assert (tmp_path / "sheet.png").read_bytes() == (tmp_path / "other.png").read_bytes()
 
 
 def test_workers_and_runs_make_the_same_bytes(src: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
 
     def counted(shard: int) -> NDArray[np.int64]:
         reader = open_shard(storage, manifest, shard)
-        stored, valid = reader["images"], reader.get("valid")
+        stored, valid = reader.rows("images"), reader.get("valid")
         counts = np.zeros((len(values), 256), np.int64)
         for start in range(0, len(stored), _ROWS_AT_ONCE):
             span = slice(start, start + _ROWS_AT_ONCE)
