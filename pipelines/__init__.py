@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .config import BuildConfig
     from .errors import GpuNpzError
     from .manifest import Manifest
+    from .preprocess import Preprocess
     from .readers.arrays import Dataset, open_dataset
     from .worker import Committed, Progress, WorkerEnded
 
@@ -30,6 +31,7 @@ _HOMES = {
     "Dataset": "readers.arrays",
     "GpuNpzError": "errors",
     "Manifest": "manifest",
+    "Preprocess": "preprocess",
     "Problem": "audit.verification",
     "Progress": "worker",
     "Started": "builder",
@@ -46,6 +48,7 @@ __all__ = [
     "Dataset",
     "GpuNpzError",
     "Manifest",
+    "Preprocess",
     "Problem",
     "Progress",
     "Started",

@@ -7,6 +7,7 @@
     ├── StorageError            exit 1   OUT cannot be used: in use, foreign, no permission, no space
     │   └── LockedError                  another build holds OUT
     ├── MismatchError           exit 1   OUT was begun with other settings or in another environment
+    ├── ImageError              exit 1   an image given to Preprocess cannot be decoded
     ├── FormatError             exit 1   a file in OUT is not what the format says
     ├── IncompleteError         exit 1   OUT has no manifest yet
     ├── ShardError              exit 1   a shard could not be built; the same command resumes
@@ -51,6 +52,10 @@ class LockedError(StorageError):
 
 class MismatchError(GpuNpzError):
     """OUT was begun with other settings, from another collection or in another environment."""
+
+
+class ImageError(GpuNpzError):
+    """An image given to Preprocess is none that a build would take."""
 
 
 class FormatError(GpuNpzError):

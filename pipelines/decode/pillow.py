@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from ..config import BuildConfig
-from ..errors import ShardError
+from ..errors import ShardError, UsageError
 from ..geometry import Geometry, Placement
 from ..plan import Batch, Item
 from ..rejects import BadItem, Reject
@@ -48,7 +49,7 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 class PillowDecoder:
     """Decodes one image after the other; `decode_image` is the whole of the preprocessing up to uint8 pixels."""
 
-    def __init__(self, config: BuildConfig, geometry: Geometry, source: Source) -> None:
+    def __init__(self, config: BuildConfig, geometry: Geometry, source: Source | None) -> None:
         self._config = config
         self._geometry = geometry
         self._source = source
@@ -56,22 +57,15 @@ class PillowDecoder:
         self._filter = _FILTERS[config.interpolation]
         # Decoding at a half or a quarter is only for filters that would average those pixels anyway.
         self._may_draft = config.interpolation != "nearest" and geometry.mode != "none"
-        self._limit: int | None = None
 
     def __enter__(self) -> PillowDecoder:
-        # Pillow's own limit warns and raises at fixed sizes; ours is `max_pixels`, checked before pixels are allocated.
-        self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        # It also warns of each odd file (damaged EXIF, say), on stderr; what matters of that is in the rejects.
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+        _pillow_settings.change()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        Image.MAX_IMAGE_PIXELS = self._limit
-        self._warnings.__exit__(kind, error, trace)
+        _pillow_settings.restore()
 
     def environment(self) -> dict[str, Any]:
         """The libraries whose versions decide the pixels."""
@@ -79,6 +73,7 @@ class PillowDecoder:
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
         """See `Decoder.decode`."""
+        assert self._source is not None
         shape = (self._geometry.height, self._geometry.width, self._config.channel_count)
         for batch in batches:
             pixels = np.empty((len(batch.items), *shape), np.uint8)
@@ -101,6 +96,7 @@ class PillowDecoder:
 
     def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
         """See `Decoder.bare`."""
+        assert self._source is not None
         for batch in batches:
             for item in batch.items:
                 with contextlib.suppress(BadItem):
@@ -127,6 +123,26 @@ class PillowDecoder:
         self.check_data(data)
         with opened(data, path) as image:
             upright, place = self._upright(image)
+        with _enough_memory(path):
+            return self._place(upright, place)
+
+    def pixels_of(self, picture: Image.Image | NDArray[Any], path: str) -> NDArray[np.uint8]:
+        """As `decode_image`, of an image that is open already, or of pixels; leaves it as it is.
+
+        Args:
+            picture: a PIL image; or uint8 (H, W), (H, W, 1), (H, W, 3), (H, W, 4), or uint16 (H, W).
+            path: for messages.
+
+        Raises:
+            UsageError: an array of another kind.
+            BadItem, ShardError: as `decode_image`.
+        """
+        image = _from_array(picture) if isinstance(picture, np.ndarray) else picture
+        if (data := _unread(image)) is not None:
+            return self.decode_image(data, path)
+        with _blamed(path):
+            self._check_pixels(*image.size)
+            upright, place = self._upright(image.copy())
         with _enough_memory(path):
             return self._place(upright, place)
 
@@ -201,6 +217,39 @@ class PillowDecoder:
         return canvas
 
 
+class _PillowSettings:
+    """What decoding needs of Pillow, as long as any decoder of this process is at work."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+
+    def change(self) -> None:
+        """For one more decoder."""
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            # Pillow's own limit warns and raises at fixed sizes; ours is `max_pixels`, checked before pixels are
+            # allocated.
+            self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            # It also warns of each odd file (damaged EXIF, say), on stderr; what matters of that is in the rejects.
+            self._warnings = warnings.catch_warnings()
+            self._warnings.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def restore(self) -> None:
+        """For one less."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                Image.MAX_IMAGE_PIXELS = self._limit
+                self._warnings.__exit__(None, None, None)
+
+
+_pillow_settings = _PillowSettings()
+
+
 @contextlib.contextmanager
 def _enough_memory(path: str) -> Iterator[None]:
     try:
@@ -212,9 +261,16 @@ def _enough_memory(path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def opened(data: bytes, path: str) -> Iterator[Image.Image]:
     """An image whose header has been read. What its body raises for the image's sake becomes a BadItem."""
+    with _blamed(path), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        yield image
+
+
+@contextlib.contextmanager
+def _blamed(path: str) -> Iterator[None]:
+    """Raises what its body raises for an image's sake as a BadItem."""
     try:
-        with _enough_memory(path), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            yield image
+        with _enough_memory(path):
+            yield
     except (BadItem, ShardError):
         raise
     except UnidentifiedImageError as exc:
@@ -298,6 +354,28 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     if kind == b"WEBPVP8 ":
         return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
     return None
+
+
+def _from_array(pixels: NDArray[Any]) -> Image.Image:
+    kind = (pixels.dtype.name, pixels.ndim, pixels.shape[2] if pixels.ndim == 3 else 1)
+    if kind not in {("uint8", 2, 1), ("uint8", 3, 1), ("uint8", 3, 3), ("uint8", 3, 4), ("uint16", 2, 1)}:
+        raise UsageError(
+            f"got {pixels.dtype} {pixels.shape}; allowed: uint8 (H, W), (H, W, 1), (H, W, 3) in R,G,B, (H, W, 4) with "
+            "alpha, or uint16 (H, W)"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if kind == ("uint8", 3, 1) else pixels))
+
+
+def _unread(image: Image.Image) -> bytes | None:
+    """The file of a JPEG whose pixels nobody has asked for yet: it can still be decoded as a build does it."""
+    file = getattr(image, "fp", None)
+    if image.format != "JPEG" or file is None:
+        return None
+    position = file.tell()
+    file.seek(0)
+    data: bytes = file.read()
+    file.seek(position)
+    return data
 
 
 def _plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
