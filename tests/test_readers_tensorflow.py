@@ -78,12 +78,12 @@ def test_short_batches_can_be_dropped_and_stored_values_kept(pixels: Path, read_
 def test_each_iteration_has_an_order_of_its_own_by_seed(out: Path, expected: Counter[tuple[bytes, int]]) -> None:
     batches = as_tf_dataset(out, 16, shuffle=True, seed=1)
     assert len(batches) == 3
+    orders = [order(batches) for _ in range(3)]
     assert all(pairs(batches) == expected for _ in range(3))
-    orders = [[order(made) for _ in range(3)] for made in (as_tf_dataset(out, 9, shuffle=True, seed=1),) * 2]
-    assert len({*orders[0], *orders[1]}) == 6
-    again = as_tf_dataset(out, 16, shuffle=True, seed=1)
-    assert [order(again) for _ in range(3)] == orders[0]
-    assert order(as_tf_dataset(out, 16, shuffle=True, seed=2)) not in orders[0]
+    assert len(set(orders)) == 3
+    again = as_tf_dataset(out, 9, shuffle=True, seed=1)
+    assert [order(again) for _ in range(3)] == orders
+    assert order(as_tf_dataset(out, 16, shuffle=True, seed=2)) not in orders
 
 
 def test_without_labels_images_come_alone(make_tree: MakeTree, make_dataset: MakeDataset) -> None:
@@ -104,20 +104,20 @@ def test_blank_rows_are_left_out_unless_wanted(make_tree: MakeTree, make_dataset
 def test_a_model_trains_on_what_the_shards_hold(pixels: Path, expected: Counter[tuple[bytes, int]]) -> None:
     tf.random.set_seed(0)
     filters = tf.Variable(tf.random.normal((3, 3, 3, 8), stddev=0.2))
-    weights = tf.Variable(tf.random.normal((8, 3), stddev=0.3))
+    weights = tf.Variable(tf.random.normal((12 * 16 * 8, 3), stddev=0.02))
     losses, used = [], []
     for _ in range(6):
         for images, labels in as_tf_dataset(pixels, 8, shuffle=True):
             used.append((images, labels))
             with tf.GradientTape() as tape:
-                features = tf.reduce_mean(tf.nn.relu(tf.nn.conv2d(images, filters, 1, "SAME")), (1, 2))
-                logits = features @ weights
+                features = tf.nn.relu(tf.nn.conv2d(images, filters, 1, "SAME"))
+                logits = tf.reshape(features, (len(images), -1)) @ weights
                 loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
             for variable, gradient in zip((filters, weights), tape.gradient(loss, (filters, weights)), strict=True):
-                variable.assign_sub(0.1 * gradient)
+                variable.assign_sub(0.02 * gradient)
             losses.append(float(loss))
     assert pairs(used) == Counter(dict.fromkeys(expected, 6))
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
 def test_keras_on_tensorflow_fits_it(out: Path) -> None:
@@ -126,7 +126,7 @@ def test_keras_on_tensorflow_fits_it(out: Path) -> None:
         pytest.skip("NOT TESTED: Keras runs on another backend here")
     model = keras.Sequential([keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3)])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    history = model.fit(as_tf_dataset(out, 16, shuffle=True), epochs=2, verbose=0)
+    history = model.fit(as_tf_dataset(out, 16, shuffle=True), epochs=2, shuffle=False, verbose=0)
     assert len(history.history["loss"]) == 2
 
 

@@ -43,7 +43,9 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # keras is not
         seed: of the order.
         normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
-        workers: threads (or processes) of Keras that make batches ahead.
+        workers: threads (or processes) of Keras that make batches ahead. With 1, Keras makes them as they are needed,
+            and each epoch of `fit` has every image once. With more, Keras (3.15) keeps batches that it had made when it
+            looked at the first one to build the model: epochs are shifted by some batches against the dataset's.
         use_multiprocessing: whether they are processes.
         max_queue_size: batches made ahead.
 

@@ -175,7 +175,8 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         self._seed = seed if shuffle else None
         self._buffer = buffer
         self._drop_last = drop_last
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers see what set_epoch writes
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # torch's own; workers see what set_epoch writes
         self._begun = 0, 0  # epoch and images handed out of the iteration that began last
         self._resumed: dict[str, Any] | None = None
 
