@@ -5,21 +5,27 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+import gpu_npz
 from gpu_npz.demo import paint
 
 Pixels = NDArray[np.uint8]
 Encode = Callable[..., bytes]
 FileBytes = Callable[..., bytes]
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
+MakeDataset = Callable[..., Path]
+ReadShards = Callable[..., NDArray[Any]]
+ReadmeExample = Callable[[str], str]
 
 
 @functools.cache
@@ -179,3 +185,55 @@ def make_tree(tmp_path: Path, file_bytes: FileBytes) -> MakeTree:
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_dataset(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeDataset:
+    """`make_dataset(src, dtype="uint8", ...)`: a new folder with a dataset of `src`, or of `tree`, 7 rows a shard."""
+
+    def make(src: Path = tree, **settings: Any) -> Path:
+        out = tmp_path_factory.mktemp("dataset") / "out"
+        settings = {"device": "cpu", "workers": 0, "shard_size": 7, "size": "12x16", "max_rejects": "100%", **settings}
+        gpu_npz.build(src, out, gpu_npz.BuildConfig(**settings))
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_shards() -> ReadShards:
+    """`read_shards(out, "images")`: one array of all shards, as numpy.load alone finds it."""
+
+    def read(out: Path, name: str = "images") -> NDArray[Any]:
+        arrays = []
+        for path in sorted(out.glob("shard-*.npz")):
+            with np.load(path, allow_pickle=False) as file:
+                arrays.append(file[name])
+        return np.concatenate(arrays)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def many_shards(make_dataset: MakeDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 rows of 8 x 8 pixels, uint8, in as many shards; the label of each row is its number modulo 10."""
+    folder = tmp_path_factory.mktemp("many")
+    for label in range(10):
+        (folder / str(label)).mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (2000, 8, 8, 3), np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{number % 10}/{number:04d}.png", compress_level=1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)  # 8,000 of them take their time and matter to no reader
+        return make_dataset(folder, shard_size=1, size=8, dtype="uint8")
+
+
+@pytest.fixture(scope="session")
+def readme_example() -> ReadmeExample:
+    """`readme_example("import keras")`: the Python block of the README that has this line."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (Path(__file__).parents[1] / "README.md").read_text(), re.M | re.S)
+
+    def find(line: str) -> str:
+        (block,) = (block for block in blocks if line in block.splitlines())
+        return block
+
+    return find

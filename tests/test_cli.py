@@ -27,7 +27,7 @@ MakeTree = Callable[..., Path]  # a fixture: see conftest.py
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--shard-size", "2", "--workers", "0", "--device", "cpu"]
-HEAVY = ("torch", "cupy", "nvidia.dali", "ray", "PIL", "pydantic")
+HEAVY = ("torch", "keras", "tensorflow", "cupy", "nvidia.dali", "ray", "PIL", "pydantic")
 
 
 @pytest.fixture(autouse=True)
@@ -480,7 +480,14 @@ def test_readers_and_audit_never_import_the_writer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "home"), [("torch", "readers/torch.py"), ("nvidia", "decode/dali.py"), ("ray", "engines/ray.py")]
+    ("library", "home"),
+    [
+        ("torch", "readers/torch.py"),
+        ("keras", "readers/keras.py"),
+        ("tensorflow", "readers/tensorflow.py"),
+        ("nvidia", "decode/dali.py"),
+        ("ray", "engines/ray.py"),
+    ],
 )
 def test_each_heavy_library_is_imported_in_one_module(library: str, home: str) -> None:
     for path, module in sources("pipelines", "cli").items():

@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,16 @@ from ..storage import LocalStorage, Storage, is_remote
 
 _OPEN_SHARDS = 64  # maps kept; before Python 3.13 each holds a file descriptor
 
+_datasets: weakref.WeakSet[Dataset] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for dataset in _datasets:
+        dataset._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)  # a thread that the child does not have may hold one for ever
+
 Rows = SupportsIndex | slice | Sequence[int] | NDArray[np.integer[Any]]
 
 
@@ -44,6 +55,7 @@ class Dataset:
         index: the place of each row in the plan, int64 (N,).
         valid: bool (N,), False for the zero rows of `--on-reject blank`; None if there are no such rows.
         paths: the source path of each row, read from its shard when asked for.
+        shard_rows: how many rows each shard has, int64 (shards,).
 
     Raises:
         IncompleteError: the build has not ended.
@@ -63,7 +75,8 @@ class Dataset:
         self.labels: NDArray[np.int64] | None = index.get("labels")
         self.valid: NDArray[np.bool_] | None = index.get("valid")
         columns = [column for column in (self.index, self.labels, self.valid) if column is not None]
-        ends = np.cumsum(index["shard_rows"]).tolist()
+        self.shard_rows: NDArray[np.int64] = index["shard_rows"]
+        ends = np.cumsum(self.shard_rows).tolist()
         if (
             any(len(column) != rows for column in columns)
             or len(ends) != self.manifest.counts.shards
@@ -75,6 +88,7 @@ class Dataset:
         self._ends: list[int] = ends
         self._shards: OrderedDict[int, NpzReader] = OrderedDict()
         self._lock = threading.Lock()
+        _datasets.add(self)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -131,10 +145,11 @@ class Dataset:
         """Images as float32, with the dataset's normalization applied where it stores uint8 pixels.
 
         A uint8 dataset gives exactly the values that a float32 build of the same images stores; blank rows stay zero.
+        Where float32 is stored, it is `dataset[rows]`.
         """
         images = self[rows]
         if images.dtype != np.uint8:
-            return images.astype(np.float32)
+            return images.astype(np.float32, copy=False)
         values = apply_table(self._table, images, self.manifest.images.layout)
         if self.valid is not None:
             values[~self.valid[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]] = 0

@@ -1,0 +1,106 @@
+"""A finished dataset for Keras 3, whichever its backend: batches for `fit`, `evaluate` and `predict`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from ..errors import BackendError
+from .arrays import Dataset
+from .order import kept_rows, require_natural, shuffled
+
+try:
+    import keras
+except ImportError as exc:
+    raise BackendError(
+        f"gpu_npz.readers.keras needs Keras 3 and a backend of it ({exc}); run: pip install 'gpu-npz[keras]', and "
+        "torch, tensorflow or jax"
+    ) from exc
+if not hasattr(keras.utils, "PyDataset"):
+    raise BackendError(
+        f"gpu_npz.readers.keras needs Keras 3, and this is {keras.__version__}; run: pip install 'gpu-npz[keras]'"
+    )
+
+
+class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # keras is not looked into: its base is Any
+    """The batches of OUT: (images, labels), or images alone where there are no labels, as NumPy arrays.
+
+    Images are float32, normalized as the dataset says, also where uint8 pixels or float16 are stored. Their layout is
+    the one that Keras is configured for, `keras.config.image_data_format()`, whatever that of the shards: (N, H, W, C)
+    under "channels_last", its default, else (N, C, H, W). Labels are int64 (N,). The zero rows of `--on-reject blank`
+    are left out unless `keep_blank`.
+
+    Attributes:
+        data: the dataset as arrays, with `class_names`, `labels`, `paths` and so on.
+
+    Args:
+        path: OUT.
+        batch_size: images a batch; the last one of an epoch may be short.
+        shuffle: take the images in another order in each epoch, one of all images. `fit` also shuffles the batches
+            unless told `shuffle=False`.
+        seed: of the order.
+        normalize: False gives the stored values.
+        keep_blank: keep the zero rows of `--on-reject blank`.
+        workers: threads (or processes) of Keras that make batches ahead. With 1, Keras makes them as they are needed,
+            and each epoch of `fit` has every image once. With more, Keras (3.15) keeps batches that it had made when it
+            looked at the first one to build the model: epochs are shifted by some batches against the dataset's.
+        use_multiprocessing: whether they are processes.
+        max_queue_size: batches made ahead.
+
+    Raises:
+        UsageError: a value that is not allowed.
+        IncompleteError, FormatError, StorageError: as `gpu_npz.open_dataset`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        normalize: bool = True,
+        keep_blank: bool = False,
+        workers: int = 1,
+        use_multiprocessing: bool = False,
+        max_queue_size: int = 10,
+    ) -> None:
+        super().__init__(workers=workers, use_multiprocessing=use_multiprocessing, max_queue_size=max_queue_size)
+        require_natural(batch_size=batch_size)
+        self.data = Dataset(path)
+        self._batch_size = batch_size
+        self._normalize = normalize
+        self._seed = seed if shuffle else None
+        self._epoch = 0
+        self._rows = kept_rows(self.data, keep_blank)
+        self._order = shuffled(self._rows, self._seed, self._epoch)
+        stored, wanted = self.data.manifest.images.layout, keras.config.image_data_format()
+        self._axes = {
+            ("NCHW", "channels_last"): (0, 2, 3, 1),
+            ("NHWC", "channels_first"): (0, 3, 1, 2),
+        }.get((stored, wanted), (0, 1, 2, 3))
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self._rows) // self._batch_size)
+
+    def __getitem__(self, number: int) -> Any:
+        """One batch of this epoch.
+
+        Raises:
+            IndexError: there is no such batch.
+            FormatError: a shard is missing or damaged.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"batch {number} of a dataset with {len(self)} batches")
+        rows = self._order[number * self._batch_size :][: self._batch_size]
+        images = self.data.normalized(rows) if self._normalize else self.data[rows]
+        images = np.transpose(images, self._axes)
+        return images if self.data.labels is None else (images, self.data.labels[rows])
+
+    def on_epoch_end(self) -> None:
+        """Shuffles for the next epoch; Keras calls it."""
+        self._epoch += 1
+        self._order = shuffled(self._rows, self._seed, self._epoch)

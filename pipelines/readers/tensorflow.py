@@ -1,0 +1,84 @@
+"""A finished dataset as a tf.data.Dataset of batches."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BackendError
+from .arrays import Dataset
+from .order import Places, kept_rows, require_natural, shuffled
+
+try:
+    import tensorflow as tf
+except ImportError as exc:
+    raise BackendError(
+        f"gpu_npz.readers.tensorflow needs TensorFlow ({exc}); run: pip install 'gpu-npz[tensorflow]'"
+    ) from exc
+
+
+def as_tf_dataset(
+    path: str | os.PathLike[str],
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_last: bool = False,
+    normalize: bool = True,
+    keep_blank: bool = False,
+) -> Any:
+    """The batches of OUT as a tf.data.Dataset of (images, labels), or of images where there are no labels.
+
+    Images are float32 (N, H, W, C), the layout that TensorFlow is made for, whatever that of the shards, normalized as
+    the dataset says, also where uint8 pixels or float16 are stored. Labels are int64 (N,). Batches are made ahead, some
+    at the same time, in an order that does not depend on that. The zero rows of `--on-reject blank` are left out unless
+    `keep_blank`.
+
+    The dataset lives in this process: its shards are read by Python, so it can neither be saved as a graph nor be sent
+    to another machine. A damaged shard is an error of TensorFlow, with the shard's FormatError in its message.
+
+    Args:
+        path: OUT.
+        batch_size: images a batch.
+        shuffle: take the images in another order each time that the dataset is iterated, one of all images.
+        seed: of the orders.
+        drop_last: leave out a last batch that is short; the element_spec then has the size of a batch.
+        normalize: float32 by the dataset's normalization; False gives the stored values.
+        keep_blank: keep the zero rows of `--on-reject blank`.
+
+    Raises:
+        UsageError: a value that is not allowed.
+        IncompleteError, FormatError, StorageError: as `gpu_npz.open_dataset`.
+    """
+    require_natural(batch_size=batch_size)
+    data = Dataset(path)
+    rows = kept_rows(data, keep_blank)
+    axes = (0, 1, 2, 3) if data.manifest.images.layout == "NHWC" else (0, 2, 3, 1)
+    shape = [data.image_shape[axis - 1] for axis in axes[1:]]
+    dtype = tf.as_dtype(np.float32 if normalize else data.dtype)
+
+    def order(number: np.int64) -> Places:
+        return shuffled(rows, seed, int(number))
+
+    def read(wanted: Places) -> NDArray[Any]:
+        images = data.normalized(wanted) if normalize else data[wanted]
+        return np.ascontiguousarray(images.transpose(axes))
+
+    def epoch(number: Any) -> Any:
+        return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(tf.numpy_function(order, [number], tf.int64), [None]))
+
+    def batch(wanted: Any) -> Any:
+        images = tf.numpy_function(read, [wanted], dtype)
+        images = tf.ensure_shape(images, [wanted.shape[0], *shape])
+        return images if data.labels is None else (images, tf.gather(data.labels, wanted))
+
+    if shuffle:
+        numbers = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
+        places = numbers.flat_map(epoch).apply(tf.data.experimental.assert_cardinality(len(rows)))
+    else:
+        places = tf.data.Dataset.from_tensor_slices(rows)
+    batches = places.batch(batch_size, drop_remainder=drop_last)
+    return batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)

@@ -1,0 +1,430 @@
+"""A finished dataset for PyTorch: image by image, as a stream of shards, or as whole batches on a device.
+
+Images are tensors in the order C, H, W, whatever the layout of the shards: what is stored as NHWC is permuted, which
+costs nothing and makes a batch `channels_last`. They are float32 and normalized as the dataset says, also where uint8
+pixels or float16 are stored; `normalize=False` gives what is stored. A dataset without labels gives images alone where
+one with labels gives pairs. The zero rows of `--on-reject blank` are left out unless `keep_blank`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import Layout
+from ..errors import BackendError, UsageError
+from ..normalize import table
+from .arrays import Dataset
+from .order import Places, kept_rows, part, require_natural, shuffled, windows
+
+try:
+    import torch
+    import torch.distributed
+    import torch.utils.data
+except ImportError as exc:
+    raise BackendError(f"gpu_npz.readers.torch needs PyTorch ({exc}); run: pip install 'gpu-npz[torch]'") from exc
+
+Transform = Callable[[Any], Any]
+_CHUNK = 16  # rows that a stream gathers together
+
+
+class ShardDataset(torch.utils.data.Dataset[Any]):
+    """The images of OUT by number, as torchvision's ImageFolder gives them: (image, label), the label an int.
+
+    An image of which nothing has to be computed is a view of the mapped shard: `dataset[5]` reads what is looked at.
+    What is written to such a view stays in this process, and is seen again there. A transform gets a tensor of its own,
+    so it may work in place; a DataLoader gets each batch by one gather (`__getitems__`), which holds no shard open.
+
+    It may be used from threads, after fork, and by DataLoader workers that are forked, spawned or come of a forkserver.
+
+    Attributes:
+        data: the dataset as arrays, with `paths`, `manifest` and so on.
+        rows: the row of `data` that each image is, int64 (N,).
+        classes: the class names by label; None without labels.
+        class_to_idx: labels by class name; None without labels.
+        targets: the label of each image, from index.npz, so no shard is opened; None without labels.
+
+    Args:
+        path: OUT.
+        transform: applied to the image, a tensor (C, H, W).
+        target_transform: applied to the label.
+        normalize: float32 by the dataset's normalization; False gives the stored values.
+        keep_blank: keep the zero rows of `--on-reject blank`.
+
+    Raises:
+        IncompleteError, FormatError, StorageError: as `gpu_npz.open_dataset`; on access, FormatError names the shard.
+        IndexError: on access, a number out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        transform: Transform | None = None,
+        target_transform: Transform | None = None,
+        *,
+        normalize: bool = True,
+        keep_blank: bool = False,
+    ) -> None:
+        self.data = Dataset(path)
+        self.rows: Places = kept_rows(self.data, keep_blank)
+        self.transform = transform
+        self.target_transform = target_transform
+        self.normalize = normalize
+        names = self.data.class_names
+        self.classes = None if names is None else list(names)
+        self.class_to_idx = None if names is None else {name: label for label, name in enumerate(names)}
+
+    @functools.cached_property
+    def targets(self) -> list[int] | None:
+        """The label of each image."""
+        return None if self.data.labels is None else self.data.labels[self.rows].tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        row = int(self.rows[operator.index(index)])
+        image = self._read(row)
+        if self.transform is not None and not image.flags.owndata:
+            image = image.copy()
+        return self._sample(_tensor(image, self.data.manifest.images.layout), row)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The images of a batch, read by one gather."""
+        rows = self.rows[[operator.index(index) for index in indices]]
+        images = _tensor(self._read(rows), self.data.manifest.images.layout)
+        return [self._sample(image, row) for image, row in zip(images, rows.tolist(), strict=True)]
+
+    def _read(self, rows: int | Places) -> NDArray[Any]:
+        return self.data.normalized(rows) if self.normalize else self.data[rows]
+
+    def _sample(self, image: torch.Tensor, row: int) -> Any:
+        value = image if self.transform is None else self.transform(image)
+        if self.data.labels is None:
+            return value
+        label = int(self.data.labels[row])
+        return value, label if self.target_transform is None else self.target_transform(label)
+
+
+class ShardIterable(torch.utils.data.IterableDataset[Any]):
+    """The images of OUT as a stream, shard after shard: for disks on which reading here and there is slow.
+
+    With `shuffle`, the shards come in an order of their own in each epoch, and among every `buffer` images in a row the
+    order is random. The buffer holds row numbers and not images, so it takes no memory to speak of. Class folders that
+    were built without `--shuffle` have shards of a single class; they need a buffer of many shards.
+
+    The sequence of an epoch is cut into one run for each rank, and each rank's run into one for each DataLoader worker.
+    So every image comes exactly once, and runs differ by one image at most: the last batch of a worker may be short,
+    and one rank may have a batch more than another. Where ranks must take equally many steps, as under
+    DistributedDataParallel, `drop_last` leaves out the few images, fewer than there are ranks, that make the
+    difference; under `shuffle`, other ones in each epoch.
+
+    The order is that of epoch 0 until `set_epoch` is called, which reaches persistent workers as well. `state_dict` and
+    `load_state_dict` are what torchdata's StatefulDataLoader asks for to resume in the middle of an epoch.
+
+    Attributes:
+        dataset: the same images by number.
+        rank: of this process.
+        world_size: how many processes share an epoch.
+
+    Args:
+        path: OUT.
+        transform: as for ShardDataset; a transform may work in place.
+        target_transform: as for ShardDataset.
+        shuffle: whether to shuffle.
+        seed: of the shuffling.
+        buffer: how many images in a row are mixed.
+        rank: unless given, torch.distributed's where that is initialized by now, else 0.
+        world_size: unless given, torch.distributed's where that is initialized by now, else 1.
+        drop_last: give every rank equally many images.
+        normalize: as for ShardDataset.
+        keep_blank: as for ShardDataset.
+
+    Raises:
+        UsageError: a value that is not allowed; when the iteration begins, a state of another stream.
+        IncompleteError, FormatError, StorageError: as for ShardDataset.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        transform: Transform | None = None,
+        target_transform: Transform | None = None,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        buffer: int = 16_384,
+        rank: int | None = None,
+        world_size: int | None = None,
+        drop_last: bool = False,
+        normalize: bool = True,
+        keep_blank: bool = False,
+    ) -> None:
+        require_natural(buffer=buffer)
+        self.dataset = ShardDataset(path, transform, target_transform, normalize=normalize, keep_blank=keep_blank)
+        self.rank, self.world_size = _ranks(rank, world_size)
+        self._seed = seed if shuffle else None
+        self._buffer = buffer
+        self._drop_last = drop_last
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # torch's own; workers see what set_epoch writes
+        self._begun = 0, 0  # epoch and images handed out of the iteration that began last
+        self._resumed: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        """Images of this rank in an epoch, in all workers. Each of them ends with a batch of its own."""
+        start, stop = self._run()
+        return stop - start
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next iteration that of `epoch`, from its beginning unless a state of that epoch was loaded."""
+        self._epoch.fill_(epoch)
+        if self._resumed is not None and self._resumed["epoch"] != epoch:
+            self._resumed = None
+
+    def __iter__(self) -> Iterator[Any]:
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            epoch, done = int(self._epoch), 0
+        else:
+            _require_same(resumed, self._identity())
+            epoch, done = resumed["epoch"], resumed["done"]
+        self._begun = epoch, done
+        return self._samples(epoch, done)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration that began last stands in this process: plain numbers, for `load_state_dict`."""
+        if self._resumed is not None:
+            return self._resumed
+        epoch, done = self._begun
+        return {**self._identity(), "epoch": epoch, "done": done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the next iteration go on where `state` was taken, by the same worker of as many, and the same rank."""
+        self._resumed = dict(state)
+
+    def _samples(self, epoch: int, done: int) -> Iterator[Any]:
+        start, stop = self._run()
+        worker, workers = _worker()
+        first, last = part(stop - start, worker, workers)
+        ends = np.cumsum(self.dataset.data.shard_rows)
+        bounds = np.searchsorted(self.dataset.rows, np.concatenate([[0], ends]))
+        skipped = done % self._buffer
+        begin = start + first + done - skipped
+        for places in windows(bounds, begin, start + last, self._buffer, self._seed, epoch):
+            for at in range(skipped, len(places), _CHUNK):
+                for sample in self.dataset.__getitems__(places[at : at + _CHUNK].tolist()):
+                    done += 1
+                    self._begun = epoch, done
+                    yield sample
+            skipped = 0
+
+    def _run(self) -> tuple[int, int]:
+        count = len(self.dataset)
+        if self._drop_last:
+            count -= count % self.world_size
+        return part(count, self.rank, self.world_size)
+
+    def _identity(self) -> dict[str, Any]:
+        """All that decides which images the stream of this process has, and in which order."""
+        worker, workers = _worker()
+        return {
+            "dataset": self.dataset.data.manifest.id,
+            "images": len(self.dataset),
+            "seed": self._seed,
+            "buffer": self._buffer,
+            "drop_last": self._drop_last,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "worker": worker,
+            "workers": workers,
+        }
+
+
+def loader(
+    path: str | os.PathLike[str],
+    batch_size: int,
+    *,
+    device: str | torch.device = "cuda",
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_last: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+    normalize: bool = True,
+    keep_blank: bool = False,
+    prefetch: int = 2,
+) -> Loader:
+    """Whole batches of OUT on a device, with no DataLoader and no worker processes.
+
+    Batches are gathered from the mapped shards by threads, ahead of time, and travel through pinned memory to a GPU as
+    they are stored; pixels stored as uint8 are normalized there, with exactly the values of a float32 build.
+
+    Args:
+        path: OUT.
+        batch_size: images a batch.
+        device: where tensors shall be.
+        shuffle: take the images in another order in each epoch, one of all images.
+        seed: of the order.
+        drop_last: leave out a last batch that is short, and the images that make one rank have more than another.
+        rank: unless given, torch.distributed's where that is initialized by now, else 0.
+        world_size: unless given, torch.distributed's where that is initialized by now, else 1.
+        normalize: float32 by the dataset's normalization; False gives the stored values.
+        keep_blank: keep the zero rows of `--on-reject blank`.
+        prefetch: batches that are gathered ahead, each by a thread.
+
+    Raises:
+        UsageError: a value that is not allowed.
+        BackendError: there is no such device.
+        IncompleteError, FormatError, StorageError: as `gpu_npz.open_dataset`.
+    """
+    require_natural(batch_size=batch_size, prefetch=prefetch)
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"device {str(place)!r}: PyTorch finds no usable GPU; give device='cpu'")
+    data = Dataset(path)
+    return Loader(
+        data=data,
+        rows=kept_rows(data, keep_blank),
+        batch_size=batch_size,
+        device=place,
+        seed=seed if shuffle else None,
+        drop_last=drop_last,
+        ranks=_ranks(rank, world_size),
+        normalize=normalize,
+        prefetch=prefetch,
+    )
+
+
+@dataclass
+class Loader:
+    """What `loader` makes: each iteration is an epoch of (images, labels), or of images where there are no labels.
+
+    Images are (N, C, H, W), labels int64 (N,), both on the device. `epoch` is that of the next iteration; it counts by
+    itself, and `set_epoch` sets it. Every rank takes its run of the epoch's order: each image once, and no rank has
+    more than one image, or one batch, more than another; with `drop_last`, all have as many.
+    """
+
+    data: Dataset
+    rows: Places
+    batch_size: int
+    device: torch.device
+    seed: int | None
+    drop_last: bool
+    ranks: tuple[int, int]
+    normalize: bool
+    prefetch: int
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        """Batches of this rank in an epoch."""
+        start, stop = self._run()
+        return (stop - start) // self.batch_size if self.drop_last else -(-(stop - start) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next iteration that of `epoch`."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        return self._batches(epoch)
+
+    def _batches(self, epoch: int) -> Iterator[Any]:
+        start, stop = self._run()
+        order = shuffled(self.rows, self.seed, epoch)[start:stop]
+        pool = ThreadPoolExecutor(self.prefetch, thread_name_prefix="gpu-npz-loader")
+        ahead: deque[Any] = deque()
+        try:
+            for number in range(len(self)):
+                ahead.append(pool.submit(self._gather, order[number * self.batch_size :][: self.batch_size]))
+                if len(ahead) > self.prefetch:
+                    yield self._placed(*ahead.popleft().result())
+            while ahead:
+                yield self._placed(*ahead.popleft().result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _run(self) -> tuple[int, int]:
+        rank, world_size = self.ranks
+        count = len(self.rows)
+        if self.drop_last:
+            count -= count % world_size
+        return part(count, rank, world_size)
+
+    @property
+    def _looks_up(self) -> bool:
+        """Whether pixels become values on the device. The CPU does that faster with NumPy, in the threads."""
+        return self.normalize and self.data.dtype == np.uint8 and self.device.type != "cpu"
+
+    @functools.cached_property
+    def _table(self) -> torch.Tensor:
+        return torch.from_numpy(table(self.data.manifest.config, "float32")).to(self.device)
+
+    def _gather(self, rows: Places) -> tuple[torch.Tensor, Places]:
+        on_host = self.normalize and self.device.type == "cpu"
+        images = torch.from_numpy(self.data.normalized(rows) if on_host else self.data[rows])
+        return images.pin_memory() if self.device.type == "cuda" else images, rows
+
+    def _placed(self, images: torch.Tensor, rows: Places) -> Any:
+        images = images.to(self.device, non_blocking=True)
+        if self.data.manifest.images.layout == "NHWC":
+            images = images.movedim(-1, -3)
+        if self._looks_up:
+            images = look_up(self._table, images)
+            if self.data.valid is not None and not (valid := self.data.valid[rows]).all():
+                images[torch.from_numpy(~valid).to(self.device)] = 0
+        elif self.normalize:
+            images = images.float()
+        if self.data.labels is None:
+            return images
+        return images, torch.from_numpy(self.data.labels[rows]).to(self.device)
+
+
+def look_up(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """`values[channel, level]` of each pixel, on the device of both.
+
+    Args:
+        values: (C, 256).
+        images: uint8 (N, C, H, W).
+    """
+    first = torch.arange(0, values.numel(), 256, dtype=torch.int32, device=values.device)
+    places = images.to(torch.int32) + first.view(-1, 1, 1)
+    return values.flatten().index_select(0, places.flatten()).view(images.shape)
+
+
+def _tensor(images: NDArray[Any], layout: Layout) -> torch.Tensor:
+    tensor = torch.from_numpy(images)
+    return tensor.movedim(-1, -3) if layout == "NHWC" else tensor
+
+
+def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if rank is None and world_size is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise UsageError(f"rank {rank}, world_size {world_size}: give both, the rank from 0 up to world_size - 1")
+    return rank, world_size
+
+
+def _worker() -> tuple[int, int]:
+    info = torch.utils.data.get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def _require_same(state: dict[str, Any], own: dict[str, Any]) -> None:
+    others = [f"{name} {state.get(name)!r}, not {value!r}" for name, value in own.items() if state.get(name) != value]
+    if others or not {"epoch", "done"} <= state.keys():
+        raise UsageError(
+            f"a state of another stream cannot be resumed: {'; '.join(others) or 'no epoch'}; make the dataset and its "
+            "loader as they were, or begin the epoch anew"
+        )
