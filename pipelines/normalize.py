@@ -87,10 +87,26 @@ def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
     if stored.dtype != np.uint8 or axis < 0 or stored.shape[axis] != len(values):
         raise ValueError(f"stored: got {stored.dtype} {stored.shape}; need uint8 {layout} of {len(values)} channels")
     out = np.empty(stored.shape, values.dtype)
-    source, target = np.moveaxis(stored, axis, 0), np.moveaxis(out, axis, 0)
-    for channel, row in enumerate(values):
-        target[channel] = row[source[channel]]
+    images, rows = (array.reshape(-1, *stored.shape[-3:]) for array in (stored, out))
+    if layout == "NHWC":
+        images, rows = images.transpose(0, 3, 1, 2), rows.transpose(0, 3, 1, 2)
+    plane = np.empty(rows.shape[-2:], out.dtype)
+    for image, row in zip(images, rows, strict=True):
+        _look_up(values, image, row, plane)
     return out
+
+
+def _look_up(values: Array, source: Array, target: Array, plane: Array) -> None:
+    """Writes `values[channel, level]` of (C, H, W) `source` to `target`; `plane` is (H, W) for a while.
+
+    One contiguous plane at a time: twice as fast as whole batches at a stride. mode="clip" spares a bounds check, and
+    256 entries make it exact.
+    """
+    for row, pixels, out in zip(values, source, target, strict=True):
+        if out.flags.c_contiguous:
+            np.take(row, pixels, mode="clip", out=out)
+        else:
+            out[...] = np.take(row, pixels, mode="clip", out=plane)
 
 
 def levels(values: Array, stored: Array, layout: Layout) -> NDArray[np.uint8]:
@@ -151,16 +167,11 @@ class Normalizer:
             pixels = pixels[..., ::-1]
         plane = np.empty((height, width), out.dtype)
         for position, row in zip(kept.tolist(), out, strict=True):
-            image = pixels[position]
+            image, target = pixels[position].transpose(2, 0, 1), row if self._planar else row.transpose(2, 0, 1)
             if self._plain:
-                np.copyto(row, image.transpose(2, 0, 1) if self._planar else image)
-                continue
-            # One contiguous plane at a time; mode="clip" spares a bounds check, and 256 entries make it exact.
-            for channel, values in enumerate(self._table):
-                if self._planar:
-                    np.take(values, image[..., channel], mode="clip", out=row[channel])
-                else:
-                    row[..., channel] = np.take(values, image[..., channel], mode="clip", out=plane)
+                np.copyto(target, image)
+            else:
+                _look_up(self._table, image, target, plane)
         return _done
 
     def device_bytes(self) -> int:

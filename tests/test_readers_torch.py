@@ -591,3 +591,16 @@ def test_without_torch_the_error_says_what_to_install() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "BackendError: gpu_npz.readers.torch needs PyTorch" in result.stderr
     assert "run: pip install 'gpu-npz[torch]'" in result.stderr
+
+
+def test_two_datasets_that_are_not_preprocessed_alike_are_told_once(
+    out: Path, make_dataset: MakeDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = make_dataset(size=24, normalize="unit")
+    for path in (out, other, other, out):
+        ShardDataset(path)
+        loader(path, 4, device="cpu")
+    said = [record.getMessage() for record in caplog.records if str(other) in record.getMessage()]
+    assert len([text for text in said if str(out) in text]) == 1
+    assert "are not preprocessed alike" in said[0]
+    assert "mean: (0.0, 0.0, 0.0) and (0.485, 0.456, 0.406)" in said[0]

@@ -23,6 +23,7 @@ from ..manifest import Manifest
 from ..normalize import apply_table, table
 from ..npz.reader import DeflatedRows, NpzReader
 from ..output import INDEX, shard_name
+from ..preprocess import Preprocess
 from ..storage import LocalStorage, Storage, is_remote
 
 _OPEN_SHARDS = 64  # maps kept; before Python 3.13 each holds a file descriptor
@@ -154,6 +155,11 @@ class Dataset:
         if self.valid is not None:
             values[~self.valid[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]] = 0
         return values
+
+    @functools.cached_property
+    def preprocess(self) -> Preprocess:
+        """What was done to each image: the same for others, at inference; `differences` compares two datasets."""
+        return Preprocess.of(self.manifest)
 
     @functools.cached_property
     def _table(self) -> NDArray[Any]:

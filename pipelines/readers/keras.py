@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import BackendError
 from .arrays import Dataset
+from .contract import compare_with_others
 from .order import kept_rows, require_natural, shuffled
 
 try:
@@ -70,6 +71,7 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # keras is not
         super().__init__(workers=workers, use_multiprocessing=use_multiprocessing, max_queue_size=max_queue_size)
         require_natural(batch_size=batch_size)
         self.data = Dataset(path)
+        compare_with_others(self.data)
         self._batch_size = batch_size
         self._normalize = normalize
         self._seed = seed if shuffle else None

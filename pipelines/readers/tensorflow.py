@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import BackendError
 from .arrays import Dataset
+from .contract import compare_with_others
 from .order import Places, kept_rows, require_natural, shuffled
 
 try:
@@ -55,6 +56,7 @@ def as_tf_dataset(
     """
     require_natural(batch_size=batch_size)
     data = Dataset(path)
+    compare_with_others(data)
     rows = kept_rows(data, keep_blank)
     axes = (0, 1, 2, 3) if data.manifest.images.layout == "NHWC" else (0, 2, 3, 1)
     shape = [data.image_shape[axis - 1] for axis in axes[1:]]

@@ -24,6 +24,7 @@ from ..config import Layout
 from ..errors import BackendError, UsageError
 from ..normalize import table
 from .arrays import Dataset
+from .contract import compare_with_others
 from .order import Places, kept_rows, part, require_natural, shuffled, windows
 
 try:
@@ -75,6 +76,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         keep_blank: bool = False,
     ) -> None:
         self.data = Dataset(path)
+        compare_with_others(self.data)
         self.rows: Places = kept_rows(self.data, keep_blank)
         self.transform = transform
         self.target_transform = target_transform
@@ -292,6 +294,7 @@ def loader(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {str(place)!r}: PyTorch finds no usable GPU; give device='cpu'")
     data = Dataset(path)
+    compare_with_others(data)
     return Loader(
         data=data,
         rows=kept_rows(data, keep_blank),
