@@ -8,7 +8,7 @@ import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gpu_npz import worker
-from gpu_npz.builder import BuildReport, Started, build
+from gpu_npz.builder import BuildReport, Measuring, Started, build
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings, size
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
@@ -79,7 +79,7 @@ class Bar:
 
     def __init__(self, *, hidden: bool) -> None:
         self._progress = Progress(
-            TextColumn("building"),
+            TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[rates]}"),
@@ -88,7 +88,7 @@ class Bar:
             disable=hidden or not errors.is_terminal,
             transient=True,
         )
-        self._task = self._progress.add_task("build", total=None, rates="", visible=False)
+        self._task = self._progress.add_task("building", total=None, rates="", visible=False)
         self._rejects = self._bytes = 0
 
     def __enter__(self) -> Bar:
@@ -98,10 +98,14 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def __call__(self, event: Started | worker.Event) -> None:
+    def __call__(self, event: Started | Measuring | worker.Event) -> None:
         task = self._progress.tasks[0]
-        if isinstance(event, Started):
-            self._progress.reset(self._task, total=event.items, completed=event.items_done, visible=True)
+        if isinstance(event, Measuring):
+            total, done = event.items, event.items_done
+            self._progress.update(self._task, description="measuring", total=total, completed=done, visible=True)
+        elif isinstance(event, Started):
+            done = event.items_done
+            self._progress.reset(self._task, description="building", total=event.items, completed=done, visible=True)
             self._start = event.items_done
         elif isinstance(event, worker.Progress):
             self._rejects += event.rejects

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from .audit.verification import Problem, Verification, verify
-    from .builder import BuildReport, Started, build
+    from .builder import BuildReport, Measuring, Started, build
     from .config import BuildConfig
     from .errors import GpuNpzError
     from .manifest import Manifest
@@ -31,6 +31,7 @@ _HOMES = {
     "Dataset": "readers.arrays",
     "GpuNpzError": "errors",
     "Manifest": "manifest",
+    "Measuring": "builder",
     "Preprocess": "preprocess",
     "Problem": "audit.verification",
     "Progress": "worker",
@@ -48,6 +49,7 @@ __all__ = [
     "Dataset",
     "GpuNpzError",
     "Manifest",
+    "Measuring",
     "Preprocess",
     "Problem",
     "Progress",

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from . import environment
-from .config import BuildConfig
+from .config import MIN_STD, BuildConfig
+from .counting import count_source, mean_of, std_of
 from .engines import local, ray
 from .environment import Choice, Machine
 from .errors import (
@@ -51,6 +52,14 @@ _PLAN_WAIT_S = 3600.0  # for the first of several parts, which lists the source,
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """With `--normalize dataset`, before anything is built: how many items of how many have been measured."""
+
+    items_done: int
+    items: int
+
+
+@dataclass(frozen=True)
 class Started:
     """A build begins or goes on: how many items there are, and how many of them are in shards that are done."""
 
@@ -59,6 +68,9 @@ class Started:
     backend: str
     device: str
     workers: int
+
+
+Tell = Callable[[Started | Measuring | Event], None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ def build(
     out: str | os.PathLike[str],
     config: BuildConfig | None = None,
     *,
-    progress: Callable[[Started | Event], None] | None = None,
+    progress: Tell | None = None,
 ) -> BuildReport:
     """Builds NPZ shards in `out` from the images in `src`, or goes on with a build that was stopped.
 
@@ -132,22 +144,23 @@ def build(
             stack.enter_context(ray.cluster(config.ray_address))  # once for all that follows
         with contextlib.ExitStack() as planning:
             held = planning.enter_context(storage.lock(wait_s=_PLAN_WAIT_S if part else 0.0))
+
+            def told(event: Started | Measuring | Event) -> None:
+                held.require_held()
+                if progress:
+                    progress(event)
+
             if not part:
                 require_no_parts(storage)
             if not live_parts(storage):
                 remove_temporaries(storage)
             begin = config.overwrite or storage.size(JOB) is None
-            job = (_begin if begin else _resume)(storage, source, config)
+            job = _begin(storage, source, config, told) if begin else _resume(storage, source, config)
             if part:
                 log.warning("building part %s (%s)", part, part.origin)
                 held = stack.enter_context(storage.lock(f"{LOCK}-part-{part.number}-of-{part.count}"))
             else:
                 stack.push(planning.pop_all())
-
-        def told(event: Started | Event) -> None:
-            held.require_held()
-            if progress:
-                progress(event)
 
         return run(storage, job, source, config, told, start=start, part=part)
 
@@ -200,7 +213,7 @@ def require_no_parts(storage: Storage) -> None:
         raise LockedError(f"a part of the build is at work: {exc}") from exc
 
 
-def _begin(storage: Storage, source: Source, config: BuildConfig) -> Job:
+def _begin(storage: Storage, source: Source, config: BuildConfig, progress: Tell) -> Job:
     if storage.size(MANIFEST) is not None and not config.overwrite:
         raise StorageError(
             f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
@@ -209,13 +222,16 @@ def _begin(storage: Storage, source: Source, config: BuildConfig) -> Job:
     choice = environment.choose(config, inspect(config))
     if choice.warning:
         log.warning("%s", choice.warning)
-    table(config)  # a value that the dtype cannot hold shows here, before anything is listed
+    if config.normalize != "dataset":
+        table(config)  # a value that the dtype cannot hold shows here, before anything is listed
     arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
     if not len(arrays["name_ends"]):
         raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
     height, width = config.size or common_size(Plan(arrays, 1), source, config)
     row_bytes = math.prod(row_shape(config, height, width)) * np.dtype(config.dtype).itemsize
     plan = Plan(arrays, config.shard_rows(row_bytes))
+    if config.normalize == "dataset" and config.mean is None:
+        config = _measured(plan, source, config, (height, width), choice, progress)
     if config.overwrite:
         clear(storage)  # not before all else has turned out right
     return Job.create(
@@ -227,6 +243,26 @@ def _begin(storage: Storage, source: Source, config: BuildConfig) -> Job:
         class_names=source.class_names,
         image_size=(height, width),
     )
+
+
+def _measured(
+    plan: Plan, source: Source, config: BuildConfig, size: tuple[int, int], choice: Choice, progress: Tell
+) -> BuildConfig:
+    """The settings with mean and standard deviation of the source's own pixels."""
+    tally = count_source(plan.arrays, source, config, size, choice, lambda *done: progress(Measuring(*done)))
+    counts = tally.counts.tolist()
+    if not all(map(sum, counts)):
+        raise SourceError(f"{source.location!r}: no image can be decoded, so --normalize dataset finds no statistics")
+    mean, std = [float(mean_of(channel)) for channel in counts], [std_of(channel) for channel in counts]
+    if min(std) < MIN_STD:
+        raise UsageError(
+            f"--normalize dataset: a channel of {source.location!r} has one level alone (std {min(std):g}); choose "
+            "another --normalize"
+        )
+    log.info("mean %s and std %s of %d items", mean, std, plan.item_count)
+    config = BuildConfig(**{**config.model_dump(), "mean": mean, "std": std})
+    table(config)
+    return config
 
 
 def _resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
@@ -271,7 +307,7 @@ def run(
     job: Job,
     source: Source,
     config: BuildConfig,
-    progress: Callable[[Started | Event], None],
+    progress: Tell,
     *,
     start: float,
     part: Part | None = None,

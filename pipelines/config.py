@@ -27,7 +27,7 @@ else:
 Kind = Literal["identity", "environment", "operational"]
 ResizeMode = Literal["stretch", "center-crop", "pad", "none"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
-Normalization = Literal["imagenet", "unit", "signed", "none", "mean-std"]
+Normalization = Literal["imagenet", "unit", "signed", "none", "mean-std", "dataset"]
 DType = Literal["float32", "float16", "uint8"]
 Layout = Literal["NCHW", "NHWC"]
 Channels = Literal["rgb", "bgr", "gray"]
@@ -36,6 +36,7 @@ MAX_SIDE = 16_384
 BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache, a GPU batch should fill the decoders
 SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 DEFLATE_LEVEL = 1
+MIN_STD = 1e-9
 MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files pass
 
 _RANGES = {
@@ -100,7 +101,10 @@ class BuildConfig(BaseModel):
     )
     channels: Channels = _setting("identity", "rgb", "Channels of a stored image, in this order.")
     normalize: Normalization = _setting(
-        "identity", "imagenet", "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std."
+        "identity",
+        "imagenet",
+        "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; "
+        "or dataset: by mean and std of SRC itself, which one more pass finds out first.",
     )
     mean: tuple[float, ...] | None = _setting(
         "identity",
@@ -315,13 +319,15 @@ class BuildConfig(BaseModel):
             raise ValueError(f"size {self.size[0]}x{self.size[1]} has more pixels than --max-pixels {self.max_pixels}")
         if self.normalize == "mean-std" and len(given) < 2:
             raise ValueError("normalize mean-std needs both --mean and --std")
-        if self.normalize != "mean-std" and given:
+        if self.normalize == "dataset" and len(given) == 1:
+            raise ValueError("normalize dataset measures both --mean and --std; leave them out")
+        if self.normalize not in ("mean-std", "dataset") and given:
             raise ValueError(f"--mean and --std go with --normalize mean-std, not with {self.normalize}")
         for name in given:
             numbers = getattr(self, name)
             if len(numbers) != channels:
                 raise ValueError(f"--{name} has {len(numbers)} numbers; --channels {self.channels} needs {channels}")
-            if not all(abs(number) < 1e9 and (name == "mean" or number > 1e-9) for number in numbers):
+            if not all(abs(number) < 1e9 and (name == "mean" or number > MIN_STD) for number in numbers):
                 raise ValueError(f"--{name}: got {numbers}; allowed: {_allowed(name)}")
         if self.normalize == "imagenet" and channels != 3:
             raise ValueError(

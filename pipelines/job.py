@@ -151,6 +151,8 @@ class Job:
         asked, stored = config.identity(), self.settings.identity()
         if asked["size"] is None:
             asked["size"] = stored["size"]
+        if asked["normalize"] == "dataset" and asked["mean"] is None:  # they were measured when it began
+            asked |= {name: stored[name] for name in ("mean", "std")}
         differences = [
             f"  {name.replace('_', '-')}: {stored[name]} there, {asked[name]} asked for"
             for name in stored

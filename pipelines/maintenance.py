@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .audit.verification import Problem, verify
-from .builder import BuildReport, Started, backend, live_parts, publish, require_moved, require_no_parts, run
+from .builder import BuildReport, Tell, backend, live_parts, publish, require_moved, require_no_parts, run
 from .config import BuildConfig
 from .decode import make_decoder
 from .errors import FormatError, IncompleteError, SourceError
@@ -24,7 +24,6 @@ from .sources.base import Source
 from .sources.folder import FolderSource
 from .storage import Storage, open_storage
 from .tuning import Tuning
-from .worker import Event
 
 _DEADLY = ("crashed", "timed-out")  # what to try in a worker of its own
 
@@ -80,7 +79,7 @@ def retry(
     config: BuildConfig | None = None,
     *,
     source: str | os.PathLike[str] | None = None,
-    progress: Callable[[Started | Event], None] | None = None,
+    progress: Tell | None = None,
 ) -> Rebuilt:
     """Tries the rejected items again, whose files may have been mended, and builds the shards anew that change.
 
@@ -113,7 +112,7 @@ def repair(
     config: BuildConfig | None = None,
     *,
     source: str | os.PathLike[str] | None = None,
-    progress: Callable[[Started | Event], None] | None = None,
+    progress: Tell | None = None,
     checked: Callable[[int, int], None] | None = None,
 ) -> Rebuilt:
     """Verifies a dataset and builds the shards anew that are damaged or missing, and what is written at the end.
@@ -196,7 +195,7 @@ def _rebuild(
     source: Source,
     config: BuildConfig,
     shards: Sequence[int],
-    progress: Callable[[Started | Event], None] | None,
+    progress: Tell | None,
 ) -> Rebuilt:
     start = time.perf_counter()
     for name in (MANIFEST, INDEX, REJECTS):

@@ -52,10 +52,15 @@ def statistics(config: BuildConfig) -> tuple[list[Fraction], list[Fraction]] | N
     """Mean and standard deviation of each stored channel, of pixels scaled to 0..1; None where pixels stay as they are.
 
     Decimals are taken as they are written: a mean of 0.485 is 485/1000.
+
+    Raises:
+        UsageError: those of the dataset itself are asked for, and have not been measured.
     """
     if config.normalize == "none":
         return None
-    given = (config.mean or (), config.std or ()) if config.normalize == "mean-std" else _STATISTICS[config.normalize]
+    if config.normalize == "dataset" and config.mean is None:
+        raise UsageError("--normalize dataset is for build, which measures first; give --mean and --std here")
+    given = _STATISTICS.get(config.normalize) or (config.mean or (), config.std or ())
     means, stds = ([Fraction(str(number)) for number in numbers[: config.channel_count]] for numbers in given)
     return (means[::-1], stds[::-1]) if config.channels == "bgr" else (means, stds)
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import gpu_npz
-from gpu_npz import BuildConfig
-from gpu_npz.audit import statistics
+from gpu_npz import BuildConfig, counting
 from gpu_npz.audit.statistics import count_levels, of_dataset, of_source
 from gpu_npz.cli.main import run
 from gpu_npz.errors import FormatError, IncompleteError, ShardError, SourceError
@@ -93,7 +92,7 @@ def test_a_process_that_dies_is_an_error_that_says_what_to_do(
     make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = (signal.raise_signal, (signal.SIGKILL,))
-    monkeypatch.setattr(statistics._Work, "__reduce__", lambda work: killed)  # what the process does with its work
+    monkeypatch.setattr(counting._Work, "__reduce__", lambda work: killed)  # what the process does with its work
     with pytest.raises(ShardError, match=r"a process that decodes images died.*fewer --workers"):
         of_source(make_tree({"a/0.jpg": "jpeg"}), settings(workers=1))
 

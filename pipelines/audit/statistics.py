@@ -1,46 +1,33 @@
 """What the pixels of a collection are like: how often each level occurs, and mean and deviation from that, exactly.
 
-Every pixel is one of 256 levels, so counts of levels, which are integers, lose nothing. They are Pillow's
-`Image.histogram`: half the time of `numpy.bincount`, and less than sums of squares take in NumPy.
+Every pixel is one of 256 levels, so counts of levels, which are integers, lose nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
-import multiprocessing
 import os
-import signal
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..config import BuildConfig
-from ..decode import make_decoder
-from ..decode.base import Decoder
+from ..counting import count_levels, count_source, mean_of, std_of
 from ..decode.pillow import first_size
-from ..environment import Choice, choose, inspect, usable_cpus
-from ..errors import FormatError, ShardError, SourceError
-from ..geometry import Geometry
+from ..environment import choose, inspect, usable_cpus
+from ..errors import FormatError, SourceError
 from ..manifest import Manifest, class_list
 from ..normalize import levels, table
-from ..plan import Batch, Plan, collect
+from ..plan import Plan, collect
 from ..readers.arrays import open_index, open_shard
-from ..sources.base import Source
 from ..sources.folder import FolderSource
 from ..storage import is_remote, open_storage
-from ..tuning import Tuning
 
 log = logging.getLogger(__name__)
 _RANGE_ITEMS = 1024  # of the plan, that a process is given at a time
@@ -73,12 +60,12 @@ class Statistics:
     @functools.cached_property
     def mean(self) -> tuple[float, ...]:
         """The mean of each channel, of pixels scaled to 0..1."""
-        return tuple(float(_mean(counts)) for counts in self.histograms)
+        return tuple(float(mean_of(counts)) for counts in self.histograms)
 
     @functools.cached_property
     def std(self) -> tuple[float, ...]:
         """The standard deviation of each channel, of pixels scaled to 0..1, over all pixels of all images."""
-        return tuple(math.sqrt(_mean(counts, 2) - _mean(counts) ** 2) for counts in self.histograms)
+        return tuple(std_of(counts) for counts in self.histograms)
 
     @property
     def min(self) -> tuple[int, ...]:
@@ -130,19 +117,11 @@ def of_source(
     if not len(arrays["name_ends"]):
         raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
     items = Plan(arrays, 1).item_count
-    plan = Plan(arrays, max(1, min(_RANGE_ITEMS, items // (4 * usable_cpus()))))
-    one_by_one = (item for at in range(items) for item in plan.items(at, at + 1))
+    one_by_one = (item for at in range(items) for item in Plan(arrays, 1).items(at, at + 1))
     size = config.size or first_size(source, one_by_one, config)
     if size is None:
         raise SourceError(f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size")
-    row_bytes = math.prod(size) * config.channel_count
-    tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=plan.shard_count)
-    tally = _Tally.empty(config.channel_count)
-    with contextlib.closing(_counted(plan, _Work(config, size, source, tuning, choice))) as counted:
-        for part in counted:
-            tally.add(part)
-            if progress:
-                progress(tally.items, items)
+    tally = count_source(arrays, source, config, size, choice, progress)
     if not tally.counts.any():
         codes = ", ".join(f"{count} {code}" for code, count in sorted(tally.rejects.items()))
         raise SourceError(f"{source.location!r}: none of {items} items can be decoded ({codes})")
@@ -212,139 +191,5 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
     )
 
 
-def count_levels(pixels: Any) -> NDArray[np.int64]:
-    """How many pixels have each level: int64 (C, 256).
-
-    Args:
-        pixels: uint8 (N, H, W, C), C = 1 or 3; of NumPy, or of CuPy, which counts on its GPU.
-    """
-    count, height, width, channels = pixels.shape
-    if not isinstance(pixels, np.ndarray):
-        import cupy
-
-        planes = (pixels[..., channel].ravel() for channel in range(channels))
-        return np.stack([cupy.bincount(plane, minlength=256).get() for plane in planes]).astype(np.int64)
-    if not count:
-        return np.zeros((channels, 256), np.int64)
-    tall = np.ascontiguousarray(pixels).reshape(count * height, width, channels)
-    return np.array(Image.fromarray(tall[..., 0] if channels == 1 else tall).histogram(), np.int64).reshape(-1, 256)
-
-
-def _mean(counts: tuple[int, ...], power: int = 1) -> Fraction:
-    """The mean of a power of pixels scaled to 0..1."""
-    return Fraction(sum(level**power * count for level, count in enumerate(counts)), 255**power * sum(counts))
-
-
 def _histograms(counts: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in counts.tolist())
-
-
-# Decoding by all cores
-
-
-@dataclass
-class _Tally:
-    """What some items gave."""
-
-    items: int
-    counts: NDArray[np.int64]
-    rejects: Counter[str] = field(default_factory=Counter)
-    labels: Counter[int | None] = field(default_factory=Counter)
-
-    @classmethod
-    def empty(cls, channels: int) -> _Tally:
-        return cls(0, np.zeros((channels, 256), np.int64))
-
-    def add(self, other: _Tally) -> None:
-        self.items += other.items
-        self.counts += other.counts
-        self.rejects += other.rejects
-        self.labels += other.labels
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a process needs to decode."""
-
-    config: BuildConfig
-    size: tuple[int, int]
-    source: Source
-    tuning: Tuning
-    choice: Choice
-
-    def decoder(self) -> Decoder:
-        gpu = self.choice.gpu
-        if gpu is not None:
-            import cupy
-
-            cupy.cuda.Device(gpu).use()
-        geometry = Geometry.of(self.config, self.size)
-        return make_decoder(self.choice.backend, self.config, geometry, self.source, tuning=self.tuning, gpu=gpu)
-
-
-def _count(decoder: Decoder, batches: Iterable[Batch], channels: int) -> _Tally:
-    tally = _Tally.empty(channels)
-    for decoded in decoder.decode(batches):
-        tally.items += len(decoded.batch.items)
-        if decoded.rejects:
-            tally.rejects.update(reject.code for reject in decoded.rejects)
-        if kept := decoded.kept.tolist():
-            tally.counts += count_levels(decoded.pixels if not decoded.rejects else decoded.pixels[decoded.kept])
-            tally.labels.update(decoded.batch.items[position].label for position in kept)
-    return tally
-
-
-def _counted(plan: Plan, work: _Work) -> Generator[_Tally, None, None]:
-    """The tallies of all ranges of the plan; a few of them are on their way at the same time."""
-    processes = min(work.tuning.workers, 1) if work.choice.gpus else work.tuning.workers
-    ranges = (list(plan.batches(number, work.tuning.batch_size)) for number in range(plan.shard_count))
-    if not processes:
-        with work.decoder() as decoder:
-            yield from (_count(decoder, batches, work.config.channel_count) for batches in ranges)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _begin, (work,))
-    waiting: deque[Future[_Tally]] = deque()
-    try:
-        for batches in ranges:
-            waiting.append(pool.submit(_count_here, batches))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as exc:
-        raise ShardError(
-            "a process that decodes images died, of one of them or because memory is short; try fewer --workers. "
-            "`gpu-npz build` finds an image that ends its decoder. A script of your own needs "
-            "`if __name__ == '__main__':` around its call"
-        ) from exc
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_here: _Work | None = None
-
-
-def _begin(work: _Work) -> None:
-    """What a process begins with. The parent decides when it ends, even by its death."""
-    global _here
-    _here = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-    os._exit(1)
-
-
-@functools.cache
-def _decoder_here() -> Decoder:
-    assert _here is not None
-    return _here.decoder().__enter__()  # open as long as the process lives
-
-
-def _count_here(batches: list[Batch]) -> _Tally:
-    assert _here is not None
-    return _count(_decoder_here(), batches, _here.config.channel_count)
