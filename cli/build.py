@@ -104,8 +104,9 @@ class Bar:
             total, done = event.items, event.items_done
             self._progress.update(self._task, description="measuring", total=total, completed=done, visible=True)
         elif isinstance(event, Started):
-            done = event.items_done
-            self._progress.reset(self._task, description="building", total=event.items, completed=done, visible=True)
+            self._progress.reset(
+                self._task, description="building", total=event.items, completed=event.items_done, visible=True
+            )
             self._start = event.items_done
         elif isinstance(event, worker.Progress):
             self._rejects += event.rejects

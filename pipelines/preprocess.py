@@ -88,7 +88,8 @@ class Preprocess:
         shape = (len(table(self.config)), *self.image_size)
         row = normalizer.allocate((1, *(shape if self.config.layout == "NCHW" else (*self.image_size, shape[0]))))
         normalizer.apply(pixels[None], np.zeros(1, np.int64), row)
-        return row[0]
+        found: NDArray[Any] = row[0]
+        return found
 
     def normalized(self, image: str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]) -> NDArray[np.float32]:
         """As float32 what `Dataset.normalized` gives of the row, also where uint8 is stored; see `__call__`."""

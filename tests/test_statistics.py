@@ -14,8 +14,9 @@ import pytest
 
 import gpu_npz
 from gpu_npz import BuildConfig, counting
-from gpu_npz.audit.statistics import count_levels, of_dataset, of_source
+from gpu_npz.audit.statistics import Statistics, of_dataset, of_source
 from gpu_npz.cli.main import run
+from gpu_npz.counting import count_levels
 from gpu_npz.errors import FormatError, IncompleteError, ShardError, SourceError
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]  # fixtures: see conftest.py
@@ -100,7 +101,7 @@ def test_a_process_that_dies_is_an_error_that_says_what_to_do(
 def test_mean_and_deviation_lose_nothing_at_a_size_where_floats_would() -> None:
     counts = [0] * 256
     counts[127], counts[128] = 10**18, 10**18 + 2
-    found = statistics.Statistics("x", 1, {}, ("gray",), (tuple(counts),), None)
+    found = Statistics("x", 1, {}, ("gray",), (tuple(counts),), None)
     assert found.mean == (127.5 / 255,)
     assert found.std == (0.5 / 255,)
 

@@ -62,7 +62,7 @@ class DeflatedRows:
         stream = decompressobj(_RAW)
         try:
             data: bytes = stream.decompress(run, self._row_bytes + 1)  # never more, whatever the run would give
-        except IsalError as exc:
+        except IsalError as exc:  # type: ignore[misc]  # isal is not looked into
             raise FormatError(f"{self._label}: row {row} is damaged ({exc}); copy the file again") from exc
         if len(data) != self._row_bytes or stream.eof or stream.unconsumed_tail or run[-4:] != _FLUSHED:
             raise FormatError(f"{self._label}: row {row} is damaged (not {self._row_bytes} bytes); copy the file again")
