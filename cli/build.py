@@ -101,8 +101,9 @@ class Bar:
     def __call__(self, event: Started | Measuring | worker.Event) -> None:
         task = self._progress.tasks[0]
         if isinstance(event, Measuring):
-            total, done = event.items, event.items_done
-            self._progress.update(self._task, description="measuring", total=total, completed=done, visible=True)
+            self._progress.update(
+                self._task, description="measuring", total=event.items, completed=event.items_done, visible=True
+            )
         elif isinstance(event, Started):
             self._progress.reset(
                 self._task, description="building", total=event.items, completed=event.items_done, visible=True
