@@ -16,7 +16,7 @@ from .config import MAX_SIDE, BuildConfig
 from .environment import BackendName, Choice
 from .errors import FormatError, MismatchError
 from .normalize import row_shape
-from .npz.reader import NpzReader
+from .npz.reader import Known, NpzReader
 from .npz.writer import NpzWriter
 from .output import JOB, PLAN
 from .plan import Plan
@@ -200,11 +200,11 @@ def store_arrays(storage: Storage, name: str, arrays: Mapping[str, NDArray[Any]]
         storage.discard(temporary)
 
 
-def open_npz(storage: Storage, name: str) -> NpzReader:
-    """An NPZ of OUT, mapped; errors name it by its place in OUT. Raises OSError if it cannot be opened."""
+def open_npz(storage: Storage, name: str, before: Known | None = None) -> NpzReader:
+    """An NPZ of OUT, mapped; `before` as for `NpzReader`; errors name it by its place in OUT. Raises OSError if it cannot be opened."""
     with storage.local(name) as path:
         try:
-            reader = NpzReader(path)
+            reader = NpzReader(path, before)
         except FormatError as exc:
             raise FormatError(str(exc).replace(path, storage.path(name))) from exc
     reader.path = storage.path(name)

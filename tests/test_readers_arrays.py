@@ -204,6 +204,26 @@ def test_threads_may_share_it_although_few_shards_stay_open(
     np.testing.assert_array_equal(found, images[rows])
 
 
+def test_a_shard_that_changes_while_it_is_closed_is_looked_at_again(
+    dataset: gpu_npz.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_npz.readers.arrays._OPEN_SHARDS", 1)
+    images = stored(dataset)
+    copy = gpu_npz.open_dataset(shutil.copytree(dataset.path, tmp_path / "copy"))
+    last = len(copy) - 1
+    for row in (0, last, 0, last):
+        np.testing.assert_array_equal(copy[row], images[row])
+    shard = Path(copy.path) / "shard-00000.npz"
+    content = bytearray(shard.read_bytes())
+    shard.write_bytes(content)  # the same again, which is no trouble
+    np.testing.assert_array_equal(copy[0], images[0])
+    np.testing.assert_array_equal(copy[last], images[last])
+    content[30] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(FormatError, match=r"shard-00000\.npz"):
+        copy[0]
+
+
 def test_it_introduces_itself(dataset: gpu_npz.Dataset) -> None:
     assert repr(dataset) == f"<Dataset {dataset.path!r}: 40 images (3, 12, 16) float32>"
 

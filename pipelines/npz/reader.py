@@ -7,6 +7,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,29 +73,45 @@ class DeflatedRows:
 Rows = NDArray[Any] | DeflatedRows
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a reader has found in a file, and which file that was: device, inode, size and time of its last change."""
+
+    identity: tuple[int, int, int, int]
+    directory: Directory
+
+
 class NpzReader:
     """One file, mapped copy-on-write: what its arrays' views change stays in memory.
 
     The map lives as long as any array taken from it. It needs no closing, and holds one file descriptor before
     Python 3.13, none from then on.
 
+    Args:
+        path: the file.
+        before: what another reader of it has found, which is believed unless the file has changed since.
+
     Raises:
         FormatError: the file is damaged, cut off or not of this format.
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], before: Known | None = None) -> None:
         self.path = os.fspath(path)
         descriptor = open_regular(self.path, os.O_RDONLY)
         try:
-            if not os.fstat(descriptor).st_size:
+            status = os.fstat(descriptor)
+            if not status.st_size:
                 raise FormatError(f"{self.path}: the file is empty; build or copy it again")
             untracked: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
             self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY, **untracked)
         finally:
             os.close(descriptor)
         self._buffer = memoryview(self._map)
-        self.directory: Directory = read_directory(self._buffer, self.path)
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        same = before is not None and before.identity == identity
+        self.known = before if before and same else Known(identity, read_directory(self._buffer, self.path))
+        self.directory = self.known.directory
         self._deflated: dict[str, DeflatedRows] = {}
 
     def __contains__(self, name: str) -> bool:

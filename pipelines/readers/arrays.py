@@ -6,6 +6,7 @@ import bisect
 import errno
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -21,12 +22,14 @@ from ..errors import FormatError, StorageError
 from ..job import index_comment, open_npz, shard_comment
 from ..manifest import Manifest
 from ..normalize import apply_table, table
-from ..npz.reader import DeflatedRows, NpzReader
+from ..npz.reader import DeflatedRows, Known, NpzReader
 from ..output import INDEX, shard_name
 from ..preprocess import Preprocess
 from ..storage import LocalStorage, Storage, is_remote
 
-_OPEN_SHARDS = 64  # maps kept; before Python 3.13 each holds a file descriptor
+# Maps that are kept. Before Python 3.13 each holds a file descriptor, of which a process may have 1,024, or fewer.
+_OPEN_SHARDS = 1024 if sys.version_info >= (3, 13) else 64
+_KNOWN_SHARDS = 16_384  # shards of which it is kept, some kilobytes each, what was found in them
 
 _datasets: weakref.WeakSet[Dataset] = weakref.WeakSet()
 
@@ -88,6 +91,7 @@ class Dataset:
         self.paths: Sequence[str] = _Paths(self)
         self._ends: list[int] = ends
         self._shards: OrderedDict[int, NpzReader] = OrderedDict()
+        self._known: dict[int, Known] = {}
         self._lock = threading.Lock()
         _datasets.add(self)
 
@@ -175,13 +179,15 @@ class Dataset:
             if number in self._shards:
                 self._shards.move_to_end(number)
                 return self._shards[number]
-            reader = open_shard(self._storage, self.manifest, number)
+            reader = open_shard(self._storage, self.manifest, number, self._known.get(number))
             rows = self._ends[number] - (self._ends[number - 1] if number else 0)
             if len(reader.rows("images")) != rows:
                 raise FormatError(
                     f"{reader.path}: {len(reader.rows('images'))} rows; {INDEX} says {rows}; run gpu-npz verify"
                 )
             self._shards[number] = reader
+            if len(self._known) < _KNOWN_SHARDS:
+                self._known[number] = reader.known
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
             return reader
@@ -282,13 +288,13 @@ def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
     return reader
 
 
-def open_shard(storage: Storage, manifest: Manifest, number: int) -> NpzReader:
-    """One shard, which must be the one of this number and of this dataset.
+def open_shard(storage: Storage, manifest: Manifest, number: int, before: Known | None = None) -> NpzReader:
+    """One shard, which must be the one of this number and of this dataset; `before` as for `NpzReader`.
 
     Raises:
         FormatError: missing, damaged, foreign, or with images of another shape or type.
     """
-    reader = _opened(storage, shard_name(number, manifest.counts.shards))
+    reader = _opened(storage, shard_name(number, manifest.counts.shards), before)
     _require_comment(reader, shard_comment(manifest.id, number))
     images = reader.rows("images")
     if isinstance(images, DeflatedRows) != manifest.images.deflated:
@@ -312,10 +318,10 @@ def _copying(url: str) -> str:
     return f"copy the dataset first, with {command} for one, and open DIR"
 
 
-def _opened(storage: Storage, name: str) -> NpzReader:
+def _opened(storage: Storage, name: str, before: Known | None = None) -> NpzReader:
     path = storage.path(name)
     try:
-        return open_npz(storage, name)
+        return open_npz(storage, name, before)
     except OSError as exc:
         if exc.errno in (errno.EMFILE, errno.ENFILE):
             raise StorageError(
