@@ -201,7 +201,10 @@ def store_arrays(storage: Storage, name: str, arrays: Mapping[str, NDArray[Any]]
 
 
 def open_npz(storage: Storage, name: str, before: Known | None = None) -> NpzReader:
-    """An NPZ of OUT, mapped; `before` as for `NpzReader`; errors name it by its place in OUT. Raises OSError if it cannot be opened."""
+    """An NPZ of OUT, mapped; errors name it by its place in OUT. Raises OSError if it cannot be opened.
+
+    `before` is as for `NpzReader`.
+    """
     with storage.local(name) as path:
         try:
             reader = NpzReader(path, before)
