@@ -6,18 +6,12 @@ They are Pillow's `Image.histogram`: half the time of `numpy.bincount`, and less
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import multiprocessing
-import os
-import signal
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
@@ -27,9 +21,10 @@ from .config import BuildConfig
 from .decode import make_decoder
 from .decode.base import Decoder
 from .environment import Choice, usable_cpus
-from .errors import ShardError
+from .errors import GpuNpzError, ShardError
 from .geometry import Geometry
 from .plan import Batch, Plan
+from .processes import start
 from .sources.base import Source
 from .tuning import Tuning
 
@@ -169,49 +164,58 @@ def _counted(plan: Plan, work: _Work) -> Generator[Tally, None, None]:
         with work.decoder() as decoder:
             yield from (_count(decoder, batches, work.config.channel_count) for batches in ranges)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _begin, (work,))
-    waiting: deque[Future[Tally]] = deque()
-    try:
-        for batches in ranges:
-            waiting.append(pool.submit(_count_here, batches))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().result()
+    with contextlib.ExitStack() as stack:
+        waiting = {stack.enter_context(_process(work)): next(ranges) for _ in range(processes)}
+        for connection, batches in waiting.items():
+            connection.send(batches)
         while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as exc:
+            for connection in wait(list(waiting)):
+                assert isinstance(connection, Connection)
+                with _explained():
+                    tally = connection.recv()
+                if isinstance(tally, GpuNpzError):
+                    raise tally
+                yield tally
+                del waiting[connection]
+                if (batches := next(ranges, None)) is not None:
+                    waiting[connection] = batches
+                    with _explained():
+                        connection.send(batches)
+
+
+@contextlib.contextmanager
+def _process(work: _Work) -> Iterator[Connection]:
+    """A process that counts; it is stopped at the end."""
+    process, connection = start(__name__)
+    try:
+        with _explained():
+            connection.send(work)
+        yield connection
+    finally:
+        connection.close()
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as exc:
         raise ShardError(
             "a process that decodes images died, of one of them or because memory is short; try fewer --workers. "
-            "`gpu-npz build` finds an image that ends its decoder. A script of your own needs "
-            "`if __name__ == '__main__':` around its call"
+            "`gpu-npz build` finds an image that ends its decoder"
         ) from exc
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-_here: _Work | None = None
-
-
-def _begin(work: _Work) -> None:
-    """What a process begins with. The parent decides when it ends, even by its death."""
-    global _here
-    _here = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-    os._exit(1)
-
-
-@functools.cache
-def _decoder_here() -> Decoder:
-    assert _here is not None
-    return _here.decoder().__enter__()  # open as long as the process lives
-
-
-def _count_here(batches: list[Batch]) -> Tally:
-    assert _here is not None
-    return _count(_decoder_here(), batches, _here.config.channel_count)
+def serve(descriptor: int) -> None:
+    """What such a process runs: it takes its work, then batches again and again, and gives tallies, or an error."""
+    connection = Connection(descriptor)
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has stopped
+        work: _Work = connection.recv()
+        try:
+            with work.decoder() as decoder:
+                while True:
+                    connection.send(_count(decoder, connection.recv(), work.config.channel_count))
+        except GpuNpzError as exc:
+            connection.send(exc)

@@ -450,6 +450,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "uint8"},
     "layout": {"layout": "NHWC"},
     "shard_size": {"shard_size": "5"},
+    "compress": {"compress": "deflate"},
     "shuffle": {"shuffle": 0},
     "limit": {"limit": 21},
     "on_reject": {"on_reject": "blank"},

@@ -453,7 +453,7 @@ def test_no_file_imports_the_folders_by_their_own_names() -> None:
 
 # What stands later may import what stands earlier, and its own line.
 ORDER = [
-    "errors", "config locks", "environment rejects geometry",
+    "errors", "config locks processes", "environment rejects geometry",
     "sources plan npz storage objects leases normalize tuning parts", "output", "job", "manifest space", "decode",
     "sink headers counting", "worker preprocess", "engines", "builder", "preflight", "readers audit bench demo",
     "maintenance",

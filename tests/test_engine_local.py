@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpu_npz
-from gpu_npz import worker
+from gpu_npz import processes, worker
 from gpu_npz.builder import Started, build
 from gpu_npz.config import BuildConfig
 from gpu_npz.engines import local
@@ -57,9 +57,9 @@ def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def start_sabotaged(self: Any, task: Any) -> None:
         with pytest.MonkeyPatch.context() as patched:
-            popen = local.subprocess.Popen
+            popen = processes.subprocess.Popen
             patched.setattr(
-                local.subprocess,
+                processes.subprocess,
                 "Popen",
                 lambda command, **options: popen([*command[:2], edited(command[2])], **options),
             )
@@ -166,7 +166,7 @@ def test_a_machine_on_which_everything_crashes_stops_the_build(
 def test_a_worker_that_cannot_start_is_an_error_at_once(
     src: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local.sys, "executable", "/bin/false")
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
     with pytest.raises(ShardError, match="a worker process ended with code 1"):
         build(src(), tmp_path / "out", settings())
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
 import signal
 import subprocess
-import sys
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
+from .. import processes
 from ..errors import GpuNpzError, ShardError
 from ..rejects import Code
 from ..worker import Committed, Decoding, Event, Progress, Task, work
@@ -95,17 +94,7 @@ class _Pool:
 
     def start(self, task: Task) -> None:
         """Starts a worker."""
-        # Not multiprocessing.Process, which runs the caller's script again in each worker. A session of its own keeps
-        # the terminal's Ctrl-C from the worker: the parent decides.
-        here, there = multiprocessing.Pipe()
-        program = (
-            f"import sys; sys.path[:] = {sys.path!r}; from gpu_npz.engines.local import serve; serve({there.fileno()})"
-        )
-        command = [sys.executable, "-c", program]
-        with there:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()], start_new_session=True
-            )
+        process, here = processes.start(__name__)
         self._workers[here] = _Worker(process, task)
         with contextlib.suppress(ConnectionError):  # it died already: the first recv says so
             here.send(task)
