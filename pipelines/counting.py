@@ -165,22 +165,22 @@ def _counted(plan: Plan, work: _Work) -> Generator[Tally, None, None]:
             yield from (_count(decoder, batches, work.config.channel_count) for batches in ranges)
         return
     with contextlib.ExitStack() as stack:
-        waiting = {stack.enter_context(_process(work)): next(ranges) for _ in range(processes)}
-        for connection, batches in waiting.items():
-            connection.send(batches)
-        while waiting:
-            for connection in wait(list(waiting)):
-                assert isinstance(connection, Connection)
+        busy = {stack.enter_context(_process(work)) for _ in range(processes)}
+        for connection in busy:
+            connection.send(next(ranges))
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
                 with _explained():
-                    tally = connection.recv()
+                    tally = ready.recv()
                 if isinstance(tally, GpuNpzError):
                     raise tally
                 yield tally
-                del waiting[connection]
-                if (batches := next(ranges, None)) is not None:
-                    waiting[connection] = batches
+                if batches := next(ranges, []):
                     with _explained():
-                        connection.send(batches)
+                        ready.send(batches)
+                else:
+                    busy.remove(ready)
 
 
 @contextlib.contextmanager
