@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import random
+import struct
 import subprocess
 import tracemalloc
 import zipfile
@@ -23,7 +25,8 @@ from gpu_npz.audit.previews import preview
 from gpu_npz.audit.statistics import of_dataset
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import FormatError, MismatchError, UsageError
-from gpu_npz.npz.format import Directory, rowindex
+from gpu_npz.npz import writer
+from gpu_npz.npz.format import Directory, Member, rowindex
 from gpu_npz.npz.reader import DeflatedRows, NpzReader
 from gpu_npz.npz.writer import NpzWriter
 
@@ -123,6 +126,7 @@ INDEXES: dict[str, Callable[[NDArray[np.int64]], NDArray[Any]]] = {
     "backwards": lambda ends: ends[[0, 2, 1, 3]],
     "beyond": lambda ends: ends + (1 << 40) * np.array([0, 1, 1, 0]),
     "negative": lambda ends: ends * np.array([1, -1, 1, 1]),
+    "around the end of int64": lambda ends: np.array([0, (1 << 63) - 1, -2, ends[-1]]),
     "floats": lambda ends: ends.astype(np.float64),
     "wrong axes": lambda ends: ends[:, None],
 }
@@ -178,6 +182,26 @@ def test_a_run_that_is_no_row_is_refused(path: Path, run: bytes) -> None:
     forge(path, rows=1, index=np.array([0, len(run)]), runs=run)
     with pytest.raises(FormatError, match="row 0 is damaged"):
         inflating(path)[0]
+
+
+def test_a_run_that_ends_within_a_block_is_refused(path: Path) -> None:
+    data = bytes(range(240)) * 4
+    begun = struct.pack("<BHH", 0, 960, 960 ^ 0xFFFF) + data + b"\2\0\0\xff\xff"
+    runs = begun + run_of(data)  # goes on with the block that has begun
+    forge(path, rows=2, index=np.array([0, len(begun), len(runs)]), runs=runs)
+    with pytest.raises(FormatError, match="row 0 is damaged"):
+        inflating(path)[0]
+
+
+def test_a_deflated_array_without_rows_to_speak_of_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def member(name: str, *values: Any) -> Member:
+        found = Member(name, *values)
+        return dataclasses.replace(found, shape=()) if name == "images" else found
+
+    monkeypatch.setattr(writer, "Member", member)
+    write(path, np.ones((1, 1), np.float32))
+    with pytest.raises(FormatError, match=r"wrong shape \(\) of images\.npy"):
+        NpzReader(path)
 
 
 def test_an_array_that_cannot_be_in_so_few_bytes_is_refused(path: Path) -> None:

@@ -621,6 +621,15 @@ def test_a_name_that_stands_twice_in_the_directory_is_refused(path: Path) -> Non
         NpzReader(path)
 
 
+def test_a_name_that_others_take_for_another_one_is_refused(path: Path) -> None:
+    with NpzWriter(path) as file:
+        file.add("labels", np.arange(3))
+        file.add("labels.npy\0", np.arange(3) + 100)  # to zipfile, a second labels.npy
+        file.close()
+    with pytest.raises(FormatError, match="wrong directory entry"):
+        NpzReader(path)
+
+
 def test_arrays_that_the_directory_leaves_out_or_reorders_are_noticed(path: Path) -> None:
     directory = small(path)
     images, labels, paths = directory.members.values()

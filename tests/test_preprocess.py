@@ -115,6 +115,29 @@ def test_other_arrays_are_refused(array: Any) -> None:
         Preprocess(BuildConfig(size=16), (16, 16))(array)
 
 
+def test_what_is_no_image_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="got an object of type list; allowed: a path"):
+        Preprocess(BuildConfig(size=16), (16, 16))([[1, 2], [3, 4]])  # type: ignore[arg-type]  # that is the test
+
+
+def test_an_open_image_is_refused_where_a_build_would_reject_its_file(tmp_path: Path) -> None:
+    preprocess, path = Preprocess(BuildConfig(size=16), (16, 16)), tmp_path / "image.tif"
+    Image.fromarray(np.arange(1200, dtype=np.int32).reshape(40, 30)).save(path)  # 16 bits of 32 are in use
+    with Image.open(path) as picture:
+        for image in (path, picture):
+            with pytest.raises(ImageError, match="samples of 32 bits"):
+                preprocess(image)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_an_image_whose_file_was_closed_is_an_error(tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (20, 20)).save(path := tmp_path / f"image{suffix}")
+    with path.open("rb") as file:
+        picture = Image.open(file)
+    with pytest.raises(ImageError, match="closed file"):
+        Preprocess(BuildConfig(size=16), (16, 16))(picture)
+
+
 @pytest.mark.parametrize(("kind", "code"), [("half", "truncated"), ("text", "not-an-image"), ("empty", "not-an-image")])
 def test_what_a_build_would_reject_is_an_error(tmp_path: Path, file_bytes: FileBytes, kind: str, code: str) -> None:
     content = {"half": lambda: file_bytes("half"), "text": lambda: b"hello", "empty": lambda: b""}[kind]()

@@ -547,3 +547,20 @@ def test_an_index_without_a_single_shard_is_named(copy: Path) -> None:
     edited(copy, lambda manifest: manifest["counts"].update(rows=0, shards=0))
     with pytest.raises(FormatError, match=r"index\.npz does not fit the manifest"):
         gpu_npz.open_dataset(copy)
+
+
+@pytest.mark.parametrize("entries", [0, 3, 9])
+def test_a_column_with_other_than_an_entry_for_each_image_is_refused(
+    make_dataset: Callable[..., Path], entries: int
+) -> None:
+    shard = (out := make_dataset()) / "shard-00001.npz"
+    reader = NpzReader(shard)
+    arrays = {name: reader[name].copy() for name in reader.directory.members}
+    with NpzWriter(shard) as file:
+        for name, array in arrays.items():
+            file.add(name, np.zeros(entries, np.int64) if name == "source_bytes" else array)
+        file.close(reader.directory.comment)
+    dataset = gpu_npz.open_dataset(out)
+    for rows in (9, slice(8, 11), slice(2, 12), [1, 12]):
+        with pytest.raises(FormatError, match=rf"source_bytes is \({entries},\) beside 7 images"):
+            dataset.column("source_bytes", rows)

@@ -137,12 +137,16 @@ class PillowDecoder:
             UsageError: an array of another kind.
             BadItem, ShardError: as `decode_image`.
         """
-        image = _from_array(picture) if isinstance(picture, np.ndarray) else picture
-        if (data := _unread(image)) is not None:
+        image = picture if isinstance(picture, Image.Image) else _from_array(picture)
+        with _blamed(path):
+            data = _unread(image)
+        if data is not None:
             return self.decode_image(data, path)
         with _blamed(path):
             self._check_pixels(*image.size)
-            upright, place = self._upright(image.copy())
+            own = image.copy()
+            own.format = image.format  # what a file of this format means by its samples
+            upright, place = self._upright(own)
         with _enough_memory(path):
             return self._place(upright, place)
 
@@ -357,6 +361,10 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _from_array(pixels: NDArray[Any]) -> Image.Image:
+    if not isinstance(pixels, np.ndarray):
+        raise UsageError(
+            f"got an object of type {type(pixels).__name__}; allowed: a path, bytes, a PIL image, or a NumPy array"
+        )
     kind = (pixels.dtype.name, pixels.ndim, pixels.shape[2] if pixels.ndim == 3 else 1)
     if kind not in {("uint8", 2, 1), ("uint8", 3, 1), ("uint8", 3, 3), ("uint8", 3, 4), ("uint16", 2, 1)}:
         raise UsageError(

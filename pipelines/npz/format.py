@@ -238,7 +238,8 @@ def _read_entry(entries: bytes, position: int, body: memoryview) -> tuple[Member
     position += _ENTRY.size
     filename = entries[position : position + name_bytes].decode("ascii")
     fields = entries[position + name_bytes : position + name_bytes + field_bytes]
-    _check(signature == b"PK\1\2" and filename.endswith(".npy"), "directory entry")
+    # Others end a name at its first zero byte, and would find another array of that name.
+    _check(signature == b"PK\1\2" and filename.endswith(".npy") and filename.isprintable(), "directory entry")
     _check(flags == 0 and method in (0, _DEFLATED), f"compression of {filename}")
     wide = iter(struct.unpack(f"<{(len(fields) - 4) // 8}Q", fields[4:]) if fields else ())
     size, packed = (next(wide, -1) if short == _FULL else short for short in (size, packed))
@@ -257,6 +258,7 @@ def _read_entry(entries: bytes, position: int, body: memoryview) -> tuple[Member
     name, start = filename.removesuffix(".npy"), start + block + NPY_HEADER_BYTES
     _check(start == data_offset(offset, name, deflated=bool(method)), f"place of the data of {filename}")
     dtype, shape = _read_npy_header(bytes(body[start - NPY_HEADER_BYTES : start]), filename)
+    _check(runs_bytes is None or len(shape) > 0, f"shape () of {filename}, which is deflated by rows")
     member = Member(name, offset, start, dtype, shape, crc32, runs_bytes)
     _check(member.npy_bytes == size, f"shape {shape} of {filename}, which has {size} bytes")
     _check(size <= _MAX_RATIO * packed, f"size of {filename}: {packed} bytes cannot hold {size}")

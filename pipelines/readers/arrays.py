@@ -136,7 +136,7 @@ class Dataset:
             rows = np.array(span)
         if isinstance(rows, SupportsIndex) and np.ndim(rows) == 0:  # type: ignore[arg-type]  # any integer type
             shard, at = self._find(int(rows))
-            row: NDArray[Any] = self.shard(shard).rows(name)[at]
+            row: NDArray[Any] = self._rows(shard, name)[at]
             return row
         wanted = np.asarray(rows)
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
@@ -192,6 +192,14 @@ class Dataset:
                 self._shards.popitem(last=False)
             return reader
 
+    def _rows(self, number: int, name: str) -> NDArray[Any] | DeflatedRows:
+        """An array of a shard, which must have an entry for each of its images."""
+        reader = self.shard(number)
+        rows, images = reader.rows(name), reader.rows("images")
+        if rows.shape[:1] != images.shape[:1]:
+            raise FormatError(f"{reader.path}: {name} is {rows.shape} beside {len(images)} images; copy it again")
+        return rows
+
     def _find(self, row: int) -> tuple[int, int]:
         count = len(self)
         if not -count <= row < count:
@@ -211,7 +219,7 @@ class Dataset:
         if len(runs) != 1 or (name == "images" and self.manifest.images.deflated):
             return self._gather(name, runs)
         ((shard, begin, end),) = runs
-        view: NDArray[Any] = self.shard(shard)[name][begin:end]
+        view: NDArray[Any] = self._rows(shard, name)[begin:end]
         return view
 
     def _gather(self, name: str, runs: list[tuple[int, int, int]]) -> NDArray[Any]:
@@ -223,7 +231,7 @@ class Dataset:
         out: NDArray[Any] | None = None
         filled, count = 0, sum(stop - start for _, start, stop in runs)
         for shard, start, stop in runs:
-            rows = self.shard(shard)[name][start:stop]
+            rows = self._rows(shard, name)[start:stop]
             if out is None:
                 out = np.empty((count, *rows.shape[1:]), rows.dtype)
             elif rows.dtype != out.dtype:  # texts: each shard has the width that its own need
