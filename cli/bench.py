@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpu_npz.cli.options import config_options, read_config
+from gpu_npz.errors import UsageError
 
 if TYPE_CHECKING:
     from gpu_npz.bench.rates import Measurement
+    from gpu_npz.bench.storage import StorageMeasurement
     from gpu_npz.bench.sweep import Sweep
 
 # Memory that the kernel turns into huge pages and back makes float32 rates swing; NumPy reads this when it is imported.
@@ -21,6 +23,7 @@ os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
 _USED = ("device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "interpolation", "channels",
          "normalize", "dtype", "layout", "shard_size", "batch_size", "threads", "prefetch", "open_shards",
          "hw_decoder_load")  # fmt: skip
+_STORED = ("size", "resize_mode", "dtype", "layout", "shard_size")
 
 
 @click.group("bench")
@@ -85,6 +88,91 @@ def pipeline(
         print_json(result.to_json())
     else:
         click.echo("\n".join(lines))
+
+
+@command.command("storage")
+@click.argument("src", metavar="[SRC]", required=False)
+@click.option("--cifar", metavar="DIR", help="Take CIFAR-10 or CIFAR-100 as its Python archive unpacks, at 32 x 32.")
+@click.option(
+    "--images",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many images; files are taken again if there are fewer.",
+)
+@click.option(
+    "--rounds",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Rounds; the formats take turns in each.",
+)
+@click.option("--folder", metavar="DIR", help="Where to write; the system's temporary folder unless given.")
+@click.option("--plot", metavar="FILE.png", help="Draw the rates, on linear and on logarithmic axes.")
+@config_options(*_STORED)
+@click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON on stdout.")
+def storage(
+    src: str | None,
+    cifar: str | None,
+    images: int,
+    rounds: int,
+    folder: str | None,
+    plot: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Compare shards with PNG files, LMDB, HDF5, .npy and NumPy's NPZ: writing, reading one or all images, size.
+
+    All hold the same images, to the bit. SRC is a folder as for build; pictures are made up if there is none. Writes
+    end on the disk, reads come from the page cache.
+    """
+    from gpu_npz.bench.plots import draw, require_matplotlib
+    from gpu_npz.bench.storage import cifar_files, measure
+    from gpu_npz.cli.console import errors, print_json, show_warnings
+    from gpu_npz.demo import make_images
+    from gpu_npz.sources.cifar import read_cifar
+
+    show_warnings()
+    if src is not None and cifar is not None:
+        raise UsageError(f"got SRC {src!r} and --cifar {cifar!r}; give one of them")
+    if plot is not None:
+        require_matplotlib()  # now, not after minutes of measuring
+    config = read_config(None, {**given, "size": given["size"] or (cifar and "32")})
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
+        pictures = Path(place) / "pictures"
+        if cifar is not None:
+            status.update("reading CIFAR")
+            src = str(cifar_files(read_cifar(cifar), pictures, images))
+        elif src is None:
+            status.update("making pictures")
+            made = make_images(pictures, count=min(images, 300))
+            for path in made.bad.values():
+                (made.folder / path).unlink()
+            src = str(made.folder)
+        result = measure(src, config, images=images, rounds=rounds, folder=folder, say=status.update)
+    if plot is not None:
+        draw(result, plot)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo("\n".join(_storage_lines(result)))
+
+
+def _storage_lines(result: StorageMeasurement) -> list[str]:
+    lines = [_named(result.machine), _named(result.settings)]
+    image_bytes = result.settings["image_bytes"]
+    for operation in result.operations:
+        lines += ["", f"{operation.name:24} {'images/s':>10} {'lowest':>10} {'highest':>10} {'MB/s':>10}   share of"]
+        for row in operation.rows:
+            share = "".join(f"{operation.share(row):.2f} of {name}" for name in row.baselines)
+            rates = f"{row.median:10.1f} {min(row.rates):10.1f} {max(row.rates):10.1f}"
+            lines.append(f"  {row.name:22} {rates} {row.median * image_bytes / 1e6:10.1f}   {share}")
+    lines += ["", f"{'size':24} {'bytes':>16} {'an image':>10}"]
+    count = result.settings["images"]
+    lines += [f"  {name:22} {taken:16} {taken / count:10.0f}" for name, taken in result.stored_bytes.items()]
+    return [*lines, "", *(result.beaten() or ("no format is plainly better than ours of its kind",)), *result.left_out]
 
 
 def _lines(result: Measurement) -> list[str]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from gpu_npz.bench import pipeline, sweep
-from gpu_npz.bench.rates import Tick, in_turns
+from gpu_npz.bench import pipeline, storage, sweep
+from gpu_npz.bench.formats import Images, Npy
+from gpu_npz.bench.rates import Row, Tick, in_turns
 from gpu_npz.cli.main import run
+from gpu_npz.config import BuildConfig
+from gpu_npz.errors import FormatError, UsageError
+from gpu_npz.sources.cifar import Cifar
 
 BACKENDS = [
     ["--backend", "pillow", "--device", "cpu"],
@@ -117,3 +123,98 @@ def test_the_first_round_and_the_first_batch_of_each_way_do_not_count() -> None:
 def test_resize_mode_none_is_refused(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "pipeline", str(tree), "--resize-mode", "none"]) == 2
     assert "choose another mode" in capsys.readouterr().err
+
+
+STORES = ["png files", "lmdb", "hdf5", "hdf5 gzip", "npy", "npz", "npz compressed", "gpu-npz", "gpu-npz deflate"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_READS", 4)
+    monkeypatch.setattr(storage, "_WRITES", 1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_storage_writes_and_reads_the_same_rows_in_every_format(
+    tree: Path, tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    plot, place = tmp_path / "plot.png", tmp_path / "place"
+    place.mkdir()
+    options = ["--images", "20", "--rounds", "2", "--folder", str(place), "--size", "16", "--shard-size", "8"]
+    result = printed("bench", "storage", str(tree), *options, "--plot", str(plot), "--json")
+    operations = {operation["name"]: operation["rows"] for operation in result["operations"]}
+    assert list(operations) == [
+        "write 1 image", "write 10 images", "write 20 images", "read one at random", "read all in order"
+    ]  # fmt: skip
+    for rows in operations.values():
+        assert [row["name"] for row in rows] == list(result["stored_bytes"]) == STORES
+        assert all(len(row["rates"]) == 2 and min(row["rates"]) > 0 for row in rows)
+        assert all(len(row["shares"]) == (not row["name"].startswith("gpu-npz")) for row in rows)
+    assert (
+        min(result["stored_bytes"][name] for name in ("lmdb", "hdf5", "npy", "npz", "gpu-npz")) > 20 * 3 * 16 * 16 * 4
+    )
+    assert (result["settings"]["images"], result["settings"]["dtype"]) == (20, "float32")
+    assert {"lmdb", "h5py", "numpy", "pillow"} <= result["machine"].keys()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not list(place.iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_storage_leaves_a_format_out_whose_library_is_missing_and_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    text = printed("bench", "storage", "--images", "3", "--rounds", "1", "--size", "16", "--folder", str(tmp_path))
+    assert text.rstrip().splitlines()[-1].startswith("lmdb is left out (")
+    assert text.rstrip().endswith("; run: pip install lmdb")
+    assert sum(line.startswith("  hdf5 gzip ") for line in text.splitlines()) == 5  # four operations and the size
+    assert " of gpu-npz deflate" in text
+
+
+def test_bench_storage_says_in_words_where_another_format_is_better() -> None:
+    rows = (Row("lmdb", ("gpu-npz",), (30.0, 33.0), 0.0), Row("gpu-npz", (), (20.0, 22.0), 0.0))
+    operation = storage.Operation("read one at random", 5, rows)
+    sizes = {"lmdb": 500, "npz compressed": 300, "gpu-npz": 499, "gpu-npz deflate": 400}
+    measured = storage.StorageMeasurement((operation,), sizes, (), {}, {})
+    assert measured.beaten() == (
+        "read one at random: lmdb is 1.50 times as fast as gpu-npz",
+        "size: npz compressed takes 0.75 of what gpu-npz deflate takes",
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_storage_takes_as_many_images_as_fit_and_cifar_at_its_own_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, printed: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    cifar = Cifar(pixels, np.arange(6) % 2, ("a", "b"))
+    place = storage.cifar_files(cifar, tmp_path / "cifar", 5)
+    monkeypatch.setattr(storage, "_free_memory", lambda: 4 * storage._COPIES * 3072 * 5 // 4)
+    config = BuildConfig(size=32, dtype="uint8", layout="NHWC")
+    measured = storage.measure(place, config, images=100, rounds=1, folder=str(tmp_path))
+    assert "100 images in all formats take 0.003 GB, and memory has" in caplog.text
+    assert (measured.settings["images"], measured.settings["shape"]) == (4, [32, 32, 3])
+    monkeypatch.setattr(storage, "_free_memory", lambda: 100)
+    with pytest.raises(UsageError, match="not one fits"):
+        storage.measure(place, config, folder=str(tmp_path))
+
+
+def test_a_format_that_gives_other_rows_back_is_no_match(tmp_path: Path) -> None:
+    rows = np.zeros((3, 3, 4, 4), np.float32)
+    images = Images(rows, np.zeros((3, 4, 4, 3), np.uint8), BuildConfig(size=4), 2)
+    Npy().write(images, tmp_path)
+    storage._require_equal(Npy(), images, tmp_path)
+    rows[1, 0, 0, 0] = -0.0
+    with pytest.raises(FormatError, match="npy: 1 of 3 rows came back changed"):
+        storage._require_equal(Npy(), images, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["SRC", "--cifar", "DIR"], "give one of them"), (["SRC", "--resize-mode", "none"], "choose another mode")],
+)
+def test_bench_storage_refuses_what_makes_no_sense(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "storage", *arguments]) == 2
+    assert message in capsys.readouterr().err

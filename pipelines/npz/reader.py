@@ -115,7 +115,7 @@ class NpzReader:
         same = before is not None and before.identity == identity
         self.known = before if before and same else Known(identity, read_directory(self._buffer, self.path))
         self.directory = self.known.directory
-        self._deflated: dict[str, DeflatedRows] = {}
+        self._rows: dict[str, Rows] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.directory.members
@@ -140,21 +140,21 @@ class NpzReader:
         Raises:
             FormatError: there is no such array, or where its rows lie is damaged.
         """
-        member = self._member(name)
-        if member.runs_bytes is None:
-            return self[name]
-        if name not in self._deflated:
-            ends, runs_bytes = self[rowindex(name)], member.runs_bytes - len(DEFLATE_END)
-            if (
-                ends.dtype != np.int64
-                or ends.shape != (member.shape[0] + 1,)
-                or (ends[0], ends[-1]) != (0, runs_bytes)
-                or (ends[1:] < ends[:-1]).any()  # a difference could overflow
-            ):
-                raise FormatError(f"{self.path}: {rowindex(name)} does not fit {name}; copy the file again")
-            runs = self._buffer[member.data_offset : member.end]
-            self._deflated[name] = DeflatedRows(member, runs, ends, self.path)
-        return self._deflated[name]
+        if name not in self._rows:  # kept: to make a view again costs more than to take a row of it
+            member = self._member(name)
+            self._rows[name] = self[name] if member.runs_bytes is None else self._deflated(member, member.runs_bytes)
+        return self._rows[name]
+
+    def _deflated(self, member: Member, runs_bytes: int) -> DeflatedRows:
+        name, ends = member.name, self[rowindex(member.name)]
+        if (
+            ends.dtype != np.int64
+            or ends.shape != (member.shape[0] + 1,)
+            or (ends[0], ends[-1]) != (0, runs_bytes - len(DEFLATE_END))
+            or (ends[1:] < ends[:-1]).any()  # a difference could overflow
+        ):
+            raise FormatError(f"{self.path}: {rowindex(name)} does not fit {name}; copy the file again")
+        return DeflatedRows(member, self._buffer[member.data_offset : member.end], ends, self.path)
 
     def crc_matches(self, name: str) -> bool:
         """Reads the whole member and compares its CRC-32 with the directory's.

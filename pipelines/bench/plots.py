@@ -1,0 +1,49 @@
+"""Draws what `storage` has measured, on linear and on logarithmic axes."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import StorageError, UsageError
+from .storage import IN_ORDER, RANDOM, StorageMeasurement
+
+
+def draw(measured: StorageMeasurement, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG: rates of writes over the number of images above, rates of reads below; linear left, log right.
+
+    Raises:
+        UsageError: matplotlib is missing.
+        StorageError: the file cannot be written.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    writes = [operation for operation in measured.operations if operation.name not in (RANDOM, IN_ORDER)]
+    reads = [operation for operation in measured.operations if operation.name in (RANDOM, IN_ORDER)]
+    names = [row.name for row in measured.operations[0].rows]
+    figure = Figure(figsize=(14, 10), layout="constrained")
+    for column, scale in enumerate(("linear", "log")):
+        above, below = (figure.add_subplot(2, 2, 2 * line + column + 1) for line in range(2))
+        for place, name in enumerate(names):
+            rates = [operation.rows[place].median for operation in writes]
+            above.plot([operation.images for operation in writes], rates, marker="o", label=name)
+        for number, operation in enumerate(reads):
+            spots = [place + (number - 0.5) * 0.4 for place in range(len(names))]
+            below.bar(spots, [row.median for row in operation.rows], 0.4, label=operation.name)
+        below.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        above.set(title=f"write ({scale})", xlabel="images in a store", ylabel="images/s", xscale=scale, yscale=scale)
+        below.set(title=f"read ({scale})", ylabel="images/s", yscale=scale)
+        above.legend()
+        below.legend()
+    try:
+        figure.savefig(path, format="png")
+    except OSError as exc:
+        raise StorageError(f"{os.fspath(path)!r}: {exc.strerror}; give --plot a file that can be written") from exc
+
+
+def require_matplotlib() -> None:
+    """Raises UsageError if there is none."""
+    try:
+        import matplotlib.figure  # noqa: F401  # only whether it can be imported
+    except ImportError as exc:
+        raise UsageError(f"--plot needs matplotlib ({exc}); run: pip install matplotlib") from exc

@@ -1,0 +1,328 @@
+"""Ways to store the same images beside one another: writing them, reading one at random, reading all in order, size.
+
+All formats hold equal rows, which is checked bit for bit before anything is timed. What is written ends on the disk;
+what is read comes out of the page cache, and is copied out, so that a map that is never looked at wins nothing. One
+thread reads and one writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..builder import build
+from ..config import BuildConfig
+from ..errors import FormatError, SourceError, UsageError
+from ..normalize import levels, row_shape, table
+from ..readers.arrays import open_dataset
+from ..sources.cifar import Cifar
+from ..space import free_space, gigabytes
+from .formats import FORMATS, OURS, OURS_DEFLATED, Array, Format, Images
+from .rates import Row, Tick, Way, in_turns, linked, machine
+
+IMAGES = 1_000
+ROUNDS = 3
+RANDOM, IN_ORDER = "read one at random", "read all in order"
+_READS_S = 1.0  # of one way, one round
+_READS = 2_000
+_WRITES = 20  # stores of one image, and as many images as that in small stores
+_PLAINLY = 1.03
+_COPIES = len(FORMATS) + 2  # the images themselves, and what is being written
+_MEMORY_SHARE = 0.8
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One thing done with every format.
+
+    Attributes:
+        name: what is done.
+        images: how many there are.
+        rows: images a second by each format; a row's baseline is our shards, deflated ones for what compresses.
+    """
+
+    name: str
+    images: int
+    rows: tuple[Row, ...]
+
+    def share(self, row: Row) -> float:
+        """The median over rounds of a format's rate to its baseline's; 1 for the baseline itself."""
+        other = next((other for other in self.rows if other.name in row.baselines), row)
+        return statistics.median(a / b for a, b in zip(row.rates, other.rates, strict=True))
+
+
+@dataclass(frozen=True)
+class StorageMeasurement:
+    """A whole run.
+
+    Attributes:
+        operations: writes by their number of images, then reads.
+        stored_bytes: what each format takes for all images, by its name.
+        left_out: formats whose library is missing, and what to install.
+        settings: of what was stored: images, shape, dtype, image_bytes, and so on.
+        machine: what it was measured on.
+    """
+
+    operations: tuple[Operation, ...]
+    stored_bytes: dict[str, int]
+    left_out: tuple[str, ...]
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+
+    def beaten(self) -> tuple[str, ...]:
+        """Where another format is plainly better than ours of its kind, a sentence each."""
+        found = [
+            f"{operation.name}: {row.name} is {share:.2f} times as fast as {row.baselines[0]}"
+            for operation in self.operations
+            for row in operation.rows
+            if (share := operation.share(row)) > _PLAINLY
+        ]
+        for name, taken in self.stored_bytes.items():
+            (ours,) = _baseline(name) or (name,)
+            if taken * _PLAINLY < self.stored_bytes[ours]:
+                found.append(f"size: {name} takes {taken / self.stored_bytes[ours]:.2f} of what {ours} takes")
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurement as JSON values."""
+        operations = [
+            {
+                "name": operation.name,
+                "images": operation.images,
+                "rows": [
+                    {
+                        "name": row.name,
+                        "median": row.median,
+                        "rates": row.rates,
+                        "shares": dict.fromkeys(row.baselines, operation.share(row)),
+                    }
+                    for row in operation.rows
+                ],
+            }
+            for operation in self.operations
+        ]
+        return {
+            "operations": operations,
+            "stored_bytes": self.stored_bytes,
+            "better_than_ours": self.beaten(),
+            "left_out": self.left_out,
+            "settings": self.settings,
+            "machine": self.machine,
+        }
+
+
+def measure(
+    src: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    images: int = IMAGES,
+    rounds: int = ROUNDS,
+    folder: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> StorageMeasurement:
+    """Stores images in every format whose library is installed, and measures that.
+
+    Args:
+        src: a folder as for `build`; its files are linked until there are enough. They are decoded by Pillow.
+        config: the settings; images are stored as a build with these stores them.
+        images: how many; fewer, with a warning, where disk or memory cannot hold them in all formats.
+        rounds: how often everything is measured; the formats take turns within a round.
+        folder: where to write; the system's temporary folder if None.
+        say: told what is being measured.
+
+    Raises:
+        UsageError: `resize_mode` is `none`, or not even one image fits.
+        SourceError: as `build`.
+        FormatError: a format gave other rows back.
+    """
+    config = config or BuildConfig()
+    if config.size is None:
+        raise UsageError("--resize-mode none: formats are compared on images of one size; choose another mode")
+    on_cpu = {"device": "cpu", "backend": "pillow", "max_rejects": "100%", "compress": "none"}
+    config = BuildConfig(**{**config.model_dump(), **on_cpu})
+    left_out = tuple(filter(None, (each.missing() for each in FORMATS)))
+    formats = [each for each in FORMATS if each.missing() is None]
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as name:
+        place = Path(name)
+        stored = _built(src, config, _as_many_as_fit(images, config, place), place, say)
+        for each in formats:
+            if each not in (OURS, OURS_DEFLATED):
+                (place / each.name).mkdir()
+                say(f"storing {each.name}")
+                each.write(stored, place / each.name)
+            say(f"checking {each.name}")
+            _require_equal(each, stored, place / each.name)
+        stored_bytes = {each.name: _bytes_below(place / each.name) for each in formats}
+        operations = []
+        for count in _counts(len(stored)):
+            ways = _ways(formats, lambda each, count=count: _writing(each, stored.first(count), place / "written"))  # type: ignore[misc]
+            plural = "" if count == 1 else "s"
+            operations.append(Operation(f"write {count} image{plural}", count, in_turns(ways, rounds, say)))
+        for what, way in ((RANDOM, _at_random), (IN_ORDER, _in_order)):
+            ways = _ways(formats, lambda each, way=way: way(each, stored, place / each.name))  # type: ignore[misc]
+            operations.append(Operation(what, len(stored), in_turns(ways, rounds, say)))
+    settings = {
+        "images": len(stored),
+        "shape": list(stored.rows.shape[1:]),
+        "dtype": config.dtype,
+        "image_bytes": stored.rows[0].nbytes,
+        "shard_rows": stored.shard_rows,
+    }
+    versions = {each.library: version(each.library) for each in formats if each.library}
+    return StorageMeasurement(
+        tuple(operations), stored_bytes, left_out, settings, machine({"pillow": version("pillow"), **versions})
+    )
+
+
+def cifar_files(cifar: Cifar, place: Path, images: int) -> Path:
+    """A tree of class folders with the first images of CIFAR as PNG files, for `measure` to take."""
+    for number, (pixels, label) in enumerate(zip(cifar.pixels[:images], cifar.labels.tolist(), strict=False)):
+        folder = place / f"{label:03}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number:08}.png")
+    return place
+
+
+def _built(
+    src: str | os.PathLike[str], config: BuildConfig, images: int, place: Path, say: Callable[[str], None]
+) -> Images:
+    """The images of a build, after a build of each of our two formats."""
+    source = linked(src, place / "src", images)
+    for ours, compress in ((OURS, "none"), (OURS_DEFLATED, "deflate")):
+        say(f"building {ours.name}")
+        build(source, place / ours.name, BuildConfig(**{**config.model_dump(), "compress": compress}))
+    dataset = open_dataset(place / OURS.name)
+    if not len(dataset):
+        raise SourceError(f"{os.fspath(src)!r}: no image of it can be decoded; gpu-npz build says why, file by file")
+    rows = np.array(dataset[:])
+    pixels = levels(table(config), rows, config.layout)
+    if config.layout == "NCHW":
+        pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+    return Images(rows, pixels, config, config.shard_rows(rows[0].nbytes))
+
+
+def _as_many_as_fit(images: int, config: BuildConfig, place: Path) -> int:
+    """At most `images`: as many as the disk has room for in all formats, and the page cache beside them."""
+    assert config.size is not None
+    image_bytes = int(np.prod(row_shape(config, *config.size))) * np.dtype(config.dtype).itemsize * _COPIES
+    free_bytes, _ = free_space(os.fspath(place))
+    rooms = {"memory": _free_memory(), f"the disk of {os.fspath(place.parent)!r}": free_bytes}
+    for what, room in rooms.items():
+        if room is None or images * image_bytes <= room * _MEMORY_SHARE:
+            continue
+        fit = int(room * _MEMORY_SHARE) // image_bytes
+        needs = (
+            f"{images} images in all formats take {gigabytes(images * image_bytes)}, and {what} has {gigabytes(room)}"
+        )
+        if not fit:
+            raise UsageError(f"{needs}: not one fits; choose a smaller --size, or --folder")
+        log.warning("%s: %d are taken; --dtype uint8 or a smaller --size lets more fit", needs, fit)
+        images = fit
+    return images
+
+
+def _free_memory() -> int | None:
+    """Memory that can be had, page cache that can be given up counted in; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _counts(images: int) -> list[int]:
+    """1, 10, 100 and so on, the last of them all images."""
+    return [*itertools.takewhile(lambda count: 2 * count <= images, (10**power for power in range(9))), images]
+
+
+def _ways(formats: Sequence[Format], way: Callable[[Format], Way]) -> Mapping[str, tuple[tuple[str, ...], Way]]:
+    return {each.name: (_baseline(each.name), way(each)) for each in formats}
+
+
+def _baseline(name: str) -> tuple[str, ...]:
+    """Ours of the same kind; nothing for ours."""
+    if name in (OURS.name, OURS_DEFLATED.name):
+        return ()
+    compressed = next(each.compressed for each in FORMATS if each.name == name)
+    return (OURS_DEFLATED.name if compressed else OURS.name,)
+
+
+def _writing(each: Format, images: Images, place: Path) -> Way:
+    """New stores of these images; one, or several if it is small. What was there before goes first and is not timed."""
+
+    def way(tick: Tick) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        stores = [place / str(number) for number in range(max(1, _WRITES // len(images)))]
+        for store in stores:
+            store.mkdir(parents=True)
+        tick(0)
+        for store in stores:
+            each.write(images, store)
+        tick(len(images) * len(stores))
+
+    return way
+
+
+def _at_random(each: Format, images: Images, place: Path) -> Way:
+    """Rows in the order of a fixed seed, for a second at most; opening the store and the first row are not timed."""
+    numbers = np.random.default_rng(0).integers(len(images), size=_READS).tolist()
+
+    def way(tick: Tick) -> None:
+        with each.reading(images, place) as reader:
+            reader.row(numbers[0])
+            tick(1)
+            done, end = 0, time.perf_counter() + _READS_S
+            for number in numbers:
+                reader.row(number)
+                done += 1
+                if time.perf_counter() > end:
+                    break
+            tick(done)
+
+    return way
+
+
+def _in_order(each: Format, images: Images, place: Path) -> Way:
+    """An epoch, from opening the store on."""
+
+    def way(tick: Tick) -> None:
+        with each.reading(images, place) as reader:
+            tick(sum(1 for _ in reader.in_order()))
+
+    return way
+
+
+def _require_equal(each: Format, images: Images, place: Path) -> None:
+    """Raises FormatError if a format does not give back every row to the bit, in order and one by one."""
+    with each.reading(images, place) as reader:
+        found = 0
+        for number, row in enumerate(reader.in_order()):
+            found += _same(row, images.rows[number])
+        last = len(images) - 1
+        if found != len(images) or not _same(reader.row(last), images.rows[last]):
+            raise FormatError(
+                f"{each.name}: {len(images) - found} of {len(images)} rows came back changed or not at all"
+            )
+
+
+def _same(one: Array, other: Array) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def _bytes_below(place: Path) -> int:
+    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
