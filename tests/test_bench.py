@@ -144,8 +144,10 @@ def test_bench_storage_writes_and_reads_the_same_rows_in_every_format(
     result = printed("bench", "storage", str(tree), *options, "--plot", str(plot), "--json")
     operations = {operation["name"]: operation["rows"] for operation in result["operations"]}
     assert list(operations) == [
-        "write 1 image", "write 10 images", "write 20 images", "read one at random", "read all in order"
+        "write 1 image", "write 10 images", "write 20 images", "read one at random", "read all in order",
+        "DataLoader, 64 a batch",
     ]  # fmt: skip
+    assert [row["name"] for row in operations.pop("DataLoader, 64 a batch")] == ["image files", "gpu-npz"]
     for rows in operations.values():
         assert [row["name"] for row in rows] == list(result["stored_bytes"]) == STORES
         assert all(len(row["rates"]) == 2 and min(row["rates"]) > 0 for row in rows)

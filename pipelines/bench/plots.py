@@ -18,7 +18,7 @@ def draw(measured: StorageMeasurement, path: str | os.PathLike[str]) -> None:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    writes = [operation for operation in measured.operations if operation.name not in (RANDOM, IN_ORDER)]
+    writes = [operation for operation in measured.operations if operation.name.startswith("write")]
     reads = [operation for operation in measured.operations if operation.name in (RANDOM, IN_ORDER)]
     names = [row.name for row in measured.operations[0].rows]
     figure = Figure(figsize=(14, 10), layout="constrained")

@@ -30,12 +30,14 @@ from ..normalize import levels, row_shape, table
 from ..readers.arrays import open_dataset
 from ..sources.cifar import Cifar
 from ..space import free_space, gigabytes
+from . import loading
 from .formats import FORMATS, OURS, OURS_DEFLATED, Array, Format, Images
 from .rates import Row, Tick, Way, in_turns, linked, machine
 
 IMAGES = 1_000
 ROUNDS = 3
 RANDOM, IN_ORDER = "read one at random", "read all in order"
+LOADER = f"DataLoader, {loading.BATCH_SIZE} a batch"
 _READS_S = 1.0  # of one way, one round
 _READS = 2_000
 _WRITES = 20  # stores of one image, and as many images as that in small stores
@@ -176,6 +178,11 @@ def measure(
         for what, way in ((RANDOM, _at_random), (IN_ORDER, _in_order)):
             ways = _ways(formats, lambda each, way=way: way(each, stored, place / each.name))  # type: ignore[misc]
             operations.append(Operation(what, len(stored), in_turns(ways, rounds, say)))
+        if without_loader := loading.missing():
+            left_out = (*left_out, without_loader)
+        else:
+            ways = loading.ways(place / "src", place / OURS.name, OURS.name)
+            operations.append(Operation(LOADER, len(stored), in_turns(ways, rounds, say)))
     settings = {
         "images": len(stored),
         "shape": list(stored.rows.shape[1:]),

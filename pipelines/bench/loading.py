@@ -1,0 +1,62 @@
+"""An epoch by PyTorch's DataLoader: image files, decoded anew each time, beside the shards made of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import BackendError
+from ..preprocess import Preprocess
+from .rates import Tick, Way
+
+BATCH_SIZE = 64
+
+
+def missing() -> str | None:
+    """What to install, if PyTorch cannot be imported."""
+    try:
+        from ..readers import torch  # noqa: F401  # only whether it can be imported
+    except BackendError as exc:
+        return f"DataLoader is left out ({exc})"
+    return None
+
+
+def ways(source: Path, out: Path, ours: str) -> dict[str, tuple[tuple[str, ...], Way]]:
+    """Both ways, in this process, shuffled, in batches of float32 images.
+
+    Args:
+        source: the image files.
+        out: the dataset that was built of them.
+        ours: what to call it.
+    """
+    from ..readers import torch as reader
+
+    shards = reader.ShardDataset(out)
+
+    def epoch(dataset: Any) -> Way:
+        def way(tick: Tick) -> None:
+            for images, _ in reader.torch.utils.data.DataLoader(dataset, BATCH_SIZE, shuffle=True):
+                tick(len(images))
+
+        return way
+
+    return {"image files": ((ours,), epoch(_Files(source, shards))), ours: ((), epoch(shards))}
+
+
+class _Files:
+    """The images of a dataset from their files, as an ImageFolder gives them: decoded when they are asked for."""
+
+    def __init__(self, source: Path, shards: Any) -> None:
+        self._paths = [os.path.join(source, path) for path in shards.data.paths]
+        self._shards = shards
+        self._preprocess: Preprocess = shards.data.preprocess
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> Any:
+        image = self._preprocess.normalized(self._paths[number])
+        if self._preprocess.config.layout == "NHWC":
+            image = image.transpose(2, 0, 1)
+        return image, self._shards.targets[number]
