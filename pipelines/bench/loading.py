@@ -32,11 +32,12 @@ def ways(source: Path, out: Path, ours: str) -> dict[str, tuple[tuple[str, ...],
     """
     from ..readers import torch as reader
 
+    loader = reader.torch.utils.data.DataLoader  # type: ignore[attr-defined]  # torch has one home here: that reader
     shards = reader.ShardDataset(out)
 
     def epoch(dataset: Any) -> Way:
         def way(tick: Tick) -> None:
-            for images, _ in reader.torch.utils.data.DataLoader(dataset, BATCH_SIZE, shuffle=True):
+            for images, _ in loader(dataset, BATCH_SIZE, shuffle=True):
                 tick(len(images))
 
         return way
