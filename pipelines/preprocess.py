@@ -15,7 +15,7 @@ from .config import BuildConfig
 from .errors import ImageError
 from .geometry import Geometry
 from .manifest import Manifest
-from .normalize import Normalizer, apply_table, statistics, table
+from .normalize import Normalizer, apply_table, row_shape, statistics, table
 from .rejects import BadItem
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ class Preprocess:
         """
         pixels = self._pixels(image)
         normalizer = self._normalizer
-        shape = (len(table(self.config)), *self.image_size)
-        row = normalizer.allocate((1, *(shape if self.config.layout == "NCHW" else (*self.image_size, shape[0]))))
+        row = normalizer.allocate((1, *row_shape(self.config, *self.image_size)))
         normalizer.apply(pixels[None], np.zeros(1, np.int64), row)
         found: NDArray[Any] = row[0]
         return found

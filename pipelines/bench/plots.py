@@ -33,7 +33,8 @@ def draw(measured: StorageMeasurement, path: str | os.PathLike[str]) -> None:
         below.set_xticks(range(len(names)), names, rotation=30, ha="right")
         above.set(title=f"write ({scale})", xlabel="images in a store", ylabel="images/s", xscale=scale, yscale=scale)
         below.set(title=f"read ({scale})", ylabel="images/s", yscale=scale)
-        above.legend()
+        below.margins(y=0.2)  # room for the legend
+        above.legend(fontsize="small", ncols=3)
         below.legend()
     try:
         figure.savefig(path, format="png")

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -172,17 +172,17 @@ def measure(
         stored_bytes = {each.name: _bytes_below(place / each.name) for each in formats}
         operations = []
         for count in _counts(len(stored)):
-            ways = _ways(formats, lambda each, count=count: _writing(each, stored.first(count), place / "written"))  # type: ignore[misc]
-            plural = "" if count == 1 else "s"
-            operations.append(Operation(f"write {count} image{plural}", count, in_turns(ways, rounds, say)))
+            few, plural = stored.first(count), "" if count == 1 else "s"
+            written = _ways({each.name: _writing(each, few, place / "written") for each in formats})
+            operations.append(Operation(f"write {count} image{plural}", count, in_turns(written, rounds, say)))
         for what, way in ((RANDOM, _at_random), (IN_ORDER, _in_order)):
-            ways = _ways(formats, lambda each, way=way: way(each, stored, place / each.name))  # type: ignore[misc]
-            operations.append(Operation(what, len(stored), in_turns(ways, rounds, say)))
+            read = _ways({each.name: way(each, stored, place / each.name) for each in formats})
+            operations.append(Operation(what, len(stored), in_turns(read, rounds, say)))
         if without_loader := loading.missing():
             left_out = (*left_out, without_loader)
         else:
-            ways = loading.ways(place / "src", place / OURS.name, OURS.name)
-            operations.append(Operation(LOADER, len(stored), in_turns(ways, rounds, say)))
+            loaded = loading.ways(place / "src", place / OURS.name, OURS.name)
+            operations.append(Operation(LOADER, len(stored), in_turns(loaded, rounds, say)))
     settings = {
         "images": len(stored),
         "shape": list(stored.rows.shape[1:]),
@@ -257,8 +257,8 @@ def _counts(images: int) -> list[int]:
     return [*itertools.takewhile(lambda count: 2 * count <= images, (10**power for power in range(9))), images]
 
 
-def _ways(formats: Sequence[Format], way: Callable[[Format], Way]) -> Mapping[str, tuple[tuple[str, ...], Way]]:
-    return {each.name: (_baseline(each.name), way(each)) for each in formats}
+def _ways(ways: Mapping[str, Way]) -> dict[str, tuple[tuple[str, ...], Way]]:
+    return {name: (_baseline(name), way) for name, way in ways.items()}
 
 
 def _baseline(name: str) -> tuple[str, ...]:
