@@ -8,11 +8,12 @@ import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gpu_npz import worker
-from gpu_npz.builder import BuildReport, Measuring, Started, build
+from gpu_npz.builder import BuildReport, Started, build
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings, size
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import RejectLimitError
+from gpu_npz.planning import Measuring
 
 
 @click.command("build")

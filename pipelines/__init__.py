@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from .audit.verification import Problem, Verification, verify
-    from .builder import BuildReport, Measuring, Started, build
+    from .builder import BuildReport, Started, build
     from .config import BuildConfig
     from .errors import GpuNpzError
     from .manifest import Manifest
+    from .planning import Measuring
     from .preprocess import Preprocess
     from .readers.arrays import Dataset, open_dataset
     from .worker import Committed, Progress, WorkerEnded
@@ -31,7 +32,7 @@ _HOMES = {
     "Dataset": "readers.arrays",
     "GpuNpzError": "errors",
     "Manifest": "manifest",
-    "Measuring": "builder",
+    "Measuring": "planning",
     "Preprocess": "preprocess",
     "Problem": "audit.verification",
     "Progress": "worker",

@@ -16,47 +16,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from . import environment
-from .config import MIN_STD, BuildConfig
-from .counting import count_source, mean_of, std_of
+from .config import BuildConfig
 from .engines import local, ray
-from .environment import Choice, Machine
+from .environment import Choice
 from .errors import (
-    BackendError,
-    FormatError,
     LockedError,
     MismatchError,
     RejectLimitError,
-    SourceError,
-    StorageError,
     UsageError,
 )
 from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
-from .normalize import row_shape, table
-from .output import INDEX, JOB, MANIFEST, PLAN, REJECTS, REPORT, clear, remove_temporaries, require_own
+from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .parts import Part
-from .plan import Plan, collect
+from .planning import Measuring, backend, begin, check_places, resume
 from .sources.base import Source
 from .sources.folder import FolderSource
 from .space import require_space
-from .storage import LOCK, PRIVATE, Storage, is_remote, open_storage
+from .storage import LOCK, Storage, open_storage
 from .tuning import Tuning
 from .worker import Committed, Event, Task, WorkerEnded
 
 log = logging.getLogger(__name__)
-_PROBED_ITEMS = 16
-_PLAN_WAIT_S = 3600.0  # for the first of several parts, which lists the source, or for the last, which finishes
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """With `--normalize dataset`, before anything is built: how many items of how many have been measured."""
-
-    items_done: int
-    items: int
+_PLAN_WAIT_S = 86_400.0  # for the first of several parts, which lists and may measure, or the last, which finishes
 
 
 @dataclass(frozen=True)
@@ -136,8 +118,7 @@ def build(
         raise UsageError(
             "--part and --overwrite: the parts would delete each other's shards; delete OUT, then start them"
         )
-    classes = class_list(config.classes_from) if config.classes_from is not None else None
-    source = FolderSource(src, classes)
+    source = FolderSource(src, class_list(config.classes_from))
     require_own(storage)
     with contextlib.ExitStack() as stack:
         if config.engine == "ray" and (config.overwrite or storage.size(MANIFEST) is None):
@@ -154,8 +135,8 @@ def build(
                 require_no_parts(storage)
             if not live_parts(storage):
                 remove_temporaries(storage)
-            begin = config.overwrite or storage.size(JOB) is None
-            job = _begin(storage, source, config, told) if begin else _resume(storage, source, config)
+            new = config.overwrite or storage.size(JOB) is None
+            job = begin(storage, source, config, told) if new else resume(storage, source, config)
             if part:
                 log.warning("building part %s (%s)", part, part.origin)
                 held = stack.enter_context(storage.lock(f"{LOCK}-part-{part.number}-of-{part.count}"))
@@ -163,35 +144,6 @@ def build(
                 stack.push(planning.pop_all())
 
         return run(storage, job, source, config, told, start=start, part=part)
-
-
-def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
-    """Raises UsageError where OUT lies inside SRC, whose next listing would find it."""
-    if is_remote(storage.root):
-        return
-    source, out = os.path.realpath(src), os.path.realpath(storage.root)
-    if os.path.commonpath([source, out]) == source and os.path.isdir(source):
-        raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")
-
-
-def common_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
-    """Height and width of the first image that can be decoded. Raises SourceError if there is none."""
-    from .decode.pillow import first_size
-
-    items = (item for batch in range(plan.item_count) for item in plan.items(batch, batch + 1))
-    size = first_size(source, items, config)
-    if size is None:
-        raise SourceError(
-            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
-        )
-    return size
-
-
-def inspect(config: BuildConfig) -> Machine:
-    """What is usable where the workers of a build run: on this machine, or on the nodes of a Ray cluster."""
-    if config.engine == "ray":
-        return ray.inspect(config.ray_address, dali=config.backend == "dali")
-    return environment.inspect(config.device)
 
 
 def live_parts(storage: Storage) -> list[str]:
@@ -211,95 +163,6 @@ def require_no_parts(storage: Storage) -> None:
             list(pool.map(look, live_parts(storage)))
     except LockedError as exc:
         raise LockedError(f"a part of the build is at work: {exc}") from exc
-
-
-def _begin(storage: Storage, source: Source, config: BuildConfig, progress: Tell) -> Job:
-    if storage.size(MANIFEST) is not None and not config.overwrite:
-        raise StorageError(
-            f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
-            "or --overwrite to build it anew"
-        )
-    choice = environment.choose(config, inspect(config))
-    if choice.warning:
-        log.warning("%s", choice.warning)
-    if config.normalize != "dataset":
-        table(config)  # a value that the dtype cannot hold shows here, before anything is listed
-    arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
-    if not len(arrays["name_ends"]):
-        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
-    height, width = config.size or common_size(Plan(arrays, 1), source, config)
-    row_bytes = math.prod(row_shape(config, height, width)) * np.dtype(config.dtype).itemsize
-    plan = Plan(arrays, config.shard_rows(row_bytes))
-    if config.normalize == "dataset" and config.mean is None:
-        config = _measured(plan, source, config, (height, width), choice, progress)
-    if config.overwrite:
-        clear(storage)  # not before all else has turned out right
-    return Job.create(
-        storage,
-        plan,
-        config,
-        choice,
-        source=(source.kind, source.location),
-        class_names=source.class_names,
-        image_size=(height, width),
-    )
-
-
-def _measured(
-    plan: Plan, source: Source, config: BuildConfig, size: tuple[int, int], choice: Choice, progress: Tell
-) -> BuildConfig:
-    """The settings with mean and standard deviation of the source's own pixels."""
-    tally = count_source(plan.arrays, source, config, size, choice, lambda *done: progress(Measuring(*done)))
-    counts = tally.counts.tolist()
-    if not all(map(sum, counts)):
-        raise SourceError(f"{source.location!r}: no image can be decoded, so --normalize dataset finds no statistics")
-    mean, std = [float(mean_of(channel)) for channel in counts], [std_of(channel) for channel in counts]
-    if min(std) < MIN_STD:
-        raise UsageError(
-            f"--normalize dataset: a channel of {source.location!r} has one level alone (std {min(std):g}); choose "
-            "another --normalize"
-        )
-    log.info("mean %s and std %s of %d items", mean, std, plan.item_count)
-    config = BuildConfig(**{**config.model_dump(), "mean": mean, "std": std})
-    table(config)
-    return config
-
-
-def _resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
-    job = Job.open(storage)
-    job.require_same(config, source.class_names)
-    if job.plan.digest() != job.record.plan_digest:
-        raise FormatError(f"{storage.path(PLAN)!r} is damaged; restore it, or build anew with --overwrite")
-    if source.location != job.record.source_location:
-        require_moved(job, source)
-    return job
-
-
-def backend(job: Job, config: BuildConfig) -> Choice:
-    """The backend that the plan was made with, or an error: once planned, a build never falls back.
-
-    Raises:
-        MismatchError: another one is asked for.
-        BackendError: it cannot be used here.
-    """
-    record = job.record
-    other = config.backend not in ("auto", record.backend)
-    other |= config.device == "cpu" if record.device == "cuda" else config.require_gpu
-    if other:
-        raise MismatchError(
-            f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
-            f"{config.device} ask for another; leave them out to resume, or start anew with --overwrite"
-        )
-    device = config.device if record.device == "cuda" else "cpu"
-    same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
-    config = config.model_copy(update=same)
-    try:
-        return environment.choose(config, inspect(config))
-    except BackendError as exc:
-        raise BackendError(
-            f"OUT was begun with backend {record.backend} on {record.device}, which cannot be used here: {exc}\n"
-            "resume where it can, or start anew with --overwrite"
-        ) from exc
 
 
 def run(
@@ -468,14 +331,3 @@ def _store_report(storage: Storage, report: BuildReport) -> None:
     ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     content = {**report.to_json(), "ended": ended, **machine}
     storage.write(REPORT, (json.dumps(content, indent=1) + "\n").encode("ascii"))
-
-
-def require_moved(job: Job, source: Source) -> None:
-    """A source under another path must have at least some of the planned items."""
-    probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
-    if not any(os.path.exists(source.local_path(item.path)) for item in probe):
-        raise MismatchError(
-            f"OUT was begun from {job.record.source_location!r}; {source.location!r} has none of its first "
-            f"{len(probe)} items. Give the same images, or another OUT"
-        )
-    log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing.connection import Connection, wait
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .config import BuildConfig
 from .decode import make_decoder
 from .decode.base import Decoder
-from .environment import Choice, usable_cpus
+from .environment import Choice
 from .errors import GpuNpzError, ShardError
 from .geometry import Geometry
 from .plan import Batch, Plan
@@ -61,7 +61,7 @@ class Tally:
 
 
 def count_source(
-    arrays: Mapping[str, NDArray[Any]],
+    plan: Plan,
     source: Source,
     config: BuildConfig,
     size: tuple[int, int],
@@ -70,8 +70,10 @@ def count_source(
 ) -> Tally:
     """Decodes and resizes all items of a plan as a build would, by all cores or the first GPU, and counts their levels.
 
+    What happens on a GPU has not been tried on one yet.
+
     Args:
-        arrays: the plan's.
+        plan: the items; it is not cut into shards here.
         source: where the items are.
         config: how values are normalized and stored makes no difference.
         size: height and width of a row.
@@ -81,8 +83,8 @@ def count_source(
     Raises:
         ShardError: trouble that is not an image's, or a process died.
     """
-    items = Plan(arrays, 1).item_count
-    plan = Plan(arrays, max(1, min(_RANGE_ITEMS, items // (4 * usable_cpus()))))
+    items = plan.item_count
+    plan = Plan(plan.arrays, max(1, min(_RANGE_ITEMS, items // (4 * choice.cpus))))
     row_bytes = math.prod(size) * config.channel_count
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=plan.shard_count)
     tally = Tally.empty(config.channel_count)
@@ -167,7 +169,8 @@ def _counted(plan: Plan, work: _Work) -> Generator[Tally, None, None]:
     with contextlib.ExitStack() as stack:
         busy = {stack.enter_context(_process(work)) for _ in range(processes)}
         for connection in busy:
-            connection.send(next(ranges))
+            with _explained():
+                connection.send(next(ranges))
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)

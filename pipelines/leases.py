@@ -234,11 +234,8 @@ def _is_gone(holder: dict[str, str]) -> bool:
     """Whether it was a process of this system, and no such process is there any more."""
     if not holder or not holder["place"] or (holder["host"], holder["place"]) != (socket.gethostname(), _place()):
         return False
-    with contextlib.suppress(PermissionError, ValueError):  # somebody else's, so it is there
-        try:
-            os.kill(int(holder["process"]), 0)
-        except ProcessLookupError:
-            return True
+    with contextlib.suppress(ValueError):  # what a lock says may be anything
+        return locks.is_gone(int(holder["process"]))
     return False
 
 

@@ -143,7 +143,7 @@ class FileLock:
                 watched = (holder, time.monotonic())
             silent_s = time.monotonic() - watched[1]
             # A worker that a killed build was just starting has its lock until the worker's program runs.
-            lingers = held and not holder.elsewhere and _is_gone(holder.process) and silent_s < _LINGER_S
+            lingers = held and not holder.elsewhere and is_gone(holder.process) and silent_s < _LINGER_S
             if not lingers and time.monotonic() >= deadline and (held or (holder.elsewhere and alive)):
                 raise LockedError(self._refusal(holder))
             if holder.elsewhere and not held and silent_s >= STALE_S:
@@ -248,7 +248,8 @@ def is_live(path: str) -> bool:
     return False
 
 
-def _is_gone(process: int) -> bool:
+def is_gone(process: int) -> bool:
+    """Whether this host has no process of that number."""
     with contextlib.suppress(PermissionError):  # somebody else's, so it is there
         try:
             os.kill(process, 0)

@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .audit.originals import source_of
 from .audit.verification import Problem, verify
-from .builder import BuildReport, Tell, backend, live_parts, publish, require_moved, require_no_parts, run
+from .builder import BuildReport, Tell, live_parts, publish, require_no_parts, run
 from .config import BuildConfig
 from .decode import make_decoder
-from .errors import FormatError, IncompleteError, SourceError
+from .errors import FormatError, IncompleteError
 from .geometry import Geometry
 from .job import Job
 from .manifest import Manifest, committed
 from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
 from .plan import Batch
+from .planning import backend, require_moved
 from .sources.base import Source
-from .sources.folder import FolderSource
 from .storage import Storage, open_storage
 from .tuning import Tuning
 
@@ -147,12 +148,7 @@ def _opened(
     """OUT, what it is built from, the images, and settings: the build's own, but for operational ones."""
     storage = open_storage(out)
     job = Job.open(storage)
-    try:
-        images = FolderSource(source or job.record.source_location, job.record.class_names)
-    except SourceError as exc:
-        if source is not None:
-            raise
-        raise SourceError(f"{exc}. If the images have moved, give --source SRC") from exc
+    images = source_of(job.record, source)
     if images.location != job.record.source_location:
         require_moved(job, images)
     settings = BuildConfig(**{**(config or BuildConfig()).model_dump(), **job.settings.identity()})

@@ -46,7 +46,7 @@ class CommitRecord(BaseModel):
 
 
 class Images(BaseModel):
-    """What a stored image is: `shape` without the batch axis, `layout` of a batch, whether shards deflate it."""
+    """What a stored image is: `shape` without the batch axis, `layout` of a batch."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -54,7 +54,6 @@ class Images(BaseModel):
     dtype: str
     layout: Literal["NCHW", "NHWC"]
     channels: Literal["rgb", "bgr", "gray"]
-    deflated: bool = False
 
 
 class Normalization(BaseModel):
@@ -123,6 +122,11 @@ class Manifest(BaseModel):
         return from_json(cls, content, label)
 
     @property
+    def deflated(self) -> bool:
+        """Whether shards hold deflated images."""
+        return "deflate" in self.requires
+
+    @property
     def config(self) -> BuildConfig:
         """The settings that made the dataset. Raises FormatError if they are not allowed."""
         known = {name: value for name, value in self.settings.items() if name in BuildConfig.model_fields}
@@ -132,12 +136,14 @@ class Manifest(BaseModel):
             raise FormatError(f"{MANIFEST}: settings: {'; '.join(str(exc).splitlines())}; it is damaged") from exc
 
 
-def class_list(classes_from: str) -> tuple[str, ...]:
-    """Class names by number, from a finished dataset or from a text file with a name a line.
+def class_list(classes_from: str | None) -> tuple[str, ...] | None:
+    """Class names by number, from a finished dataset or from a text file with a name a line; None where none is given.
 
     Raises:
         UsageError: neither of the two, or a name stands there twice.
     """
+    if classes_from is None:
+        return None
     path, option = Path(classes_from), f"--classes-from {classes_from!r}"
     if is_remote(classes_from) or path.is_dir():
         classes = Manifest.load(classes_from).classes
@@ -226,7 +232,6 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
             dtype=job.settings.dtype,
             layout=job.settings.layout,
             channels=job.settings.channels,
-            deflated=job.settings.deflate_level is not None,
         ),
         normalization=found and Normalization(mean=tuple(map(float, found[0])), std=tuple(map(float, found[1]))),
         counts=Counts(

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import FormatError
-from .sources.base import Group
+from .errors import FormatError, SourceError
+from .sources.base import Group, Source
 
 _ARRAYS = ("names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "order")
 
@@ -106,6 +106,14 @@ class Plan:
 
     def _listed(self, start: int, stop: int) -> NDArray[np.int64]:
         return np.arange(start, stop) if self._order is None else self._order[start:stop]
+
+
+def listed(source: Source, *, shuffle: int | None = None, limit: int | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of a plan of all items of a source, as `collect` makes them. Raises SourceError if there are none."""
+    arrays = collect(source.groups(), shuffle=shuffle, limit=limit)
+    if not len(arrays["name_ends"]):
+        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
+    return arrays
 
 
 def collect(

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 
 from . import environment
-from .builder import check_places, common_size, inspect
 from .config import BuildConfig
+from .decode import image_size
 from .environment import Choice
-from .errors import SourceError, StorageError
+from .errors import StorageError
 from .headers import Sample, sample_headers, spread
 from .job import Job
 from .manifest import class_list
 from .normalize import row_shape, table
 from .output import require_own, shard_name
-from .plan import Plan, collect
+from .plan import Plan, collect, listed
+from .planning import check_places, inspect
 from .sources.base import Group
 from .sources.folder import FolderSource
 from .space import free_space, gigabytes, held_bytes, lack_of_space, output_bytes
@@ -132,20 +133,19 @@ def survey(
     measures_first = config.normalize == "dataset" and config.mean is None
     if measures_first:
         config = BuildConfig(**{**config.model_dump(), "normalize": "unit"})  # the same work
-    classes = class_list(config.classes_from) if config.classes_from is not None else None
-    source = FolderSource(src, classes)
-    place = os.getcwd() if out is None else os.fspath(out)
+    source = FolderSource(src, class_list(config.classes_from))
+    place = os.getcwd()
     if out is not None:
-        check_places(src, storage := open_storage(out))
+        storage = open_storage(out)
+        check_places(src, storage)
         require_own(storage)
+        place = storage.root
     choice = environment.choose(config, inspect(config))
     table(config)  # a value that the dtype cannot hold shows here
     progress("listing", 0, None)
-    arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
-    if not len(arrays["name_ends"]):
-        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
+    arrays = listed(source, shuffle=config.shuffle, limit=config.limit)
     sample = sample_headers(Plan(arrays, 1), source, config, choice, lambda *done: progress("reading headers", *done))
-    size = config.size or common_size(Plan(arrays, 1), source, config)
+    size = image_size(Plan(arrays, 1), source, config)
     shape = row_shape(config, *size)
     row_bytes = math.prod(shape) * np.dtype(config.dtype).itemsize
     plan = Plan(arrays, config.shard_rows(row_bytes))

@@ -92,10 +92,13 @@ class Preprocess:
 
     def normalized(self, image: str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]) -> NDArray[np.float32]:
         """As float32 what `Dataset.normalized` gives of the row, also where uint8 is stored; see `__call__`."""
-        row = self(image)
-        if row.dtype != np.uint8:
-            return row.astype(np.float32, copy=False)
-        values: NDArray[np.float32] = apply_table(self._float_table, row, self.config.layout)
+        return self.values(self(image))
+
+    def values(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """What stored rows (..., C, H, W) or (..., H, W, C) mean, as float32: uint8 pixels are normalized."""
+        if rows.dtype != np.uint8:
+            return rows.astype(np.float32, copy=False)
+        values: NDArray[np.float32] = apply_table(self.table, rows, self.config.layout)
         return values
 
     def describe(self) -> str:
@@ -169,7 +172,8 @@ class Preprocess:
         return Normalizer(self.config)
 
     @functools.cached_property
-    def _float_table(self) -> NDArray[Any]:
+    def table(self) -> NDArray[np.float32]:
+        """The value of every level, float32 (channels, 256), in the stored order of channels."""
         return table(self.config, "float32")
 
     def __reduce__(self) -> tuple[Any, ...]:

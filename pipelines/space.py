@@ -15,7 +15,7 @@ from .job import index_comment, shard_comment
 from .npz.format import Member, data_offset, directory_bytes
 from .output import shard_files
 from .plan import Plan
-from .storage import LocalStorage
+from .storage import LocalStorage, is_remote
 
 _ID = "0" * 32  # a dataset's id counts for its length alone
 _OTHER_FILES = 16
@@ -113,7 +113,7 @@ def lack_of_space(place: str, needed_bytes: int, shards: int) -> str | None:
 
 def free_space(place: str) -> tuple[int | None, int | None]:
     """Bytes and files for which the filesystem has room where a path lies or will lie; None where it does not tell."""
-    if "://" in place:
+    if is_remote(place):
         return None, None
     place = os.path.abspath(place)
     while not os.path.exists(place):
@@ -128,7 +128,7 @@ def free_space(place: str) -> tuple[int | None, int | None]:
 
 def held_bytes(place: str) -> int:
     """What the shards of an earlier run take in OUT: a build keeps them, or deletes them first."""
-    if "://" in place:
+    if is_remote(place):
         return 0
     storage = LocalStorage(place)
     return sum(storage.size(name) or 0 for name in shard_files(storage))

@@ -421,14 +421,13 @@ def test_a_loader_s_threads_end_with_its_iteration(out: Path) -> None:
 def test_values_looked_up_by_torch_are_those_of_numpy(pixels: Path) -> None:
     data = gpu_npz.open_dataset(pixels)
     images = torch.from_numpy(data[:].transpose(0, 3, 1, 2))
-    found = look_up(torch.from_numpy(data._table), images)
+    found = look_up(torch.from_numpy(data.preprocess.table), images)
     np.testing.assert_array_equal(found.numpy(), data.normalized(slice(None)).transpose(0, 3, 1, 2))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("path", ["pixels", "blank", "out"])
 def test_what_a_device_computes_is_what_the_cpu_does(path: str, request: pytest.FixtureRequest) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("NOT TESTED: PyTorch finds no usable GPU")
     dataset = request.getfixturevalue(path)
     for (images, labels), (expected, wanted) in zip(
         loader(dataset, 6, keep_blank=True), loader(dataset, 6, device="cpu", keep_blank=True), strict=True

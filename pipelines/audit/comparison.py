@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..config import BuildConfig
 from ..decode import make_decoder
-from ..decode.base import Decoded
+from ..decode.base import Decoded, on_host
 from ..environment import choose, inspect
 from ..errors import FormatError, UsageError
 from ..geometry import Geometry
@@ -162,9 +162,7 @@ class _Seen:
     def add(self, decoded: Decoded, stored: _Stored, *, exact: bool) -> None:
         """Compares a batch with its rows."""
         rejects = {reject.index: reject for reject in decoded.rejects}
-        pixels = decoded.pixels
-        if len(decoded.kept) and not isinstance(pixels, np.ndarray):
-            pixels = pixels.get()  # CuPy's copy to host
+        pixels = on_host(decoded.pixels)
         for position, item in enumerate(decoded.batch.items):
             place, now = stored.places[position], int(decoded.source_bytes[position])
             before = int(stored.reader["source_bytes"][place])

@@ -14,7 +14,7 @@ from ..storage import Storage
 
 
 def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[str] | None) -> Source:
-    """The source of a dataset.
+    """The source of a finished dataset, of which the folder .gpu-npz may be missing.
 
     Args:
         storage: where the dataset is.
@@ -29,8 +29,14 @@ def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[st
     content = storage.read(JOB)
     if content is None:
         raise SourceError(f"{storage.path(JOB)!r}, which says where the images are, is missing; give --source SRC")
-    location = from_json(JobRecord, content, storage.path(JOB)).source_location
+    return source_of(from_json(JobRecord, content, storage.path(JOB)), None)
+
+
+def source_of(record: JobRecord, source: str | os.PathLike[str] | None) -> Source:
+    """The source of a job: `source` if it is given, else where it was when the build began; raises as `originals`."""
     try:
-        return FolderSource(location, manifest.classes)
+        return FolderSource(source or record.source_location, record.class_names)
     except SourceError as exc:
+        if source is not None:
+            raise
         raise SourceError(f"{exc}. If the images have moved, give --source SRC") from exc

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, JpegImagePlugin
 
 from ..config import BuildConfig, gpu_numbers
-from ..decode import make_decoder
-from ..decode.base import Decoded, Decoder
-from ..decode.pillow import PillowDecoder, first_size, versions
+from ..decode import image_size, make_decoder
+from ..decode.base import Decoded, Decoder, on_host
+from ..decode.pillow import PillowDecoder, versions
 from ..environment import Choice, choose, inspect
-from ..errors import BackendError, SourceError, UsageError
+from ..errors import BackendError, UsageError
 from ..geometry import Geometry, Placement
-from ..plan import Item, Plan, collect
+from ..plan import Item, Plan, listed
 from ..rejects import BadItem
 from ..sources.base import Source, read_item
 from ..sources.folder import FolderSource
@@ -125,13 +125,9 @@ def parity(
     if sides[0] == sides[1]:
         raise UsageError(f"both sides are {sides[0]}; choose two different decoders")
     source = FolderSource(src)
-    arrays = collect(source.groups(), shuffle=config.shuffle, limit=images)
-    if not len(arrays["name_ends"]):
-        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
+    arrays = listed(source, shuffle=config.shuffle, limit=images)
     plan = Plan(arrays, len(arrays["name_ends"]))
-    size = config.size or first_size(source, plan.items(0, plan.item_count), config)
-    if size is None:
-        raise SourceError(f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size")
+    size = image_size(plan, source, config)
     row_bytes = math.prod(size) * config.channel_count
     tuning = Tuning.of(config, Choice("dali"), row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=1)
     tallies = {kind: _Tally() for kind in ("all", *KINDS)}
@@ -236,7 +232,7 @@ class _TorchvisionDecoder(PillowDecoder):
 
 
 def _rows(decoded: Decoded) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
-    pixels = decoded.pixels if isinstance(decoded.pixels, np.ndarray) else decoded.pixels.get()  # CuPy's copy to host
+    pixels = on_host(decoded.pixels)
     for position in decoded.kept.tolist():
         yield decoded.batch.items[position], pixels[position]
 

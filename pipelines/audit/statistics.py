@@ -19,20 +19,20 @@ from numpy.typing import NDArray
 
 from ..config import BuildConfig
 from ..counting import count_levels, count_source, mean_of, std_of
-from ..decode.pillow import first_size
-from ..environment import choose, inspect, usable_cpus
+from ..decode import image_size
+from ..environment import choose, inspect
 from ..errors import FormatError, SourceError
 from ..manifest import Manifest, class_list
 from ..normalize import levels, table
-from ..plan import Plan, collect
+from ..plan import Plan, listed
 from ..readers.arrays import open_index, open_shard
 from ..sources.folder import FolderSource
-from ..storage import is_remote, open_storage
+from ..storage import open_storage
+from .verification import shards_at_once
 
 log = logging.getLogger(__name__)
 _RANGE_ITEMS = 1024  # of the plan, that a process is given at a time
 _ROWS_AT_ONCE = 64
-_FETCHED_SHARDS = 4  # of an object store, on the local disk at the same time
 _CHANNELS = {1: ("gray",), 3: ("red", "green", "blue")}
 
 
@@ -109,26 +109,19 @@ def of_source(
         ShardError: trouble that is not an image's, or a process died.
     """
     config = config or BuildConfig()
-    source = FolderSource(src, class_list(config.classes_from) if config.classes_from is not None else None)
+    source = FolderSource(src, class_list(config.classes_from))
     choice = choose(config, inspect(config.device))
     if choice.warning:
         log.warning("%s", choice.warning)
-    arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
-    if not len(arrays["name_ends"]):
-        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
-    items = Plan(arrays, 1).item_count
-    one_by_one = (item for at in range(items) for item in Plan(arrays, 1).items(at, at + 1))
-    size = config.size or first_size(source, one_by_one, config)
-    if size is None:
-        raise SourceError(f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size")
-    tally = count_source(arrays, source, config, size, choice, progress)
+    plan = Plan(listed(source, shuffle=config.shuffle, limit=config.limit), 1)
+    tally = count_source(plan, source, config, image_size(plan, source, config), choice, progress)
     if not tally.counts.any():
         codes = ", ".join(f"{count} {code}" for code, count in sorted(tally.rejects.items()))
-        raise SourceError(f"{source.location!r}: none of {items} items can be decoded ({codes})")
+        raise SourceError(f"{source.location!r}: none of {plan.item_count} items can be decoded ({codes})")
     names = source.class_names
     return Statistics(
         path=source.location,
-        images=items - tally.rejects.total(),
+        images=plan.item_count - tally.rejects.total(),
         rejects_by_code=dict(sorted(tally.rejects.items())),
         channels=_CHANNELS[config.channel_count],
         histograms=_histograms(tally.counts),
@@ -168,8 +161,7 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
         return counts
 
     total, shards = np.zeros((len(values), 256), np.int64), manifest.counts.shards
-    threads = min(usable_cpus(), _FETCHED_SHARDS) if is_remote(storage.root) else usable_cpus()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(shards_at_once(storage)) as pool:
         for done, counts in enumerate(pool.map(counted, range(shards)), 1):
             total += counts
             if progress:

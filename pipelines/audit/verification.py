@@ -94,13 +94,17 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
     expected = {shard_name(shard, shards) for shard in range(shards)}
     problems += [Problem(name, "not a shard of this dataset; move it away") for name in found if name not in expected]
     checker = _ShardChecker(storage, manifest, index)
-    threads = min(usable_cpus(), _FETCHED_SHARDS) if is_remote(storage.root) else usable_cpus()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(shards_at_once(storage)) as pool:
         for shard, faults in enumerate(pool.map(checker.faults, range(shards))):
             problems += [Problem(shard_name(shard, shards), what) for what in faults]
             if progress:
                 progress(shard + 1, shards)
     return Verification(storage.root, shards, manifest.counts.rows, checker.bytes_checked, tuple(problems))
+
+
+def shards_at_once(storage: Storage) -> int:
+    """How many shards to read at the same time where all are read."""
+    return min(usable_cpus(), _FETCHED_SHARDS) if is_remote(storage.root) else usable_cpus()
 
 
 class _ShardChecker:
@@ -191,7 +195,7 @@ def _require_consistent(manifest: Manifest, label: str) -> None:
     images, settings = manifest.images, (config.dtype, config.layout, config.channels, config.compress != "none")
     size = config.size or (images.shape[-2:] if config.layout == "NCHW" else images.shape[:2])
     if (
-        settings != (images.dtype, images.layout, images.channels, images.deflated)
+        settings != (images.dtype, images.layout, images.channels, manifest.deflated)
         or row_shape(config, *size) != images.shape
     ):
         raise FormatError(f"{label}: {images!r} contradicts the settings; the file is damaged")

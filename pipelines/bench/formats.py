@@ -5,9 +5,9 @@ Everything is written so that it is on the disk when `write` returns, and read s
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import importlib
-import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -73,7 +73,7 @@ class Reader:
         return cls(row, lambda: map(row, range(count)))
 
 
-class Format:
+class Format(abc.ABC):
     """One way to store images.
 
     Attributes:
@@ -86,13 +86,13 @@ class Format:
     compressed = False
     library: str | None = None
 
+    @abc.abstractmethod
     def write(self, images: Images, place: Path) -> None:
         """Stores images in the empty folder `place`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def reading(self, images: Images, place: Path) -> AbstractContextManager[Reader]:
         """Opens what was stored; `images` says what it was."""
-        raise NotImplementedError
 
     def missing(self) -> str | None:
         """What to install before this format can be used."""
@@ -113,11 +113,9 @@ class Png(Format):
 
     def write(self, images: Images, place: Path) -> None:
         for number, pixels in enumerate(images.pixels):
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "PNG", compress_level=_PNG_LEVEL)
-            with open(place / f"{number:08}.png", "wb") as file:
-                file.write(buffer.getbuffer())
-                _flush(file.fileno())
+            path = place / f"{number:08}.png"
+            Image.fromarray(pixels).save(path, compress_level=_PNG_LEVEL)
+            _flush(path)
 
     @contextlib.contextmanager
     def reading(self, images: Images, place: Path) -> Iterator[Reader]:
@@ -184,7 +182,7 @@ class Hdf5(Format):
         path = place / "images.h5"
         with h5py.File(path, "w") as file:
             file.create_dataset("images", data=images.rows, chunks=(1, *images.rows.shape[1:]), **self._options)
-        _flush_file(path)
+        _flush(path)
 
     @contextlib.contextmanager
     def reading(self, images: Images, place: Path) -> Iterator[Reader]:
@@ -210,7 +208,7 @@ class Npy(Format):
 
     def write(self, images: Images, place: Path) -> None:
         np.save(place / "images.npy", images.rows)
-        _flush_file(place / "images.npy")
+        _flush(place / "images.npy")
 
     @contextlib.contextmanager
     def reading(self, images: Images, place: Path) -> Iterator[Reader]:
@@ -228,7 +226,7 @@ class Npz(Format):
         save = np.savez_compressed if self.compressed else np.savez
         for number, rows in images.shards():
             save(place / f"{number}.npz", images=rows)
-            _flush_file(place / f"{number}.npz")
+            _flush(place / f"{number}.npz")
 
     @contextlib.contextmanager
     def reading(self, images: Images, place: Path) -> Iterator[Reader]:
@@ -297,10 +295,6 @@ def _key(number: int) -> bytes:
     return number.to_bytes(8, "big")
 
 
-def _flush(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _flush_file(path: Path) -> None:
+def _flush(path: Path) -> None:
     with open(path, "rb+") as file:
-        _flush(file.fileno())
+        os.fsync(file.fileno())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ..config import BuildConfig
 from ..environment import BackendName
+from ..errors import SourceError
 from ..geometry import Geometry
+from ..plan import Plan
 from ..sources.base import Source
 from ..tuning import Tuning
 from .base import Decoder
@@ -38,3 +40,21 @@ def make_decoder(
     from .dali import DaliDecoder
 
     return DaliDecoder(config, geometry, source, tuning=tuning, device=gpu, stream=stream)
+
+
+def image_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
+    """Height and width of every row: as the settings say, or those of the first image that can be decoded.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if config.size is not None:
+        return config.size
+    from .pillow import first_size
+
+    size = first_size(source, (item for at in range(plan.item_count) for item in plan.items(at, at + 1)), config)
+    if size is None:
+        raise SourceError(
+            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
+        )
+    return size

@@ -21,8 +21,8 @@ class Decoded:
     Attributes:
         batch: what was asked for.
         pixels: uint8 (N, H, W, C) in R,G,B (C=3) or gray (C=1), an image for each of the batch's N items, of which a
-            reject's is undefined: a NumPy array, or an object with DLPack on the decoder's GPU, ordered on the stream
-            that the decoder was given. On a GPU, hold it until that stream has done with it.
+            reject's is undefined: a NumPy array, or one of CuPy on the decoder's GPU, ordered on the stream that the
+            decoder was given. On a GPU, hold it until that stream has done with it.
         kept: positions in `batch.items` that have pixels, ascending, int64 (rows,).
         source_bytes: encoded size of every item of the batch, int64; 0 where nothing could be read.
         rejects: the items without pixels, in order.
@@ -35,6 +35,12 @@ class Decoded:
     source_bytes: NDArray[np.int64]
     rejects: list[Reject]
     seconds: dict[str, float]
+
+
+def on_host(pixels: Any) -> NDArray[np.uint8]:
+    """A batch's pixels as a NumPy array; CuPy's are copied."""
+    host: NDArray[np.uint8] = pixels if isinstance(pixels, np.ndarray) else pixels.get()
+    return host
 
 
 Stage = Literal["read", "decode", "resize"]

@@ -21,7 +21,6 @@ from ..environment import usable_cpus
 from ..errors import FormatError, StorageError
 from ..job import index_comment, open_npz, shard_comment
 from ..manifest import Manifest
-from ..normalize import apply_table, table
 from ..npz.reader import DeflatedRows, Known, NpzReader
 from ..output import INDEX, shard_name
 from ..preprocess import Preprocess
@@ -154,10 +153,8 @@ class Dataset:
         Where float32 is stored, it is `dataset[rows]`.
         """
         images = self[rows]
-        if images.dtype != np.uint8:
-            return images.astype(np.float32, copy=False)
-        values = apply_table(self._table, images, self.manifest.images.layout)
-        if self.valid is not None:
+        values = self.preprocess.values(images)
+        if self.valid is not None and values is not images:
             values[~self.valid[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]] = 0
         return values
 
@@ -165,10 +162,6 @@ class Dataset:
     def preprocess(self) -> Preprocess:
         """What was done to each image: the same for others, at inference; `differences` compares two datasets."""
         return Preprocess.of(self.manifest)
-
-    @functools.cached_property
-    def _table(self) -> NDArray[Any]:
-        return table(self.manifest.config, "float32")
 
     def shard(self, number: int) -> NpzReader:
         """One shard, opened or taken from the few that are kept open.
@@ -217,7 +210,7 @@ class Dataset:
             count = min(stop, self._ends[shard]) - start
             runs.append((shard, at, at + count))
             start += count
-        if len(runs) != 1 or (name == "images" and self.manifest.images.deflated):
+        if len(runs) != 1 or (name == "images" and self.manifest.deflated):
             return self._gather(name, runs)
         ((shard, begin, end),) = runs
         view: NDArray[Any] = self._rows(shard, name)[begin:end]
@@ -227,7 +220,7 @@ class Dataset:
         """A copy of the rows of all runs (shard, start, stop), made run by run: views would keep every shard open."""
         if not runs:
             runs = [(0, 0, 0)]
-        if name == "images" and self.manifest.images.deflated:
+        if name == "images" and self.manifest.deflated:
             return self._inflated([(shard, row) for shard, start, stop in runs for row in range(start, stop)])
         out: NDArray[Any] | None = None
         filled, count = 0, sum(stop - start for _, start, stop in runs)
@@ -306,9 +299,9 @@ def open_shard(storage: Storage, manifest: Manifest, number: int, before: Known 
     reader = _opened(storage, shard_name(number, manifest.counts.shards), before)
     _require_comment(reader, shard_comment(manifest.id, number))
     images = reader.rows("images")
-    if isinstance(images, DeflatedRows) != manifest.images.deflated:
+    if isinstance(images, DeflatedRows) != manifest.deflated:
         raise FormatError(
-            f"{reader.path}: its images are {'stored' if manifest.images.deflated else 'deflated'}, "
+            f"{reader.path}: its images are {'stored' if manifest.deflated else 'deflated'}, "
             "unlike the manifest's; copy it again"
         )
     if images.shape[1:] != manifest.images.shape or images.dtype.name != manifest.images.dtype:

@@ -13,7 +13,7 @@ _seen: dict[str, Preprocess] = {}
 
 def compare_with_others(data: Dataset) -> None:
     """Warns, once for each pair, where a dataset that was opened before in this process is preprocessed otherwise."""
-    if data.path in _seen:
+    if _seen.get(data.path) == data.preprocess:
         return
     for path, other in _seen.items():
         if differences := data.preprocess.differences(other):

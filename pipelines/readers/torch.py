@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from ..config import Layout
 from ..errors import BackendError, UsageError
-from ..normalize import table
 from .arrays import Dataset
 from .contract import compare_with_others
 from .order import Places, kept_rows, part, require_natural, shuffled, windows
@@ -269,7 +268,8 @@ def loader(
     """Whole batches of OUT on a device, with no DataLoader and no worker processes.
 
     Batches are gathered from the mapped shards by threads, ahead of time, and travel through pinned memory to a GPU as
-    they are stored; pixels stored as uint8 are normalized there, with exactly the values of a float32 build.
+    they are stored; pixels stored as uint8 are normalized there, with exactly the values of a float32 build. What
+    happens on a GPU has not been tried on one yet.
 
     Args:
         path: OUT.
@@ -370,7 +370,7 @@ class Loader:
 
     @functools.cached_property
     def _table(self) -> torch.Tensor:
-        return torch.from_numpy(table(self.data.manifest.config, "float32")).to(self.device)
+        return torch.from_numpy(self.data.preprocess.table).to(self.device)
 
     def _gather(self, rows: Places) -> tuple[torch.Tensor, Places]:
         on_host = self.normalize and self.device.type == "cpu"

@@ -172,7 +172,7 @@ class _Dtype:
         return _Dtype(_text(code))
 
     def __setstate__(self, state: Any) -> None:
-        pass  # byte order and fields, which bytes have none of
+        """Takes byte order and fields, of which bytes have none."""
 
 
 class _Array:

@@ -1,0 +1,175 @@
+"""What a build is going to do: a new job, or the one that OUT was begun with, and where it may be done."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import environment
+from .config import MIN_STD, BuildConfig
+from .counting import count_source, mean_of, std_of
+from .decode import image_size
+from .engines import ray
+from .environment import Choice, Machine
+from .errors import BackendError, FormatError, MismatchError, SourceError, StorageError, UsageError
+from .job import Job
+from .normalize import row_shape, table
+from .output import MANIFEST, PLAN, clear
+from .plan import Plan, listed
+from .sources.base import Source
+from .storage import PRIVATE, Storage, is_remote
+
+log = logging.getLogger(__name__)
+_PROBED_ITEMS = 16
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """With `--normalize dataset`, before anything is built: how many items of how many have been measured."""
+
+    items_done: int
+    items: int
+
+
+def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
+    """Raises UsageError where OUT lies inside SRC, whose next listing would find it."""
+    if is_remote(storage.root):
+        return
+    source, out = os.path.realpath(src), os.path.realpath(storage.root)
+    if os.path.commonpath([source, out]) == source and os.path.isdir(source):
+        raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")
+
+
+def inspect(config: BuildConfig) -> Machine:
+    """What is usable where the workers of a build run: on this machine, or on the nodes of a Ray cluster."""
+    if config.engine == "ray":
+        return ray.inspect(config.ray_address, dali=config.backend == "dali")
+    return environment.inspect(config.device)
+
+
+def begin(storage: Storage, source: Source, config: BuildConfig, progress: Callable[[Measuring], None]) -> Job:
+    """Lists the source, cuts it into shards, decides the backend, and stores that: from now on, OUT is this.
+
+    Args:
+        storage: OUT, whose lock is held.
+        source: the images.
+        config: the settings.
+        progress: told what is measured.
+
+    Raises:
+        UsageError, BackendError, SourceError, StorageError: as `build`.
+    """
+    if storage.size(MANIFEST) is not None and not config.overwrite:
+        raise StorageError(
+            f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
+            "or --overwrite to build it anew"
+        )
+    choice = environment.choose(config, inspect(config))
+    if choice.warning:
+        log.warning("%s", choice.warning)
+    if config.normalize != "dataset":
+        table(config)  # a value that the dtype cannot hold shows here, before anything is listed
+    arrays = listed(source, shuffle=config.shuffle, limit=config.limit)
+    size = image_size(Plan(arrays, 1), source, config)
+    row_bytes = math.prod(row_shape(config, *size)) * np.dtype(config.dtype).itemsize
+    plan = Plan(arrays, config.shard_rows(row_bytes))
+    if config.normalize == "dataset" and config.mean is None:
+        config = _measured(plan, source, config, size, choice, progress)
+    if config.overwrite:
+        clear(storage)  # not before all else has turned out right
+    return Job.create(
+        storage,
+        plan,
+        config,
+        choice,
+        source=(source.kind, source.location),
+        class_names=source.class_names,
+        image_size=size,
+    )
+
+
+def _measured(
+    plan: Plan,
+    source: Source,
+    config: BuildConfig,
+    size: tuple[int, int],
+    choice: Choice,
+    progress: Callable[[Measuring], None],
+) -> BuildConfig:
+    """The settings with mean and standard deviation of the source's own pixels."""
+    if config.engine == "ray":  # the choice is for the nodes, and they may have a GPU where this machine has none
+        here = config.model_copy(update={"device": "cpu", "backend": "auto", "require_gpu": False})
+        choice = environment.choose(here, environment.inspect("cpu"))
+    tally = count_source(plan, source, config, size, choice, lambda *done: progress(Measuring(*done)))
+    counts = tally.counts.tolist()
+    if not all(map(sum, counts)):
+        raise SourceError(f"{source.location!r}: no image can be decoded, so --normalize dataset finds no statistics")
+    mean, std = [float(mean_of(channel)) for channel in counts], [std_of(channel) for channel in counts]
+    if min(std) < MIN_STD:
+        raise UsageError(
+            f"--normalize dataset: a channel of {source.location!r} has one level alone (std {min(std):g}); choose "
+            "another --normalize"
+        )
+    log.info("mean %s and std %s of %d items", mean, std, plan.item_count)
+    config = BuildConfig(**{**config.model_dump(), "mean": mean, "std": std})
+    table(config)
+    return config
+
+
+def resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
+    """The job that OUT was begun with, if these settings and this source would make the same of it.
+
+    Raises:
+        MismatchError: they would not.
+        FormatError: it is damaged.
+    """
+    job = Job.open(storage)
+    job.require_same(config, source.class_names)
+    if job.plan.digest() != job.record.plan_digest:
+        raise FormatError(f"{storage.path(PLAN)!r} is damaged; restore it, or build anew with --overwrite")
+    if source.location != job.record.source_location:
+        require_moved(job, source)
+    return job
+
+
+def backend(job: Job, config: BuildConfig) -> Choice:
+    """The backend that the plan was made with, or an error: once planned, a build never falls back.
+
+    Raises:
+        MismatchError: another one is asked for.
+        BackendError: it cannot be used here.
+    """
+    record = job.record
+    other = config.backend not in ("auto", record.backend)
+    other |= config.device == "cpu" if record.device == "cuda" else config.require_gpu
+    if other:
+        raise MismatchError(
+            f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
+            f"{config.device} ask for another; leave them out to resume, or start anew with --overwrite"
+        )
+    device = config.device if record.device == "cuda" else "cpu"
+    same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
+    config = config.model_copy(update=same)
+    try:
+        return environment.choose(config, inspect(config))
+    except BackendError as exc:
+        raise BackendError(
+            f"OUT was begun with backend {record.backend} on {record.device}, which cannot be used here: {exc}\n"
+            "resume where it can, or start anew with --overwrite"
+        ) from exc
+
+
+def require_moved(job: Job, source: Source) -> None:
+    """A source under another path must have at least some of the planned items."""
+    probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
+    if not any(os.path.exists(source.local_path(item.path)) for item in probe):
+        raise MismatchError(
+            f"OUT was begun from {job.record.source_location!r}; {source.location!r} has none of its first "
+            f"{len(probe)} items. Give the same images, or another OUT"
+        )
+    log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)
