@@ -26,6 +26,15 @@ _USED = ("device", "backend", "require_gpu", "reproducible", "size", "resize_mod
 _STORED = ("size", "resize_mode", "dtype", "layout", "shard_size")
 
 
+def _rounds(default: int) -> Any:
+    text = "Rounds; the ways take turns in each."
+    return click.option("--rounds", default=default, show_default=True, type=click.IntRange(1), metavar="N", help=text)
+
+
+_FOLDER = click.option("--folder", metavar="DIR", help="Where to write; the system's temporary folder unless given.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON on stdout.")
+
+
 @click.group("bench")
 def command() -> None:
     """Measure on this machine. Compare the ratios of one run, not the figures of two."""
@@ -40,18 +49,11 @@ def command() -> None:
     metavar="N",
     help="Images that each line takes; 20,000 on a GPU, 2,000 on a CPU unless given.",
 )
-@click.option(
-    "--rounds",
-    default=5,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="N",
-    help="Rounds; the ways take turns in each.",
-)
+@_rounds(5)
 @click.option("--seconds", default=60.0, show_default=True, type=float, help="How long a sweep may take, about.")
-@click.option("--folder", metavar="DIR", help="Where to write; the system's temporary folder unless given.")
+@_FOLDER
 @config_options(*_USED)
-@click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON on stdout.")
+@_JSON
 def pipeline(
     src: str | None,
     sweeping: bool,
@@ -101,18 +103,11 @@ def pipeline(
     metavar="N",
     help="How many images; files are taken again if there are fewer.",
 )
-@click.option(
-    "--rounds",
-    default=3,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="N",
-    help="Rounds; the formats take turns in each.",
-)
-@click.option("--folder", metavar="DIR", help="Where to write; the system's temporary folder unless given.")
+@_rounds(3)
+@_FOLDER
 @click.option("--plot", metavar="FILE.png", help="Draw the rates, on linear and on logarithmic axes.")
 @config_options(*_STORED)
-@click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON on stdout.")
+@_JSON
 def storage(
     src: str | None,
     cifar: str | None,

@@ -6,8 +6,12 @@ import functools
 import io
 import os
 import re
+import subprocess
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from PIL import ExifTags, Image
 
 import gpu_npz
 from gpu_npz.demo import paint
+from gpu_npz.errors import LockedError
 
 Pixels = NDArray[np.uint8]
 Encode = Callable[..., bytes]
@@ -26,6 +31,8 @@ MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 MakeDataset = Callable[..., Path]
 ReadShards = Callable[..., NDArray[Any]]
 ReadmeExample = Callable[[str], str]
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+Race = Callable[[Callable[[], AbstractContextManager[Any]]], "list[str]"]
 
 
 @functools.cache
@@ -237,3 +244,46 @@ def readme_example() -> ReadmeExample:
         return block
 
     return find
+
+
+@pytest.fixture(scope="session")
+def python() -> Python:
+    """`python(program, *arguments)`: a run in a process of its own, which must end well unless `check` is False."""
+
+    def run(program: str, *arguments: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0 or not check, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def race() -> Race:
+    """`race(lock)`: what becomes of two threads that want a lock at the same time: "won", and the other's error."""
+
+    def run(lock: Callable[[], AbstractContextManager[Any]]) -> list[str]:
+        ends: list[str] = []
+        ended, both = threading.Event(), threading.Barrier(2)
+
+        def wait() -> None:
+            held = lock()
+            both.wait()
+            try:
+                with held:
+                    ends.append("won")
+                    assert ended.wait(60)
+            except LockedError as exc:
+                ends.append(str(exc))
+                ended.set()
+
+        threads = [threading.Thread(target=wait) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return ends
+
+    return run

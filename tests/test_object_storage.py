@@ -44,6 +44,7 @@ pytestmark = pytest.mark.filterwarnings(
 LOCK = ".gpu-npz/lock"
 SETTINGS = BuildConfig(size=16, shard_size=2, workers=0, device="cpu")
 Rule = Callable[[bytes], "bytes | None"]
+Race = Callable[..., "list[str]"]  # a fixture: see conftest.py
 
 
 class Proxy:
@@ -611,7 +612,7 @@ def test_the_lock_of_another_host_is_respected_while_its_heart_beats(storage: Ob
 
 @pytest.mark.parametrize("conditional", [True, False], ids=["if-none-match", "ignored"])
 def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
-    out: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, conditional: bool
+    out: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, conditional: bool, race: Race
 ) -> None:
     create, one_by_one = ObjectStorage.create, threading.Lock()
 
@@ -624,24 +625,7 @@ def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
         proxy.rule = lambda data: re.sub(rb"(?i)if-none-match: \*\r\n", b"", data)
     storage = ObjectStorage(out)
     storage.put(LOCK, foreign())
-    ended, ends, both = threading.Event(), [], threading.Barrier(2)
-
-    def wait() -> None:
-        own = ObjectStorage(out)
-        both.wait()
-        try:
-            with own.lock():
-                ends.append("won")
-                assert ended.wait(60)
-        except LockedError as exc:
-            ends.append(str(exc))
-            ended.set()
-
-    threads = [threading.Thread(target=wait) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    ends = race(lambda: ObjectStorage(out).lock())
     assert ends[0] == "won"
     assert f"in use by process {os.getpid()} " in ends[1]
     assert len(ends) == 2

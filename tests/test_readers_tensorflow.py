@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from gpu_npz.readers.tensorflow import as_tf_dataset  # noqa: E402  # after the 
 
 MakeTree = Callable[..., Path]  # fixtures: see conftest.py
 MakeDataset = Callable[..., Path]
+Python = Callable[..., Any]
 ReadShards = Callable[..., NDArray[Any]]
 
 
@@ -166,15 +165,11 @@ assert [found.count(label) for label in range(10)] == [200] * 10
 """
 
 
-def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", FEW_DESCRIPTORS, many_shards], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path, python: Python) -> None:
+    python(FEW_DESCRIPTORS, many_shards)
 
 
-def test_without_tensorflow_the_error_says_what_to_install() -> None:
-    code = "import sys\nsys.modules['tensorflow'] = None\nimport gpu_npz.readers.tensorflow"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_without_tensorflow_the_error_says_what_to_install(python: Python) -> None:
+    result = python("import sys\nsys.modules['tensorflow'] = None\nimport gpu_npz.readers.tensorflow", check=False)
     assert "BackendError: gpu_npz.readers.tensorflow needs TensorFlow" in result.stderr
     assert "run: pip install 'gpu-npz[tensorflow]'" in result.stderr

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -29,6 +27,7 @@ from gpu_npz.readers.torch import ShardDataset, ShardIterable, loader, look_up  
 
 MakeTree = Callable[..., Path]  # fixtures: see conftest.py
 MakeDataset = Callable[..., Path]
+Python = Callable[..., Any]
 ReadShards = Callable[..., NDArray[Any]]
 
 pytestmark = pytest.mark.filterwarnings(
@@ -578,16 +577,12 @@ if sys.platform == "linux":
 """
 
 
-def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", FEW_DESCRIPTORS, many_shards], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path, python: Python) -> None:
+    python(FEW_DESCRIPTORS, many_shards)
 
 
-def test_without_torch_the_error_says_what_to_install() -> None:
-    code = "import sys\nsys.modules['torch'] = None\nimport gpu_npz.readers.torch"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_without_torch_the_error_says_what_to_install(python: Python) -> None:
+    result = python("import sys\nsys.modules['torch'] = None\nimport gpu_npz.readers.torch", check=False)
     assert "BackendError: gpu_npz.readers.torch needs PyTorch" in result.stderr
     assert "run: pip install 'gpu-npz[torch]'" in result.stderr
 

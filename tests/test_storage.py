@@ -40,6 +40,9 @@ def files(storage: LocalStorage) -> set[str]:
     return {os.fspath(path.relative_to(storage.root)) for path in Path(storage.root).rglob("*") if path.is_file()}
 
 
+Race = Callable[..., "list[str]"]  # a fixture: see conftest.py
+
+
 def failing(number: int, *, after: int = 0) -> Callable[..., Any]:
     """A system call that fails with `number`, once it has done nothing `after` times."""
     calls = iter(range(10**6))
@@ -405,29 +408,12 @@ def test_the_lock_of_another_host_whose_heart_stands_still_is_taken_over(
 
 
 def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
-    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, race: Race
 ) -> None:
     monkeypatch.setattr(locks, "STALE_S", 0.5)
     monkeypatch.setattr(locks, "_LOOK_S", 0.02)
     storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode())
-    ends: list[str] = []
-    ended, both = threading.Event(), threading.Barrier(2)
-
-    def wait() -> None:
-        both.wait()
-        try:
-            with LocalStorage(storage.root).lock(wait_s=2):
-                ends.append("won")
-                assert ended.wait(60)
-        except LockedError as exc:
-            ends.append(str(exc))
-            ended.set()
-
-    threads = [threading.Thread(target=wait) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    ends = race(lambda: LocalStorage(storage.root).lock(wait_s=2))
     assert ends[0] == "won"
     assert f"in use by process {os.getpid()} " in ends[1]
     assert files(storage) == set()
