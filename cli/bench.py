@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,10 @@ _USED = ("device", "backend", "require_gpu", "reproducible", "size", "resize_mod
 _STORED = ("size", "resize_mode", "dtype", "layout", "shard_size")
 
 
-def _rounds(default: int) -> Any:
+Command = Callable[..., None]
+
+
+def _rounds(default: int) -> Callable[[Command], Command]:
     text = "Rounds; the ways take turns in each."
     return click.option("--rounds", default=default, show_default=True, type=click.IntRange(1), metavar="N", help=text)
 

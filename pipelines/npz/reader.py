@@ -40,6 +40,9 @@ class DeflatedRows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, rows: int | slice) -> NDArray[Any]:
         """A row, or rows of a slice, as an array of their own."""
         span = range(len(self))[rows]

@@ -118,8 +118,8 @@ class Dataset:
         return self.column("images", rows)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
-        for row in range(len(self)):
-            yield self[row]
+        for number in range(len(self.shard_rows)):
+            yield from self.shard(number).rows("images")
 
     def column(self, name: str, rows: Rows) -> NDArray[Any]:
         """The entries of one array of the shards (`images`, `paths`, `source_bytes`, ...) for the given rows.
