@@ -55,6 +55,12 @@ class Images(BaseModel):
     layout: Literal["NCHW", "NHWC"]
     channels: Literal["rgb", "bgr", "gray"]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.shape[1:] if self.layout == "NCHW" else self.shape[:2]
+        return height, width
+
 
 class Normalization(BaseModel):
     """By stored channel: a float value is (pixel / 255 - mean) / std; uint8 pixels are to be turned into that."""

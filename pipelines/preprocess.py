@@ -67,8 +67,7 @@ class Preprocess:
     @classmethod
     def of(cls, manifest: Manifest) -> Preprocess:
         """That of the dataset with this manifest."""
-        shape = manifest.images.shape
-        return cls(manifest.config, shape[1:] if manifest.images.layout == "NCHW" else shape[:2])
+        return cls(manifest.config, manifest.images.size)
 
     def __call__(self, image: str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]) -> NDArray[Any]:
         """The row that a build stores of an image: (C, H, W) or (H, W, C), in the dataset's dtype.

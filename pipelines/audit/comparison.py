@@ -99,7 +99,7 @@ def compare(
     index = open_index(storage, manifest)
     images, config = originals(storage, manifest, source), manifest.config
     choice = choose(_asked(manifest, storage), inspect())
-    height, width = manifest.images.shape[-2:] if config.layout == "NCHW" else manifest.images.shape[:2]
+    height, width = manifest.images.size
     row_bytes = height * width * config.channel_count
     tuning = Tuning.of(BuildConfig(), choice, row_bytes=row_bytes, shard_rows=count, shards=1)
     rows = _rows(index, count, seed)

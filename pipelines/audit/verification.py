@@ -193,7 +193,7 @@ def _require_consistent(manifest: Manifest, label: str) -> None:
     except UsageError as exc:
         raise FormatError(f"{label}: settings: {exc}; the file is damaged") from exc
     images, settings = manifest.images, (config.dtype, config.layout, config.channels, config.compress != "none")
-    size = config.size or (images.shape[-2:] if config.layout == "NCHW" else images.shape[:2])
+    size = config.size or images.size
     if (
         settings != (images.dtype, images.layout, images.channels, manifest.deflated)
         or row_shape(config, *size) != images.shape
