@@ -25,6 +25,7 @@ from PIL import Image
 
 from ..builder import build
 from ..config import BuildConfig
+from ..decode.pillow import versions
 from ..errors import FormatError, SourceError, UsageError
 from ..normalize import levels, row_shape, table
 from ..readers.arrays import open_dataset
@@ -190,10 +191,8 @@ def measure(
         "image_bytes": stored.rows[0].nbytes,
         "shard_rows": stored.shard_rows,
     }
-    versions = {each.library: version(each.library) for each in formats if each.library}
-    return StorageMeasurement(
-        tuple(operations), stored_bytes, left_out, settings, machine({"pillow": version("pillow"), **versions})
-    )
+    libraries = {each.library: version(each.library) for each in formats if each.library}
+    return StorageMeasurement(tuple(operations), stored_bytes, left_out, settings, machine({**versions(), **libraries}))
 
 
 def cifar_files(cifar: Cifar, place: Path, images: int) -> Path:
