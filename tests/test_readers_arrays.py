@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -183,7 +182,7 @@ def test_a_relative_path_goes_on_to_mean_the_same_folder(
     np.testing.assert_array_equal(dataset[39], built[39])
 
 
-class SlowDict(OrderedDict[int, NpzReader]):
+class SlowDict(dict[int, NpzReader]):
     """Lets other threads in between finding a shard open and taking it."""
 
     def __contains__(self, key: object) -> bool:

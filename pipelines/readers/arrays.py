@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, SupportsIndex, overload
@@ -89,7 +88,7 @@ class Dataset:
         self.class_names = self.manifest.classes
         self.paths: Sequence[str] = _Paths(self)
         self._ends: list[int] = ends
-        self._shards: OrderedDict[int, NpzReader] = OrderedDict()
+        self._shards: dict[int, NpzReader] = {}  # the first opened is the first to go
         self._known: dict[int, Known] = {}
         self._lock = threading.Lock()
         _datasets.add(self)
@@ -115,6 +114,10 @@ class Dataset:
         return np.dtype(self.manifest.images.dtype)
 
     def __getitem__(self, rows: Rows) -> NDArray[Any]:
+        if type(rows) is int:  # by the shortest way: a small image is copied in the time that a few calls take
+            shard, at = self._find(rows)
+            row: NDArray[Any] = (self._shards.get(shard) or self.shard(shard)).rows("images")[at]
+            return row
         return self.column("images", rows)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
@@ -171,7 +174,6 @@ class Dataset:
         """
         with self._lock:
             if number in self._shards:
-                self._shards.move_to_end(number)
                 return self._shards[number]
             reader = open_shard(self._storage, self.manifest, number, self._known.get(number))
             rows = self._ends[number] - (self._ends[number - 1] if number else 0)
@@ -183,7 +185,7 @@ class Dataset:
             if len(self._known) < _KNOWN_SHARDS:
                 self._known[number] = reader.known
             if len(self._shards) > _OPEN_SHARDS:
-                self._shards.popitem(last=False)
+                del self._shards[next(iter(self._shards))]
             return reader
 
     def _rows(self, number: int, name: str) -> NDArray[Any] | DeflatedRows:
@@ -195,10 +197,11 @@ class Dataset:
         return rows
 
     def _find(self, row: int) -> tuple[int, int]:
-        count = len(self)
-        if not -count <= row < count:
-            raise IndexError(f"row {row} of a dataset with {count} rows")
-        row %= count
+        count = self._ends[-1]
+        if not 0 <= row < count:
+            if not -count <= row < 0:
+                raise IndexError(f"row {row} of a dataset with {count} rows")
+            row += count
         shard = bisect.bisect_right(self._ends, row)
         return shard, row - (self._ends[shard - 1] if shard else 0)
 
