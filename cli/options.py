@@ -10,7 +10,7 @@ import click
 from gpu_npz.config import BuildConfig, load_toml, settings_of
 
 # What may differ from the build when rejects are tried again or shards built anew.
-_NOT = {"classes_from", "part", "overwrite"}
+_NOT = {"classes_from", "part", "overwrite", "source", "root"}
 OPERATIONAL = [name for name in (*settings_of("environment"), *settings_of("operational")) if name not in _NOT]
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -30,8 +30,8 @@ from .manifest import CommitRecord, class_list, committed, finish, write_rejects
 from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .parts import Part
 from .planning import Measuring, backend, begin, check_places, resume
+from .sources import open_source
 from .sources.base import Source
-from .sources.folder import FolderSource
 from .space import require_space
 from .storage import LOCK, Storage, open_storage
 from .tuning import Tuning
@@ -118,7 +118,7 @@ def build(
         raise UsageError(
             "--part and --overwrite: the parts would delete each other's shards; delete OUT, then start them"
         )
-    source = FolderSource(src, class_list(config.classes_from))
+    source = open_source(src, config, class_list(config.classes_from))
     require_own(storage)
     with contextlib.ExitStack() as stack:
         if config.engine == "ray" and (config.overwrite or storage.size(MANIFEST) is None):

@@ -31,6 +31,9 @@ Normalization = Literal["imagenet", "unit", "signed", "none", "mean-std", "datas
 DType = Literal["float32", "float16", "uint8"]
 Layout = Literal["NCHW", "NHWC"]
 Channels = Literal["rgb", "bgr", "gray"]
+SourceKind = Literal[
+    "auto", "folder", "tar", "zip", "webdataset", "imagenet", "table", "parquet", "cifar", "numpy"
+]  # fmt: skip
 
 MAX_SIDE = 16_384
 BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache, a GPU batch should fill the decoders
@@ -43,6 +46,7 @@ _RANGES = {
     "crop_pct": (1e-3, 1), "pad_value": (0, 255), "background": (0, 255), "max_pixels": (1, 2**40), "limit": (1, 2**40),
     "shuffle": (0, 2**63), "batch_size": (1, 4096), "workers": (0, 1024), "threads": (1, 1024), "prefetch": (1, 64),
     "open_shards": (1, 64), "hw_decoder_load": (0, 1), "worker_timeout": (1, 86_400),
+    "per_class": (1, 2**40), "split_seed": (0, 2**63),
 }  # fmt: skip
 
 
@@ -125,6 +129,40 @@ class BuildConfig(BaseModel):
     )
     layout: Layout = _setting("identity", "NCHW", "Order of a stored batch's axes.")
 
+    labels: str | None = _setting(
+        "identity",
+        None,
+        "Where labels are: class-dir (the first folder), none, or a table FILE; csv:NAME, a table in every folder; "
+        "columns of a table or Parquet (A,B or A:class, A:integer, A:float); cls, txt or json:FIELD of a WebDataset.",
+        "class-dir, none, a table's path, csv:NAME, names of columns, or cls, txt, json:FIELD",
+        "WHERE",
+    )
+    image_column: str | None = _setting(
+        "identity",
+        None,
+        "The column of a table that has paths, or of a Parquet file that has images; found by its name unless given.",
+        "the name of a column",
+        "COLUMN",
+    )
+    per_class: int | None = _setting(
+        "identity", None, "Take only N items of each class (the first after the shuffle).", "a positive number", "N"
+    )
+    split: str | None = _setting(
+        "identity",
+        None,
+        "Build OUT/train and OUT/NAME, which gets this share of the items (val=0.1); several, separated by commas.",
+        "NAME=SHARE[,NAME=SHARE...], shares above 0 that sum up to less than 1",
+        "NAME=SHARE",
+    )
+    split_by: str | None = _setting(
+        "identity",
+        None,
+        "What a split keeps: label (each class's share; default), random, or together: folder, or a table's column.",
+        "label, random, folder, or the name of a table's column",
+        "HOW",
+    )
+    split_seed: int = _setting("identity", 0, "The seed of a split.", "0 or a positive number", "SEED")
+
     shard_size: str = _setting(
         "identity",
         "1024",
@@ -153,6 +191,14 @@ class BuildConfig(BaseModel):
         "operational", None, "Number the classes as a finished dataset does, or a text file with a name a line.",
         "a finished dataset, or a text file",
         "OUT|FILE",
+    )  # fmt: skip
+    source: SourceKind = _setting(
+        "operational", "auto", "The form that SRC has; told by its name and content unless given."
+    )
+    root: str | None = _setting(
+        "operational", None, "What paths in a table are relative to; the table's own folder unless given.",
+        "a folder",
+        "DIR",
     )  # fmt: skip
     max_rejects: str = _setting(
         "operational",

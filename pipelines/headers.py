@@ -11,9 +11,9 @@ from .config import BuildConfig
 from .decode.pillow import PillowDecoder, opened, orientation_of
 from .environment import Choice
 from .geometry import Geometry
-from .plan import Item, Plan
+from .plan import Plan
 from .rejects import BadItem
-from .sources.base import Source, read_item
+from .sources.base import Item, Source, read_item
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,7 +82,7 @@ def sample_headers(
         for done, item in enumerate(spread(plan, _SAMPLED_ITEMS)):
             progress(done, total)
             try:
-                pictures.append(_picture(read_item(source, item.path), item.path, decoder, config, geometry))
+                pictures.append(_picture(read_item(source, item), item.path, decoder, config, geometry))
             except BadItem as bad:
                 if (bad.stage, bad.code) == ("decode", "too-large"):  # a WebP, which is not opened then
                     over += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,6 +21,7 @@ from .npz.reader import Known, NpzReader
 from .npz.writer import NpzWriter
 from .output import JOB, PLAN
 from .plan import Plan
+from .sources.base import LabelColumn, Source
 from .storage import Storage
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -37,7 +39,10 @@ class JobRecord(BaseModel):
     device: Literal["cpu", "cuda"]
     source_kind: str
     source_location: str
+    source_root: str | None = None
+    source_files: tuple[tuple[str, int], ...] = ()
     class_names: tuple[str, ...] | None
+    columns: tuple[LabelColumn, ...] = ()
     image_size: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], Annotated[int, Field(ge=1, le=MAX_SIDE)]]
     items: int = Field(ge=1)
     shard_rows: int = Field(ge=1)
@@ -65,7 +70,25 @@ class Job:
     @property
     def labelled(self) -> bool:
         """Whether shards have labels."""
-        return self.record.class_names is not None
+        return self.record.class_names is not None or bool(self.record.columns)
+
+    def label_array(self, labels: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
+        """Labels of items as they are stored: int64 (N,), or (N, K) for K columns; float64 if a column is one."""
+        columns = self.record.columns
+        kind = np.float64 if any(column.kind == "float" for column in columns) else np.int64
+        shape = (len(labels), len(columns)) if len(columns) > 1 else (len(labels),)
+        return np.asarray(labels, kind).reshape(shape)
+
+    def require_source(self, source: Source) -> None:
+        """Raises MismatchError where items would not be found at their places any more."""
+        then, now = dict(self.record.source_files), dict(source.files)
+        if then != now:
+            name = next(name for name in (*then, *now) if then.get(name) != now.get(name))
+            sizes = [f"{size} bytes" if (size := files.get(name)) is not None else "missing" for files in (then, now)]
+            raise MismatchError(
+                f"{name!r} of {source.location!r} has changed since the plan was made: {sizes[0]} then, {sizes[1]} "
+                "now; restore it, choose another OUT, or start anew with --overwrite"
+            )
 
     def comment(self, shard: int) -> str:
         """The end comment of a shard's file, which tells it from others."""
@@ -79,8 +102,7 @@ class Job:
         config: BuildConfig,
         choice: Choice,
         *,
-        source: tuple[str, str],
-        class_names: Sequence[str] | None,
+        source: Source,
         image_size: tuple[int, int],
     ) -> Job:
         """Stores a new plan; from now on, this is what OUT is.
@@ -90,20 +112,22 @@ class Job:
             plan: the items.
             config: its identity settings are kept.
             choice: the backend, decided for the whole build.
-            source: kind and location of SRC.
-            class_names: by number; None where there are no labels.
+            source: the images.
             image_size: height and width of every image.
         """
         settings, digest = config.identity(), plan.digest()
-        names = None if class_names is None else tuple(class_names)
+        labels = source.class_names, source.columns
         record = JobRecord(
-            id=dataset_id(settings, names, image_size, digest),
+            id=dataset_id(settings, *labels, image_size, digest),
             settings=settings,
             backend=choice.backend,
             device=choice.device,
-            source_kind=source[0],
-            source_location=source[1],
-            class_names=names,
+            source_kind=source.kind,
+            source_location=source.location,
+            source_root=config.root and os.path.abspath(config.root),
+            source_files=source.files,
+            class_names=source.class_names,
+            columns=source.columns,
             image_size=image_size,
             items=plan.item_count,
             shard_rows=plan.shard_rows,
@@ -125,7 +149,8 @@ class Job:
             raise FormatError(f"{storage.path(JOB)!r} is missing; {storage.root!r} was not begun by gpu-npz build")
         label = storage.path(JOB)
         record = from_json(JobRecord, content, label)
-        if record.id != dataset_id(record.settings, record.class_names, record.image_size, record.plan_digest):
+        labels = record.class_names, record.columns
+        if record.id != dataset_id(record.settings, *labels, record.image_size, record.plan_digest):
             raise FormatError(
                 f"{label}: its id is not that of its settings; the file was altered. --overwrite starts anew"
             )
@@ -138,12 +163,12 @@ class Job:
             raise FormatError(f"{storage.path(PLAN)!r} has {plan.item_count} items, job.json says {record.items}")
         return cls(record, plan, BuildConfig(**record.settings))
 
-    def require_same(self, config: BuildConfig, class_names: Sequence[str] | None) -> None:
+    def require_same(self, config: BuildConfig, source: Source) -> None:
         """Compares what a resuming build asks for.
 
         Args:
             config: the settings of the resuming build.
-            class_names: its classes by number.
+            source: its images.
 
         Raises:
             MismatchError: it would make other shards; every difference is named.
@@ -158,10 +183,16 @@ class Job:
             for name in stored
             if asked[name] != stored[name]
         ]
-        if (class_names is None) != (self.record.class_names is None) or (
-            config.classes_from and tuple(class_names or ()) != self.record.class_names
-        ):
-            differences.append(f"  classes: {_names(self.record.class_names)} there, {_names(class_names)} asked for")
+        record, names = self.record, source.class_names
+        if source.kind != record.source_kind:
+            differences.append(f"  source: {record.source_kind} there, {source.kind} here")
+        if (names is None) != (record.class_names is None) or (config.classes_from and names != record.class_names):
+            differences.append(f"  classes: {_names(record.class_names)} there, {_names(names)} asked for")
+        if source.columns != record.columns:
+            there, asked_for = (
+                ", ".join(each.name for each in columns) for columns in (record.columns, source.columns)
+            )
+            differences.append(f"  labels: columns {there or 'none'} there, {asked_for or 'none'} asked for")
         if differences:
             raise MismatchError(
                 "OUT was begun with other settings:\n" + "\n".join(differences) + "\n"
@@ -170,10 +201,17 @@ class Job:
 
 
 def dataset_id(
-    settings: dict[str, Any], class_names: Sequence[str] | None, image_size: tuple[int, int], plan_digest: str
+    settings: dict[str, Any],
+    class_names: Sequence[str] | None,
+    columns: Sequence[LabelColumn],
+    image_size: tuple[int, int],
+    plan_digest: str,
 ) -> str:
     """What tells a dataset from others: SHA-256, cut to 32 digits, over everything but the decoder that decides it."""
-    identity = json.dumps([1, settings, class_names, image_size, plan_digest], sort_keys=True)
+    parts = [1, settings, class_names, image_size, plan_digest]
+    if columns:
+        parts.append([column.model_dump() for column in columns])
+    identity = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 

@@ -151,6 +151,7 @@ def _opened(
     images = source_of(job.record, source)
     if images.location != job.record.source_location:
         require_moved(job, images)
+    job.require_source(images)
     settings = BuildConfig(**{**(config or BuildConfig()).model_dump(), **job.settings.identity()})
     if storage.size(MANIFEST) is not None:  # its rejects were accepted once
         settings = settings.model_copy(update={"max_rejects": "100%"})

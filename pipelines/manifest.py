@@ -20,6 +20,7 @@ from .job import Job, from_json, index_comment, store_arrays, to_json
 from .normalize import statistics
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, shard_name
 from .rejects import Reject
+from .sources.base import LabelColumn
 from .storage import Storage, is_remote, open_storage
 
 FORMAT_VERSION = 1
@@ -96,6 +97,7 @@ class Manifest(BaseModel):
     normalization: Normalization | None = None
     counts: Counts
     classes: tuple[str, ...] | None
+    columns: tuple[LabelColumn, ...] = ()
     shard_items: int
     plan_digest: str
     shard_table_digest: str
@@ -126,6 +128,11 @@ class Manifest(BaseModel):
             wanted = f"format version {version}" + (f" with {unknown}" if unknown else "")
             raise FormatError(f"{label}: {wanted} is newer than this gpu-npz, which reads 1; install a newer gpu-npz")
         return from_json(cls, content, label)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether shards have labels."""
+        return self.classes is not None or bool(self.columns)
 
     @property
     def deflated(self) -> bool:
@@ -248,6 +255,7 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
             shards=len(records),
         ),
         classes=job.record.class_names,
+        columns=job.record.columns,
         shard_items=job.plan.shard_rows,
         plan_digest=job.record.plan_digest,
         shard_table_digest=shard_table_digest(index),
@@ -274,7 +282,7 @@ def _index(job: Job, records: Sequence[CommitRecord]) -> dict[str, NDArray[Any]]
     rows = np.arange(len(valid)) if blank else np.flatnonzero(valid)
     index: dict[str, NDArray[Any]] = {"index": rows.astype(np.int64)}
     if job.labelled:
-        index["labels"] = job.plan.labels()[rows]
+        index["labels"] = job.label_array(job.plan.labels()[rows])
     if blank:
         index["valid"] = valid
     index["shard_rows"] = np.array([record.rows for record in records], np.int64)

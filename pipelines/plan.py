@@ -8,6 +8,8 @@ a folder for its path and label. It is stored as an NPZ whose arrays are memory-
 | `names`, `name_ends` | uint8 (bytes,), int64 (listed,) | the items' names in the order in which they were listed |
 | `folders`, `folder_ends` | uint8 (bytes,), int64 (groups,) | a group is the items of one folder, `n01440764/` |
 | `group_ends`, `group_labels` | int64 (groups,) | the listed item at which a group ends; its label, -1 for none |
+| `labels` | int64 or float64 (items,) or (items, K) | where each listed item has its own |
+| `places` | int64 (items, numbers) | where the source finds each listed item, if not by its path |
 | `order` | int64 (items,) | with `shuffle`: the listed item at each place of the plan |
 """
 
@@ -16,23 +18,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError, SourceError
-from .sources.base import Group, Source
+from .sources.base import Group, Item, Source
 
-_ARRAYS = ("names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "order")
-
-
-class Item(NamedTuple):
-    """One source image: its place in the plan, its path relative to the source, its label or None."""
-
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of an item
-    path: str
-    label: int | None
+_ARRAYS = (
+    "names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "labels", "places", "order",
+)  # fmt: skip
+_OPTIONAL = {"labels", "places", "order"}
 
 
 @dataclass(frozen=True)
@@ -80,19 +77,27 @@ class Plan:
         listed = self._listed(start, stop)
         groups = np.searchsorted(self.arrays["group_ends"], listed, side="right")
         names, folders = self.arrays["names"], self.arrays["folders"]
-        labels = self.arrays["group_labels"][groups].tolist()
+        labels = self._labels(listed, groups).tolist()
+        places = self.arrays["places"][listed].tolist() if "places" in self.arrays else None
+        several = "labels" in self.arrays and self.arrays["labels"].ndim == 2
+        unlabelled = -1 if "labels" not in self.arrays else None
         rows = zip(*_spans(self.arrays["name_ends"], listed), *_spans(self.arrays["folder_ends"], groups), strict=True)
         items = []
         for index, (name_start, name_end, folder_start, folder_end) in enumerate(rows, start):
             path = folders[folder_start:folder_end].tobytes() + names[name_start:name_end].tobytes()
-            label = labels[index - start]
-            items.append(Item(index, path.decode("utf-8", "surrogateescape"), label if label >= 0 else None))
+            label = tuple(labels[index - start]) if several else labels[index - start]
+            place = () if places is None else tuple(places[index - start])
+            text = path.decode("utf-8", "surrogateescape")
+            items.append(Item(index, text, None if label == unlabelled else label, place))
         return items
 
-    def labels(self) -> NDArray[np.int64]:
-        """The label of every item, -1 for none: int64 (item_count,)."""
-        groups = np.searchsorted(self.arrays["group_ends"], self._listed(0, self.item_count), side="right")
-        return self.arrays["group_labels"][groups]
+    def labels(self) -> NDArray[Any]:
+        """The label of every item, -1 for none: int64 (item_count,); as `Group.labels` where each has its own."""
+        listed = self._listed(0, self.item_count)
+        return self._labels(listed, np.searchsorted(self.arrays["group_ends"], listed, side="right"))
+
+    def _labels(self, listed: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[Any]:
+        return self.arrays["labels"][listed] if "labels" in self.arrays else self.arrays["group_labels"][groups]
 
     def digest(self) -> str:
         """SHA-256 over everything that decides which item stands where."""
@@ -131,7 +136,8 @@ def collect(
     name_lengths: list[NDArray[np.uint16]] = []
     folder_ends: list[int] = []
     group_ends: list[int] = []
-    labels: list[int] = []
+    group_labels: list[int] = []
+    own: dict[str, list[NDArray[Any]]] = {"labels": [], "places": []}
     count = 0
     for group in groups:
         kept = group.names if limit is None or shuffle is not None else group.names[: limit - count]
@@ -141,7 +147,10 @@ def collect(
         count += len(kept)
         folder_ends.append(len(folders))
         group_ends.append(count)
-        labels.append(group.label)
+        group_labels.append(group.label)
+        for name, parts in own.items():
+            if (part := getattr(group, name)) is not None:
+                parts.append(part[: len(kept)])
         if shuffle is None and count == limit:
             break
     arrays: dict[str, NDArray[Any]] = {
@@ -150,7 +159,8 @@ def collect(
         "folders": np.frombuffer(folders, np.uint8),
         "folder_ends": np.array(folder_ends, np.int64),
         "group_ends": np.array(group_ends, np.int64),
-        "group_labels": np.array(labels, np.int64),
+        "group_labels": np.array(group_labels, np.int64),
+        **{name: np.concatenate(parts) for name, parts in own.items() if parts},
     }
     if shuffle is not None:
         arrays["order"] = np.argsort(np.random.PCG64(shuffle).random_raw(count), kind="stable")[:limit]
@@ -158,9 +168,13 @@ def collect(
 
 
 def _fit(arrays: Mapping[str, NDArray[Any]]) -> bool:
-    if not arrays.keys() >= set(_ARRAYS) - {"order"}:
+    if not arrays.keys() >= set(_ARRAYS) - _OPTIONAL:
         return False
-    if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in arrays.values()):
+    numbers = {name: array for name, array in arrays.items() if name not in ("labels", "places")}
+    own = [arrays[name] for name in ("labels", "places") if name in arrays]
+    if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in numbers.values()):
+        return False
+    if any(array.dtype.kind not in "if" or array.ndim not in (1, 2) for array in own):
         return False
     texts = (arrays["names"], arrays["name_ends"]), (arrays["folders"], arrays["folder_ends"])
     return (
@@ -168,6 +182,7 @@ def _fit(arrays: Mapping[str, NDArray[Any]]) -> bool:
         and len(arrays["folder_ends"]) == len(arrays["group_ends"]) == len(arrays["group_labels"]) > 0
         and all(text.dtype == np.uint8 and ends[-1] == len(text) for text, ends in texts)
         and arrays["group_ends"][-1] == len(arrays["name_ends"])
+        and all(len(array) == len(arrays["name_ends"]) for array in own)
     )
 
 

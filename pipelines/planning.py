@@ -21,7 +21,8 @@ from .job import Job
 from .normalize import row_shape, table
 from .output import MANIFEST, PLAN, clear
 from .plan import Plan, listed
-from .sources.base import Source
+from .rejects import BadItem
+from .sources.base import Item, Source, read_item
 from .storage import PRIVATE, Storage, is_remote
 
 log = logging.getLogger(__name__)
@@ -87,8 +88,7 @@ def begin(storage: Storage, source: Source, config: BuildConfig, progress: Calla
         plan,
         config,
         choice,
-        source=(source.kind, source.location),
-        class_names=source.class_names,
+        source=source,
         image_size=size,
     )
 
@@ -129,7 +129,8 @@ def resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
         FormatError: it is damaged.
     """
     job = Job.open(storage)
-    job.require_same(config, source.class_names)
+    job.require_same(config, source)
+    job.require_source(source)
     if job.plan.digest() != job.record.plan_digest:
         raise FormatError(f"{storage.path(PLAN)!r} is damaged; restore it, or build anew with --overwrite")
     if source.location != job.record.source_location:
@@ -164,10 +165,18 @@ def backend(job: Job, config: BuildConfig) -> Choice:
         ) from exc
 
 
+def _is_there(source: Source, item: Item) -> bool:
+    try:
+        read_item(source, item)
+    except BadItem as bad:
+        return bad.code != "missing"
+    return True
+
+
 def require_moved(job: Job, source: Source) -> None:
     """A source under another path must have at least some of the planned items."""
     probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
-    if not any(os.path.exists(source.local_path(item.path)) for item in probe):
+    if not any(_is_there(source, item) for item in probe):
         raise MismatchError(
             f"OUT was begun from {job.record.source_location!r}; {source.location!r} has none of its first "
             f"{len(probe)} items. Give the same images, or another OUT"

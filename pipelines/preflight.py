@@ -25,8 +25,8 @@ from .normalize import row_shape, table
 from .output import require_own, shard_name
 from .plan import Plan, collect, listed
 from .planning import check_places, inspect
-from .sources.base import Group
-from .sources.folder import FolderSource
+from .sources import open_source
+from .sources.base import Group, Source
 from .space import free_space, gigabytes, held_bytes, lack_of_space, output_bytes
 from .storage import LocalStorage, open_storage
 from .tuning import Tuning
@@ -133,7 +133,7 @@ def survey(
     measures_first = config.normalize == "dataset" and config.mean is None
     if measures_first:
         config = BuildConfig(**{**config.model_dump(), "normalize": "unit"})  # the same work
-    source = FolderSource(src, class_list(config.classes_from))
+    source = open_source(src, config, class_list(config.classes_from))
     place = os.getcwd()
     if out is not None:
         storage = open_storage(out)
@@ -151,7 +151,8 @@ def survey(
     plan = Plan(arrays, config.shard_rows(row_bytes))
     shard_rows = min(plan.shard_rows, plan.item_count)
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=plan.shard_count)
-    needed = output_bytes(plan, config, shape, labelled=source.class_names is not None)
+    label_columns = 1 if source.class_names is not None else len(source.columns)
+    needed = output_bytes(plan, config, shape, label_columns=label_columns)
     memory = _memory(tuning, choice, row_bytes, math.prod(shape), sample)
     measured, trouble = None, None
     if seconds > 0 and config.engine == "ray":
@@ -202,7 +203,7 @@ def survey(
 # The items
 
 
-def _classes(plan: Plan, source: FolderSource) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
+def _classes(plan: Plan, source: Source) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
     """The smallest and the largest class, each with its number of items."""
     if source.class_names is None:
         return None, None
@@ -225,7 +226,7 @@ def _memory(tuning: Tuning, choice: Choice, row_bytes: int, row_pixels: int, sam
 
 def _measure(
     plan: Plan,
-    source: FolderSource,
+    source: Source,
     config: BuildConfig,
     choice: Choice,
     tuning: Tuning,
@@ -239,7 +240,10 @@ def _measure(
     groups = []
     for item in spread(plan, _MEASURED_ITEMS, 0.5):
         parent, slash, name = item.path.encode("utf-8", "surrogateescape").rpartition(b"/")
-        groups.append(Group(parent + slash, [name], -1 if item.label is None else item.label))
+        own = None if plan.arrays.get("labels") is None else np.array([item.label])
+        places = np.array([item.place], np.int64) if item.place else None
+        label = item.label if isinstance(item.label, int) and own is None else -1
+        groups.append(Group(parent + slash, [name], label, own, places))
     small = Plan(collect(groups), min(plan.shard_rows, max(tuning.batch_size, _MEASURED_SHARD_BYTES // row_bytes)))
     settings = config.model_copy(update={"on_reject": "skip"})
     items, first_items, begin, first, last, gpu_memory = 0, 0, time.perf_counter(), 0.0, 0.0, 0
@@ -253,9 +257,7 @@ def _measure(
 
     with tempfile.TemporaryDirectory(prefix="gpu-npz-plan-", dir=folder) as place:
         storage = LocalStorage(place)
-        origin = (source.kind, source.location)
-        names = source.class_names
-        Job.create(storage, small, settings, choice, source=origin, class_names=names, image_size=size)
+        Job.create(storage, small, settings, choice, source=source, image_size=size)
         task = Task(place, source, choice.gpu, tuning, None)
         with contextlib.closing(work(task, shards())) as events:
             for event in events:

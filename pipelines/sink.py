@@ -22,8 +22,8 @@ from .job import Job
 from .manifest import CommitRecord, commit
 from .npz.writer import NpzWriter
 from .output import shard_name
-from .plan import Item
 from .rejects import Reject
+from .sources.base import Item
 from .storage import Storage
 from .tuning import Tuning
 
@@ -200,7 +200,7 @@ class ShardSink:
         items = [item for rows in parts for item in rows.items]
         columns: dict[str, NDArray[Any]] = {}
         if self._job.labelled:
-            columns["labels"] = np.array([item.label for item in items], np.int64)
+            columns["labels"] = self._job.label_array([item.label for item in items])
         columns["paths"] = np.array([item.path for item in items], None if items else "<U1")
         columns["index"] = np.array([item.index for item in items], np.int64)
         columns["source_bytes"] = np.concatenate([rows.source_bytes for rows in parts])

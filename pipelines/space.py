@@ -51,22 +51,29 @@ def require_space(storage_root: str, *, rows: int, row_bytes: int, shards: int, 
     )
 
 
-def output_bytes(plan: Plan, config: BuildConfig, shape: tuple[int, ...], *, labelled: bool) -> int:
+def output_bytes(plan: Plan, config: BuildConfig, shape: tuple[int, ...], *, label_columns: int) -> int:
     """The size of all files of a dataset without rejects: shards and index.npz to the byte, the rest about."""
     flags = {"valid": bool} if config.on_reject == "blank" else {}
-    labels = {"labels": np.int64} if labelled else {}
+
+    def labels(rows: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        return {"labels": (np.int64, (rows, label_columns) if label_columns > 1 else (rows,))} if label_columns else {}
 
     def shard(rows: int, path_characters: int) -> int:
         texts = {"paths": f"<U{max(1, path_characters)}"}
         numbers = {"index": np.int64, "source_bytes": np.int64}
-        columns = {name: (kind, (rows,)) for name, kind in {**labels, **texts, **numbers, **flags}.items()}
+        columns: dict[str, tuple[Any, tuple[int, ...]]] = {
+            name: (kind, (rows,)) for name, kind in {**texts, **numbers, **flags}.items()
+        }
+        columns |= labels(rows)
         comment = shard_comment(_ID, plan.shard_count - 1)
         return _npz_bytes({"images": (config.dtype, (rows, *shape)), **columns}, comment)
 
     *full, last = _path_characters(plan)
     total = shard(len(plan.shard_range(plan.shard_count - 1)), last)
     total += sum(count * shard(plan.shard_rows, characters) for characters, count in Counter(full).items())
-    row_columns = {name: (kind, (plan.item_count,)) for name, kind in {"index": np.int64, **labels, **flags}.items()}
+    row_columns = {name: (kind, (plan.item_count,)) for name, kind in {"index": np.int64, **flags}.items()} | labels(
+        plan.item_count
+    )
     numbers = dict.fromkeys(("shard_rows", "shard_bytes"), (np.int64, (plan.shard_count,)))
     index = {**row_columns, **numbers, "shard_digest": (np.uint8, (plan.shard_count, 32))}
     stored_plan = {name: (array.dtype, array.shape) for name, array in plan.arrays.items()}

@@ -171,7 +171,7 @@ def _carefully(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Iterat
             yield Decoded(batch, None, np.empty(0, np.int64), np.zeros(1, np.int64), [reject], {})
             continue
         with contextlib.suppress(BadItem):
-            read_item(task.source, item.path)
+            read_item(task.source, item)
         yield Decoding(item.index)
         for decoded in decoder.decode([batch]):
             yield Decoding(None)

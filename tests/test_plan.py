@@ -18,8 +18,8 @@ from gpu_npz.errors import FormatError
 from gpu_npz.job import Job
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter
-from gpu_npz.plan import Item, Plan, collect
-from gpu_npz.sources.base import Group
+from gpu_npz.plan import Plan, collect
+from gpu_npz.sources.base import Group, Item
 from gpu_npz.sources.folder import FolderSource
 from gpu_npz.storage import LocalStorage
 
@@ -281,8 +281,10 @@ def test_a_plan_whose_images_are_gone_when_it_goes_on_still_has_them(make_tree: 
 
 def test_a_job_has_the_plan_that_it_was_made_with(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
-    options: dict[str, Any] = {"source": ("folder", "/there"), "class_names": ["a", "b", "c"], "image_size": (16, 16)}
-    job = Job.create(storage, plan(shuffle=1), SETTINGS, Choice("pillow"), **options)
+    for name in "abc":
+        (tmp_path / "src" / name).mkdir(parents=True)
+    source = FolderSource(tmp_path / "src")
+    job = Job.create(storage, plan(shuffle=1), SETTINGS, Choice("pillow"), source=source, image_size=(16, 16))
     again = Job.open(storage)
     assert again.record == job.record
     assert again.record.plan_digest == again.plan.digest() == plan(shuffle=1).digest()

@@ -109,7 +109,7 @@ def test_exif_counts_for_the_sides_only_where_the_build_turns_images(make_tree: 
 def test_a_large_plan_is_sampled_from_its_beginning_to_its_end(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     real = headers.read_item
-    monkeypatch.setattr(headers, "read_item", lambda source, path: read.append(path) or real(source, path))
+    monkeypatch.setattr(headers, "read_item", lambda source, item: read.append(item.path) or real(source, item))
     monkeypatch.setattr(headers, "_SAMPLED_ITEMS", 8)
     assert look(tree).sample.items == 8
     assert {path.split("/")[0] for path in read} == {"apples", "berries", "cherries"}

@@ -50,9 +50,9 @@ def trapped(self, data, path):
     return decode_image(self, data, path)
 PillowDecoder.decode_image = trapped
 class TrappedSource(FolderSource):
-    def read(self, path):
+    def read(self, item):
         global traps
-        name, traps = os.path.basename(path), os.path.dirname(self.location) + "/traps"
+        name, traps = os.path.basename(item.path), os.path.dirname(self.location) + "/traps"
         while os.path.exists(f"{traps}/gate-{name}"):
             time.sleep(0.05)
         for action in ("kill", "hang"):
@@ -63,7 +63,7 @@ class TrappedSource(FolderSource):
                 found = True
             if found:
                 os.kill(os.getpid(), signal.SIGKILL) if action == "kill" else time.sleep(3600)
-        return super().read(path)
+        return super().read(item)
 """
 
 
@@ -132,7 +132,7 @@ def built(traps: Path, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """`built(cluster, see, **settings)`: builds tmp_path/"out" by Ray, returns the events, each shown to `see`, too."""
     from gpu_npz_traps import TrappedSource
 
-    monkeypatch.setattr(builder, "FolderSource", TrappedSource)
+    monkeypatch.setattr(builder, "open_source", lambda src, config, classes: TrappedSource(src, classes))
 
     def build(cluster: Any, see: Callable[[Any], None] = lambda _: None, **values: Any) -> list[Any]:
         seen: list[Any] = []

@@ -15,7 +15,7 @@ import pytest
 
 from gpu_npz.errors import ShardError, SourceError
 from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
-from gpu_npz.sources.base import IMAGE_EXTENSIONS, read_item
+from gpu_npz.sources.base import IMAGE_EXTENSIONS, Item, read_item
 from gpu_npz.sources.folder import FolderSource
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS has neither /proc nor names that are not UTF-8")
@@ -229,7 +229,7 @@ def test_any_name_that_the_system_allows_is_listed_and_read(tmp_path: Path) -> N
         folder + b"/" + name for folder in sorted(folders) for name in sorted(names)
     ]
     assert source.class_names == tuple(map(os.fsdecode, sorted(folders)))
-    assert all(read_item(source, path) == b"x" for path in found)
+    assert all(read_item(source, Item(0, path, None)) == b"x" for path in found)
 
 
 def test_classes_are_numbered_by_a_list_where_one_is_given(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_listing_looks_at_folders_but_at_no_file(tmp_path: Path, monkeypatch: py
 
 def reject_of(source: FolderSource, path: str) -> tuple[str, str]:
     with pytest.raises(BadItem) as caught:
-        read_item(source, path)
+        read_item(source, Item(0, path, None))
     assert caught.value.stage == "read"
     return caught.value.code, caught.value.detail
 
@@ -291,7 +291,7 @@ def test_a_files_bytes_are_read_in_full(tmp_path: Path) -> None:
     data = os.urandom(3_000_001)
     touch(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "1.jpg").write_bytes(data)
-    assert read_item(FolderSource(tmp_path), "a/1.jpg") == data
+    assert read_item(FolderSource(tmp_path), Item(0, "a/1.jpg", None)) == data
 
 
 def test_missing_and_empty_files_are_rejects(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_disk_error_is_no_reject_but_stops_the_shard_after_some_tries(tmp_path
     root = touch(tmp_path, "a/1.jpg")
     (root / "a" / "2.jpg").symlink_to("/proc/self/mem")  # a regular file whose first byte gives EIO
     with pytest.raises(ShardError, match=r"reading 'a/2\.jpg' failed 4 times: Input/output error; see to .* resume"):
-        read_item(FolderSource(root), "a/2.jpg")
+        read_item(FolderSource(root), Item(0, "a/2.jpg", None))
 
 
 class FlakySource(FolderSource):
@@ -354,17 +354,17 @@ class FlakySource(FolderSource):
         super().__init__(location)
         self.errors = list(errors)
 
-    def read(self, path: str) -> bytes:
+    def read(self, item: Item) -> bytes:
         if self.errors:
             number = self.errors.pop(0)
             raise OSError(number, os.strerror(number))
-        return super().read(path)
+        return super().read(item)
 
 
 @pytest.mark.usefixtures("no_pauses")
 def test_trouble_that_goes_away_leaves_no_trace(tmp_path: Path) -> None:
     source = FlakySource(touch(tmp_path, "a/1.jpg"), errno.EIO, errno.ESTALE, errno.EMFILE)
-    assert read_item(source, "a/1.jpg") == b"x"
+    assert read_item(source, Item(0, "a/1.jpg", None)) == b"x"
 
 
 @pytest.mark.usefixtures("no_pauses")
@@ -372,7 +372,7 @@ def test_trouble_that_goes_away_leaves_no_trace(tmp_path: Path) -> None:
 def test_trouble_that_is_not_the_files_is_tried_four_times(tmp_path: Path, number: int) -> None:
     source = FlakySource(touch(tmp_path, "a/1.jpg"), *[number] * 5)
     with pytest.raises(ShardError, match="failed 4 times"):
-        read_item(source, "a/1.jpg")
+        read_item(source, Item(0, "a/1.jpg", None))
     assert len(source.errors) == 1
 
 
@@ -382,7 +382,7 @@ def test_a_source_that_vanished_is_an_error_and_its_files_are_no_rejects(tmp_pat
     source.check()
     root.rename(tmp_path / "unplugged")
     with pytest.raises(SourceError, match="is gone; mount it again, then run the same command to resume"):
-        read_item(source, "a/1.jpg")
+        read_item(source, Item(0, "a/1.jpg", None))
     root.mkdir()  # the folder that a disk was mounted on is still there without it
     with pytest.raises(SourceError, match="is gone"):
-        read_item(source, "a/1.jpg")
+        read_item(source, Item(0, "a/1.jpg", None))

@@ -27,11 +27,11 @@ from ..manifest import Manifest
 from ..normalize import Normalizer, levels, table
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, shard_name
-from ..plan import Batch, Item
+from ..plan import Batch
 from ..readers.arrays import open_index, open_shard
 from ..storage import Storage, open_storage
 from ..tuning import Tuning
-from .originals import originals
+from .originals import Originals, originals
 from .verification import Problem
 
 MEAN_LEVELS = 2.0  # tolerance between different versions of a decoder, of the mean of one image
@@ -97,7 +97,7 @@ def compare(
     storage = open_storage(path)
     manifest = Manifest.load(storage.root)
     index = open_index(storage, manifest)
-    images, config = originals(storage, manifest, source), manifest.config
+    found, config = originals(storage, manifest, source), manifest.config
     choice = choose(_asked(manifest, storage), inspect())
     height, width = manifest.images.size
     row_bytes = height * width * config.channel_count
@@ -105,14 +105,16 @@ def compare(
     rows = _rows(index, count, seed)
     seen = _Seen(manifest)
     geometry = Geometry.of(config, (height, width))
-    with make_decoder(choice.backend, config, geometry, images, tuning=tuning, gpu=choice.gpu) as decoder:
+    with make_decoder(choice.backend, config, geometry, found.source, tuning=tuning, gpu=choice.gpu) as decoder:
         environment = decoder.environment()
         # On a GPU, which of DALI's decoders takes an image depends on its batch.
         same = all(environment.items() <= made.items() for made in manifest.environments)
         exact = same and (not choice.gpus or config.reproducible)
         waiting: deque[_Stored] = deque()
         done = 0
-        for decoded in decoder.decode(_batches(storage, manifest, index, rows, tuning.batch_size, waiting, seen)):
+        for decoded in decoder.decode(
+            _batches(storage, manifest, found, index, rows, tuning.batch_size, waiting, seen)
+        ):
             seen.add(decoded, waiting.popleft(), exact=exact)
             done += len(decoded.batch.items)
             if progress:
@@ -217,6 +219,7 @@ def _rows(index: NpzReader, count: int, seed: int) -> NDArray[np.int64]:
 def _batches(
     storage: Storage,
     manifest: Manifest,
+    found: Originals,
     index: NpzReader,
     rows: NDArray[np.int64],
     batch_size: int,
@@ -240,6 +243,6 @@ def _batches(
         for at in range(0, len(mine), batch_size):
             some = mine[at : at + batch_size].tolist()
             places = [row - start for row in some]
-            items = [Item(int(reader["index"][place]), str(reader["paths"][place]), None) for place in places]
+            items = [found.item(int(reader["index"][place]), str(reader["paths"][place])) for place in places]
             waiting.append(_Stored(reader, name, places, some))
             yield Batch(shard, items, at + batch_size >= len(mine))

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
+from ..config import BuildConfig
 from ..errors import SourceError
-from ..job import JobRecord, from_json
+from ..job import Job, JobRecord
 from ..manifest import Manifest
 from ..output import JOB
-from ..sources.base import Source
-from ..sources.folder import FolderSource
+from ..plan import Plan
+from ..sources import open_source
+from ..sources.base import Item, Source
 from ..storage import Storage
 
 
-def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[str] | None) -> Source:
+@dataclass(frozen=True)
+class Originals:
+    """The source of a finished dataset, and the plan that says where in it each item is, if that is still there."""
+
+    source: Source
+    plan: Plan | None
+
+    def item(self, index: int, path: str) -> Item:
+        """An item of the dataset.
+
+        Raises:
+            SourceError: its source finds it by the plan alone, which is missing.
+        """
+        if self.plan is not None and index < self.plan.item_count:
+            return self.plan.items(index, index + 1)[0]
+        if self.source.files:
+            raise SourceError(
+                f"{self.source.location!r}: the folder .gpu-npz, which says where in it {path!r} is, is missing; copy "
+                "the dataset again, with it"
+            )
+        return Item(index, path, None)
+
+
+def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[str] | None) -> Originals:
     """The source of a finished dataset, of which the folder .gpu-npz may be missing.
 
     Args:
@@ -23,19 +49,23 @@ def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[st
 
     Raises:
         SourceError: they are not there, or it is not known where they were.
+        MismatchError: they have changed, so that nothing can be found in them.
     """
-    if source is not None:
-        return FolderSource(source, manifest.classes)
-    content = storage.read(JOB)
-    if content is None:
-        raise SourceError(f"{storage.path(JOB)!r}, which says where the images are, is missing; give --source SRC")
-    return source_of(from_json(JobRecord, content, storage.path(JOB)), None)
+    if storage.size(JOB) is None:
+        if source is None:
+            raise SourceError(f"{storage.path(JOB)!r}, which says where the images are, is missing; give --source SRC")
+        return Originals(open_source(source, manifest.config, manifest.classes), None)
+    job = Job.open(storage)
+    found = source_of(job.record, source)
+    job.require_source(found)
+    return Originals(found, job.plan)
 
 
 def source_of(record: JobRecord, source: str | os.PathLike[str] | None) -> Source:
     """The source of a job: `source` if it is given, else where it was when the build began; raises as `originals`."""
+    config = BuildConfig(**{**record.settings, "source": record.source_kind, "root": record.source_root})
     try:
-        return FolderSource(source or record.source_location, record.class_names)
+        return open_source(source or record.source_location, config, record.class_names)
     except SourceError as exc:
         if source is not None:
             raise

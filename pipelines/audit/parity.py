@@ -31,10 +31,10 @@ from ..decode.pillow import PillowDecoder, versions
 from ..environment import Choice, choose, inspect
 from ..errors import BackendError, UsageError
 from ..geometry import Geometry, Placement
-from ..plan import Item, Plan, listed
+from ..plan import Plan, listed
 from ..rejects import BadItem
-from ..sources.base import Source, read_item
-from ..sources.folder import FolderSource
+from ..sources import open_source
+from ..sources.base import Item, Source, read_item
 from ..tuning import Tuning
 
 Side = Literal["pillow", "dali-cpu", "dali-gpu", "torchvision"]
@@ -124,7 +124,7 @@ def parity(
     """
     if sides[0] == sides[1]:
         raise UsageError(f"both sides are {sides[0]}; choose two different decoders")
-    source = FolderSource(src)
+    source = open_source(src, config)
     arrays = listed(source, shuffle=config.shuffle, limit=images)
     plan = Plan(arrays, len(arrays["name_ends"]))
     size = image_size(plan, source, config)
@@ -244,7 +244,7 @@ def _verdict(decoded: Decoded, item: Item) -> str:
 def _kinds(source: Source, item: Item) -> Iterator[str]:
     """What an image is that both sides have decoded."""
     try:
-        with Image.open(io.BytesIO(read_item(source, item.path))) as image:
+        with Image.open(io.BytesIO(read_item(source, item))) as image:
             if not isinstance(image, JpegImagePlugin.JpegImageFile):
                 yield "not JPEG"
                 return

@@ -24,9 +24,9 @@ from ..normalize import levels, table
 from ..output import REJECTS
 from ..readers.arrays import Dataset, open_dataset
 from ..rejects import BadItem, Reject
-from ..sources.base import Source, read_item
+from ..sources.base import read_item
 from ..storage import LocalStorage, Storage
-from .originals import originals
+from .originals import Originals, originals
 
 Show = Literal["random", "class", "rejects"]
 COUNTS: dict[Show, int] = {"random": 64, "class": 8, "rejects": 64}
@@ -45,13 +45,17 @@ Picture = Callable[["Tile"], "Image.Image | None"]
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of a sheet: a row of the dataset, or a reject with its code. `path` is relative to the source."""
+    """One image of a sheet: a row of the dataset, or a reject with its code.
+
+    `path` is relative to the source, `index` a reject's place in the plan.
+    """
 
     path: str
     row: int | None = None
     label: int | None = None
     class_name: str | None = None
     code: str | None = None
+    index: int | None = None
 
     def caption(self) -> tuple[str, str]:
         """The two lines below the image; of a path, the end matters."""
@@ -181,7 +185,7 @@ def _rejects(storage: Storage, count: int, seed: int) -> tuple[list[list[Tile]],
         rejects = [Reject(**json.loads(lines[at])) for at in _some(len(lines), count, seed)]
     except (ValueError, TypeError, RecursionError) as exc:
         raise FormatError(f"{storage.path(REJECTS)!r}: not a reject a line: {exc}; the file is damaged") from exc
-    return [[Tile(reject.path, code=reject.code)] for reject in rejects], max(0, len(lines) - count)
+    return [[Tile(reject.path, index=reject.index, code=reject.code)] for reject in rejects], max(0, len(lines) - count)
 
 
 def _some(items: int, count: int, seed: int) -> list[int]:
@@ -192,7 +196,7 @@ def _tile(data: Dataset, row: int) -> Tile:
     if data.labels is None or data.class_names is None:
         return Tile(data.paths[row], row)
     label = int(data.labels[row])
-    return Tile(data.paths[row], row, label, data.class_names[label])
+    return Tile(data.paths[row], row, label=label, class_name=data.class_names[label])
 
 
 # How it looks
@@ -218,9 +222,9 @@ class _Rows:
 class _Thumbnails:
     """Rejected files as pictures, as far as Pillow can decode them; a context manager."""
 
-    def __init__(self, source: Source, manifest: Manifest, side: int) -> None:
-        self._source = source
-        self._decoder = PillowDecoder(manifest.config, Geometry("none", 1, 1), source)
+    def __init__(self, found: Originals, manifest: Manifest, side: int) -> None:
+        self._found = found
+        self._decoder = PillowDecoder(manifest.config, Geometry("none", 1, 1), found.source)
         self._side = side
 
     def __enter__(self) -> _Thumbnails:
@@ -233,10 +237,11 @@ class _Thumbnails:
         self._decoder.__exit__(None, None, None)
 
     def __call__(self, tile: Tile) -> Image.Image | None:
-        if tile.code in _DEADLY:
+        if tile.code in _DEADLY or tile.index is None:
             return None
+        item = self._found.item(tile.index, tile.path)
         with contextlib.suppress(BadItem, ShardError):
-            data = read_item(self._source, tile.path)
+            data = read_item(self._found.source, item)
             self._decoder.check_data(data)
             with opened(data, tile.path) as image:
                 whole = image.width * image.height

@@ -26,7 +26,7 @@ from ..manifest import Manifest, class_list
 from ..normalize import levels, table
 from ..plan import Plan, listed
 from ..readers.arrays import open_index, open_shard
-from ..sources.folder import FolderSource
+from ..sources import open_source
 from ..storage import open_storage
 from .verification import shards_at_once
 
@@ -109,7 +109,7 @@ def of_source(
         ShardError: trouble that is not an image's, or a process died.
     """
     config = config or BuildConfig()
-    source = FolderSource(src, class_list(config.classes_from))
+    source = open_source(src, config, class_list(config.classes_from))
     choice = choose(config, inspect(config.device))
     if choice.warning:
         log.warning("%s", choice.warning)

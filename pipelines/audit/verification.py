@@ -22,6 +22,7 @@ from ..normalize import row_shape, statistics, table
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
 from ..readers.arrays import open_index, open_shard
+from ..sources.base import LabelColumn
 from ..storage import Storage, is_remote, open_storage
 
 _ROWS_AT_ONCE = 64
@@ -152,16 +153,25 @@ class _ShardChecker:
     def _column_faults(self, reader: NpzReader) -> Iterator[str]:
         rows = len(reader.rows("images"))
         kinds = {"index": "i", "source_bytes": "i", "paths": "U"}
-        kinds |= {"labels": "i"} if self._manifest.classes is not None else {}
+        label_columns = self._manifest.columns
+        if self._manifest.labelled:
+            kinds["labels"] = "f" if any(column.kind == "float" for column in label_columns) else "i"
         kinds |= {"valid": "b"} if "valid" in reader else {}
         for name, kind in kinds.items():
             column = reader[name]
-            if column.shape != (rows,) or column.dtype.kind != kind:
-                yield f"{name} is {column.dtype} {column.shape}; {rows} entries of kind {kind!r} belong there"
+            shape = (rows, len(label_columns)) if name == "labels" and len(label_columns) > 1 else (rows,)
+            if column.shape != shape or column.dtype.kind != kind:
+                yield f"{name} is {column.dtype} {column.shape}; {kind!r} {shape} belongs there"
             elif name == "labels" and rows:
-                classes = len(self._manifest.classes or ())
-                if column.min() < 0 or column.max() >= classes:
-                    yield f"labels {column.min()} to {column.max()}; there are {classes} classes"
+                yield from self._label_faults(column.reshape(rows, -1))
+
+    def _label_faults(self, labels: NDArray[Any]) -> Iterator[str]:
+        """Of labels (N, K)."""
+        columns = self._manifest.columns or (LabelColumn(name="", kind="class", classes=self._manifest.classes),)
+        for column, values in zip(columns, labels.T, strict=True):
+            if column.kind == "class" and (values.min() < 0 or values.max() >= len(column.classes or ())):
+                of = f" of {column.name}" if column.name else ""
+                yield f"labels{of} {values.min()} to {values.max()}; there are {len(column.classes or ())} classes"
 
     def _value_faults(self, reader: NpzReader) -> Iterator[str]:
         images, valid = reader.rows("images"), reader.get("valid")
@@ -210,7 +220,7 @@ def _require_consistent(manifest: Manifest, label: str) -> None:
         raise FormatError(
             f"{label}: {counts!r} contradicts itself or the {manifest.shard_items} items a shard; the file is damaged"
         )
-    if manifest.id != dataset_id(manifest.settings, manifest.classes, size, manifest.plan_digest):
+    if manifest.id != dataset_id(manifest.settings, manifest.classes, manifest.columns, size, manifest.plan_digest):
         raise FormatError(f"{label}: its id is not that of these settings, classes and plan; the file was altered")
 
 
@@ -232,7 +242,7 @@ def _index_faults(index: NpzReader, manifest: Manifest) -> Iterator[str]:
         yield f"{' or '.join(map(str, sorted(lengths)))} rows; the manifest says {counts.rows}"
     if len(rows) and (rows[0] < 0 or rows[-1] >= counts.items or (np.diff(rows) <= 0).any()):
         yield f"the rows' places are not ascending within the plan's {counts.items} items"
-    if (manifest.classes is None) == ("labels" in index):
+    if manifest.labelled != ("labels" in index):
         yield "labels and the manifest's classes contradict each other"
 
 

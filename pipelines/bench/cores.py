@@ -92,7 +92,7 @@ def _usual_script(tick: Tick, setup: Setup) -> None:
 
     items = setup.plan.items(0, min(setup.plan.item_count, _SCRIPT_IMAGES))
     with ThreadPoolExecutor(_SCRIPT_THREADS) as pool:
-        rows = list(pool.map(load, (os.fsdecode(setup.source.local_path(item.path)) for item in items)))
+        rows = list(pool.map(load, (os.fsdecode(setup.source.local_path(item)) for item in items)))
     np.savez_compressed(
         setup.place / "script.npz", images=np.stack(rows), labels=np.array([item.label or 0 for item in items])
     )

@@ -118,7 +118,7 @@ def linked(src: str | os.PathLike[str], place: Path, images: int) -> Path:
         item = items[number % len(items)]
         folder = place / f"class-{number * 100 // images:03}"
         folder.mkdir(parents=True, exist_ok=True)
-        os.symlink(os.fsdecode(collection.local_path(item.path)), folder / f"{number:08}{Path(item.path).suffix}")
+        os.symlink(os.fsdecode(collection.local_path(item)), folder / f"{number:08}{Path(item.path).suffix}")
     return place
 
 

@@ -110,8 +110,7 @@ class Setup:
                 self.plan,
                 self.config,
                 self.choice,
-                source=(self.source.kind, self.source.location),
-                class_names=self.source.class_names,
+                source=self.source,
                 image_size=self.config.size,
             )
             task = Task(os.fspath(out), self.source, self.choice.gpu, self.tuning, None)

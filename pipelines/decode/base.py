@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..plan import Batch
 from ..rejects import Reject
+from ..sources.base import Source, read_item
 
 
 @dataclass
@@ -41,6 +44,32 @@ def on_host(pixels: Any) -> NDArray[np.uint8]:
     """A batch's pixels as a NumPy array; CuPy's are copied."""
     host: NDArray[np.uint8] = pixels if isinstance(pixels, np.ndarray) else pixels.get()
     return host
+
+
+Reads = list[Callable[[], bytes]]
+
+
+def with_reads(source: Source, batches: Iterable[Batch]) -> Generator[tuple[Batch, Reads], None, None]:
+    """Each batch with what gives its items' bytes, as `read_item` does.
+
+    Where reads take long, those of this batch and of the next are under way.
+    """
+    if source.reads_at_once == 1:
+        for batch in batches:
+            yield batch, [partial(read_item, source, item) for item in batch.items]
+        return
+    pool = ThreadPoolExecutor(source.reads_at_once, "gpu-npz-read")
+    try:
+        before: tuple[Batch, Reads] | None = None
+        for batch in batches:
+            reads: Reads = [pool.submit(read_item, source, item).result for item in batch.items]
+            if before is not None:
+                yield before
+            before = batch, reads
+        if before is not None:
+            yield before
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 Stage = Literal["read", "decode", "resize"]

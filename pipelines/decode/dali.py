@@ -29,9 +29,9 @@ from PIL import Image
 from ..config import BuildConfig
 from ..errors import BackendError, ShardError
 from ..geometry import Geometry
-from ..plan import Batch, Item
+from ..plan import Batch
 from ..rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
-from ..sources.base import Source, read_item
+from ..sources.base import Item, Source, read_item
 from ..tuning import Tuning
 from .base import Decoded, Stage
 from .pillow import PillowDecoder, versions
@@ -80,7 +80,7 @@ class DaliDecoder:
     Args:
         config: the settings of the build.
         geometry: where pixels go.
-        source: gives the items, as files of a local filesystem.
+        source: gives the items. Where each is a local file, DALI reads it.
         tuning: the largest batch that `decode` will meet, threads (for DALI, and as many for Pillow), and so on.
         device: the GPU's number, or None for DALI's CPU operators.
         stream: handle of the CUDA stream on which the pixels will be used; None waits for each batch instead.
@@ -126,7 +126,13 @@ class DaliDecoder:
 
     def __enter__(self) -> DaliDecoder:
         try:
-            self._main = _from_files(self._next, "resize", prefetch_queue_depth=self._tuning.prefetch, **self._options)
+            self._main = _from_source(
+                self._next,
+                "resize",
+                self._source.file_per_item,
+                prefetch_queue_depth=self._tuning.prefetch,
+                **self._options,
+            )
             self._main.build()
         except RuntimeError as exc:
             advice = "see what `gpu-npz doctor` finds"
@@ -183,7 +189,9 @@ class DaliDecoder:
     def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
         """See `Decoder.bare`; waits for each batch."""
         self._batches, self._failure = iter(batches), None
-        pipeline = _from_files(self._next, last, prefetch_queue_depth=self._tuning.prefetch, **self._options)
+        pipeline = _from_source(
+            self._next, last, self._source.file_per_item, prefetch_queue_depth=self._tuning.prefetch, **self._options
+        )
         try:
             while True:
                 try:
@@ -228,19 +236,24 @@ class DaliDecoder:
             self._drain()
 
     def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
-        """Paths and indices of the next batch, for DALI, which takes no exception but StopIteration."""
+        """Paths or encoded images of the next batch, and indices; DALI takes no exception but StopIteration."""
         try:
             batch = next(self._batches)
             if not 1 <= len(batch.items) <= self._tuning.batch_size:
                 raise ValueError(f"a batch of {len(batch.items)} items; allowed are 1 to {self._tuning.batch_size}")
-            paths = [np.frombuffer(self._source.local_path(item.path), np.uint8) for item in batch.items]
+            if self._source.file_per_item:
+                texts = [self._source.local_path(item) for item in batch.items]
+            else:  # a byte that is no image, where there is nothing to be had: Pillow's part says why
+                texts = [data or b"\0" for data in self._pool.map(self._encoded, batch.items)]
         except StopIteration:
             raise
         except Exception as exc:  # for `decode` to raise; out of here it would come again at every run
             self._failure = exc
             raise StopIteration from exc
         self._ahead.append(batch)
-        return paths, np.array([item.index for item in batch.items], np.int64)
+        return [np.frombuffer(text, np.uint8) for text in texts], np.array(
+            [item.index for item in batch.items], np.int64
+        )
 
     def _drain(self) -> None:
         """Takes back from DALI what nobody will ask for any more."""
@@ -279,7 +292,7 @@ class DaliDecoder:
         """The item's encoded size, 0 if it cannot be read, and its pixels or why it has none."""
         data = b""
         try:
-            data = read_item(self._source, item.path)
+            data = read_item(self._source, item)
             return len(data), self._pillow.decode_image(data, item.path)
         except BadItem as bad:
             return len(data), bad.of(item.path, item.index)
@@ -287,7 +300,7 @@ class DaliDecoder:
     def _encoded(self, item: Item) -> bytes:
         """The item's bytes, empty if it cannot be read."""
         try:
-            return read_item(self._source, item.path)
+            return read_item(self._source, item)
         except BadItem:
             return b""
 
@@ -345,18 +358,20 @@ class DaliDecoder:
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
-def _from_files(
+def _from_source(
     source: Callable[[], Any],
     last: Stage,
+    files: bool,
     config: BuildConfig,
     geometry: Geometry,
     backend: str,
     hw_decoder_load: float | None,
 ) -> Any:
-    """The files whose paths `source` gives at each call, up to the stage `last`; and the indices that it gave."""
-    paths, index = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0])
-    # Not mapped: plain reads are twice as fast, and a file that shrinks meanwhile does no harm.
-    encoded = fn.io.file.read(paths, dont_use_mmap=True)
+    """What `source` gives at each call, paths of files or encoded images, up to the stage `last`; and its indices."""
+    encoded, index = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0])
+    if files:
+        # Not mapped: plain reads are twice as fast, and a file that shrinks meanwhile does no harm.
+        encoded = fn.io.file.read(encoded, dont_use_mmap=True)
     outputs: tuple[Any, ...]
     if last == "read":
         outputs = (encoded.shape(),)

@@ -19,10 +19,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 from ..config import BuildConfig
 from ..errors import ShardError, UsageError
 from ..geometry import Geometry, Placement
-from ..plan import Batch, Item
+from ..plan import Batch
 from ..rejects import BadItem, Reject
-from ..sources.base import Source, read_item
-from .base import Decoded, Stage
+from ..sources.base import Item, Source, read_item
+from .base import Decoded, Stage, with_reads
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -75,16 +75,16 @@ class PillowDecoder:
         """See `Decoder.decode`."""
         assert self._source is not None
         shape = (self._geometry.height, self._geometry.width, self._config.channel_count)
-        for batch in batches:
+        for batch, reads in with_reads(self._source, batches):
             pixels = np.empty((len(batch.items), *shape), np.uint8)
             source_bytes = np.zeros(len(batch.items), np.int64)
             kept: list[int] = []
             rejects: list[Reject] = []
             begin, reading = time.perf_counter(), 0.0
-            for position, item in enumerate(batch.items):
+            for position, (item, read) in enumerate(zip(batch.items, reads, strict=True)):
                 start = time.perf_counter()
                 try:
-                    data = read_item(self._source, item.path)
+                    data = read()
                     reading += time.perf_counter() - start
                     source_bytes[position] = len(data)
                     pixels[position] = self.decode_image(data, item.path)
@@ -97,10 +97,10 @@ class PillowDecoder:
     def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
         """See `Decoder.bare`."""
         assert self._source is not None
-        for batch in batches:
-            for item in batch.items:
+        for batch, reads in with_reads(self._source, batches):
+            for item, read in zip(batch.items, reads, strict=True):
                 with contextlib.suppress(BadItem):
-                    data = read_item(self._source, item.path)
+                    data = read()
                     if last == "resize":
                         self.decode_image(data, item.path)
                     elif last == "decode":
@@ -292,7 +292,7 @@ def first_size(source: Source, items: Iterable[Item], config: BuildConfig) -> tu
     with PillowDecoder(config, Geometry("none", 1, 1), source) as decoder:
         for item in items:
             with contextlib.suppress(BadItem):
-                return decoder.upright_size(read_item(source, item.path), item.path)
+                return decoder.upright_size(read_item(source, item), item.path)
     return None
 
 

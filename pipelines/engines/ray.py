@@ -463,8 +463,7 @@ def _seen(source: Source, node: str) -> Source:
     try:
         if isinstance(source, FolderSource):  # anew: a shared filesystem has another device number on each node
             return type(source)(source.location, source.class_names)
-        if "://" not in source.location and not os.path.exists(source.location):
-            raise SourceError(f"{source.location!r} is not there")
+        source.check()
     except SourceError as exc:
         raise SourceError(f"node {node} does not see SRC: {exc}; all nodes need it under the same path") from exc
     return source

@@ -52,8 +52,9 @@ class Dataset:
     Attributes:
         path: the dataset's folder.
         manifest: what dataset.json says.
-        labels: int64 (N,), or None.
-        class_names: by label, or None.
+        labels: int64 (N,), or None; (N, K) for several columns, float64 if one has fractions.
+        class_names: by label, where there is one column of labels, which are classes; or None.
+        label_columns: the columns of labels where that does not say it: name, kind and classes of each.
         index: the place of each row in the plan, int64 (N,).
         valid: bool (N,), False for the zero rows of `--on-reject blank`; None if there are no such rows.
         paths: the source path of each row, read from its shard when asked for.
@@ -74,7 +75,7 @@ class Dataset:
         index = open_index(self._storage, self.manifest)
         rows = self.manifest.counts.rows
         self.index: NDArray[np.int64] = index["index"]
-        self.labels: NDArray[np.int64] | None = index.get("labels")
+        self.labels: NDArray[Any] | None = index.get("labels")
         self.valid: NDArray[np.bool_] | None = index.get("valid")
         columns = [column for column in (self.index, self.labels, self.valid) if column is not None]
         self.shard_rows: NDArray[np.int64] = index["shard_rows"]
@@ -86,6 +87,7 @@ class Dataset:
         ):
             raise FormatError(f"{self.path}: {INDEX} does not fit the manifest; run gpu-npz verify on the dataset")
         self.class_names = self.manifest.classes
+        self.label_columns = self.manifest.columns
         self.paths: Sequence[str] = _Paths(self)
         self._ends: list[int] = ends
         self._shards: dict[int, NpzReader] = {}  # the first opened is the first to go
@@ -285,6 +287,8 @@ def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
     kinds = {"index": np.int64, "labels": np.int64, "valid": np.bool_, "shard_rows": np.int64, "shard_bytes": np.int64}
     for name, kind in kinds.items():
         if name in ("labels", "valid") and name not in reader:
+            continue
+        if name == "labels" and manifest.columns and reader[name].dtype in (np.int64, np.float64):
             continue
         if reader[name].dtype != kind or reader[name].ndim != 1:
             raise FormatError(

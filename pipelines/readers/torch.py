@@ -85,8 +85,8 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         self.class_to_idx = None if names is None else {name: label for label, name in enumerate(names)}
 
     @functools.cached_property
-    def targets(self) -> list[int] | None:
-        """The label of each image."""
+    def targets(self) -> list[Any] | None:
+        """The label of each image; of several columns, a list each."""
         return None if self.data.labels is None else self.data.labels[self.rows].tolist()
 
     def __len__(self) -> int:
@@ -112,7 +112,8 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         value = image if self.transform is None else self.transform(image)
         if self.data.labels is None:
             return value
-        label = int(self.data.labels[row])
+        label = self.data.labels[row]
+        label = torch.from_numpy(label) if label.ndim else label.item()
         return value, label if self.target_transform is None else self.target_transform(label)
 
 

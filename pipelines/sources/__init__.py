@@ -1,1 +1,87 @@
-"""Collections of images: what lists their items and reads their bytes."""
+"""Collections of images: what lists their items and reads their bytes, one small module a form."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import BuildConfig
+from ..errors import SourceError, UsageError
+from ..storage import is_remote
+from .base import Source
+from .folder import FolderSource
+
+_CIFAR_FILES = ("batches.meta", "meta")
+_BY_EXTENSION = {
+    ".tar": "tar", ".zip": "zip", ".csv": "table", ".tsv": "table", ".jsonl": "table", ".ndjson": "table",
+    ".parquet": "parquet", ".npy": "numpy", ".npz": "numpy",
+}  # fmt: skip
+# A module and a class each: `(src, config, classes)` makes one. Loaded when it is asked for.
+_SOURCES = {
+    "remote": ("remote", "RemoteSource"),
+    "tar": ("tar", "TarSource"),
+    "webdataset": ("webdataset", "WebDatasetSource"),
+    "imagenet": ("imagenet", "ImageNetSource"),
+    "zip": ("zip", "ZipSource"),
+    "table": ("table", "TableSource"),
+    "parquet": ("parquet", "ParquetSource"),
+    "cifar": ("arrays", "CifarSource"),
+    "numpy": ("arrays", "NumpySource"),
+}
+
+
+def open_source(
+    src: str | os.PathLike[str], config: BuildConfig | None = None, classes: Sequence[str] | None = None
+) -> Source:
+    """SRC, in the form that it has or that `config.source` says.
+
+    Args:
+        src: a path, a pattern of paths (`shard-{000..099}.tar`, `*.parquet`), or a URL of fsspec.
+        config: gives `source`, `labels`, `image_column` and `root`.
+        classes: the names of classes by number; found in the collection if None.
+
+    Raises:
+        SourceError: it cannot be listed or read, or has no such labels.
+        UsageError: the settings do not go together.
+    """
+    config = config or BuildConfig()
+    location = os.fspath(src)
+    kind = _detected(location) if config.source == "auto" else config.source
+    for name in ("image_column", "root"):
+        if getattr(config, name) is not None and kind not in ("table", "parquet"):
+            raise UsageError(f"--{name.replace('_', '-')} goes with a table; {location!r} is of the kind {kind}")
+    if kind == "folder" and is_remote(location):
+        kind = "remote"
+    if kind == "folder":
+        return FolderSource(location, classes)
+    module, name = _SOURCES[kind]
+    source: Any = getattr(importlib.import_module(f".{module}", __name__), name)
+    made: Source = source(location, config, classes)
+    return made
+
+
+def _detected(location: str) -> str:
+    """The form that a collection has, by its name; a folder's by what is in it, a tar's by its first members."""
+    extension = os.path.splitext(location.rstrip("/").partition("?")[0])[1].lower()
+    kind = _BY_EXTENSION.get(extension, "folder")
+    if kind == "tar":
+        from .tar import kind_of
+
+        return kind_of(location)
+    if kind != "folder" or is_remote(location):
+        return kind
+    if not os.path.isdir(location):
+        if os.path.isfile(location):
+            raise SourceError(
+                f"{location!r} is a file of unknown kind; SRC is a folder, or a file with one of "
+                f"{' '.join(_BY_EXTENSION)}; --source KIND says what it is"
+            )
+        return kind
+    names = os.listdir(location)
+    if any(name in names for name in _CIFAR_FILES):
+        return "cifar"
+    if any(name.endswith(".parquet") for name in names):
+        return "parquet"
+    return kind

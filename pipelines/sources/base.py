@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, NamedTuple
+
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
 from ..errors import ShardError, SourceError
 from ..rejects import BadItem
@@ -19,43 +23,91 @@ _MISSING = {errno.ENOENT, errno.ENOTDIR}
 _UNREADABLE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG}
 
 
+Label = int | float | tuple[int | float, ...]
+
+
+class Item(NamedTuple):
+    """One source image.
+
+    Its index in the plan, its path relative to the source, its label or None (a tuple where there are several columns
+    of labels), and where its source finds it, if not by its path: numbers that have a meaning to that source alone.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of an item
+    path: str
+    label: Label | None
+    place: tuple[int, ...] = ()
+
+
+class LabelColumn(BaseModel):
+    """One column of labels: `class` labels are numbers of `classes`, `integer` and `float` ones are what was given."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    kind: Literal["class", "integer", "float"]
+    classes: tuple[str, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Group:
-    """Items that stand together: the images of one folder.
+    """Items that stand together: the images of one folder, or of one archive.
 
-    `folder` is relative to the source and ends with a slash, or is empty; `label` is -1 where there are no labels.
+    Attributes:
+        folder: relative to the source; ends with a slash, or is empty.
+        names: what follows it in the path of each item.
+        label: of all of them; -1 where there are none, or where each has its own.
+        labels: of each: int64 or float64 (items,), or (items, K) for K columns.
+        places: see `Item.place`: int64 (items, numbers).
+        keys: what each belongs to (a patient, say), for a split that must not tear that apart.
     """
 
     folder: bytes
     names: list[bytes]
-    label: int
+    label: int = -1
+    labels: NDArray[Any] | None = None
+    places: NDArray[Any] | None = None
+    keys: Sequence[bytes] | None = None
 
 
-class Source(Protocol):
-    """A collection of images. Paths of items are relative to it, POSIX, PEP 383 text."""
+class Source(abc.ABC):
+    """A collection of images. Paths of items are unique, relative to it, POSIX, PEP 383 text.
+
+    Attributes:
+        kind: which form the collection has.
+        location: SRC.
+        class_names: by number, where there is one column of labels, which are classes; else None.
+        columns: the columns of labels where that does not say it.
+        files: name and size of each file that holds items at places; another file there means other places.
+        file_per_item: whether each item is a file of its own, with a `local_path`.
+        reads_at_once: how many reads to have under way; more than one where each takes long.
+    """
 
     kind: str
     location: str
-    class_names: tuple[str, ...] | None
+    class_names: tuple[str, ...] | None = None
+    columns: tuple[LabelColumn, ...] = ()
+    files: tuple[tuple[str, int], ...] = ()
+    file_per_item = False
+    reads_at_once = 1
 
+    @abc.abstractmethod
     def groups(self) -> Iterator[Group]:
         """All items in their natural order, listed anew at each call."""
-        ...
 
-    def read(self, path: str) -> bytes:
+    @abc.abstractmethod
+    def read(self, item: Item) -> bytes:
         """The encoded bytes of an item; raises OSError or BadItem."""
-        ...
 
-    def local_path(self, path: str) -> bytes:
-        """Where an item lies on a local filesystem."""
-        ...
+    def local_path(self, item: Item) -> bytes:
+        """Where an item lies on a local filesystem. Only where `file_per_item`."""
+        raise NotImplementedError
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  # most have nothing that could be gone while an item is merely missing
         """Raises SourceError if the collection as a whole is gone."""
-        ...
 
 
-def read_item(source: Source, path: str) -> bytes:
+def read_item(source: Source, item: Item) -> bytes:
     """The encoded bytes of an item.
 
     Trouble that is not the file's (EIO, ESTALE, EMFILE, no memory, time-outs) is tried again, with growing pauses.
@@ -66,7 +118,7 @@ def read_item(source: Source, path: str) -> bytes:
     """
     for delay_s in (*RETRY_DELAYS_S, None):
         try:
-            data = source.read(path)
+            data = source.read(item)
         except (OSError, MemoryError) as exc:
             number = getattr(exc, "errno", None)
             reason = getattr(exc, "strerror", None) or type(exc).__name__
@@ -77,7 +129,7 @@ def read_item(source: Source, path: str) -> bytes:
                 raise BadItem("read", "unreadable", reason) from exc
             if delay_s is None:
                 raise ShardError(
-                    f"reading {path!r} failed {len(RETRY_DELAYS_S) + 1} times: {reason}; "
+                    f"reading {item.path!r} failed {len(RETRY_DELAYS_S) + 1} times: {reason}; "
                     f"see to {source.location!r}, then run the same command to resume"
                 ) from exc
             time.sleep(delay_s)

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 
 from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from .base import IMAGE_EXTENSIONS, Group, numbered
+from .base import IMAGE_EXTENSIONS, Group, Item, Source, numbered
 
 log = logging.getLogger(__name__)
 
 
-class FolderSource:
+class FolderSource(Source):
     """The images below a folder.
 
     A folder of the first level is a class, images deeper in it belong to that class, and classes are numbered in sorted
@@ -27,6 +27,7 @@ class FolderSource:
     """
 
     kind = "folder"
+    file_per_item = True
 
     def __init__(self, location: str | os.PathLike[str], classes: Sequence[str] | None = None) -> None:
         self.location = os.path.abspath(location)
@@ -34,7 +35,6 @@ class FolderSource:
         names, folders = _scan(self._root, b"")
         self._root_identity = _identity(self._root)
         self._flat = bool(names)
-        self.class_names: tuple[str, ...] | None = None
         if self._flat:
             self._refuse_mixture(names, folders)
             if classes is not None:
@@ -57,7 +57,7 @@ class FolderSource:
         """
         names, folders = _scan(self._root, b"")
         if self._flat:
-            yield Group(b"", names, -1)
+            yield Group(b"", names)
             return
         for folder in folders:
             label = self._numbers.get(_text(folder))
@@ -89,7 +89,7 @@ class FolderSource:
                     f"({_text(folder)!r}, ...); move the images into a folder of their class, or out"
                 )
 
-    def read(self, path: str) -> bytes:
+    def read(self, item: Item) -> bytes:
         """The bytes of the file, read in full.
 
         Raises:
@@ -97,7 +97,7 @@ class FolderSource:
             BadItem: not a regular file, or larger than any image should be.
         """
         # O_NONBLOCK: a named pipe under an image's name must not hang the build; regular files ignore it.
-        descriptor = os.open(self.local_path(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(self.local_path(item), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -111,9 +111,9 @@ class FolderSource:
         finally:
             os.close(descriptor)
 
-    def local_path(self, path: str) -> bytes:
+    def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""
-        return self._root + b"/" + path.encode("utf-8", "surrogateescape")
+        return self._root + b"/" + item.path.encode("utf-8", "surrogateescape")
 
     def check(self) -> None:
         """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""

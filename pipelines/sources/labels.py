@@ -1,0 +1,166 @@
+"""Labels that stand in tables, texts or JSON: which kind each column has, and its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SourceError, UsageError
+from .base import LabelColumn, numbered
+
+Kind = Literal["class", "integer", "float"]
+KINDS = ("class", "integer", "float")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of all items of a source.
+
+    Attributes:
+        class_names, columns: as of `Source`.
+        values: int64 or float64 (N,), or (N, K) for K columns.
+    """
+
+    class_names: tuple[str, ...] | None
+    columns: tuple[LabelColumn, ...]
+    values: NDArray[Any]
+
+
+def asked_columns(text: str) -> list[tuple[str, Kind | None]]:
+    """The columns that `--labels A,B:float` names, each with the kind that it is said to have.
+
+    Raises:
+        UsageError: a name is empty or stands there twice.
+    """
+    found: list[tuple[str, Kind | None]] = []
+    for part in text.split(","):
+        name, colon, kind = part.strip().rpartition(":")
+        known: Kind | None = next((each for each in KINDS if colon and each == kind), None)  # type: ignore[misc]
+        found.append((name if known else part.strip(), known))
+    names = [name for name, _ in found]
+    if not all(names) or len({*names}) < len(names):
+        raise UsageError(f"--labels {text!r}: give each column once, as in A,B or A:class,B:float")
+    return found
+
+
+def read_labels(
+    asked: Sequence[tuple[str, Kind | None]],
+    values: Sequence[Iterable[Any]],
+    *,
+    location: str,
+    where: Callable[[int], str],
+    classes: Sequence[str] | None = None,
+) -> Labels:
+    """Numbers for the labels of all items.
+
+    Whole numbers stay what they are, so do other numbers; texts are classes, numbered in the order of their bytes.
+
+    Args:
+        asked: name and kind of each column; None for the kind that its values have.
+        values: the values of each column, an entry an item: texts, numbers, or None.
+        location: the source, for messages.
+        where: says which entry one is: "row 12", "'a/1.jpg'".
+        classes: the names of classes by number, for a single column; whole numbers are then numbers of these.
+
+    Raises:
+        SourceError: a value is missing or of another kind than those before, or a class is not in the list.
+        UsageError: there are several columns, and `classes`, which is for one.
+    """
+    if classes is not None and len(asked) > 1:
+        raise UsageError(f"--classes-from names one column's classes, and {location!r} has {len(asked)}; leave it out")
+    columns, numbers = [], []
+    for (name, wanted), column in zip(asked, values, strict=True):
+        entries = list(column)
+        kind = _kind(name, wanted, entries, location, where)
+        names: tuple[str, ...] | None = None
+        if kind == "class":
+            texts = [str(entry) for entry in entries]
+            found = sorted({*texts}, key=lambda text: text.encode("utf-8", "surrogateescape"))
+            names = tuple(found if classes is None else classes)
+            by_name = numbered(list(names), found, location)
+            numbers.append(np.array([by_name[text] for text in texts], np.int64))
+        else:
+            numbers.append(
+                np.array([float(entry) if kind == "float" else int(entry) for entry in entries], _DTYPES[kind])
+            )
+            if classes is not None:
+                names = _as_numbers(tuple(classes), numbers[-1], name, location, where)
+                kind = "class"
+        columns.append(LabelColumn(name=name, kind=kind, classes=names))
+    stacked = numbers[0] if len(numbers) == 1 else np.stack(numbers, axis=1)
+    if len(columns) == 1 and columns[0].classes is not None:
+        return Labels(columns[0].classes, (), stacked)
+    return Labels(None, tuple(columns), stacked)
+
+
+_DTYPES = {"integer": np.int64, "float": np.float64}
+
+
+def _kind(name: str, wanted: Kind | None, entries: Sequence[Any], location: str, where: Callable[[int], str]) -> Kind:
+    """The kind of a column. Raises SourceError where not all of its entries have it."""
+    missing = [row for row, entry in enumerate(entries) if _is_missing(entry)]
+    if missing:
+        more = f", and in {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SourceError(
+            f"{location!r}: column {name!r} has no label for {where(missing[0])}{more}; fill it in, or remove the rows"
+        )
+    if wanted == "class":
+        return wanted
+    kinds = [_kind_of(entry) for entry in entries]
+    present: set[Kind] = {*kinds}
+    if wanted is None and present <= {"class"}:
+        return "class"
+    if wanted is None and "class" in present:
+        text, number = kinds.index("class"), next(row for row, kind in enumerate(kinds) if kind != "class")
+        raise SourceError(
+            f"{location!r}: column {name!r} has both texts ({entries[text]!r} for {where(text)}) and numbers "
+            f"({entries[number]!r} for {where(number)}); mend it, or say --labels {name}:class"
+        )
+    allowed: set[Kind] = {"integer"} if wanted == "integer" else {"integer", "float"}
+    if not present <= allowed:
+        row = next(row for row, kind in enumerate(kinds) if kind not in allowed)
+        raise SourceError(
+            f"{location!r}: column {name!r} has {entries[row]!r} for {where(row)}, which is no "
+            f"{'whole ' if wanted == 'integer' else ''}number; mend it, or say --labels {name}:class"
+        )
+    return "integer" if present == {"integer"} and wanted != "float" else "float"
+
+
+def _is_missing(entry: Any) -> bool:
+    if entry is None or (isinstance(entry, str) and not entry.strip()):
+        return True
+    return isinstance(entry, float) and math.isnan(entry)
+
+
+def _kind_of(entry: Any) -> Kind:
+    if isinstance(entry, (int, np.integer)):
+        return "integer" if -(2**63) <= int(entry) < 2**63 else "class"
+    if isinstance(entry, (float, np.floating)):
+        return "float" if math.isfinite(entry) else "class"
+    text = str(entry).strip()
+    try:
+        if -(2**63) <= int(text) < 2**63 and "_" not in text:
+            return "integer"
+    except ValueError:
+        pass
+    try:
+        return "float" if math.isfinite(float(text)) and "_" not in text else "class"
+    except ValueError:
+        return "class"
+
+
+def _as_numbers(
+    classes: tuple[str, ...], numbers: NDArray[Any], name: str, location: str, where: Callable[[int], str]
+) -> tuple[str, ...]:
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(classes)) | (numbers != np.floor(numbers)))
+    if len(wrong):
+        raise SourceError(
+            f"{location!r}: column {name!r} has {numbers[wrong[0]]} for {where(int(wrong[0]))}; --classes-from names "
+            f"{len(classes)} classes, 0 to {len(classes) - 1}"
+        )
+    return classes
