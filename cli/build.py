@@ -8,7 +8,7 @@ import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gpu_npz import worker
-from gpu_npz.builder import BuildReport, Started, build
+from gpu_npz.builder import BuildReport, Started, build, build_split
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings, size
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
@@ -31,17 +31,21 @@ def command(src: str, out: str, config_file: str | None, as_json: bool, quiet: b
     """
     show_warnings()
     config = read_config(config_file, given)
+    several = config.split is not None and config.side is None
     with Bar(hidden=quiet or as_json) as bar:
         try:
-            report = build(src, out, config, progress=bar)
+            if several:
+                reports = build_split(src, out, config, progress=lambda side, event: bar(event))
+            else:
+                reports = {"": build(src, out, config, progress=bar)}
         except RejectLimitError as exc:
             if as_json:
                 print_json(exc.report.to_json())
             raise
     if as_json:
-        print_json(report.to_json())
+        print_json({side: report.to_json() for side, report in reports.items()} if several else reports[""].to_json())
     elif not quiet:
-        click.echo(summary(report))
+        click.echo("\n".join(map(summary, reports.values())))
 
 
 def summary(report: BuildReport) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from .audit.verification import Problem, Verification, verify
-    from .builder import BuildReport, Started, build
+    from .builder import BuildReport, Started, build, build_split
     from .config import BuildConfig
     from .errors import GpuNpzError
     from .manifest import Manifest
@@ -40,6 +40,7 @@ _HOMES = {
     "Verification": "audit.verification",
     "WorkerEnded": "worker",
     "build": "builder",
+    "build_split": "builder",
     "open_dataset": "readers.arrays",
     "verify": "audit.verification",
 }
@@ -59,6 +60,7 @@ __all__ = [
     "WorkerEnded",
     "__version__",
     "build",
+    "build_split",
     "open_dataset",
     "verify",
 ]

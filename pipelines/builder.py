@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -16,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .config import BuildConfig
+from .config import TRAIN, BuildConfig
 from .engines import local, ray
 from .environment import Choice
 from .errors import (
     LockedError,
     MismatchError,
     RejectLimitError,
+    StorageError,
     UsageError,
 )
 from .job import Job
@@ -110,6 +112,10 @@ def build(
         RejectLimitError: all shards are built, and more items were rejected than `max_rejects` allows.
     """
     config = config or BuildConfig()
+    if config.split is not None and config.side is None:
+        raise UsageError(
+            f"split {config.split} makes several datasets: call build_split, or name one: {config.split}/val"
+        )
     start = time.perf_counter()
     storage = open_storage(out)
     check_places(src, storage)
@@ -144,6 +150,42 @@ def build(
                 stack.push(planning.pop_all())
 
         return run(storage, job, source, config, told, start=start, part=part)
+
+
+def build_split(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: BuildConfig,
+    *,
+    progress: Callable[[str, Started | Measuring | Event], None] | None = None,
+) -> dict[str, BuildReport]:
+    """Builds a dataset for each side of `config.split`, in `out`/train first and `out`/val and the like then.
+
+    All have the same class numbers. With `normalize` dataset, the statistics are those of train. A side that is
+    complete is not built again.
+
+    Args:
+        src, out, config: as for `build`.
+        progress: called with the side and what happens.
+
+    Raises:
+        UsageError: nothing is split, or a side gets no item.
+        StorageError: `out` is a dataset itself.
+        As `build`.
+    """
+    if config.split is None or config.side is not None:
+        raise UsageError("split: give it as val=0.1; build makes a single dataset")
+    if (found := open_storage(out)).size(JOB) is not None:
+        raise StorageError(f"{found.root!r} is a dataset; give --split an OUT of its own")
+    reports = {}
+    for side in (TRAIN, *config.shares):
+        mine = config.model_copy(update={"split": f"{config.split}/{side}"})
+        told = functools.partial(progress, side) if progress else None
+        reports[side] = build(src, f"{os.fspath(out).rstrip('/')}/{side}", mine, progress=told)
+        if config.normalize == "dataset":
+            measured = Job.open(open_storage(reports[side].out)).settings
+            config = config.model_copy(update={"mean": measured.mean, "std": measured.std})
+    return reports
 
 
 def live_parts(storage: Storage) -> list[str]:

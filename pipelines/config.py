@@ -40,6 +40,7 @@ BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache,
 SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 DEFLATE_LEVEL = 1
 MIN_STD = 1e-9
+TRAIN = "train"  # the side of a split that gets what the others leave
 MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files pass
 
 _RANGES = {
@@ -150,8 +151,9 @@ class BuildConfig(BaseModel):
     split: str | None = _setting(
         "identity",
         None,
-        "Build OUT/train and OUT/NAME, which gets this share of the items (val=0.1); several, separated by commas.",
-        "NAME=SHARE[,NAME=SHARE...], shares above 0 that sum up to less than 1",
+        "Build OUT/train and OUT/NAME, which gets this share of the items (val=0.1, or several: val=0.1,test=0.1); "
+        "val=0.1/val builds that side alone, in OUT.",
+        "NAME=SHARE[,NAME=SHARE...], shares such as 0.1 that sum up to less than 1, /NAME behind it for one side alone",
         "NAME=SHARE",
     )
     split_by: str | None = _setting(
@@ -334,6 +336,20 @@ class BuildConfig(BaseModel):
         assert match
         return "none" if match[0] == "none" else f"deflate:{match[1] or DEFLATE_LEVEL}"
 
+    @field_validator("split", mode="before")
+    @classmethod
+    def _parse_split(cls, value: Any) -> str:
+        shares, _, side = str(value).strip().partition("/")
+        found: dict[str, Fraction] = {}
+        for each in shares.split(","):
+            match = re.fullmatch(r"\s*([A-Za-z0-9][\w-]{0,63})\s*=\s*(0?\.\d{1,9})\s*", each, re.ASCII)
+            _require(match and match[1] not in found and match[1] != TRAIN, value)
+            assert match
+            found[match[1]] = Fraction(match[2] if match[2][0] == "0" else "0" + match[2])
+        _require(all(found.values()) and sum(found.values()) < 1 and side in ("", TRAIN, *found), value)
+        text = ",".join(f"{name}={float(share):g}" for name, share in found.items())
+        return f"{text}/{side}" if side else text
+
     @field_validator("part", mode="before")
     @classmethod
     def _parse_part(cls, value: Any) -> str | None:
@@ -387,6 +403,8 @@ class BuildConfig(BaseModel):
                 f"--reproducible leaves nothing to the hardware JPEG engines; --hw-decoder-load {self.hw_decoder_load} "
                 "contradicts it; leave one out"
             )
+        if self.split is None and (self.split_by is not None or self.split_seed):
+            raise ValueError("--split-by and --split-seed go with --split; add it, or leave them out")
         if self.ray_address is not None and self.engine != "ray":
             raise ValueError("--ray-address goes with --engine ray; add it, or leave the address out")
         if self.engine == "ray" and self.workers == 0:
@@ -403,6 +421,17 @@ class BuildConfig(BaseModel):
     def channel_count(self) -> int:
         """How many channels a stored image has: 1 or 3."""
         return 1 if self.channels == "gray" else 3
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """The sides of a split but train, with their shares; empty where nothing is split."""
+        parts = (self.split or "").partition("/")[0].split(",")
+        return {name: Fraction(share) for name, _, share in (part.partition("=") for part in parts) if name}
+
+    @property
+    def side(self) -> str | None:
+        """The side of a split that is built; None where all items are taken."""
+        return (self.split or "").partition("/")[2] or None
 
     @property
     def deflate_level(self) -> int | None:

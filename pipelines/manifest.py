@@ -293,6 +293,8 @@ def _index(job: Job, records: Sequence[CommitRecord]) -> dict[str, NDArray[Any]]
 
 
 def _no_manifest(storage: Storage) -> IncompleteError | FormatError:
+    if sides := [name for name in storage.names() if storage.size(f"{name}/{JOB}") is not None]:
+        return FormatError(f"{storage.root!r} holds several datasets; give one: {', '.join(sides)}")
     if storage.size(JOB) is None:
         return FormatError(f"{storage.root!r} holds no dataset ({MANIFEST} is missing); give a folder that build made")
     job = Job.open(storage)

@@ -10,7 +10,7 @@ a folder for its path and label. It is stored as an NPZ whose arrays are memory-
 | `group_ends`, `group_labels` | int64 (groups,) | the listed item at which a group ends; its label, -1 for none |
 | `labels` | int64 or float64 (items,) or (items, K) | where each listed item has its own |
 | `places` | int64 (items, numbers) | where the source finds each listed item, if not by its path |
-| `order` | int64 (items,) | with `shuffle`: the listed item at each place of the plan |
+| `order` | int64 (items,) | the listed item at each place of the plan, where that is not simply the next one |
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import FormatError, SourceError
-from .sources.base import Group, Item, Source
+from .errors import FormatError
+from .sources.base import Group, Item
 
 _ARRAYS = (
     "names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "labels", "places", "order",
@@ -111,14 +111,6 @@ class Plan:
 
     def _listed(self, start: int, stop: int) -> NDArray[np.int64]:
         return np.arange(start, stop) if self._order is None else self._order[start:stop]
-
-
-def listed(source: Source, *, shuffle: int | None = None, limit: int | None = None) -> dict[str, NDArray[Any]]:
-    """The arrays of a plan of all items of a source, as `collect` makes them. Raises SourceError if there are none."""
-    arrays = collect(source.groups(), shuffle=shuffle, limit=limit)
-    if not len(arrays["name_ends"]):
-        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
-    return arrays
 
 
 def collect(

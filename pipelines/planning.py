@@ -20,8 +20,9 @@ from .errors import BackendError, FormatError, MismatchError, SourceError, Stora
 from .job import Job
 from .normalize import row_shape, table
 from .output import MANIFEST, PLAN, clear
-from .plan import Plan, listed
+from .plan import Plan
 from .rejects import BadItem
+from .selection import listed
 from .sources.base import Item, Source, read_item
 from .storage import PRIVATE, Storage, is_remote
 
@@ -75,7 +76,7 @@ def begin(storage: Storage, source: Source, config: BuildConfig, progress: Calla
         log.warning("%s", choice.warning)
     if config.normalize != "dataset":
         table(config)  # a value that the dtype cannot hold shows here, before anything is listed
-    arrays = listed(source, shuffle=config.shuffle, limit=config.limit)
+    arrays = listed(source, config)
     size = image_size(Plan(arrays, 1), source, config)
     row_bytes = math.prod(row_shape(config, *size)) * np.dtype(config.dtype).itemsize
     plan = Plan(arrays, config.shard_rows(row_bytes))

@@ -23,8 +23,9 @@ from .job import Job
 from .manifest import class_list
 from .normalize import row_shape, table
 from .output import require_own, shard_name
-from .plan import Plan, collect, listed
+from .plan import Plan, collect
 from .planning import check_places, inspect
+from .selection import listed
 from .sources import open_source
 from .sources.base import Group, Source
 from .space import free_space, gigabytes, held_bytes, lack_of_space, output_bytes
@@ -143,7 +144,7 @@ def survey(
     choice = environment.choose(config, inspect(config))
     table(config)  # a value that the dtype cannot hold shows here
     progress("listing", 0, None)
-    arrays = listed(source, shuffle=config.shuffle, limit=config.limit)
+    arrays = listed(source, config)
     sample = sample_headers(Plan(arrays, 1), source, config, choice, lambda *done: progress("reading headers", *done))
     size = image_size(Plan(arrays, 1), source, config)
     shape = row_shape(config, *size)

@@ -31,8 +31,9 @@ from ..decode.pillow import PillowDecoder, versions
 from ..environment import Choice, choose, inspect
 from ..errors import BackendError, UsageError
 from ..geometry import Geometry, Placement
-from ..plan import Plan, listed
+from ..plan import Plan
 from ..rejects import BadItem
+from ..selection import listed
 from ..sources import open_source
 from ..sources.base import Item, Source, read_item
 from ..tuning import Tuning
@@ -125,7 +126,7 @@ def parity(
     if sides[0] == sides[1]:
         raise UsageError(f"both sides are {sides[0]}; choose two different decoders")
     source = open_source(src, config)
-    arrays = listed(source, shuffle=config.shuffle, limit=images)
+    arrays = listed(source, config.model_copy(update={"limit": images}))
     plan = Plan(arrays, len(arrays["name_ends"]))
     size = image_size(plan, source, config)
     row_bytes = math.prod(size) * config.channel_count

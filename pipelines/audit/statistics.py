@@ -24,8 +24,9 @@ from ..environment import choose, inspect
 from ..errors import FormatError, SourceError
 from ..manifest import Manifest, class_list
 from ..normalize import levels, table
-from ..plan import Plan, listed
+from ..plan import Plan
 from ..readers.arrays import open_index, open_shard
+from ..selection import listed
 from ..sources import open_source
 from ..storage import open_storage
 from .verification import shards_at_once
@@ -113,7 +114,7 @@ def of_source(
     choice = choose(config, inspect(config.device))
     if choice.warning:
         log.warning("%s", choice.warning)
-    plan = Plan(listed(source, shuffle=config.shuffle, limit=config.limit), 1)
+    plan = Plan(listed(source, config), 1)
     tally = count_source(plan, source, config, image_size(plan, source, config), choice, progress)
     if not tally.counts.any():
         codes = ", ".join(f"{count} {code}" for code, count in sorted(tally.rejects.items()))

@@ -1,0 +1,148 @@
+"""Which of the listed items a plan takes, in which order: shuffle, so many of each class, limit, a side of a split.
+
+They apply in this order. A split looks at the items, not at their order: the sides of one seed never share an item,
+and together they are what a build without `--split` would take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import TRAIN, BuildConfig
+from .errors import SourceError, UsageError
+from .plan import collect
+from .sources.base import Group, Source
+
+Positions = NDArray[np.int64]
+
+
+def listed(source: Source, config: BuildConfig) -> dict[str, NDArray[Any]]:
+    """The arrays of a plan of the items of a source that the settings ask for, as `collect` makes them.
+
+    Raises:
+        SourceError: there are none.
+        UsageError: they cannot be chosen so.
+    """
+    if config.per_class is None and config.side is None:
+        arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
+    else:
+        keys: list[NDArray[np.int64]] = []
+        arrays = collect(_noted(source.groups(), config.split_by, keys), shuffle=config.shuffle)
+        if len(arrays["name_ends"]):
+            arrays["order"] = _selected(source, config, arrays, np.concatenate(keys) if keys else None)
+    if not len(arrays["name_ends"]):
+        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
+    return arrays
+
+
+def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.int64]]) -> Iterator[Group]:
+    """The groups as they come. Where a split keeps items together, a number for what each belongs to goes to `keys`."""
+    numbers: dict[bytes, int] = {}
+    for group in groups:
+        names: list[bytes] | None = None
+        if split_by == "folder":
+            names = [(group.folder + name).rpartition(b"/")[0] for name in group.names]
+        elif group.keys is not None:
+            names = list(group.keys)
+        if names is not None:
+            keys.append(np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64))
+        yield group
+
+
+def _selected(
+    source: Source, config: BuildConfig, arrays: Mapping[str, NDArray[Any]], keys: NDArray[np.int64] | None
+) -> Positions:
+    count = len(arrays["name_ends"])
+    order: Positions = arrays.get("order", np.arange(count))
+    labels = arrays.get("labels")
+    if labels is None:
+        labels = np.repeat(arrays["group_labels"], np.diff(arrays["group_ends"], prepend=0))
+        labels = None if (labels < 0).all() else labels
+    countable = labels is not None and labels.ndim == 1 and labels.dtype.kind == "i"
+    if config.per_class is not None:
+        if labels is None or not countable:
+            raise UsageError(f"--per-class {config.per_class}: {source.location!r} has no classes; --limit N takes N")
+        order = order[_place_in_class(labels[order]) < config.per_class]
+    order = order[: config.limit]
+    if config.side is None:
+        return order
+    rank = np.random.PCG64(config.split_seed).random_raw(count)
+    taken = np.sort(order)  # a split is that of the items, whatever their order
+    how = config.split_by or ("label" if countable else "random")
+    if how == "label":
+        if labels is None or not countable:
+            raise UsageError(
+                f"--split-by label: {source.location!r} has no single column of classes or whole numbers; choose "
+                "random, folder or a table's column"
+            )
+        sides = _by_label(labels[taken], rank[taken], config.shares)
+    elif how == "random":
+        sides = _by_label(np.zeros(len(taken), np.int64), rank[taken], config.shares)
+    else:
+        if keys is None:
+            raise UsageError(
+                f"--split-by {how}: {source.location!r} has no such column; choose label, random, folder, or a table's "
+                "column"
+            )
+        sides = _by_key(keys[taken], rank, config.shares)
+    names = [*config.shares, TRAIN]
+    for number, name in enumerate(names):
+        if not (sides == number).any():
+            raise UsageError(
+                f"--split {config.split}: {len(taken)} items of {source.location!r} leave none for {name!r}; give "
+                "larger shares, or another --split-by"
+            )
+    side = np.full(count, -1)
+    side[taken] = sides
+    return order[side[order] == names.index(config.side)]
+
+
+def _place_in_class(labels: NDArray[Any]) -> Positions:
+    """For each entry how many of its label stand before it."""
+    by_label = np.argsort(labels, kind="stable")
+    ordered = labels[by_label]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    places = np.empty(len(labels), np.int64)
+    places[by_label] = np.arange(len(labels)) - np.repeat(starts, np.diff(np.r_[starts, len(labels)]))
+    return places
+
+
+def _by_label(labels: NDArray[Any], rank: NDArray[np.uint64], shares: Mapping[str, Fraction]) -> Positions:
+    """The side of each item, the last one for train: of each label its share, to the item as near as can be.
+
+    What rounding gives to a label or takes from it, the next one makes good. A label with one item keeps it in train.
+    """
+    sides = np.full(len(labels), len(shares), np.int64)
+    owed = [Fraction(0)] * len(shares)
+    by_label = np.lexsort((rank, labels))
+    ends = np.flatnonzero(np.r_[labels[by_label][1:] != labels[by_label][:-1], True]) + 1
+    for start, end in zip([0, *ends.tolist()], ends.tolist(), strict=False):
+        at = start
+        for number, share in enumerate(shares.values()):
+            owed[number] += share * (end - start)
+            count = max(0, min(round(owed[number]), math.ceil(share * (end - start)), end - 1 - at))
+            owed[number] -= count
+            sides[by_label[at : at + count]] = number
+            at += count
+    return sides
+
+
+def _by_key(keys: NDArray[np.int64], rank: NDArray[np.uint64], shares: Mapping[str, Fraction]) -> Positions:
+    """The side of each item, all of one key on the same: keys in random order, until a side has its share about."""
+    found, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    side_of = np.full(len(found), len(shares), np.int64)
+    order = np.argsort(rank[: len(found)], kind="stable")
+    for number, share in enumerate(shares.values()):
+        wanted, held = share * len(keys), 0
+        for key in order[side_of[order] == len(shares)].tolist():
+            count = int(counts[key])
+            if held + Fraction(count, 2) <= wanted:
+                side_of[key] = number
+                held += count
+    return side_of[inverse]

@@ -1,0 +1,207 @@
+"""What a plan takes of a listing: so many of each class, sides of a split that share nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpu_npz
+from gpu_npz.builder import build, build_split
+from gpu_npz.config import BuildConfig
+from gpu_npz.errors import FormatError, MismatchError, StorageError, UsageError
+from gpu_npz.job import Job
+from gpu_npz.plan import Plan
+from gpu_npz.selection import listed
+from gpu_npz.sources.base import Group, Item, LabelColumn, Source
+from gpu_npz.storage import LocalStorage
+
+
+class Listing(Source):
+    """Items that are listed and never read."""
+
+    kind = "folder"
+    location = "/listing"
+
+    def __init__(self, *groups: Group, columns: tuple[LabelColumn, ...] = ()) -> None:
+        self._groups = groups
+        self.columns = columns
+
+    def groups(self) -> Any:
+        return iter(self._groups)
+
+    def read(self, item: Item) -> bytes:
+        raise NotImplementedError
+
+
+def classes(*sizes: int) -> Listing:
+    """So many items in each class."""
+    return Listing(
+        *(Group(b"%d/" % label, [b"%d.jpg" % at for at in range(size)], label) for label, size in enumerate(sizes))
+    )
+
+
+def taken(source: Source, **settings: Any) -> list[Item]:
+    plan = Plan(listed(source, BuildConfig(**settings)), 1024)
+    return plan.items(0, plan.item_count)
+
+
+def sides(source: Source, split: str, **settings: Any) -> dict[str, list[str]]:
+    names = ["train", *(part.partition("=")[0] for part in split.split(","))]
+    return {name: [item.path for item in taken(source, split=f"{split}/{name}", **settings)] for name in names}
+
+
+def folders(paths: list[str]) -> Counter[str]:
+    return Counter(path.rpartition("/")[0] for path in paths)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shuffle": 3}, {"limit": 50}, {"shuffle": 3, "limit": 50}, {"per_class": 9}])
+@pytest.mark.parametrize("split", ["val=0.1", "val=0.2,test=0.3"])
+@pytest.mark.parametrize("split_by", [None, "label", "random", "folder"])
+def test_each_item_is_on_one_side(settings: dict[str, Any], split: str, split_by: str | None) -> None:
+    source = classes(30, 5, 1, 12, 40, 7)
+    found = sides(source, split, split_by=split_by, **settings)
+    together = [path for paths in found.values() for path in paths]
+    assert sorted(together) == sorted(item.path for item in taken(source, **settings))
+    assert len(together) == len({*together})
+    order = [item.path for item in taken(source, **settings)]
+    for paths in found.values():
+        assert paths == sorted(paths, key=order.index)
+
+
+def test_each_class_gives_its_share_and_keeps_one_to_train_on() -> None:
+    source = classes(100, 50, 30, 1, 1, 9, 10)
+    found = sides(source, "val=0.1")
+    assert folders(found["val"]) == {"0": 10, "1": 5, "2": 3, "5": 1, "6": 1}
+    assert len(found["train"]) == 201 - 20
+    many = sides(classes(*[4] * 50), "val=0.1")
+    assert len(many["val"]) == 20  # to the item, although a tenth of four is none
+
+
+def test_random_takes_the_share_to_the_item() -> None:
+    found = sides(classes(*[3] * 50), "val=0.1,test=0.02", split_by="random")
+    assert {name: len(paths) for name, paths in found.items()} == {"train": 132, "val": 15, "test": 3}
+
+
+def test_a_folder_is_never_torn_apart() -> None:
+    rng = np.random.default_rng(0)
+    source = Listing(
+        *(Group(b"p%03d/" % patient, [b"%d.png" % at for at in range(rng.integers(1, 40))]) for patient in range(200))
+    )
+    found = sides(source, "val=0.1,test=0.2", split_by="folder")
+    patients = {name: {*folders(paths)} for name, paths in found.items()}
+    assert not patients["train"] & patients["val"]
+    assert not patients["test"] & (patients["train"] | patients["val"])
+    total = sum(map(len, found.values()))
+    assert abs(len(found["val"]) - 0.1 * total) < 40
+    assert abs(len(found["test"]) - 0.2 * total) < 40
+
+
+def test_the_keys_of_a_source_are_never_torn_apart() -> None:
+    keys = [b"%d" % (at % 17) for at in range(100)]
+    source = Listing(Group(b"", [b"%d.png" % at for at in range(100)], keys=keys))
+    found = sides(source, "val=0.2", split_by="patient")
+    of = {name: {int(path.split(".")[0]) % 17 for path in paths} for name, paths in found.items()}
+    assert of["train"] | of["val"] == {*range(17)}
+    assert not of["train"] & of["val"]
+    assert 10 <= len(found["val"]) <= 30
+
+
+def test_the_seed_of_a_split_decides_and_the_shuffle_does_not() -> None:
+    source = classes(40, 40)
+    val = sides(source, "val=0.25")["val"]
+    assert {*sides(source, "val=0.25", shuffle=5)["val"]} == {*val}
+    assert {*sides(source, "val=0.25", split_seed=1)["val"]} != {*val}
+
+
+def test_per_class_takes_the_first_of_each_class() -> None:
+    source = classes(5, 1, 3)
+    assert folders([item.path for item in taken(source, per_class=2)]) == {"0": 2, "1": 1, "2": 2}
+    assert [item.path for item in taken(source, per_class=1)] == ["0/0.jpg", "1/0.jpg", "2/0.jpg"]
+    shuffled = [item.path for item in taken(source, shuffle=0)]
+    first = [next(path for path in shuffled if path.startswith(f"{label}/")) for label in range(3)]
+    assert {item.path for item in taken(source, shuffle=0, per_class=1)} == {*first}
+
+
+def test_labels_of_their_own_are_split_by_too() -> None:
+    labels = np.array([0] * 60 + [7] * 40)
+    source = Listing(
+        Group(b"", [b"%d.jpg" % at for at in range(100)], labels=labels),
+        columns=(LabelColumn(name="grade", kind="integer"),),
+    )
+    val = sides(source, "val=0.1")["val"]
+    assert Counter(int(path.split(".")[0]) >= 60 for path in val) == {False: 6, True: 4}
+
+
+SEVERAL = Listing(
+    Group(b"", [b"1.jpg", b"2.jpg"], labels=np.zeros((2, 3))),
+    columns=tuple(LabelColumn(name=name, kind="float") for name in "abc"),
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        (classes(3, 3), {"split": "val=0.01/val"}, "6 items of '/listing' leave none for 'val'"),
+        (classes(3, 3), {"split": "val=0.2/val", "split_by": "patient"}, "no such column"),
+        (SEVERAL, {"split": "val=0.5/val", "split_by": "label"}, "no single column"),
+        (SEVERAL, {"per_class": 3}, "has no classes; --limit N takes N"),
+    ],
+)
+def test_what_cannot_be_taken_is_said(source: Source, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        taken(source, **settings)
+
+
+@pytest.mark.parametrize(
+    "split", ["", "val", "val=", "val=0", "val=1", "val=0.5,test=0.5", "train=0.1", "val=.1,val=.2", "a/b=.1", "v=.1/x"]
+)
+def test_a_split_that_is_none_is_refused(split: str) -> None:
+    with pytest.raises(UsageError, match=r"split: got .*NAME=SHARE"):
+        BuildConfig(split=split)
+
+
+def test_a_split_is_read() -> None:
+    config = BuildConfig(split=" val=.10, test=0.25/test")
+    assert (config.split, config.side) == ("val=0.1,test=0.25/test", "test")
+    assert {name: float(share) for name, share in config.shares.items()} == {"val": 0.1, "test": 0.25}
+    with pytest.raises(UsageError, match="go with --split"):
+        BuildConfig(split_seed=1)
+
+
+SETTINGS: dict[str, Any] = {"device": "cpu", "size": 16, "workers": 0, "split": "val=0.25"}
+
+
+def test_a_split_builds_datasets_with_the_same_classes(tree: Path, tmp_path: Path) -> None:
+    told = set()
+    reports = build_split(tree, tmp_path / "out", BuildConfig(**SETTINGS), progress=lambda side, event: told.add(side))
+    assert [*reports] == ["train", "val"]
+    assert told == {"train", "val"}
+    train, val = (gpu_npz.open_dataset(tmp_path / "out" / side) for side in ("train", "val"))
+    assert train.class_names == val.class_names
+    whole = build(tree, tmp_path / "whole", BuildConfig(**{**SETTINGS, "split": None}))
+    assert len(train) + len(val) == whole.rows
+    assert not {*train.paths[:]} & {*val.paths[:]}
+    again = build_split(tree, tmp_path / "out", BuildConfig(**SETTINGS))
+    assert [report.built_shards for report in again.values()] == [0, 0]
+    for side in reports:
+        assert gpu_npz.verify(tmp_path / "out" / side).ok
+    with pytest.raises(FormatError, match="holds several datasets; give one: train, val"):
+        gpu_npz.open_dataset(tmp_path / "out")
+    with pytest.raises(StorageError, match="is a dataset; give --split an OUT of its own"):
+        build_split(tree, tmp_path / "whole", BuildConfig(**SETTINGS))
+    with pytest.raises(MismatchError, match="split-seed: 0 there, 1 asked for"):
+        build_split(tree, tmp_path / "out", BuildConfig(**SETTINGS, split_seed=1))
+    with pytest.raises(UsageError, match="call build_split, or name one"):
+        build(tree, tmp_path / "other", BuildConfig(**SETTINGS))
+
+
+def test_statistics_are_those_of_train_on_both_sides(tree: Path, tmp_path: Path) -> None:
+    build_split(tree, tmp_path, BuildConfig(**SETTINGS, normalize="dataset"))
+    train, val = (Job.open(LocalStorage(tmp_path / side)).settings for side in ("train", "val"))
+    assert train.mean is not None
+    assert (train.mean, train.std) == (val.mean, val.std)
+    build_split(tree, tmp_path, BuildConfig(**SETTINGS, normalize="dataset"))
