@@ -96,6 +96,35 @@ def pipeline(
         click.echo("\n".join(lines))
 
 
+@command.command("sources")
+@click.argument("src", metavar="[SRC]", required=False)
+@click.option("--images", default=1000, show_default=True, type=click.IntRange(1), metavar="N", help="How many images.")
+@_rounds(5)
+@_FOLDER
+@config_options("device", "backend", "size", "dtype")
+@_JSON
+def sources(src: str | None, images: int, rounds: int, folder: str | None, as_json: bool, **given: Any) -> None:
+    """Compare the forms that SRC can have: folders, tar, zip, WebDataset, a CSV table, Parquet.
+
+    Items a second: listed, read with a decoder that does nothing, and built on one core. SRC is a folder as for build;
+    pictures are made up if there is none.
+    """
+    from gpu_npz.bench.sources import measure
+    from gpu_npz.cli.console import errors, print_json
+    from gpu_npz.demo import make_images
+
+    config = read_config(None, given)
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
+        if src is None:
+            status.update("making pictures")
+            src = str(make_images(Path(place) / "pictures").folder)
+        result = measure(src, config, images=images, rounds=rounds, folder=folder, say=status.update)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo("\n".join(_lines(result)))
+
+
 @command.command("storage")
 @click.argument("src", metavar="[SRC]", required=False)
 @click.option("--cifar", metavar="DIR", help="Take CIFAR-10 or CIFAR-100 as its Python archive unpacks, at 32 x 32.")

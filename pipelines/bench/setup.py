@@ -23,7 +23,7 @@ from ..geometry import Geometry
 from ..job import Job
 from ..normalize import CudaNormalizer, Normalizer, row_shape
 from ..plan import Batch, Plan, collect
-from ..sources.folder import FolderSource
+from ..sources.base import Source
 from ..storage import LocalStorage
 from ..tuning import Tuning
 from ..worker import Progress, Task, interleaved, work
@@ -38,13 +38,13 @@ class Setup:
 
     config: BuildConfig
     choice: Choice
-    source: FolderSource
+    source: Source
     plan: Plan
     tuning: Tuning
     place: Path
 
     @classmethod
-    def of(cls, config: BuildConfig, choice: Choice, source: FolderSource, place: Path) -> Setup:
+    def of(cls, config: BuildConfig, choice: Choice, source: Source, place: Path) -> Setup:
         """The parts of a build of `source` that writes below `place`."""
         row_bytes = math.prod(cls._shape(config)) * np.dtype(config.dtype).itemsize
         plan = Plan(collect(source.groups()), config.shard_rows(row_bytes))
