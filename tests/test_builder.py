@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -971,3 +972,46 @@ def test_a_dtype_that_cannot_hold_the_values_is_refused_before_anything_is_begun
 
 def test_workers_are_never_more_than_shards(pictures: Path, out: Path) -> None:
     assert build(pictures, out, settings(workers=64, shard_size=8)).tuning.workers == 1
+
+
+# What stops a build before its end
+
+
+def test_a_build_that_is_plainly_going_wrong_stops_early_and_goes_on_when_told(
+    make_tree: MakeTree, file_bytes: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_npz.builder._EARLY_REJECTS", 12)
+    good = file_bytes("jpeg")
+    src = make_tree({f"a/{number:03}.jpg": good if number % 4 == 0 else "text" for number in range(100)})
+    config = settings(max_rejects="10", shard_size="8", batch_size=4)
+    with pytest.raises(
+        RejectLimitError, match=r"stopped early: 15 of the 20 items of this run were rejected"
+    ) as caught:
+        build(src, tmp_path / "out", config)
+    assert caught.value.report.missing_shards > 5
+    assert not (tmp_path / "out/dataset.json").exists()
+    report = build(src, tmp_path / "out", config.model_copy(update={"max_rejects": "100%"}))
+    assert (report.complete, report.rows, report.rejects) == (True, 25, 75)
+
+
+def test_a_build_with_some_rejects_over_the_limit_is_not_stopped_early(
+    make_tree: MakeTree, file_bytes: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_npz.builder._EARLY_REJECTS", 12)
+    good = file_bytes("jpeg")
+    src = make_tree({f"a/{number:03}.jpg": "text" if number % 3 == 0 else good for number in range(60)})
+    with pytest.raises(RejectLimitError, match="20 of 60 items were rejected"):
+        build(src, tmp_path / "out", settings(max_rejects="10", shard_size="8"))
+
+
+def test_a_build_stops_before_others_fill_the_disk_and_goes_on_when_there_is_room(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_npz.space._LOOK_S", 0.0)
+    free = itertools.chain([10**12] * 4, itertools.repeat(10**6))
+    monkeypatch.setattr("gpu_npz.space.free_space", lambda place: (next(free), None))
+    with pytest.raises(StorageError, match=r"0\.001 GB free, less than the 0\.268 GB that a build leaves"):
+        build(mixed, tmp_path / "out", settings())
+    assert not (tmp_path / "out/dataset.json").exists()
+    monkeypatch.undo()
+    assert build(mixed, tmp_path / "out", settings()).complete

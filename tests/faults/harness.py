@@ -1,0 +1,155 @@
+"""Builds that go wrong at a chosen call, and what a disk holds after the power has failed there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SHIM = Path(__file__).parent / "shim"
+OPTIONS = ["--size", "24", "--shard-size", "4", "--device", "cpu", "--max-rejects", "50%", "--shuffle", "1", "--quiet",
+           "--workers", "2", "--open-shards", "2", "--batch-size", "2"]  # fmt: skip
+TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a build ended: its exit code, what it said, and the calls that it made to files below OUT."""
+
+    code: int
+    said: str
+    calls: list[dict[str, Any]]
+
+
+def build(src: Path, out: Path, place: Path, *, at: int = -1, kind: str = "kill") -> Run:
+    """A build from the command line, which goes wrong at call number `at`.
+
+    Args:
+        src, out: as for the command.
+        place: a folder for the log, and for what renames and unlinks destroy.
+        at: the call; never if negative.
+        kind: see shim/sitecustomize.py.
+    """
+    shutil.rmtree(place, ignore_errors=True)
+    (place / "kept").mkdir(parents=True)
+    paths = [os.fspath(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "FAULTS_UNDER": os.path.realpath(out),
+        "FAULTS_LOG": os.fspath(place / "log"),
+        "FAULTS_KEEP": os.fspath(place / "kept"),
+        "FAULTS_AT": str(at),
+        "FAULTS_KIND": kind,
+    }
+    command = [sys.executable, "-m", "gpu_npz", "build", os.fspath(src), os.fspath(out), *OPTIONS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    calls = []
+    with contextlib.suppress(FileNotFoundError):
+        calls = [json.loads(line) for line in (place / "log").read_text().splitlines()]
+    return Run(result.returncode, result.stderr, calls)
+
+
+def pictures(root: Path, file_bytes: Callable[..., bytes]) -> Path:
+    """24 files in six shards, of which one in seven is bad."""
+    for number in range(24):
+        kind = ("half", "empty", "text")[number % 3] if number % 7 == 3 else "jpeg"
+        path = root / f"class-{number % 3}" / f"{number:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file_bytes(kind, seed=number, size=(40, 50)))
+    return root
+
+
+def trial(src: Path, place: Path, undisturbed: dict[str, bytes], at: int, kind: str) -> str | None:
+    """One build that goes wrong at call `at`, and the same command again; what is wrong, or None.
+
+    Args:
+        src: the images.
+        place: an empty folder.
+        undisturbed: the content of OUT where nothing went wrong.
+        at: the call.
+        kind: as for `build`, or `power`.
+    """
+    out = place / "out"
+    first = build(src, out, place / "first", at=at, kind="kill" if kind == "power" else kind)
+    if kind == "power":
+        power_loss(first.calls, at)
+    expected = (0, -signal.SIGKILL) if kind in ("kill", "power") else (0, 1)
+    if first.code not in expected or "Traceback" in first.said or (first.code == 1 and "gpu-npz: " not in first.said):
+        return f"it ended with {first.code}: {first.said[-500:]}"
+    if kind != "power":
+        early = {name for name, content in contents(out).items() if undisturbed.get(name, content) != content}
+        if early - {".gpu-npz/lock"}:
+            return f"not whole under their final names: {sorted(early)}"
+    second = build(src, out, place / "second")
+    if second.code:
+        return f"the same command again ended with {second.code}: {second.said[-500:]}"
+    if (found := contents(out)) != undisturbed:
+        names = sorted(name for name in {*found, *undisturbed} if found.get(name) != undisturbed.get(name))
+        return f"other content: {names}"
+    return None
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Everything in OUT but the report, which has times in it."""
+    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    files.pop(".gpu-npz/report.json", None)
+    return files
+
+
+def power_loss(calls: list[dict[str, Any]], at: int) -> None:
+    """Takes from the disk what was not flushed when call number `at` was made: the strictest reading of POSIX.
+
+    A file that was written and not flushed since is empty. What was made, renamed or unlinked in a folder that was not
+    flushed since is as it was before.
+    """
+    pending: list[dict[str, Any]] = []
+    written: set[str] = set()
+    for number, call in enumerate(calls):
+        name, path = call["call"], call["path"]
+        if number == at and name not in ("write", "pwrite"):
+            continue  # it was not made
+        if name in ("write", "pwrite", "ftruncate"):
+            written.add(path)
+        elif name == "fsync":
+            written.discard(path)
+            pending = [each for each in pending if os.path.dirname(each.get("to") or each["path"]) != path]
+        else:
+            pending.append(call)
+            if name == "rename" and path in written:
+                written.discard(path)
+                written.add(call["to"])
+    for path in written:
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(path, 0)
+    for call in reversed(pending):
+        with contextlib.suppress(OSError):  # of a process that was killed before it
+            _undo(call)
+
+
+def _undo(call: dict[str, Any]) -> None:
+    name, path, to, kept = call["call"], call["path"], call.get("to"), call.get("kept")
+    if name == "rename" and os.path.lexists(path):
+        return  # its process was killed before it
+    if name == "open":
+        os.unlink(path)
+    elif name == "mkdir":
+        shutil.rmtree(path)
+    elif name == "link":
+        os.unlink(to)
+    elif name == "rename":
+        os.rename(to, path)
+        if kept:
+            os.link(kept, to)
+    elif name == "unlink" and kept:
+        os.link(kept, path)
+    elif name == "rmdir":
+        os.mkdir(path)

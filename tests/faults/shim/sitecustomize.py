@@ -1,0 +1,135 @@
+"""Counts what every process of a build does to the files below FAULTS_UNDER, and lets one of these calls go wrong.
+
+Python imports this by itself where its folder is on PYTHONPATH. All processes of a build append a line a call to the
+same log, so that calls have numbers. With FAULTS_AT=N, call N is where it happens: FAULTS_KIND is `kill` (SIGKILL to
+every process that has come this far; of a write, half is written), or the name of an errno, with `FROM:` in front if
+all calls from there on shall fail. What a rename or an unlink destroys is kept in the folder FAULTS_KEEP, so that
+`harness.power_loss` can bring it back.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import signal
+
+UNDER = os.environ.get("FAULTS_UNDER", "")
+LOG = os.environ.get("FAULTS_LOG", "")
+KEEP = os.environ.get("FAULTS_KEEP", "")
+AT = int(os.environ.get("FAULTS_AT", -1))
+KIND = os.environ.get("FAULTS_KIND", "kill")
+NAMES = ("open", "write", "pwrite", "fsync", "rename", "link", "unlink", "rmdir", "mkdir", "ftruncate")
+real = {name: getattr(os, name) for name in NAMES}
+real_open = builtins.open
+kept = itertools.count()
+
+
+def path_of(target: object) -> str:
+    if isinstance(target, int):
+        try:
+            return os.readlink(f"/proc/self/fd/{target}").removesuffix(" (deleted)")
+        except OSError:
+            return ""
+    return os.path.abspath(os.fsdecode(target))  # type: ignore[arg-type]
+
+
+def ours(path: str) -> bool:
+    return path == UNDER or path.startswith(UNDER + "/")
+
+
+def noted(call: str, path: str, **more: object) -> int:
+    """Appends a line to the log; its number."""
+    descriptor = real["open"](LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        number = os.pread(descriptor, 1 << 24, 0).count(b"\n")
+        real["write"](descriptor, json.dumps({"call": call, "path": path, "pid": os.getpid(), **more}).encode() + b"\n")
+        return number
+    finally:
+        os.close(descriptor)
+
+
+def kill_all() -> None:
+    with real_open(LOG) as log:
+        pids = {json.loads(line)["pid"] for line in log} - {os.getpid()}
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def keep(path: str) -> str | None:
+    """A second name, outside, for a file that is about to lose this one."""
+    if not KEEP or not os.path.isfile(path):
+        return None
+    name = f"{KEEP}/{os.getpid()}-{next(kept)}"
+    real["link"](path, name)
+    return name
+
+
+def faulty(call: str):  # type: ignore[no-untyped-def]
+    def shim(*args, **kwargs):  # type: ignore[no-untyped-def]
+        path = path_of(args[0])
+        changes = call != "open" or bool(args[1] & os.O_CREAT and not os.path.exists(path))
+        if not changes or not ours(path):
+            return real[call](*args, **kwargs)
+        more: dict[str, object] = {}
+        if call in ("rename", "link"):
+            more = {"to": path_of(args[1]), "kept": keep(path_of(args[1])) if call == "rename" else None}
+        elif call == "unlink":
+            more = {"kept": keep(path)}
+        number = noted(call, path, **more)
+        if number == AT and KIND == "kill":
+            if call in ("write", "pwrite"):
+                data = memoryview(args[1]).cast("B")
+                real[call](args[0], data[: len(data) // 2], *args[2:])
+            kill_all()
+        once, code = (False, KIND.removeprefix("FROM:")) if KIND.startswith("FROM:") else (True, KIND)
+        if KIND != "kill" and AT >= 0 and (number == AT if once else number >= AT):
+            number = getattr(errno, code)
+            raise OSError(number, os.strerror(number), path)
+        return real[call](*args, **kwargs)
+
+    return shim
+
+
+def opened(file, mode="r", *args, **kwargs):  # type: ignore[no-untyped-def]
+    """Files that are opened to be written: by calls that are counted."""
+    if mode != "wb" or not ours(path_of(file)):
+        return real_open(file, mode, *args, **kwargs)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    return Written(descriptor)
+
+
+class Written:
+    """What storage.write does with a file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self.descriptor, data) :]
+
+    def flush(self) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def __enter__(self) -> Written:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.descriptor)
+
+
+if UNDER:
+    for each in NAMES:
+        setattr(os, each, faulty(each))
+    builtins.open = opened  # type: ignore[assignment]
