@@ -234,10 +234,32 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
     rejects_digest = write_rejects(storage, records)
     index = _index(job, records)
     store_arrays(storage, INDEX, index, index_comment(job.record.id))
+    manifest = _manifest(job, records, index, rejects_digest)
+    storage.write(MANIFEST, to_json(manifest))
+    return manifest
+
+
+def so_far(storage: Storage) -> tuple[Manifest, dict[str, NDArray[Any]], list[int]]:
+    """What `finish` would write if the committed shards were all, and the numbers of these shards.
+
+    Raises:
+        FormatError: OUT was not begun by a build, or is damaged.
+        IncompleteError: no shard is committed yet.
+    """
+    job = Job.open(storage)
+    records = committed(storage, job)
+    if not records:
+        raise IncompleteError(f"{storage.root!r} has no shard yet, of {job.plan.shard_count}; wait for the build")
+    ordered = [records[shard] for shard in sorted(records)]
+    index = _index(job, ordered)
+    return _manifest(job, ordered, index, ""), index, sorted(records)
+
+
+def _manifest(job: Job, records: Sequence[CommitRecord], index: Any, rejects_digest: str) -> Manifest:
     rejects = [reject for record in records for reject in record.rejects]
     found = statistics(job.settings)
     environments = {json.dumps(record.environment, sort_keys=True): record.environment for record in records}
-    manifest = Manifest(
+    return Manifest(
         requires=() if job.settings.deflate_level is None else ("deflate",),
         id=job.record.id,
         images=Images(
@@ -248,11 +270,11 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
         ),
         normalization=found and Normalization(mean=tuple(map(float, found[0])), std=tuple(map(float, found[1]))),
         counts=Counts(
-            items=job.plan.item_count,
+            items=sum(len(job.plan.shard_range(record.shard)) for record in records),
             rows=sum(record.rows for record in records),
             rejects=len(rejects),
             rejects_by_code=dict(sorted(Counter(reject.code for reject in rejects).items())),
-            shards=len(records),
+            shards=job.plan.shard_count,
         ),
         classes=job.record.class_names,
         columns=job.record.columns,
@@ -263,8 +285,6 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
         settings=job.record.settings,
         environments=tuple(environments[key] for key in sorted(environments)),
     )
-    storage.write(MANIFEST, to_json(manifest))
-    return manifest
 
 
 def shard_table_digest(index: Any) -> str:
@@ -276,15 +296,19 @@ def shard_table_digest(index: Any) -> str:
 
 
 def _index(job: Job, records: Sequence[CommitRecord]) -> dict[str, NDArray[Any]]:
-    valid = np.ones(job.plan.item_count, bool)
+    held = np.zeros(job.plan.item_count, bool)
+    for record in records:
+        span = job.plan.shard_range(record.shard)
+        held[span.start : span.stop] = True
+    valid = held.copy()
     valid[[reject.index for record in records for reject in record.rejects]] = False
     blank = job.settings.on_reject == "blank"
-    rows = np.arange(len(valid)) if blank else np.flatnonzero(valid)
+    rows = np.flatnonzero(held if blank else valid)
     index: dict[str, NDArray[Any]] = {"index": rows.astype(np.int64)}
     if job.labelled:
         index["labels"] = job.label_array(job.plan.labels()[rows])
     if blank:
-        index["valid"] = valid
+        index["valid"] = valid[rows]
     index["shard_rows"] = np.array([record.rows for record in records], np.int64)
     index["shard_bytes"] = np.array([record.bytes for record in records], np.int64)
     digests = b"".join(bytes.fromhex(record.digest) for record in records)

@@ -563,3 +563,32 @@ def test_a_column_with_other_than_an_entry_for_each_image_is_refused(
     for rows in (9, slice(8, 11), slice(2, 12), [1, 12]):
         with pytest.raises(FormatError, match=rf"source_bytes is \({entries},\) beside 7 images"):
             dataset.column("source_bytes", rows)
+
+
+# A build that goes on
+
+
+@pytest.mark.parametrize("on_reject", ["skip", "blank"])
+def test_the_committed_shards_of_a_build_that_goes_on_can_be_read(tree: Path, tmp_path: Path, on_reject: str) -> None:
+    whole = build(tree, tmp_path / "whole", on_reject=on_reject, shuffle=1)
+    out = Path(shutil.copytree(whole.path, tmp_path / "out"))
+    for name in ("dataset.json", "index.npz", "shard-00000.npz", "shard-00002.npz"):
+        (out / name).unlink()
+    shards = len(whole.shard_rows)
+    with pytest.raises(IncompleteError, match=f"is not complete: {shards - 2} of {shards} shards"):
+        gpu_npz.open_dataset(out)
+    partial = gpu_npz.open_dataset(out, partial=True)
+    ends = np.cumsum(whole.shard_rows)
+    rows = [row for row in range(len(whole)) if np.searchsorted(ends, row, side="right") not in (0, 2)]
+    assert partial.paths[:] == [whole.paths[row] for row in rows]
+    np.testing.assert_array_equal(partial[:], whole[rows])
+    np.testing.assert_array_equal(partial.labels, whole.labels[rows])
+    np.testing.assert_array_equal(partial.index, whole.index[rows])
+    if on_reject == "blank":
+        np.testing.assert_array_equal(partial.valid, whole.valid[rows])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(partial))[-1], whole[rows[-1]])
+    for path in out.glob("shard-*.npz"):
+        path.unlink()
+    with pytest.raises(IncompleteError, match=f"has no shard yet, of {shards}"):
+        gpu_npz.open_dataset(out, partial=True)
+    np.testing.assert_array_equal(gpu_npz.open_dataset(whole.path, partial=True)[:], whole[:])

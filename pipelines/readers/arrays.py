@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from ..environment import usable_cpus
 from ..errors import FormatError, StorageError
 from ..job import index_comment, open_npz, shard_comment
-from ..manifest import Manifest
+from ..manifest import Manifest, so_far
 from ..npz.reader import DeflatedRows, Known, NpzReader
-from ..output import INDEX, shard_name
+from ..output import INDEX, MANIFEST, shard_name
 from ..preprocess import Preprocess
 from ..storage import LocalStorage, Storage, is_remote
 
@@ -49,6 +49,10 @@ class Dataset:
     a batch: a view if it lies in one shard, else a copy; `dataset[[3, 1, 2]]` is a copy. What is written to a view
     stays in this process. Of a compressed dataset all are copies, and no rows but those are inflated.
 
+    Args:
+        path: the dataset's folder.
+        partial: take a dataset whose build has not ended, with the shards that are committed by now.
+
     Attributes:
         path: the dataset's folder.
         manifest: what dataset.json says.
@@ -61,18 +65,25 @@ class Dataset:
         shard_rows: how many rows each shard has, int64 (shards,).
 
     Raises:
-        IncompleteError: the build has not ended.
+        IncompleteError: the build has not ended; with `partial`, no shard is committed yet.
         FormatError: not a dataset, damaged, or made by a later version.
         StorageError: the process has too many files open, or the dataset is not on a disk.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, partial: bool = False) -> None:
         if is_remote(path):
             raise StorageError(f"{os.fspath(path)!r}: only files on a disk can be mapped; {_copying(os.fspath(path))}")
         self._storage = LocalStorage(os.fspath(path).removeprefix("file://"))
         self.path = self._storage.root
-        self.manifest = Manifest.load(self.path)
-        index = open_index(self._storage, self.manifest)
+        index: Any
+        self._numbers: Sequence[int]
+        if partial and self._storage.size(MANIFEST) is None:
+            self.manifest, index, self._numbers = so_far(self._storage)
+        else:
+            self.manifest = Manifest.load(self.path)
+            index = open_index(self._storage, self.manifest)
+            self._numbers = range(self.manifest.counts.shards)
+        self._partial = partial
         rows = self.manifest.counts.rows
         self.index: NDArray[np.int64] = index["index"]
         self.labels: NDArray[Any] | None = index.get("labels")
@@ -80,11 +91,7 @@ class Dataset:
         columns = [column for column in (self.index, self.labels, self.valid) if column is not None]
         self.shard_rows: NDArray[np.int64] = index["shard_rows"]
         ends = np.cumsum(self.shard_rows).tolist()
-        if (
-            any(len(column) != rows for column in columns)
-            or len(ends) != self.manifest.counts.shards
-            or ends[-1:] != [rows]
-        ):
+        if any(len(column) != rows for column in columns) or len(ends) != len(self._numbers) or ends[-1:] != [rows]:
             raise FormatError(f"{self.path}: {INDEX} does not fit the manifest; run gpu-npz verify on the dataset")
         self.class_names = self.manifest.classes
         self.label_columns = self.manifest.columns
@@ -102,8 +109,8 @@ class Dataset:
         images = self.manifest.images
         return f"<Dataset {self.path!r}: {len(self)} images {images.shape} {images.dtype}>"
 
-    def __reduce__(self) -> tuple[type[Dataset], tuple[str]]:
-        return Dataset, (self.path,)
+    def __reduce__(self) -> tuple[Any, tuple[str, bool]]:
+        return open_dataset, (self.path, self._partial)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -177,7 +184,7 @@ class Dataset:
         with self._lock:
             if number in self._shards:
                 return self._shards[number]
-            reader = open_shard(self._storage, self.manifest, number, self._known.get(number))
+            reader = open_shard(self._storage, self.manifest, self._numbers[number], self._known.get(number))
             rows = self._ends[number] - (self._ends[number - 1] if number else 0)
             if len(reader.rows("images")) != rows:
                 raise FormatError(
@@ -275,9 +282,9 @@ class _Paths(Sequence[str]):
         return paths.tolist() if isinstance(rows, slice) else str(paths)
 
 
-def open_dataset(path: str | os.PathLike[str]) -> Dataset:
-    """A finished dataset; see `Dataset`."""
-    return Dataset(path)
+def open_dataset(path: str | os.PathLike[str], partial: bool = False) -> Dataset:
+    """A finished dataset, or with `partial` what there is of one; see `Dataset`."""
+    return Dataset(path, partial=partial)
 
 
 def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
