@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import worker
 from .config import TRAIN, BuildConfig
 from .engines import local, ray
 from .environment import Choice
@@ -35,13 +34,13 @@ from .parts import Part
 from .planning import Measuring, backend, begin, check_places, resume
 from .sources import open_source
 from .sources.base import Source
-from .space import SpaceWatch, require_space
+from .space import require_space
 from .storage import LOCK, Storage, open_storage
 from .tuning import Tuning
+from .watch import Moment, Watch
 from .worker import Committed, Event, Task, WorkerEnded
 
 log = logging.getLogger(__name__)
-_EARLY_REJECTS = 500  # before a build that rejects most of what it meets is stopped
 _PLAN_WAIT_S = 86_400.0  # for the first of several parts, which lists and may measure, or the last, which finishes
 
 
@@ -63,7 +62,8 @@ Tell = Callable[[Started | Measuring | Event], None]
 class BuildReport:
     """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset.
 
-    `worker_memory_bytes` and `gpu_memory_bytes` are the most that a worker of this run has held (see `WorkerEnded`).
+    `timeline` shows how this run went: items done by then, and what a worker held. `worker_memory_bytes` and
+    `gpu_memory_bytes` are the most that a worker of it has held (see `WorkerEnded`).
     """
 
     out: str
@@ -88,6 +88,7 @@ class BuildReport:
     worker_memory_bytes: int
     gpu_memory_bytes: int
     hints: tuple[str, ...]
+    timeline: tuple[Moment, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -242,7 +243,7 @@ def run(
     items = sum(len(plan.shard_range(shard)) for shard in mine)
     progress(Started(items, items - built_items, record.backend, record.device, tuning.workers))
     ended: list[WorkerEnded] = []
-    seen = _Seen(config.reject_limit(plan.item_count))
+    watch = Watch(config.reject_limit(plan.item_count), storage.root if config.preflight else None)
     if todo:
         if records and record.device == "cpu" and config.device not in ("auto", "cpu"):
             log.warning(
@@ -253,26 +254,22 @@ def run(
             require_space(storage.root, rows=built_items, row_bytes=row_bytes, shards=shards, dtype=job.settings.dtype)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
         task = Task(storage.root, source, None, tuning, _environment(records, config))
-        space = SpaceWatch(storage.root) if config.preflight else None
         with contextlib.closing(_events(task, todo, choice, config)) as events:
             for event in events:
-                if isinstance(event, worker.Progress):
-                    seen.add(event)
-                    if space:
-                        space.look()
+                watch.see(event)
                 if isinstance(event, Committed):
                     records[event.record.shard] = event.record
                 elif isinstance(event, WorkerEnded):
                     ended.append(event)
                 progress(event)
-                if seen.hopeless:
+                if watch.hopeless:
                     break
     complete = False
     if part:
         with storage.lock(wait_s=_PLAN_WAIT_S):
             records = committed(storage, job)  # the other parts', too
             complete = len(records) == plan.shard_count and publish(storage, job, records, config)
-    elif not seen.hopeless:
+    elif not watch.hopeless:
         complete = publish(storage, job, records, config)
     stages: Counter[str] = Counter()
     for each in ended:
@@ -302,12 +299,13 @@ def run(
         worker_memory_bytes=max((each.memory_bytes for each in ended), default=0),
         gpu_memory_bytes=max((each.gpu_memory_bytes for each in ended), default=0),
         hints=_hints(job, list(records.values())),
+        timeline=watch.timeline,
     )
     if todo:
         _store_report(storage, report)
-    if seen.hopeless and report.missing_shards:
+    if watch.hopeless and report.missing_shards:
         raise RejectLimitError(
-            f"stopped early: {seen.rejects} of the {seen.items} items of this run were rejected "
+            f"stopped early: {watch.rejects} of the {watch.items} items of this run were rejected "
             f"({_codes(report.rejects_by_code) or 'no shard is done yet'}); --max-rejects {config.max_rejects} allows "
             f"{config.reject_limit(plan.item_count)} of {plan.item_count}. Look at some of the files; run the same "
             "command with a higher --max-rejects to go on all the same",
@@ -316,25 +314,6 @@ def run(
     if not complete and not report.missing_shards:
         raise RejectLimitError(_too_many(storage, report, config), report)
     return report
-
-
-@dataclass
-class _Seen:
-    """What a run has met so far. It is hopeless when the limit is passed and most of it were rejects."""
-
-    limit: int
-    items: int = 0
-    rejects: int = 0
-
-    def add(self, event: worker.Progress) -> None:
-        """Takes a batch in."""
-        self.items += event.items
-        self.rejects += event.rejects
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether there is no point in going on: the source is not what somebody thinks it is."""
-        return self.rejects > max(self.limit, _EARLY_REJECTS, self.items // 2)
 
 
 def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], config: BuildConfig) -> bool:

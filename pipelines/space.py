@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +24,6 @@ _COMMIT_BYTES = 4096  # a record takes a block
 _ROW_BYTES = 4 * 64 + 5 * 8 + 2
 _SHARD_BYTES = 7 * 4096 + _COMMIT_BYTES  # six members, each padded, the end records, and a commit record
 _OTHER_BYTES = 1 << 16
-_FLOOR_BYTES = 1 << 28  # what all workers write in some seconds
-_LOOK_S = 2.0
 
 
 def require_space(storage_root: str, *, rows: int, row_bytes: int, shards: int, dtype: str | None = None) -> None:
@@ -119,33 +116,6 @@ def lack_of_space(place: str, needed_bytes: int, shards: int) -> str | None:
         room = f"its filesystem has room for {free_files}"
         return f"{place!r} needs {files} files, and {room}; a larger --shard-size makes fewer"
     return None
-
-
-class SpaceWatch:
-    """Looks at OUT's filesystem while a build goes on, and stops it before others, or its own estimate, fill the disk.
-
-    Args:
-        storage_root: OUT.
-    """
-
-    def __init__(self, storage_root: str) -> None:
-        self._root = storage_root
-        free_bytes, _ = free_space(storage_root)
-        self._floor = min(_FLOOR_BYTES, (free_bytes or 0) // 20)  # a small disk may be filled further
-        self._looked = time.monotonic()
-
-    def look(self) -> None:
-        """Now and then, is there room for more? Raises StorageError if there is not."""
-        if time.monotonic() - self._looked < _LOOK_S:
-            return
-        self._looked = time.monotonic()
-        free_bytes, _ = free_space(self._root)
-        if free_bytes is not None and free_bytes < self._floor:
-            raise StorageError(
-                f"{self._root!r}: its filesystem has {gigabytes(free_bytes)} free, less than the "
-                f"{gigabytes(self._floor)} that a build leaves; stopped before it is full. Free some space, then run "
-                "the same command to resume (--no-preflight does not look)"
-            )
 
 
 def free_space(place: str) -> tuple[int | None, int | None]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,8 @@ from .sink import Rows, ShardSink
 from .sources.base import Source, read_item
 from .storage import open_storage
 from .tuning import Tuning
+
+_PULSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,19 @@ class Decoding:
     index: int | None
 
 
-Event = Progress | Committed | WorkerEnded | Decoding
+class Pulse(NamedTuple):
+    """How a worker fares, every second about: its process, main memory that it holds, open files, threads.
+
+    Zeros where the system does not tell.
+    """
+
+    process: int
+    memory_bytes: int
+    open_files: int
+    threads: int
+
+
+Event = Progress | Committed | WorkerEnded | Decoding | Pulse
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         sink = ShardSink(storage, job, environment, normalizer.allocate, task.tuning)
         stack.enter_context(decoder)
         stack.enter_context(sink)
+        pulse_s = 0.0
         batches = interleaved(job.plan, shards, task.tuning)
         for decoded in _carefully(decoder, batches, task) if task.careful else decoder.decode(batches):
             if isinstance(decoded, Decoding):
@@ -140,6 +157,9 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             counts = len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum())
             yield Progress(decoded.batch.shard, *counts)
             yield from map(Committed, sink.committed())
+            if time.monotonic() >= pulse_s:
+                yield _pulse()
+                pulse_s = time.monotonic() + _PULSE_S
         gpu_memory_bytes = normalizer.device_bytes()
     yield from map(Committed, sink.committed())
     yield WorkerEnded({**seconds, **sink.seconds}, _peak_bytes(), gpu_memory_bytes)
@@ -228,6 +248,15 @@ def _explained(task: Task) -> Iterator[None]:
 def _deflater(job: Job) -> dict[str, str]:
     """The library that decides a compressed shard's bytes."""
     return {} if job.settings.deflate_level is None else {"isal": importlib.metadata.version("isal")}
+
+
+def _pulse() -> Pulse:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        folders = (len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task"))
+        return Pulse(os.getpid(), pages * resource.getpagesize(), *folders)
+    except OSError:  # macOS
+        return Pulse(os.getpid(), 0, 0, 0)
 
 
 def _peak_bytes() -> int:

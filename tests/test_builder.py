@@ -40,6 +40,7 @@ from gpu_npz.manifest import Manifest
 from gpu_npz.sources.base import Item
 from gpu_npz.storage import LocalStorage
 from gpu_npz.tuning import Tuning
+from gpu_npz.watch import Moment
 
 FileBytes = Callable[..., bytes]  # fixtures: see conftest.py
 MakeTree = Callable[..., Path]
@@ -168,7 +169,16 @@ def test_rejects_are_listed_with_place_stage_code_and_detail(whole: Path) -> Non
 def test_the_report_says_what_was_built(mixed: Path, out: Path) -> None:
     report = build(mixed, out, settings(batch_size=3))
     values = report.to_json()
-    assert report == BuildReport(**{**values, "tuning": Tuning(**values["tuning"])})
+    assert report == BuildReport(
+        **{
+            **values,
+            "tuning": Tuning(**values["tuning"]),
+            "timeline": tuple(Moment(**each) for each in values["timeline"]),
+        }
+    )
+    assert report.timeline[0].worker == os.getpid()
+    assert report.timeline[0].memory_bytes > 10**7
+    assert report.timeline[0].open_files > 2
     assert report.worker_memory_bytes > 10**7
     assert (report.complete, report.out, report.backend, report.device) == (True, str(out), "pillow", "cpu")
     assert (report.shards, report.built_shards, report.built_items, report.tuning.workers) == (6, 6, ITEMS, 0)
@@ -458,8 +468,8 @@ OTHER: dict[str, dict[str, Any]] = {
     "labels": {"labels": "none"},
     "per_class": {"per_class": 3},
     "split": {"split": "val=0.1/train"},
-    "split_by": {"split_by": "random"},
-    "split_seed": {"split_seed": 1},
+    "split_by": {"split": "val=0.1/train", "split_by": "random"},
+    "split_seed": {"split": "val=0.1/train", "split_seed": 1},
 }
 
 
@@ -980,7 +990,7 @@ def test_workers_are_never_more_than_shards(pictures: Path, out: Path) -> None:
 def test_a_build_that_is_plainly_going_wrong_stops_early_and_goes_on_when_told(
     make_tree: MakeTree, file_bytes: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.builder._EARLY_REJECTS", 12)
+    monkeypatch.setattr("gpu_npz.watch._EARLY_REJECTS", 12)
     good = file_bytes("jpeg")
     src = make_tree({f"a/{number:03}.jpg": good if number % 4 == 0 else "text" for number in range(100)})
     config = settings(max_rejects="10", shard_size="8", batch_size=4)
@@ -997,7 +1007,7 @@ def test_a_build_that_is_plainly_going_wrong_stops_early_and_goes_on_when_told(
 def test_a_build_with_some_rejects_over_the_limit_is_not_stopped_early(
     make_tree: MakeTree, file_bytes: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.builder._EARLY_REJECTS", 12)
+    monkeypatch.setattr("gpu_npz.watch._EARLY_REJECTS", 12)
     good = file_bytes("jpeg")
     src = make_tree({f"a/{number:03}.jpg": "text" if number % 3 == 0 else good for number in range(60)})
     with pytest.raises(RejectLimitError, match="20 of 60 items were rejected"):
@@ -1007,9 +1017,9 @@ def test_a_build_with_some_rejects_over_the_limit_is_not_stopped_early(
 def test_a_build_stops_before_others_fill_the_disk_and_goes_on_when_there_is_room(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.space._LOOK_S", 0.0)
-    free = itertools.chain([10**12] * 4, itertools.repeat(10**6))
-    monkeypatch.setattr("gpu_npz.space.free_space", lambda place: (next(free), None))
+    monkeypatch.setattr("gpu_npz.watch._LOOK_S", 0.0)
+    free = itertools.chain([10**12] * 2, itertools.repeat(10**6))
+    monkeypatch.setattr("gpu_npz.watch.free_space", lambda place: (next(free), None))
     with pytest.raises(StorageError, match=r"0\.001 GB free, less than the 0\.268 GB that a build leaves"):
         build(mixed, tmp_path / "out", settings())
     assert not (tmp_path / "out/dataset.json").exists()
