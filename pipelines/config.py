@@ -27,7 +27,7 @@ else:
 Kind = Literal["identity", "environment", "operational"]
 ResizeMode = Literal["stretch", "center-crop", "pad", "none"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
-Normalization = Literal["imagenet", "unit", "signed", "none", "mean-std", "dataset"]
+Normalization = Literal["imagenet", "unit", "signed", "none", "mean-std", "dataset", "log", "window"]
 DType = Literal["float32", "float16", "uint8"]
 Layout = Literal["NCHW", "NHWC"]
 Channels = Literal["rgb", "bgr", "gray"]
@@ -103,8 +103,8 @@ class BuildConfig(BaseModel):
     normalize: Normalization = _setting(
         "identity",
         "imagenet",
-        "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; "
-        "or dataset: by mean and std of SRC itself, which one more pass finds out first.",
+        "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; dataset: by mean and std of "
+        "SRC itself, which one more pass finds out first; log: log(1 + level) scaled to 0..1; window.",
     )
     mean: tuple[float, ...] | None = _setting(
         "identity",
@@ -120,6 +120,10 @@ class BuildConfig(BaseModel):
         "as many positive numbers as channels, in the order R,G,B",
         "R,G,B",
     )
+    window: tuple[float, float] | None = _setting(
+        "identity", None, "For window: the levels that become 0 and 1; what lies beyond them is cut off.",
+        "LO,HI with LO < HI, and levels between them", "LO,HI",
+    )  # fmt: skip
     dtype: DType = _setting(
         "identity", "float32", "Stored type; uint8 stores pixels and leaves the normalization to the reader."
     )
@@ -243,6 +247,8 @@ class BuildConfig(BaseModel):
             filled["size"] = 224
         if filled.get("normalize") is None and (filled.get("mean") is not None or filled.get("std") is not None):
             filled["normalize"] = "mean-std"
+        if filled.get("normalize") is None and filled.get("window") is not None:
+            filled["normalize"] = "window"
         return {name: value for name, value in filled.items() if value is not None or name in ("mean", "std")}
 
     @field_validator("size", mode="before")
@@ -266,7 +272,7 @@ class BuildConfig(BaseModel):
         _require(numbers and len({*map(int, numbers)}) == len(numbers), text)
         return ",".join(str(int(number)) for number in numbers)
 
-    @field_validator("background", "mean", "std", mode="before")
+    @field_validator("background", "mean", "std", "window", mode="before")
     @classmethod
     def _split_numbers(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -329,10 +335,15 @@ class BuildConfig(BaseModel):
                 raise ValueError(f"--{name} has {len(numbers)} numbers; --channels {self.channels} needs {channels}")
             if not all(abs(number) < 1e9 and (name == "mean" or number > MIN_STD) for number in numbers):
                 raise ValueError(f"--{name}: got {numbers}; allowed: {_allowed(name)}")
+        if (self.normalize == "window") != (self.window is not None):
+            raise ValueError("normalize window needs --window LO,HI, which goes with no other normalization")
+        low, high = self.window or (0, self.max_level)
+        if not (-1e9 < low < high < 1e9 and low < self.max_level and high > 0):
+            raise ValueError(f"--window: got {low:g},{high:g}; allowed: {_allowed('window')}")
         if self.normalize == "imagenet" and channels != 3:
             raise ValueError(
-                "normalize imagenet has statistics for three channels; with --channels gray choose unit, signed or "
-                "none, or give --mean and --std with one number each"
+                "normalize imagenet has statistics for three channels; with --channels gray choose unit, signed, log "
+                "or none, or give --mean and --std with one number each"
             )
         if self.device not in ("auto", "cpu") and self.backend == "pillow":
             raise ValueError(f"--backend pillow cannot use GPU {self.device}; choose --backend dali or --device cpu")
@@ -357,6 +368,11 @@ class BuildConfig(BaseModel):
     def channel_count(self) -> int:
         """How many channels a stored image has: 1 or 3."""
         return 1 if self.channels == "gray" else 3
+
+    @property
+    def max_level(self) -> int:
+        """The highest level of a pixel: white."""
+        return 255
 
     @property
     def deflate_level(self) -> int | None:

@@ -1,12 +1,21 @@
 """Pixels to values, dtype and layout: a table look-up, by NumPy or by CuPy, with equal results to the last bit.
 
-A pixel is one of 256 levels, so every normalization is a table of 256 values a channel. Each entry is the exact
-rational (x / 255 - mean) / std rounded once to the stored type, half to even. The ImageNet statistics are those of
-torchvision's models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 in the order R, G, B.
+A pixel is one of 256 levels, so every normalization is a table of 256 values a channel. Each entry is the exact number
+rounded once to the stored type, half to even:
+
+    mean-std    (level / 255 - mean) / std; so, too, imagenet, unit, signed and dataset
+    window      (level - LO) / (HI - LO), cut off at 0 and 1
+    log         log(1 + level) / log(1 + 255)
+    none        level
+
+The ImageNet statistics are those of torchvision's models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 in the
+order R, G, B.
 """
 
 from __future__ import annotations
 
+import decimal
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -19,54 +28,90 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     Array = NDArray[Any]
+    Exact = Callable[[int], Fraction]
 
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "unit": ((0.0,) * 3, (1.0,) * 3),
     "signed": ((0.5,) * 3, (0.5,) * 3),
 }
+_ULPS = 4  # of float64, within which `_formulas` comes near the exact value
+_DIGITS = decimal.Context(prec=50)
 
 
 def table(config: BuildConfig, dtype: str | None = None) -> Array:
     """The value of every level: shape (channels, 256), in the stored order of channels.
 
     Args:
-        config: gives `normalize`, `mean`, `std`, `channels` and `dtype`.
+        config: gives `normalize`, with what belongs to it, `channels` and `dtype`.
         dtype: another type than the config's; a reader asks for float32 tables of a uint8 dataset.
 
     Raises:
         UsageError: float16 cannot hold a value.
     """
     kind = np.dtype(dtype or config.dtype)
-    found = statistics(config)
-    if kind == np.uint8 or found is None:
-        return np.tile(np.arange(256).astype(kind), (config.channel_count, 1))
-    rows = [[(Fraction(x, 255) - mean) / std for x in range(256)] for mean, std in zip(*found, strict=True)]
-    largest = max(abs(value) for row in rows for value in row)
+    if kind.kind == "u":
+        return np.tile(np.arange(config.max_level + 1).astype(kind), (config.channel_count, 1))
+    formulas = _formulas(config)
+    largest = max(float(np.abs(values).max()) for values, _ in formulas)
     if largest > float(np.finfo(kind).max):
-        raise UsageError(f"{kind} cannot hold {float(largest):.6g}; choose --dtype float32 or another --mean and --std")
-    return np.array([[_nearest(value, kind) for value in row] for row in rows], dtype=kind)
+        raise UsageError(f"{kind} cannot hold {largest:.6g}; choose --dtype float32 or another --mean and --std")
+    return np.stack([_rounded(values, exact, kind) for values, exact in formulas])
 
 
 def statistics(config: BuildConfig) -> tuple[list[Fraction], list[Fraction]] | None:
-    """Mean and standard deviation of each stored channel, of pixels scaled to 0..1; None where pixels stay as they are.
+    """Mean and standard deviation of each stored channel, of pixels scaled to 0..1; None where values have none.
 
     Decimals are taken as they are written: a mean of 0.485 is 485/1000.
 
     Raises:
         UsageError: those of the dataset itself are asked for, and have not been measured.
     """
-    if config.normalize == "none":
-        return None
     if config.normalize == "dataset" and config.mean is None:
         raise UsageError("--normalize dataset is for build, which measures first; give --mean and --std here")
+    if config.normalize not in (*_STATISTICS, "mean-std", "dataset"):
+        return None
     given = _STATISTICS.get(config.normalize) or (config.mean or (), config.std or ())
     means, stds = ([Fraction(str(number)) for number in numbers[: config.channel_count]] for numbers in given)
     return (means[::-1], stds[::-1]) if config.channels == "bgr" else (means, stds)
 
 
+def _formulas(config: BuildConfig) -> list[tuple[NDArray[np.float64], Exact]]:
+    """Of each stored channel, the value of every level in float64, and the function that gives it exactly."""
+    top = config.max_level
+    if (found := statistics(config)) is not None:
+        return [_line(top * mean, top * std, top) for mean, std in zip(*found, strict=True)]
+    if config.normalize == "log":
+        whole = _DIGITS.ln(top + 1)
+        values = np.array([math.log1p(level) / math.log1p(top) for level in range(top + 1)])
+        formula = values, lambda level: Fraction(_DIGITS.divide(_DIGITS.ln(level + 1), whole))
+    elif config.window is not None:
+        low, high = (Fraction(str(number)) for number in config.window)
+        values, exact = _line(low, high - low, top)
+        formula = values.clip(0, 1), exact  # the ends need no rounding
+    else:
+        formula = _line(Fraction(0), Fraction(1), top)
+    return [formula] * config.channel_count
+
+
+def _line(start: Fraction, step: Fraction, top: int) -> tuple[NDArray[np.float64], Exact]:
+    """(level - start) / step."""
+    scale = math.lcm(start.denominator, step.denominator)
+    first, divisor = int(start * scale), int(step * scale)
+    values = [(level * scale - first) / divisor for level in range(top + 1)]  # of integers, rounded once
+    return np.array(values), lambda level: (level - start) / step
+
+
+def _rounded(values: NDArray[np.float64], exact: Exact, dtype: np.dtype[Any]) -> Array:
+    """The exact values in the nearest numbers of `dtype`; asked for only where float64 leaves open which these are."""
+    found = values.astype(dtype)
+    margin = _ULPS * np.spacing(np.abs(values))
+    for level in np.flatnonzero((values - margin).astype(dtype) != (values + margin).astype(dtype)).tolist():
+        found[level] = _nearest(exact(level), dtype)
+    return found
+
+
 def _nearest(value: Fraction, dtype: np.dtype[Any]) -> Any:
-    # By way of float64 a value can be rounded twice; so its neighbours are compared as exact rationals.
     guess = dtype.type(float(value))
     around = [np.nextafter(guess, dtype.type(side)) for side in (-np.inf, np.inf)]
     bits = f"u{dtype.itemsize}"
@@ -118,7 +163,8 @@ def levels(values: Array, stored: Array, layout: Layout) -> NDArray[np.uint8]:
     """Stored images as pixels again: of each value the level whose entry in the table is nearest.
 
     The inverse of `apply_table`, to the bit, where the table tells its levels apart; uint8 images come back as they
-    are. A table is a straight line but for its rounding, so the level is a quotient.
+    are. Most tables are a straight line but for their rounding, and the level is a quotient; through the others, a line
+    is drawn from entry to entry.
 
     Args:
         values: the table that made them, (channels, 256).
@@ -129,14 +175,21 @@ def levels(values: Array, stored: Array, layout: Layout) -> NDArray[np.uint8]:
         return stored
     out = np.empty(stored.shape, np.uint8)
     axis = stored.ndim - 3 if layout == "NCHW" else stored.ndim - 1
-    ends = values[:, [0, -1]].astype(np.float32)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a table of one value, and damaged images
-        for source, target, (low, high) in zip(
-            np.moveaxis(stored, axis, 0), np.moveaxis(out, axis, 0), ends, strict=True
-        ):
-            scaled = (source.astype(np.float32) - low) * (np.float32(255) / (high - low))
-            target[...] = np.clip(np.rint(np.nan_to_num(scaled)), 0, 255)
+    every = np.arange(values.shape[1])
+    for source, target, row in zip(np.moveaxis(stored, axis, 0), np.moveaxis(out, axis, 0), values, strict=True):
+        places = _quotients(row, source)
+        if not np.array_equal(np.rint(_quotients(row, row)), every):
+            places = np.interp(source.astype(np.float32), row.astype(np.float32), every)
+        target[...] = np.clip(np.rint(np.nan_to_num(places)), 0, every[-1])
     return out
+
+
+def _quotients(row: Array, source: Array) -> Array:
+    """The place of each value between the first and the last entry of a row, from 0 to the last entry's number."""
+    low, high = row[[0, -1]].astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a table of one value, and damaged images
+        places: Array = (source.astype(np.float32) - low) * (np.float32(len(row) - 1) / (high - low))
+    return places
 
 
 class Normalizer:

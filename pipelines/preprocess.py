@@ -108,14 +108,10 @@ class Preprocess:
             size=f"{height} x {width}", cover=f"{cover[0]} x {cover[1]}", pad_value=config.pad_value
         )
         antialiased = "" if config.interpolation == "nearest" else ", antialiased"
-        found = statistics(config)
         names = {1: ("gray",), 3: tuple(config.channels)}[config.channel_count]
-        values = "levels of 0 to 255, as they are"
-        if found is not None:
-            mean, std = (", ".join(f"{float(number):g}" for number in numbers) for numbers in found)
-            values = f"(level / 255 - mean) / std, with mean {mean} and std {std} for {', '.join(names)}"
-        if config.dtype == "uint8":
-            values = f"levels of 0 to 255 are stored; read as {values}" if found is not None else values
+        values = self._formula(names)
+        if config.dtype == "uint8" and config.normalize != "none":
+            values = f"levels of 0 to {config.max_level} are stored; read as {values}"
         shape = (len(names), height, width) if config.layout == "NCHW" else (height, width, len(names))
         colour = {"rgb": "red, green, blue", "bgr": "blue, green, red", "gray": "gray"}[config.channels]
         return "\n".join(
@@ -127,6 +123,18 @@ class Preprocess:
                 f"stored as {config.dtype} of shape {shape}",
             )
         )
+
+    def _formula(self, names: tuple[str, ...]) -> str:
+        config, top = self.config, self.config.max_level
+        if (found := statistics(config)) is not None:
+            mean, std = (", ".join(f"{float(number):g}" for number in numbers) for numbers in found)
+            return f"(level / {top} - mean) / std, with mean {mean} and std {std} for {', '.join(names)}"
+        low, high = config.window or (0, 0)
+        return {
+            "none": f"levels of 0 to {top}, as they are",
+            "log": f"log(1 + level) / log(1 + {top})",
+            "window": f"(level - LO) / (HI - LO), cut off at 0 and 1, with LO {low:g} and HI {high:g}",
+        }[config.normalize]
 
     def differences(self, other: Preprocess) -> list[str]:
         """What a model would see otherwise in images of `other`; dtype and layout do not count."""
@@ -145,6 +153,8 @@ class Preprocess:
             found["pad-value"] = config.pad_value
         if (numbers := statistics(config)) is not None:
             found |= zip(("mean", "std"), (tuple(map(float, each)) for each in numbers), strict=True)
+        else:
+            found |= {"normalize": config.normalize, "window": config.window}
         return found
 
     def _pixels(self, image: Any) -> NDArray[np.uint8]:

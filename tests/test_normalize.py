@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,30 @@ NORMALIZATIONS: dict[str, tuple[dict[str, Any], tuple[tuple[Fraction, ...], tupl
     # Values among float16's subnormals, where a step is 2^-24.
     "tiny": ({"mean": (0, 0, 0), "std": (1e6, 3e6, 7e5)}, ((Fraction(0),) * 3, (10**6, 3 * 10**6, 7 * 10**5))),
 }
+# Those without mean and std, with the exact value of a level.
+OTHERS: dict[str, tuple[dict[str, Any], Callable[[int], Fraction]]] = {
+    "log": ({"normalize": "log"}, lambda level: logarithm(1 + level) / logarithm(256)),
+    "window": ({"window": (20.5, 130)}, lambda level: cut((level - Fraction("20.5")) / (130 - Fraction("20.5")))),
+    "wide": ({"normalize": "window", "window": "-10,300.25"}, lambda level: (level + 10) / (10 + Fraction("300.25"))),
+    "narrow": ({"window": (99, 99.5)}, lambda level: Fraction(level > 99)),
+}
 LAYOUTS, CHANNELS, DTYPES = ("NCHW", "NHWC"), ("rgb", "bgr", "gray"), ("float32", "float16", "uint8")
+
+
+def logarithm(number: int) -> Fraction:
+    """ln by its series 2 (z + z^3/3 + z^5/5 + ...), z = (m - 1) / (m + 1), of m in 1 to 2, plus n ln 2: 60 digits."""
+    halvings = max(0, number.bit_length() - 1)
+    return series(Fraction(number, 2**halvings)) + halvings * series(Fraction(2))
+
+
+def series(number: Fraction) -> Fraction:
+    z, digits = (number - 1) / (number + 1), 10**60
+    whole = sum(Fraction(int(z ** (2 * n + 1) * digits), digits * (2 * n + 1)) for n in range(64))
+    return 2 * whole
+
+
+def cut(value: Fraction) -> Fraction:
+    return min(max(value, Fraction(0)), Fraction(1))
 
 
 def rounded(value: Fraction, dtype: str) -> float:
@@ -97,6 +121,30 @@ def test_every_value_is_the_exact_rational_rounded_once(name: str, dtype: str, c
     values = table(config_of(name, channels, dtype=dtype))
     assert values.dtype == dtype
     assert values.tolist() == expected_rows(name, channels, dtype)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_value_of_a_kind_without_mean_and_std_is_rounded_once_too(name: str, dtype: str, channels: str) -> None:
+    settings, exact = OTHERS[name]
+    config = BuildConfig(**settings, channels=channels, dtype=dtype)
+    row = [float(level) if dtype == "uint8" else rounded(exact(level), dtype) for level in range(256)]
+    assert table(config).dtype == dtype
+    assert table(config).tolist() == [row] * config.channel_count
+    stored = BuildConfig(**settings, channels=channels, dtype="uint8")
+    np.testing.assert_array_equal(table(stored, "float32"), table(config, "float32"), strict=True)
+
+
+def test_where_float64_leaves_the_rounding_open_the_exact_value_decides() -> None:
+    # 1 + 2^-11 + 2^-64 is above the middle of two numbers of float16, and the middle in float64.
+    for exact, expected in (
+        (Fraction(1) + Fraction(2) ** -11 + Fraction(2) ** -64, 1 + 2**-10),
+        (Fraction(1) + Fraction(2) ** -11 - Fraction(2) ** -64, 1),
+        (Fraction(1) + Fraction(2) ** -11, 1),
+    ):
+        found = normalize._rounded(np.array([float(exact)]), lambda level, exact=exact: exact, np.dtype("float16"))
+        assert found.tolist() == [expected]
 
 
 def test_a_value_in_the_middle_goes_to_the_even_neighbour_and_decimals_are_taken_as_written() -> None:
@@ -335,12 +383,14 @@ def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["mean-std", "unit", "signed", "none"])
+@pytest.mark.parametrize("kind", ["mean-std", "unit", "signed", "none", "log", "window"])
 def test_stored_values_give_their_levels_back(layout: Any, channels: str, dtype: str, kind: str) -> None:
     given: dict[str, Any] = {}
     if kind == "mean-std":
         given = {"mean": (0.9, 0.1, 0.4), "std": (0.01, 3.0, 0.25)}
         given = {name: values[: 1 if channels == "gray" else 3] for name, values in given.items()}
+    if kind == "window":
+        given = {"window": (-5, 255)}
     config = BuildConfig(layout=layout, channels=channels, dtype=dtype, normalize=kind, **given)
     values = table(config)
     count = len(values)
