@@ -27,7 +27,10 @@ else:
 Kind = Literal["identity", "environment", "operational"]
 ResizeMode = Literal["stretch", "center-crop", "pad", "none"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
-Normalization = Literal["imagenet", "unit", "signed", "none", "mean-std", "dataset", "log", "window"]
+Normalization = Literal[
+    "imagenet", "unit", "signed", "none", "mean-std", "dataset", "log", "window",
+    "standardize", "minmax", "maxabs", "l2",
+]  # fmt: skip
 DType = Literal["float32", "float16", "uint8"]
 Layout = Literal["NCHW", "NHWC"]
 Channels = Literal["rgb", "bgr", "gray"]
@@ -104,7 +107,8 @@ class BuildConfig(BaseModel):
         "identity",
         "imagenet",
         "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; dataset: by mean and std of "
-        "SRC itself, which one more pass finds out first; log: log(1 + level) scaled to 0..1; window.",
+        "SRC itself, which one more pass finds out first; log: log(1 + level) scaled to 0..1; window; "
+        "or by each image's own statistics: standardize to mean 0 and deviation 1, minmax to 0..1, maxabs, l2.",
     )
     mean: tuple[float, ...] | None = _setting(
         "identity",
@@ -342,8 +346,8 @@ class BuildConfig(BaseModel):
             raise ValueError(f"--window: got {low:g},{high:g}; allowed: {_allowed('window')}")
         if self.normalize == "imagenet" and channels != 3:
             raise ValueError(
-                "normalize imagenet has statistics for three channels; with --channels gray choose unit, signed, log "
-                "or none, or give --mean and --std with one number each"
+                "normalize imagenet has statistics for three channels; with --channels gray choose another one, "
+                "or give --mean and --std with one number each"
             )
         if self.device not in ("auto", "cpu") and self.backend == "pillow":
             raise ValueError(f"--backend pillow cannot use GPU {self.device}; choose --backend dali or --device cpu")

@@ -1,12 +1,21 @@
 """Pixels to values, dtype and layout: a table look-up, by NumPy or by CuPy, with equal results to the last bit.
 
-A pixel is one of 256 levels, so every normalization is a table of 256 values a channel. Each entry is the exact number
-rounded once to the stored type, half to even:
+A pixel is one of 256 levels, so every normalization is a table of 256 values a channel. Of most kinds, each entry is
+the exact number rounded once to the stored type, half to even:
 
     mean-std    (level / 255 - mean) / std; so, too, imagenet, unit, signed and dataset
     window      (level - LO) / (HI - LO), cut off at 0 and 1
     log         log(1 + level) / log(1 + 255)
     none        level
+
+Four kinds go by the statistics of each image, of all the n values of its pixels as they are stored, in all channels: m
+is their mean, s their standard deviation. So every image has a table of its own, the same for all channels. Sums over
+an image are integers, and exact; the table is made in float64 and rounded once to the stored type:
+
+    standardize (level - m) / max(s, 1 / sqrt(n)): tf.image.per_image_standardization of the levels as floats
+    minmax      (level - min) / (max - min), 0 if they are equal: scikit-learn's minmax_scale of all values
+    maxabs      level / max, 0 if max is: maxabs_scale
+    l2          level / sqrt(sum of squares), 0 if that is: normalize with norm="l2"
 
 The ImageNet statistics are those of torchvision's models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 in the
 order R, G, B.
@@ -17,6 +26,7 @@ from __future__ import annotations
 import decimal
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +45,13 @@ _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "unit": ((0.0,) * 3, (1.0,) * 3),
     "signed": ((0.5,) * 3, (0.5,) * 3),
 }
+_PER_IMAGE = ("standardize", "minmax", "maxabs", "l2")
 _ULPS = 4  # of float64, within which `_formulas` comes near the exact value
 _DIGITS = decimal.Context(prec=50)
 
 
-def table(config: BuildConfig, dtype: str | None = None) -> Array:
-    """The value of every level: shape (channels, 256), in the stored order of channels.
+def table(config: BuildConfig, dtype: str | None = None) -> Array | None:
+    """The value of every level: shape (channels, 256), in the stored order of channels; None if that is an image's own.
 
     Args:
         config: gives `normalize`, with what belongs to it, `channels` and `dtype`.
@@ -52,11 +63,69 @@ def table(config: BuildConfig, dtype: str | None = None) -> Array:
     kind = np.dtype(dtype or config.dtype)
     if kind.kind == "u":
         return np.tile(np.arange(config.max_level + 1).astype(kind), (config.channel_count, 1))
+    if config.normalize in _PER_IMAGE:
+        return None
     formulas = _formulas(config)
     largest = max(float(np.abs(values).max()) for values, _ in formulas)
     if largest > float(np.finfo(kind).max):
         raise UsageError(f"{kind} cannot hold {largest:.6g}; choose --dtype float32 or another --mean and --std")
     return np.stack([_rounded(values, exact, kind) for values, exact in formulas])
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a per-image kind has to know of an image: of its values in all channels, exactly."""
+
+    count: int
+    total: int
+    squares: int
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, image: Array) -> Sums:
+        """Those of pixels, in whatever layout."""
+        squares = int(np.einsum("ijk,ijk->", image, image, dtype=np.int64))
+        return cls(image.size, int(image.sum(dtype=np.int64)), squares, int(image.min()), int(image.max()))
+
+
+def image_table(config: BuildConfig, sums: Sums, dtype: str | None = None) -> Array:
+    """The value of every level in an image under a per-image kind: shape (256,), for every channel; see `table`."""
+    n, start, step = sums.count, 0.0, 1.0
+    if config.normalize == "standardize":
+        variance = (n * sums.squares - sums.total**2) / n**2  # of integers, rounded once
+        start, step = sums.total / n, max(math.sqrt(variance), 1 / math.sqrt(n))
+    elif config.normalize == "minmax":
+        start, step = sums.low, sums.high - sums.low
+    elif config.normalize == "maxabs":
+        step = sums.high
+    else:
+        step = math.sqrt(sums.squares)
+    values = (np.arange(config.max_level + 1) - start) / (step or 1)
+    return values.astype(dtype or config.dtype)
+
+
+def tables(config: BuildConfig, stored: Array) -> NDArray[np.float32]:
+    """What `apply_table` takes for stored pixels: (channels, 256), or under a per-image kind (images, 1, 256).
+
+    Args:
+        config: the settings that they were stored with.
+        stored: uint8 (..., C, H, W) or (..., H, W, C).
+    """
+    if (same := table(config, "float32")) is not None:
+        return same
+    images = stored.reshape(-1, *stored.shape[-3:])
+    own = [image_table(config, Sums.of(image), "float32") for image in images]
+    return np.array(own, np.float32).reshape(len(own), 1, config.max_level + 1)
+
+
+def value_range(config: BuildConfig, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The lowest and the highest value that each channel of an image of `count` values can have, (channels,) each."""
+    if (values := table(config)) is not None:
+        return values.min(axis=1).astype(np.float64), values.max(axis=1).astype(np.float64)
+    # Samuelson's inequality: no value is further from the mean than sqrt(n - 1) standard deviations.
+    low, high = (-math.sqrt(count), math.sqrt(count)) if config.normalize == "standardize" else (0.0, 1.0)
+    return np.full(config.channel_count, low), np.full(config.channel_count, high)
 
 
 def statistics(config: BuildConfig) -> tuple[list[Fraction], list[Fraction]] | None:
@@ -130,19 +199,27 @@ def row_shape(config: BuildConfig, height: int, width: int) -> tuple[int, int, i
 def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
     """Stored uint8 images (..., C, H, W) or (..., H, W, C) as `values[channel, level]`, in the table's dtype.
 
+    Args:
+        values: (channels, 256), or (images, 1, 256) where each image has its own.
+        stored: the images.
+        layout: which of the two.
+
     Raises:
         ValueError: other pixels than the table was made for.
     """
     axis = stored.ndim - 3 if layout == "NCHW" else stored.ndim - 1
-    if stored.dtype != np.uint8 or axis < 0 or stored.shape[axis] != len(values):
-        raise ValueError(f"stored: got {stored.dtype} {stored.shape}; need uint8 {layout} of {len(values)} channels")
+    count = math.prod(stored.shape[:-3])
+    fit = values.shape[:-1] == ((stored.shape[axis],) if values.ndim == 2 else (count, 1))
+    if stored.dtype != np.uint8 or axis < 0 or not fit:
+        raise ValueError(f"stored: got {stored.dtype} {stored.shape}; need uint8 {layout} for a table {values.shape}")
     out = np.empty(stored.shape, values.dtype)
     images, rows = (array.reshape(-1, *stored.shape[-3:]) for array in (stored, out))
     if layout == "NHWC":
         images, rows = images.transpose(0, 3, 1, 2), rows.transpose(0, 3, 1, 2)
     plane = np.empty(rows.shape[-2:], out.dtype)
-    for image, row in zip(images, rows, strict=True):
-        _look_up(values, image, row, plane)
+    each = np.broadcast_to(values, (len(images), images.shape[1], values.shape[-1]))
+    for image, own, row in zip(images, each, rows, strict=True):
+        _look_up(own, image, row, plane)
     return out
 
 
@@ -196,14 +273,15 @@ class Normalizer:
     """Turns decoded pixels into stored rows on the CPU."""
 
     def __init__(self, config: BuildConfig) -> None:
+        self._config = config
         self._table = table(config)
+        self._dtype = np.dtype(config.dtype)
         self._planar = config.layout == "NCHW"
-        self._plain = self._table.dtype == np.uint8
         self._swap = config.channels == "bgr"  # decoders give R,G,B; the table is in stored order already
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
         """A buffer for stored rows."""
-        return np.empty(shape, self._table.dtype)
+        return np.empty(shape, self._dtype)
 
     def apply(self, pixels: Array, kept: NDArray[np.int64], out: Array) -> Callable[[], None]:
         """Writes the rows of some images to `out`.
@@ -215,22 +293,28 @@ class Normalizer:
 
         Returns a function that waits until `out` is whole; here it is already.
         """
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != len(self._table):
-            raise ValueError(f"pixels: got {pixels.dtype} {pixels.shape}; need uint8 (N, H, W, {len(self._table)})")
-        _, height, width, channels = pixels.shape
+        channels = self._config.channel_count
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != channels:
+            raise ValueError(f"pixels: got {pixels.dtype} {pixels.shape}; need uint8 (N, H, W, {channels})")
+        _, height, width, _ = pixels.shape
         rows = (len(kept), channels, height, width) if self._planar else (len(kept), height, width, channels)
-        if out.shape != rows or out.dtype != self._table.dtype:
-            raise ValueError(f"out: got {out.dtype} {out.shape}; need {self._table.dtype} {rows}")
+        if out.shape != rows or out.dtype != self._dtype:
+            raise ValueError(f"out: got {out.dtype} {out.shape}; need {self._dtype} {rows}")
         if self._swap:
             pixels = pixels[..., ::-1]
         plane = np.empty((height, width), out.dtype)
         for position, row in zip(kept.tolist(), out, strict=True):
             image, target = pixels[position].transpose(2, 0, 1), row if self._planar else row.transpose(2, 0, 1)
-            if self._plain:
+            if self._dtype.kind == "u":
                 np.copyto(target, image)
             else:
-                _look_up(self._table, image, target, plane)
+                _look_up(self._table_of(image), image, target, plane)
         return _done
+
+    def _table_of(self, image: Array) -> Array:
+        if self._table is not None:
+            return self._table
+        return np.tile(image_table(self._config, Sums.of(image)), (len(image), 1))
 
     def device_bytes(self) -> int:
         """Memory of a GPU that is in use: none."""
@@ -241,10 +325,11 @@ def _done() -> None:
     pass
 
 
-# A thread a pixel. Values are moved as bits, so one kernel serves every dtype and needs no header.
+# A thread a pixel. Values are moved as bits, so one kernel serves every dtype and needs no header. `image_step` and
+# `channel_step` are entries of `table` from one image's, or channel's, to the next; 0 where they share them.
 _KERNEL = r"""
 extern "C" __global__ void normalize(const unsigned char* pixels, const int* kept, const VALUE* table, VALUE* out,
-                                     int plane, int channels, int planar, int swap) {
+                                     int plane, int channels, int planar, int swap, int image_step, int channel_step) {
   const int position = blockIdx.x * blockDim.x + threadIdx.x;
   if (position >= plane) return;
   const unsigned char* pixel = pixels + ((long long)kept[blockIdx.y] * plane + position) * channels;
@@ -252,7 +337,7 @@ extern "C" __global__ void normalize(const unsigned char* pixels, const int* kep
   for (int channel = 0; channel < channels; channel++) {
     const unsigned char level = pixel[swap ? channels - 1 - channel : channel];
     row[planar ? (long long)channel * plane + position : (long long)position * channels + channel] =
-        table[channel * 256 + level];
+        table[(long long)blockIdx.y * image_step + channel * channel_step + level];
   }
 }
 """
@@ -264,7 +349,9 @@ class CudaNormalizer:
     """Turns decoded pixels into stored rows on a GPU, and copies them to pinned host memory.
 
     The kernel runs on one stream, the copy on another, so that the next kernel does not wait for it. Every host buffer
-    has a twin on the device, made with it: whoever may write to the one may write to the other.
+    has a twin on the device, made with it: whoever may write to the one may write to the other. For the per-image
+    kinds, sums over each image come to the host, which makes the tables: it waits for the decoder there. They have not
+    been tried on a GPU yet.
     """
 
     def __init__(self, config: BuildConfig, device: int) -> None:
@@ -274,14 +361,17 @@ class CudaNormalizer:
         cupy.cuda.Device(device).use()
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._copy_stream = cupy.cuda.Stream(non_blocking=True)
+        self._config = config
+        self._dtype = np.dtype(config.dtype)
         self._host_table = table(config)
         self._planar = config.layout == "NCHW"
         self._swap = config.channels == "bgr"
-        source = _KERNEL.replace("VALUE", _BITS[self._host_table.itemsize])
+        source = _KERNEL.replace("VALUE", _BITS[self._dtype.itemsize])
         self._kernel = cupy.RawKernel(source, "normalize")
+        self._squares = cupy.ReductionKernel("T x", "int64 y", "(long long)x * x", "a + b", "y = a", "0", "squares")
         self._twins: dict[int, Any] = {}
         with self._stream:
-            self._table = cupy.asarray(self._host_table)
+            self._table = None if self._host_table is None else cupy.asarray(self._host_table)
 
     @property
     def stream(self) -> int:
@@ -290,7 +380,7 @@ class CudaNormalizer:
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
         """A pinned host buffer for stored rows, of exactly the size needed, and its twin on the device."""
-        dtype = self._host_table.dtype
+        dtype = self._dtype
         count = int(np.prod(shape))
         memory = self._cupy.cuda.PinnedMemoryPointer(self._cupy.cuda.PinnedMemory(max(1, count * dtype.itemsize)), 0)
         host = np.frombuffer(memory, dtype, count).reshape(shape)
@@ -302,29 +392,32 @@ class CudaNormalizer:
         cupy = self._cupy
         with self._stream:
             source = cupy.from_dlpack(pixels)
-            fit = source.dtype == np.uint8 and source.ndim == 4 and source.shape[3] == len(self._host_table)
+            fit = source.dtype == np.uint8 and source.ndim == 4 and source.shape[3] == self._config.channel_count
             if not fit or not source.flags.c_contiguous:
                 raise ValueError(f"pixels: got {source.dtype} {source.shape}; need dense uint8 (N, H, W, C)")
             _, height, width, channels = source.shape
-            if out.size != len(kept) * height * width * channels or out.dtype != self._host_table.dtype:
+            if out.size != len(kept) * height * width * channels or out.dtype != self._dtype:
                 raise ValueError(f"out: got {out.dtype} {out.shape} for {len(kept)} of {source.shape}")
             positions = cupy.asarray(kept.astype(np.int32))
             plane = height * width
+            table, steps = self._table, (0, self._config.max_level + 1)
+            if table is None:
+                table, steps = self._tables_of(source, kept), steps[::-1]
             if len(kept):
                 self._kernel(
                     (-(-plane // _THREADS), len(kept)),
                     (_THREADS,),
                     (
-                        source, positions, self._table, self._twins[out.ctypes.data],
-                        np.int32(plane), np.int32(channels), np.int32(self._planar), np.int32(self._swap),
+                        source, positions, table, self._twins[out.ctypes.data],
+                        *map(np.int32, (plane, channels, self._planar, self._swap, *steps)),
                     ),
                 )  # fmt: skip
             event = self._recorded(self._stream)
 
         def wait() -> None:
-            nonlocal pixels, source, positions
+            nonlocal pixels, source, positions, table
             event.synchronize()
-            pixels = source = positions = None  # the kernel reads them
+            pixels = source = positions = table = None  # the kernel reads them
 
         return wait
 
@@ -351,6 +444,14 @@ class CudaNormalizer:
         """Memory of the GPU that is in use, by whomever."""
         free, total = self._cupy.cuda.runtime.memGetInfo()
         return int(total - free)
+
+    def _tables_of(self, source: Any, kept: NDArray[np.int64]) -> Any:
+        """The tables of the images that are kept, under a per-image kind, on the device."""
+        flat = source.reshape(len(source), -1)
+        columns = flat.sum(axis=1, dtype=np.int64), self._squares(flat, axis=1), flat.min(axis=1), flat.max(axis=1)
+        sums = self._cupy.stack([column.astype(np.int64) for column in columns], axis=1).get()[kept]
+        own = [image_table(self._config, Sums(flat.shape[1], *row)) for row in sums.tolist()]
+        return self._cupy.asarray(np.array(own, self._dtype))
 
     def _recorded(self, stream: Any) -> Any:
         event = self._cupy.cuda.Event(block=True, disable_timing=True)  # who waits for it sleeps

@@ -15,7 +15,7 @@ from .config import BuildConfig
 from .errors import ImageError
 from .geometry import Geometry
 from .manifest import Manifest
-from .normalize import Normalizer, apply_table, row_shape, statistics, table
+from .normalize import Normalizer, apply_table, row_shape, statistics, table, tables
 from .rejects import BadItem
 
 if TYPE_CHECKING:
@@ -97,8 +97,15 @@ class Preprocess:
         """What stored rows (..., C, H, W) or (..., H, W, C) mean, as float32: uint8 pixels are normalized."""
         if rows.dtype != np.uint8:
             return rows.astype(np.float32, copy=False)
-        values: NDArray[np.float32] = apply_table(self.table, rows, self.config.layout)
+        values: NDArray[np.float32] = apply_table(self.tables(rows), rows, self.config.layout)
         return values
+
+    def tables(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """The value of every level of stored uint8 rows, float32, in the stored order of channels.
+
+        (channels, 256); where each image is normalized by its own statistics, (images, 1, 256).
+        """
+        return tables(self.config, rows) if self._table is None else self._table
 
     def describe(self) -> str:
         """What is done to an image, in words, a step a line."""
@@ -130,9 +137,14 @@ class Preprocess:
             mean, std = (", ".join(f"{float(number):g}" for number in numbers) for numbers in found)
             return f"(level / {top} - mean) / std, with mean {mean} and std {std} for {', '.join(names)}"
         low, high = config.window or (0, 0)
+        own = "of all values of the image"
         return {
             "none": f"levels of 0 to {top}, as they are",
             "log": f"log(1 + level) / log(1 + {top})",
+            "standardize": f"(level - mean) / max(std, 1 / sqrt(count)) {own}",
+            "minmax": f"(level - min) / (max - min) {own}",
+            "maxabs": f"level / max {own}",
+            "l2": f"level / sqrt(sum of squares) {own}",
             "window": f"(level - LO) / (HI - LO), cut off at 0 and 1, with LO {low:g} and HI {high:g}",
         }[config.normalize]
 
@@ -181,8 +193,7 @@ class Preprocess:
         return Normalizer(self.config)
 
     @functools.cached_property
-    def table(self) -> NDArray[np.float32]:
-        """The value of every level, float32 (channels, 256), in the stored order of channels."""
+    def _table(self) -> NDArray[np.float32] | None:
         return table(self.config, "float32")
 
     def __reduce__(self) -> tuple[Any, ...]:

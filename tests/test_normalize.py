@@ -15,7 +15,18 @@ import pytest
 from gpu_npz import normalize
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import UsageError
-from gpu_npz.normalize import CudaNormalizer, Normalizer, apply_table, levels, row_shape, table
+from gpu_npz.normalize import (
+    CudaNormalizer,
+    Normalizer,
+    Sums,
+    apply_table,
+    image_table,
+    levels,
+    row_shape,
+    table,
+    tables,
+    value_range,
+)
 
 # Of each floating type: bits of a significand, exponent of the smallest number above zero (IEEE 754-2019, table 3.5).
 PRECISION = {"float16": (11, -24), "float32": (24, -149)}
@@ -41,6 +52,7 @@ OTHERS: dict[str, tuple[dict[str, Any], Callable[[int], Fraction]]] = {
     "wide": ({"normalize": "window", "window": "-10,300.25"}, lambda level: (level + 10) / (10 + Fraction("300.25"))),
     "narrow": ({"window": (99, 99.5)}, lambda level: Fraction(level > 99)),
 }
+PER_IMAGE = ("standardize", "minmax", "maxabs", "l2")
 LAYOUTS, CHANNELS, DTYPES = ("NCHW", "NHWC"), ("rgb", "bgr", "gray"), ("float32", "float16", "uint8")
 
 
@@ -134,6 +146,78 @@ def test_every_value_of_a_kind_without_mean_and_std_is_rounded_once_too(name: st
     assert table(config).tolist() == [row] * config.channel_count
     stored = BuildConfig(**settings, channels=channels, dtype="uint8")
     np.testing.assert_array_equal(table(stored, "float32"), table(config, "float32"), strict=True)
+
+
+def by_definition(kind: str, image: np.ndarray) -> np.ndarray:
+    """A per-image kind in float64, as its library defines it, of the levels of one image."""
+    x = image.astype(np.float64)
+    if kind == "standardize":  # TensorFlow 2, tf.image.per_image_standardization: of a float image
+        return (x - x.mean()) / max(x.std(), 1 / np.sqrt(x.size))
+    if kind == "minmax":  # scikit-learn 1, preprocessing.minmax_scale; a range of 0 counts as 1
+        return (x - x.min()) / ((x.max() - x.min()) or 1)
+    if kind == "maxabs":  # scikit-learn 1, preprocessing.maxabs_scale
+        return x / (np.abs(x).max() or 1)
+    return x / (np.linalg.norm(x.ravel()) or 1)  # scikit-learn 1, preprocessing.normalize with norm="l2"
+
+
+def images_of_every_kind(channels: str) -> np.ndarray:
+    """All levels, dark noise, little contrast, black, one level, one bright value, one a level up: (7, 16, 24, C)."""
+    pixels = pixels_with_every_level(channels, images=7)
+    pixels[1] //= 2
+    pixels[2] = 40 + pixels[2] // 100
+    pixels[3], pixels[4], pixels[5] = 0, 77, 0
+    pixels[5, 3, 4, 0] = 200
+    pixels[6] = 77
+    pixels[6, 3, 4, 0] = 78  # its deviation is less than 1 / sqrt(n)
+    return pixels
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", PER_IMAGE)
+def test_an_image_is_normalized_by_its_own_statistics(kind: Any, dtype: Any, channels: Any, layout: Any) -> None:
+    config = BuildConfig(normalize=kind, dtype=dtype, channels=channels, layout=layout)
+    pixels, kept = images_of_every_kind(channels), np.array([5, 4, 3, 2, 0, 6])
+    normalizer = Normalizer(config)
+    rows = normalizer.allocate((len(kept), *row_shape(config, 16, 24)))
+    normalizer.apply(pixels, kept, rows)()
+    stored = pixels[kept][..., ::-1] if channels == "bgr" else pixels[kept]
+    planes = stored.transpose(0, 3, 1, 2) if layout == "NCHW" else stored
+    expected = np.stack([by_definition(kind, image) for image in planes])
+    assert rows.dtype == dtype
+    if dtype == "uint8":
+        np.testing.assert_array_equal(rows, planes)
+        rows = apply_table(tables(config, rows), rows, layout)
+        direct = BuildConfig(normalize=kind, channels=channels, layout=layout)
+        floats = Normalizer(direct).allocate(rows.shape)
+        Normalizer(direct).apply(pixels, kept, floats)()
+        np.testing.assert_array_equal(rows, floats, strict=True)
+        np.testing.assert_array_equal(apply_table(tables(config, planes[1]), planes[1], layout), floats[1], strict=True)
+    # Half a unit in the last place of the stored type; float64's own errors are far below.
+    np.testing.assert_allclose(rows, expected, rtol=2**-11 if dtype == "float16" else 2**-24, atol=2**-25)
+    assert not expected[1].any() or kind not in ("standardize", "minmax")
+    assert not rows[2].any()
+
+
+def test_sums_are_exact_where_floats_are_not() -> None:
+    image = np.full((3000, 3000, 3), 255, np.uint8)
+    image[0, 0, 0] = 254
+    assert Sums.of(image) == Sums(image.size, 255 * image.size - 1, 255**2 * image.size - 509, 254, 255)
+
+
+def test_values_lie_within_their_range_and_reach_it() -> None:
+    pixels = images_of_every_kind("rgb")
+    for kind in PER_IMAGE:
+        config = BuildConfig(normalize=kind)
+        rows = Normalizer(config).allocate((7, 3, 16, 24))
+        Normalizer(config).apply(pixels, every(pixels), rows)
+        low, high = value_range(config, rows[0].size)
+        assert (low <= rows.min(axis=(0, 2, 3))).all()
+        assert (rows.max(axis=(0, 2, 3)) <= high).all()
+        assert rows.max() > 0.97 * high.max()
+    low, high = value_range(BuildConfig(channels="bgr"), 9)
+    np.testing.assert_array_equal((low, high), table(BuildConfig(channels="bgr"))[:, [0, -1]].T)
 
 
 def test_where_float64_leaves_the_rounding_open_the_exact_value_decides() -> None:
@@ -292,6 +376,27 @@ def test_a_table_is_applied_only_to_pixels_that_it_was_made_for(stored: np.ndarr
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", PER_IMAGE)
+def test_the_gpu_gives_an_image_its_own_table_as_the_cpu_does(
+    kind: Any, dtype: Any, channels: Any, layout: Any
+) -> None:
+    import cupy
+
+    config = BuildConfig(normalize=kind, dtype=dtype, channels=channels, layout=layout)
+    pixels, kept = images_of_every_kind(channels), np.array([5, 4, 3, 2, 0, 6])
+    normalizer = CudaNormalizer(config, 0)
+    expected, rows = (each.allocate((6, *row_shape(config, 16, 24))) for each in (Normalizer(config), normalizer))
+    Normalizer(config).apply(pixels, kept, expected)()
+    on_gpu = cupy.asarray(pixels)
+    cupy.cuda.get_current_stream().synchronize()
+    normalizer.apply(on_gpu, kept, rows)()
+    np.testing.assert_array_equal(rows, expected, strict=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_gpu_gives_the_cpus_rows_to_the_last_bit(dtype: str, channels: str, layout: str) -> None:
     import cupy
 
@@ -352,8 +457,9 @@ def test_buffers_in_flight_do_not_disturb_each_other() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["mean-std", "standardize"])
 def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
-    dtype: str, channels: str, layout: str, tmp_path: Path
+    kind: str, dtype: str, channels: str, layout: str, tmp_path: Path
 ) -> None:
     # What a GPU's threads do, one after the other: no GPU is needed to see a wrong index.
     kernel = normalize._KERNEL.replace('extern "C" __global__', "").replace(
@@ -362,21 +468,26 @@ def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
     grid = "static struct { int x, y; } blockIdx, threadIdx, blockDim;\n"
     launch = """
     void launch(int blocks, int images, int threads, void *pixels, void *kept, void *table, void *out, int plane,
-                int channels, int planar, int swap) {
+                int channels, int planar, int swap, int image_step, int channel_step) {
       for (blockDim.x = threads, blockIdx.y = 0; blockIdx.y < images; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
           for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
-            normalize(pixels, kept, table, out, plane, channels, planar, swap);
+            normalize(pixels, kept, table, out, plane, channels, planar, swap, image_step, channel_step);
     }"""
     (tmp_path / "kernel.c").write_text(grid + kernel + launch)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "kernel.so", tmp_path / "kernel.c"], check=True)
-    config = config_of("mean-std", channels, dtype=dtype, layout=layout)
+    settings = config_of("mean-std", channels) if kind == "mean-std" else BuildConfig(normalize=kind, channels=channels)
+    config = settings.model_copy(update={"dtype": dtype, "layout": layout})
     pixels, kept, values = pixels_with_every_level(channels), np.array([2, 0], np.int32), table(config)
+    expected, steps = np.empty((2, *row_shape(config, 16, 24)), dtype), (0, 256)
+    Normalizer(config).apply(pixels, kept.astype(np.int64), expected)
+    if values is None:
+        values, steps = np.stack([image_table(config, Sums.of(pixels[place])) for place in kept]), (256, 0)
     out = np.full((3, *row_shape(config, 16, 24)), 99, dtype)
     arrays = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, kept, values, out)]
     launched = ctypes.CDLL(str(tmp_path / "kernel.so")).launch
-    launched(2, len(kept), 256, *arrays, 16 * 24, len(values), int(layout == "NCHW"), int(channels == "bgr"))
-    np.testing.assert_array_equal(out[:2], looked_up(values, pixels[kept], channels, layout), strict=True)
+    launched(2, len(kept), 256, *arrays, 16 * 24, pixels.shape[3], layout == "NCHW", channels == "bgr", *steps)
+    np.testing.assert_array_equal(out[:2], expected, strict=True)
     assert (out[2] == 99).all()
 
 

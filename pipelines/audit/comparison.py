@@ -24,7 +24,7 @@ from ..environment import choose, inspect
 from ..errors import FormatError, UsageError
 from ..geometry import Geometry
 from ..manifest import Manifest
-from ..normalize import Normalizer, levels, table
+from ..normalize import Normalizer, Sums, image_table, levels, table
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, shard_name
 from ..plan import Batch, Item
@@ -183,7 +183,10 @@ class _Seen:
         """What is wrong with a row."""
         expected = self._normalizer.allocate((1, *stored.shape))
         self._normalizer.apply(pixels[None], np.zeros(1, np.int64), expected)
-        one, other = (levels(self._table, image, self._config.layout) for image in (expected[0], stored))
+        values = self._table
+        if values is None:  # by the statistics of the image as it is decoded now
+            values = np.tile(image_table(self._config, Sums.of(pixels)), (self._config.channel_count, 1))
+        one, other = (levels(values, image, self._config.layout) for image in (expected[0], stored))
         difference = np.maximum(one, other) - np.minimum(one, other)
         mean, largest = float(difference.mean()), int(difference.max())
         self.rows += 1

@@ -144,6 +144,11 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
     manifest = Manifest.load(storage.root)
     images, index = manifest.images, open_index(storage, manifest)
     values = table(manifest.config)
+    if values is None:
+        raise FormatError(
+            f"{storage.root!r}: each image's values were made by its own statistics ({manifest.config.normalize}), and "
+            "do not tell its levels any more; give SRC instead"
+        )
     if not np.array_equal(levels(values, values[..., None], "NCHW")[..., 0], np.tile(np.arange(256), (len(values), 1))):
         raise FormatError(
             f"{storage.root!r}: its {images.dtype} values do not tell the 256 levels apart; give SRC instead"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from ..environment import usable_cpus
 from ..errors import FormatError, UsageError
 from ..job import dataset_id
 from ..manifest import Manifest, shard_table_digest
-from ..normalize import row_shape, statistics, table
+from ..normalize import row_shape, statistics, table, value_range
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
 from ..readers.arrays import open_index, open_shard
@@ -113,8 +114,7 @@ class _ShardChecker:
         self._manifest = manifest
         self._index = index
         self._ends = np.cumsum(index["shard_rows"]) if index else None
-        values = table(manifest.config).astype(np.float64)
-        self._low, self._high = values.min(axis=1), values.max(axis=1)
+        self._low, self._high = value_range(manifest.config, math.prod(manifest.images.shape))
         self.bytes_checked = 0
 
     def faults(self, shard: int) -> list[str]:
