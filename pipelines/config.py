@@ -131,6 +131,11 @@ class BuildConfig(BaseModel):
     dtype: DType = _setting(
         "identity", "float32", "Stored type; uint8 stores pixels and leaves the normalization to the reader."
     )
+    clip: bool = _setting(
+        "identity",
+        False,
+        "Store a value that float16 cannot hold as the nearest one that it can, rather than refuse it.",
+    )
     layout: Layout = _setting("identity", "NCHW", "Order of a stored batch's axes.")
 
     shard_size: str = _setting(

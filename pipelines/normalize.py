@@ -58,7 +58,7 @@ def table(config: BuildConfig, dtype: str | None = None) -> Array | None:
         dtype: another type than the config's; a reader asks for float32 tables of a uint8 dataset.
 
     Raises:
-        UsageError: float16 cannot hold a value.
+        UsageError: float16 cannot hold a value, and `clip` is not set.
     """
     kind = np.dtype(dtype or config.dtype)
     if kind.kind == "u":
@@ -66,10 +66,15 @@ def table(config: BuildConfig, dtype: str | None = None) -> Array | None:
     if config.normalize in _PER_IMAGE:
         return None
     formulas = _formulas(config)
-    largest = max(float(np.abs(values).max()) for values, _ in formulas)
-    if largest > float(np.finfo(kind).max):
-        raise UsageError(f"{kind} cannot hold {largest:.6g}; choose --dtype float32 or another --mean and --std")
-    return np.stack([_rounded(values, exact, kind) for values, exact in formulas])
+    most = float(np.finfo(kind).max)
+    for channel, (values, _) in enumerate(formulas):
+        level = int(np.abs(values).argmax())
+        if abs(values[level]) > most and not config.clip:
+            raise UsageError(
+                f"{kind} cannot hold {values[level]:.6g}, the value of level {level} in channel {channel}, but "
+                f"{-most:g} to {most:g}; choose --dtype float32 or another normalization, or --clip to cut values off there"
+            )
+    return np.stack([_rounded(values.clip(-most, most), exact, kind) for values, exact in formulas])
 
 
 @dataclass(frozen=True)

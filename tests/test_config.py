@@ -20,7 +20,7 @@ VARIED: list[dict[str, Any]] = [
     {"channels": "gray", "normalize": "unit", "dtype": "float16", "layout": "NHWC"},
     {"channels": "gray", "mean": "0.5", "std": "0.25"},
     {"mean": (0.1, 0.2, 0.3), "std": (1, 2e-5, 1 / 3)},
-    {"window": "-3,77.5"},
+    {"window": "-3,77.5", "clip": True},
     {"normalize": "log", "channels": "gray"},
     {"normalize": "standardize"},
     {"shard_size": "2GB", "shuffle": 0, "limit": 7, "max_rejects": "0.5%"},

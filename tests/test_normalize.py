@@ -247,8 +247,21 @@ def test_a_reader_gets_the_float_table_of_a_dataset_that_stores_pixels() -> None
 
 def test_float16_that_cannot_hold_a_value_is_refused_with_advice() -> None:
     config = BuildConfig(mean=(0, 0, 0), std=(1, 1, 1e-6), dtype="float16")
-    with pytest.raises(UsageError, match="float16 cannot hold 1e\\+06; choose --dtype float32"):
+    message = r"float16 cannot hold 1e\+06, the value of level 255 in channel 2, but -65504 to 65504; .*or --clip"
+    with pytest.raises(UsageError, match=message):
         table(config)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_with_clip_such_values_are_the_largest_that_float16_holds_and_float32_keeps_them(channels: str) -> None:
+    given = {"mean": (0.5,), "std": (5e-6,)} if channels == "gray" else {"mean": (0, 0.5, 0), "std": (1, 5e-6, 1)}
+    config = BuildConfig(**given, channels=channels, dtype="float16", clip=True)
+    values = table(config)
+    exact = np.array([(Fraction(level, 255) - Fraction(1, 2)) / Fraction("0.000005") for level in range(256)], float)
+    row = values[0 if channels == "gray" else 1]
+    np.testing.assert_array_equal(row, exact.clip(-65504, 65504).astype(np.float16))
+    assert (row == 65504).sum() == (row == -65504).sum() == 45
+    assert table(config, "float32").max() == 1e5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -157,6 +157,7 @@ def test_a_sound_dataset_passes_and_is_counted(built: Path) -> None:
         {"window": "20.5,99", "channels": "gray"},
         {"normalize": "standardize", "on_reject": "blank"},
         {"normalize": "l2", "dtype": "uint8"},
+        {"mean": "0,0,0", "std": "1,1,0.00001", "dtype": "float16", "clip": True},
     ],
     ids=str,
 )
