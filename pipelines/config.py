@@ -31,7 +31,7 @@ Normalization = Literal[
     "imagenet", "unit", "signed", "none", "mean-std", "dataset", "log", "window",
     "standardize", "minmax", "maxabs", "l2",
 ]  # fmt: skip
-DType = Literal["float32", "float16", "uint8"]
+DType = Literal["float32", "float16", "uint8", "uint16"]
 Layout = Literal["NCHW", "NHWC"]
 Channels = Literal["rgb", "bgr", "gray"]
 
@@ -103,6 +103,9 @@ class BuildConfig(BaseModel):
         "identity", 89_478_485, "Reject images with more pixels than this.", "a positive number", "PIXELS"
     )
     channels: Channels = _setting("identity", "rgb", "Channels of a stored image, in this order.")
+    bit_depth: int = _setting(
+        "identity", 8, "Bits a channel when pixels are decoded and resized; 16 decodes on the CPU.", "8, 16", "8|16"
+    )
     normalize: Normalization = _setting(
         "identity",
         "imagenet",
@@ -125,11 +128,13 @@ class BuildConfig(BaseModel):
         "R,G,B",
     )
     window: tuple[float, float] | None = _setting(
-        "identity", None, "For window: the levels that become 0 and 1; what lies beyond them is cut off.",
+        "identity", None, "For window: the levels, of 0 to 255 or 65535, that become 0 and 1; cut off beyond.",
         "LO,HI with LO < HI, and levels between them", "LO,HI",
     )  # fmt: skip
     dtype: DType = _setting(
-        "identity", "float32", "Stored type; uint8 stores pixels and leaves the normalization to the reader."
+        "identity",
+        "float32",
+        "Stored type; uint8, or uint16 with 16 bits, stores pixels and leaves the normalization to the reader.",
     )
     clip: bool = _setting(
         "identity",
@@ -319,6 +324,11 @@ class BuildConfig(BaseModel):
         assert match
         return str(int(match[1])) if match[1] else f"{Decimal(match[2]).normalize():f}%"
 
+    @field_validator("bit_depth")
+    @classmethod
+    def _check_bit_depth(cls, value: int) -> Any:
+        return _require(value in (8, 16), value)
+
     @field_validator(*_RANGES)
     @classmethod
     def _check_range(cls, value: Any, info: Any) -> Any:
@@ -354,6 +364,15 @@ class BuildConfig(BaseModel):
                 "normalize imagenet has statistics for three channels; with --channels gray choose another one, "
                 "or give --mean and --std with one number each"
             )
+        if self.dtype.startswith("u") and self.dtype != self.pixel_dtype:
+            raise ValueError(
+                f"--dtype {self.dtype} is not for pixels of --bit-depth {self.bit_depth}; choose {self.pixel_dtype} or "
+                "a float type, or the other --bit-depth"
+            )
+        if self.bit_depth == 16 and (self.backend == "dali" or self.require_gpu or self.device not in ("auto", "cpu")):
+            raise ValueError(
+                "--bit-depth 16 decodes with Pillow on the CPU; leave --backend, --device and --require-gpu out"
+            )
         if self.device not in ("auto", "cpu") and self.backend == "pillow":
             raise ValueError(f"--backend pillow cannot use GPU {self.device}; choose --backend dali or --device cpu")
         if self.reproducible and self.hw_decoder_load:
@@ -381,7 +400,12 @@ class BuildConfig(BaseModel):
     @property
     def max_level(self) -> int:
         """The highest level of a pixel: white."""
-        return 255
+        return 255 if self.bit_depth == 8 else 65_535
+
+    @property
+    def pixel_dtype(self) -> Literal["uint8", "uint16"]:
+        """The type of a pixel: what is stored where the normalization is left to the reader."""
+        return "uint8" if self.bit_depth == 8 else "uint16"
 
     @property
     def deflate_level(self) -> int | None:

@@ -1,7 +1,8 @@
 """Pixels to values, dtype and layout: a table look-up, by NumPy or by CuPy, with equal results to the last bit.
 
-A pixel is one of 256 levels, so every normalization is a table of 256 values a channel. Of most kinds, each entry is
-the exact number rounded once to the stored type, half to even:
+A pixel is one of 256 levels, or 65,536 in 16 bits, so every normalization is a table of as many values a channel. Of
+most kinds, each entry is the exact number rounded once to the stored type, half to even; in 16 bits, 65535 takes the
+place of 255:
 
     mean-std    (level / 255 - mean) / std; so, too, imagenet, unit, signed and dataset
     window      (level - LO) / (HI - LO), cut off at 0 and 1
@@ -72,7 +73,7 @@ def table(config: BuildConfig, dtype: str | None = None) -> Array | None:
         if abs(values[level]) > most and not config.clip:
             raise UsageError(
                 f"{kind} cannot hold {values[level]:.6g}, the value of level {level} in channel {channel}, but "
-                f"{-most:g} to {most:g}; choose --dtype float32 or another normalization, or --clip to cut values off there"
+                f"{-most:g} to {most:g}; choose --dtype float32, another normalization, or --clip to cut values off"
             )
     return np.stack([_rounded(values.clip(-most, most), exact, kind) for values, exact in formulas])
 
@@ -215,8 +216,9 @@ def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
     axis = stored.ndim - 3 if layout == "NCHW" else stored.ndim - 1
     count = math.prod(stored.shape[:-3])
     fit = values.shape[:-1] == ((stored.shape[axis],) if values.ndim == 2 else (count, 1))
-    if stored.dtype != np.uint8 or axis < 0 or not fit:
-        raise ValueError(f"stored: got {stored.dtype} {stored.shape}; need uint8 {layout} for a table {values.shape}")
+    pixel = _pixel_dtype(values)
+    if stored.dtype != pixel or axis < 0 or not fit:
+        raise ValueError(f"stored: got {stored.dtype} {stored.shape}; need {pixel} {layout} for a table {values.shape}")
     out = np.empty(stored.shape, values.dtype)
     images, rows = (array.reshape(-1, *stored.shape[-3:]) for array in (stored, out))
     if layout == "NHWC":
@@ -228,11 +230,16 @@ def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
     return out
 
 
+def _pixel_dtype(values: Array) -> np.dtype[Any]:
+    """The type of the pixels that a table is for."""
+    return np.dtype(np.uint8 if values.shape[-1] == 256 else np.uint16)
+
+
 def _look_up(values: Array, source: Array, target: Array, plane: Array) -> None:
     """Writes `values[channel, level]` of (C, H, W) `source` to `target`; `plane` is (H, W) for a while.
 
     One contiguous plane at a time: twice as fast as whole batches at a stride. mode="clip" spares a bounds check, and
-    256 entries make it exact.
+    an entry for every level makes it exact.
     """
     for row, pixels, out in zip(values, source, target, strict=True):
         if out.flags.c_contiguous:
@@ -241,10 +248,10 @@ def _look_up(values: Array, source: Array, target: Array, plane: Array) -> None:
             out[...] = np.take(row, pixels, mode="clip", out=plane)
 
 
-def levels(values: Array, stored: Array, layout: Layout) -> NDArray[np.uint8]:
+def levels(values: Array, stored: Array, layout: Layout) -> Array:
     """Stored images as pixels again: of each value the level whose entry in the table is nearest.
 
-    The inverse of `apply_table`, to the bit, where the table tells its levels apart; uint8 images come back as they
+    The inverse of `apply_table`, to the bit, where the table tells its levels apart; stored pixels come back as they
     are. Most tables are a straight line but for their rounding, and the level is a quotient; through the others, a line
     is drawn from entry to entry.
 
@@ -253,9 +260,9 @@ def levels(values: Array, stored: Array, layout: Layout) -> NDArray[np.uint8]:
         stored: (..., C, H, W) or (..., H, W, C); NaN becomes level 0.
         layout: which of the two.
     """
-    if stored.dtype == np.uint8:
+    if stored.dtype.kind == "u":
         return stored
-    out = np.empty(stored.shape, np.uint8)
+    out = np.empty(stored.shape, _pixel_dtype(values))
     axis = stored.ndim - 3 if layout == "NCHW" else stored.ndim - 1
     every = np.arange(values.shape[1])
     for source, target, row in zip(np.moveaxis(stored, axis, 0), np.moveaxis(out, axis, 0), values, strict=True):
@@ -292,15 +299,16 @@ class Normalizer:
         """Writes the rows of some images to `out`.
 
         Args:
-            pixels: uint8 (N, H, W, C) in R,G,B.
+            pixels: (N, H, W, C) in R,G,B, uint8 or, in 16 bits, uint16.
             kept: which of the N, int64 (rows,).
             out: (rows, *row shape) in the stored dtype.
 
         Returns a function that waits until `out` is whole; here it is already.
         """
         channels = self._config.channel_count
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != channels:
-            raise ValueError(f"pixels: got {pixels.dtype} {pixels.shape}; need uint8 (N, H, W, {channels})")
+        if pixels.dtype != self._config.pixel_dtype or pixels.ndim != 4 or pixels.shape[3] != channels:
+            wanted = f"{self._config.pixel_dtype} (N, H, W, {channels})"
+            raise ValueError(f"pixels: got {pixels.dtype} {pixels.shape}; need {wanted}")
         _, height, width, _ = pixels.shape
         rows = (len(kept), channels, height, width) if self._planar else (len(kept), height, width, channels)
         if out.shape != rows or out.dtype != self._dtype:

@@ -30,7 +30,7 @@ _RESIZE = {
     "none": "left at its size, which must be {size}",
 }
 # Settings that change what a model sees. Dtype and layout only say how the same values are stored.
-_CONTRACT = ("channels", "resize_mode", "interpolation", "exif_orientation", "background")
+_CONTRACT = ("channels", "bit_depth", "resize_mode", "interpolation", "exif_orientation", "background")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class Preprocess:
 
         Args:
             image: a path; an encoded image; a PIL image; or pixels: uint8 (H, W), (H, W, 1), (H, W, 3) in R,G,B or
-                (H, W, 4) with alpha, or uint16 (H, W). Of a JPEG, a path, bytes, or a PIL image that is not loaded yet
-                give the stored row; pixels that somebody else decoded are resized from their full size.
+                (H, W, 4) with alpha, or uint16 (H, W); with `bit_depth` 16, any of these in uint16. Of a JPEG, a path,
+                bytes, or a PIL image that is not loaded yet give the stored row; pixels that somebody else decoded are
+                resized from their full size.
 
         Raises:
             ImageError: it cannot be decoded; the build would reject it.
@@ -95,7 +96,7 @@ class Preprocess:
 
     def values(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         """What stored rows (..., C, H, W) or (..., H, W, C) mean, as float32: uint8 pixels are normalized."""
-        if rows.dtype != np.uint8:
+        if rows.dtype.kind != "u":
             return rows.astype(np.float32, copy=False)
         values: NDArray[np.float32] = apply_table(self.tables(rows), rows, self.config.layout)
         return values
@@ -117,14 +118,14 @@ class Preprocess:
         antialiased = "" if config.interpolation == "nearest" else ", antialiased"
         names = {1: ("gray",), 3: tuple(config.channels)}[config.channel_count]
         values = self._formula(names)
-        if config.dtype == "uint8" and config.normalize != "none":
+        if config.dtype == config.pixel_dtype and config.normalize != "none":
             values = f"levels of 0 to {config.max_level} are stored; read as {values}"
         shape = (len(names), height, width) if config.layout == "NCHW" else (height, width, len(names))
         colour = {"rgb": "red, green, blue", "bgr": "blue, green, red", "gray": "gray"}[config.channels]
         return "\n".join(
             (
                 f"turned upright, as EXIF says: {'yes' if config.exif_orientation else 'no'}",
-                f"8 bits a channel, {colour}; what is transparent lies on colour {config.background}",
+                f"{config.bit_depth} bits a channel, {colour}; what is transparent lies on colour {config.background}",
                 f"{resize}, by {config.interpolation} interpolation{antialiased}",
                 f"values: {values}",
                 f"stored as {config.dtype} of shape {shape}",
@@ -169,7 +170,7 @@ class Preprocess:
             found |= {"normalize": config.normalize, "window": config.window}
         return found
 
-    def _pixels(self, image: Any) -> NDArray[np.uint8]:
+    def _pixels(self, image: Any) -> NDArray[Any]:
         decoder = self._decoder
         label = str(image) if isinstance(image, (str, os.PathLike)) else f"image of type {type(image).__name__}"
         try:
@@ -184,9 +185,9 @@ class Preprocess:
 
     @functools.cached_property
     def _decoder(self) -> PillowDecoder:
-        from .decode.pillow import PillowDecoder
+        from .decode import pillow_decoder
 
-        return PillowDecoder(self.config, Geometry.of(self.config, self.image_size), None)
+        return pillow_decoder(self.config, Geometry.of(self.config, self.image_size), None)
 
     @functools.cached_property
     def _normalizer(self) -> Normalizer:

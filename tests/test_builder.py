@@ -444,6 +444,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "background": {"background": "1,2,3"},
     "max_pixels": {"max_pixels": 10**6},
     "channels": {"channels": "bgr"},
+    "bit_depth": {"bit_depth": 16},
     "normalize": {"normalize": "unit"},
     "mean": {"mean": "0.5,0.5,0.5", "std": "1,1,1"},
     "std": {"mean": "0,0,0", "std": "0.1,0.2,0.3"},

@@ -172,6 +172,59 @@ def images_of_every_kind(channels: str) -> np.ndarray:
     return pixels
 
 
+DEEP: dict[str, tuple[dict[str, Any], Callable[[int], Fraction]]] = {
+    "imagenet": ({}, lambda level: (Fraction(level, 65535) - Fraction("0.485")) / Fraction("0.229")),
+    "signed": ({"normalize": "signed"}, lambda level: Fraction(2 * level, 65535) - 1),
+    "none": ({"normalize": "none"}, Fraction),
+    "log": ({"normalize": "log"}, lambda level: logarithm(1 + level) / logarithm(65536)),
+    "window": ({"window": "1000,40000"}, lambda level: cut(Fraction(level - 1000, 39000))),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint16"])
+@pytest.mark.parametrize("name", DEEP)
+def test_in_16_bits_there_is_an_entry_for_each_of_65536_levels(name: str, dtype: str) -> None:
+    settings, exact = DEEP[name]
+    config = BuildConfig(**settings, bit_depth=16, dtype=dtype, clip=True)
+    values = table(config)
+    assert (values.shape, values.dtype) == ((3, 65536), dtype)
+    chosen = np.unique(np.r_[0, 1, 65535, np.random.default_rng(0).integers(0, 65536, 100 if name == "log" else 2000)])
+    most = Fraction(65504 if dtype == "float16" else 10**6)
+    for level in chosen.tolist():
+        assert values[0, level] == (level if dtype == "uint16" else rounded(min(exact(level), most), dtype)), level
+    if dtype == "float16" and name == "none":
+        with pytest.raises(UsageError, match="float16 cannot hold 65535, the value of level 65535"):
+            table(BuildConfig(**settings, bit_depth=16, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("kind", ["unit", "log", "window", "none", *PER_IMAGE])
+def test_pixels_of_16_bits_are_looked_up_stored_and_given_back(kind: Any, channels: Any, layout: Any) -> None:
+    window = {"window": (0, 65535)} if kind == "window" else {}
+    config = BuildConfig(normalize=kind, channels=channels, layout=layout, bit_depth=16, **window)
+    deep = BuildConfig(**{**config.model_dump(), "dtype": "uint16"})
+    pixels = np.random.default_rng(0).integers(0, 65536, (3, 16, 24, config.channel_count), np.uint16)
+    rows = {}
+    for each in (config, deep):
+        rows[each.dtype] = Normalizer(each).allocate((3, *row_shape(each, 16, 24)))
+        Normalizer(each).apply(pixels, every(pixels), rows[each.dtype])
+    np.testing.assert_array_equal(
+        apply_table(tables(deep, rows["uint16"]), rows["uint16"], layout), rows["float32"], strict=True
+    )
+    if kind in PER_IMAGE:
+        expected = np.stack([by_definition(kind, image) for image in rows["uint16"]])
+        np.testing.assert_allclose(rows["float32"], expected, rtol=2**-24, atol=2**-25)
+    else:
+        values = table(config)
+        assert values is not None
+        np.testing.assert_array_equal(levels(values, rows["float32"], layout), rows["uint16"], strict=True)
+    with pytest.raises(ValueError, match="need uint16"):
+        Normalizer(config).apply(pixels.astype(np.uint8), every(pixels), rows["float32"])
+    with pytest.raises(ValueError, match="need uint16"):
+        apply_table(tables(deep, rows["uint16"]), rows["uint16"].astype(np.uint8), layout)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -34,13 +34,13 @@ from ..tuning import Tuning
 from .originals import originals
 from .verification import Problem
 
-MEAN_LEVELS = 2.0  # tolerance between different versions of a decoder, of the mean of one image
+MEAN_LEVELS = 2.0  # tolerance between versions of a decoder, of the mean of one image, of 255 levels
 _MOST_PROBLEMS = 1000
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows beside their source files, decoded again; differences in levels of 0 to 255.
+    """Rows beside their source files, decoded again; differences in levels, of 0 to 255, or 65535 in 16 bits.
 
     Attributes:
         rows: how many were compared.
@@ -179,7 +179,7 @@ class _Seen:
             elif what := self._fault(pixels[position], stored.reader.rows("images")[place], exact=exact):
                 self.problem(stored.name, f"{label}: {what}")
 
-    def _fault(self, pixels: NDArray[np.uint8], stored: NDArray[Any], *, exact: bool) -> str | None:
+    def _fault(self, pixels: NDArray[Any], stored: NDArray[Any], *, exact: bool) -> str | None:
         """What is wrong with a row."""
         expected = self._normalizer.allocate((1, *stored.shape))
         self._normalizer.apply(pixels[None], np.zeros(1, np.int64), expected)
@@ -195,8 +195,9 @@ class _Seen:
         self.largest = max(self.largest, largest)
         if exact and expected.tobytes() != stored.tobytes():
             return f"not what its source file gives, bit for bit: mean {mean:.3f}, max {largest} levels"
-        if mean > MEAN_LEVELS:
-            return f"not what its source file gives: mean {mean:.3f}, max {largest} levels; allowed: mean {MEAN_LEVELS}"
+        allowed = MEAN_LEVELS * self._config.max_level / 255
+        if mean > allowed:
+            return f"not what its source file gives: mean {mean:.3f}, max {largest} levels; allowed: mean {allowed}"
         return None
 
 
@@ -205,7 +206,11 @@ def _asked(manifest: Manifest, storage: Storage) -> BuildConfig:
     made = next(iter(manifest.environments), {})
     if made.get("backend") not in ("pillow", "dali"):
         raise FormatError(f"{storage.path(MANIFEST)}: it names no decoder that is known here; the file is damaged")
-    return BuildConfig(backend=made["backend"], device="auto" if made.get("device") == "cuda" else "cpu")
+    return BuildConfig(
+        backend=made["backend"],
+        device="auto" if made.get("device") == "cuda" else "cpu",
+        bit_depth=manifest.config.bit_depth,
+    )
 
 
 def _rows(index: NpzReader, count: int, seed: int) -> NDArray[np.int64]:

@@ -215,6 +215,8 @@ class _Rows:
             ends = np.linspace(stored.min(), stored.max(), 256, dtype=np.float32)
             values = np.tile(ends, (1 if images.channels == "gray" else 3, 1))
         pixels = levels(values, stored, images.layout)
+        if pixels.dtype != np.uint8:
+            pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
         if images.layout == "NCHW":
             pixels = pixels.transpose(1, 2, 0)
         pixels = pixels[..., ::-1] if images.channels == "bgr" else pixels

@@ -209,10 +209,10 @@ def _built(
 ) -> Images:
     """The images of a build, after a build of each of our two formats."""
     values = table(config)
-    if values is None:
+    if values is None or config.bit_depth != 8:
         raise UsageError(
-            f"normalize {config.normalize} is by each image's own statistics, and the PNG files that are compared take "
-            "levels; choose another normalization, or dtype uint8"
+            f"bit_depth {config.bit_depth}, normalize {config.normalize}: the PNG files that are compared hold the "
+            "8-bit levels behind the values; choose 8, and a normalization that does not go by each image's own"
         )
     source = linked(src, place / "src", images)
     for ours, compress in ((OURS, "none"), (OURS_DEFLATED, "deflate")):

@@ -366,7 +366,7 @@ class Loader:
     @property
     def _looks_up(self) -> bool:
         """Whether pixels become values on the device. The CPU does that faster with NumPy, in the threads."""
-        return self.normalize and self.data.dtype == np.uint8 and self.device.type != "cpu"
+        return self.normalize and self.data.dtype.kind == "u" and self.device.type != "cpu"
 
     def _gather(self, rows: Places) -> tuple[torch.Tensor, torch.Tensor | None, Places]:
         """Images, and the table or the tables that they are looked up in on the device."""
@@ -395,8 +395,8 @@ def look_up(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """`values[channel, level]`, or `values[image, 0, level]`, of each pixel, on the device of both.
 
     Args:
-        values: (C, 256), or (N, 1, 256) where each image has its own.
-        images: uint8 (N, C, H, W).
+        values: (C, levels), or (N, 1, levels) where each image has its own.
+        images: uint8 or uint16 (N, C, H, W).
     """
     first = torch.arange(0, values.numel(), values.shape[-1], dtype=torch.int32, device=values.device)
     places = images.to(torch.int32) + first.view(*values.shape[:-1], 1, 1)
