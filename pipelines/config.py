@@ -99,6 +99,10 @@ class BuildConfig(BaseModel):
     background: tuple[int, int, int] = _setting(
         "identity", (0, 0, 0), "The colour under transparent pixels.", "R,G,B, each 0 to 255", "R,G,B"
     )
+    dicom_window: tuple[float, float] | None = _setting(
+        "identity", None, "For DICOM: the values (rescaled, such as HU) that become black and white, for every file.",
+        "LO,HI with LO < HI", "LO,HI",
+    )  # fmt: skip
     max_pixels: int = _setting(
         "identity", 89_478_485, "Reject images with more pixels than this.", "a positive number", "PIXELS"
     )
@@ -286,7 +290,7 @@ class BuildConfig(BaseModel):
         _require(numbers and len({*map(int, numbers)}) == len(numbers), text)
         return ",".join(str(int(number)) for number in numbers)
 
-    @field_validator("background", "mean", "std", "window", mode="before")
+    @field_validator("background", "mean", "std", "window", "dicom_window", mode="before")
     @classmethod
     def _split_numbers(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -359,6 +363,9 @@ class BuildConfig(BaseModel):
         low, high = self.window or (0, self.max_level)
         if not (-1e9 < low < high < 1e9 and low < self.max_level and high > 0):
             raise ValueError(f"--window: got {low:g},{high:g}; allowed: {_allowed('window')}")
+        low, high = self.dicom_window or (0, 1)
+        if not -1e9 < low < high < 1e9:
+            raise ValueError(f"--dicom-window: got {low:g},{high:g}; allowed: {_allowed('dicom_window')}")
         if self.normalize == "imagenet" and channels != 3:
             raise ValueError(
                 "normalize imagenet has statistics for three channels; with --channels gray choose another one, "

@@ -30,7 +30,9 @@ _RESIZE = {
     "none": "left at its size, which must be {size}",
 }
 # Settings that change what a model sees. Dtype and layout only say how the same values are stored.
-_CONTRACT = ("channels", "bit_depth", "resize_mode", "interpolation", "exif_orientation", "background")
+_CONTRACT = (
+    "channels", "bit_depth", "resize_mode", "interpolation", "exif_orientation", "background", "dicom_window"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -442,6 +442,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "interpolation": {"interpolation": "nearest"},
     "exif_orientation": {"exif_orientation": False},
     "background": {"background": "1,2,3"},
+    "dicom_window": {"dicom_window": "-100,300"},
     "max_pixels": {"max_pixels": 10**6},
     "channels": {"channels": "bgr"},
     "bit_depth": {"bit_depth": 16},

@@ -58,13 +58,13 @@ class DeepDecoder(PillowDecoder):
         orientation, place = self._loaded(image)
         if kind is not None and data is not None:
             samples = self._by_opencv(data, *kind)
-            turned = image.format == "TIFF"  # by Pillow and by OpenCV
         elif is_gray16(image):
-            samples, turned = np.asarray(image)[..., None], False
+            samples = np.asarray(image)[..., None]
         else:
             flat = plain(image, "RGB", self._config.background)
-            samples, turned = np.asarray(flat).reshape(flat.height, flat.width, -1) * np.uint16(257), False
-        return [plane if turned else upright(plane, orientation) for plane in self._planes(samples)], place
+            samples = np.asarray(flat).reshape(flat.height, flat.width, -1) * np.uint16(257)
+        # Pillow and OpenCV have turned a TIFF already, whose orientation counts as 1 from there on.
+        return [upright(plane, orientation) for plane in self._planes(samples)], place
 
     def _by_opencv(self, data: bytes, raw_mode: str, most: int) -> NDArray[np.uint16]:
         """The samples of a file: (H, W, 3) in R,G,B, or (H, W, 4) with alpha, by which colours are not multiplied."""

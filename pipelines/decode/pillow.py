@@ -23,6 +23,7 @@ from ..plan import Batch, Item
 from ..rejects import BadItem, Reject
 from ..sources.base import Source, read_item
 from .base import Decoded, Stage
+from .dicom import decode_frame, is_dicom, require_pydicom, size_of
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -105,28 +106,40 @@ class PillowDecoder:
                     data = read_item(self._source, item.path)
                     if last == "resize":
                         self.decode_image(data, item.path)
+                    elif last == "decode" and is_dicom(data):
+                        self._of_dicom(data, item.path, 0)
                     elif last == "decode":
                         self.check_data(data)
                         with opened(data, item.path) as image:
                             self._upright(image)
             yield batch
 
-    def decode_image(self, data: bytes, path: str) -> NDArray[Any]:
+    def decode_image(self, data: bytes, path: str, frame: int = 0) -> NDArray[Any]:
         """The pixels of one encoded image: uint8, or uint16 in 16 bits, (H, W, C), C = 3 in R,G,B or 1.
 
         Args:
             data: the encoded image.
             path: the item's path, for messages.
+            frame: which image of a DICOM file; see `dicom.py` for what its values become.
 
         Raises:
             BadItem: the data is no image, damaged or too large: a property of the file.
+            BackendError: it is DICOM, and pydicom is missing.
             ShardError: there is not enough memory.
         """
+        if is_dicom(data):
+            return self.pixels_of(self._of_dicom(data, path, frame), path)
         self.check_data(data)
         with opened(data, path) as image:
             picture, place = self._upright(image)
         with enough_memory(path):
             return self._place(picture, place)
+
+    def _of_dicom(self, data: bytes, path: str, frame: int) -> NDArray[Any]:
+        height, width = dicom_size(data, path)
+        self._check_pixels(width, height)
+        with _blamed(path):
+            return decode_frame(data, frame, self._config)
 
     def pixels_of(self, picture: Image.Image | NDArray[Any], path: str) -> NDArray[Any]:
         """As `decode_image`, of an image that is open already, or of pixels; leaves it as it is.
@@ -155,6 +168,9 @@ class PillowDecoder:
     def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
         """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
         self.check_data(data)
+        if is_dicom(data):
+            height, width = self._of_dicom(data, path, 0).shape[:2]
+            return height, width
         with opened(data, path) as image:
             self._check_pixels(*image.size)
             image.load()
@@ -255,7 +271,7 @@ class _PillowSettings:
             # It also warns of each odd file (damaged EXIF, say), on stderr; what matters of that is in the rejects.
             self._warnings = warnings.catch_warnings()
             self._warnings.__enter__()
-            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.")
 
     def restore(self) -> None:
         """For one less."""
@@ -387,6 +403,13 @@ def _from_array(pixels: NDArray[Any]) -> Image.Image:
             "alpha, or uint16 (H, W)"
         )
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if kind == ("uint8", 3, 1) else pixels))
+
+
+def dicom_size(data: bytes, path: str) -> tuple[int, int]:
+    """Height and width of a DICOM file by its header; raises as `PillowDecoder.decode_image`."""
+    require_pydicom()
+    with _blamed(path):
+        return size_of(data)
 
 
 def file_of(image: Image.Image) -> bytes | None:
