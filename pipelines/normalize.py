@@ -130,7 +130,10 @@ def value_range(config: BuildConfig, count: int) -> tuple[NDArray[np.float64], N
     if (values := table(config)) is not None:
         return values.min(axis=1).astype(np.float64), values.max(axis=1).astype(np.float64)
     # Samuelson's inequality: no value is further from the mean than sqrt(n - 1) standard deviations.
-    low, high = (-math.sqrt(count), math.sqrt(count)) if config.normalize == "standardize" else (0.0, 1.0)
+    low, high = 0.0, 1.0
+    if config.normalize == "standardize":
+        high = float(np.nextafter(np.dtype(config.dtype).type(math.sqrt(count)), np.inf))  # a value may be rounded up
+        low = -high
     return np.full(config.channel_count, low), np.full(config.channel_count, high)
 
 

@@ -123,11 +123,14 @@ class Preprocess:
         if config.dtype == config.pixel_dtype and config.normalize != "none":
             values = f"levels of 0 to {config.max_level} are stored; read as {values}"
         shape = (len(names), height, width) if config.layout == "NCHW" else (height, width, len(names))
+        colours = f"what is transparent lies on colour {config.background}"
+        if config.dicom_window is not None:
+            colours += f"; DICOM values from {config.dicom_window} are levels"
         colour = {"rgb": "red, green, blue", "bgr": "blue, green, red", "gray": "gray"}[config.channels]
         return "\n".join(
             (
                 f"turned upright, as EXIF says: {'yes' if config.exif_orientation else 'no'}",
-                f"{config.bit_depth} bits a channel, {colour}; what is transparent lies on colour {config.background}",
+                f"{config.bit_depth} bits a channel, {colour}; {colours}",
                 f"{resize}, by {config.interpolation} interpolation{antialiased}",
                 f"values: {values}",
                 f"stored as {config.dtype} of shape {shape}",

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.decode import pillow_decoder
 from gpu_npz.decode.dicom import frame_count, is_dicom
 from gpu_npz.decode.pillow import PillowDecoder, first_size
+from gpu_npz.demo import paint
 from gpu_npz.errors import BackendError
 from gpu_npz.geometry import Geometry
 from gpu_npz.preflight import survey
@@ -152,6 +154,21 @@ def test_colours_are_kept(syntax: str, depth: int) -> None:
     assert np.abs(found - red.clip(0, 255)).max() <= 1
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_inside_has_the_pixels_that_pillow_gives_it(channels: int, encode: Callable[..., bytes]) -> None:
+    pytest.importorskip("PIL", minversion="10")  # pydicom takes no older one
+    stored = paint(HEIGHT, WIDTH, 0) if channels == 3 else paint(HEIGHT, WIDTH, 0)[..., 0].copy()
+    file, jpeg = pydicom.dcmread(io.BytesIO(dicom(stored))), encode(stored)
+    file.PixelData = pydicom.encaps.encapsulate([jpeg])
+    file["PixelData"].is_undefined_length = True
+    file.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    file.PhotometricInterpretation = "YBR_FULL_422" if channels == 3 else "MONOCHROME2"
+    buffer = io.BytesIO()
+    file.save_as(buffer)
+    found = decoded(buffer.getvalue(), dicom_window=(0, 255))
+    np.testing.assert_array_equal(found, np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")))
+
+
 @pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, RLE])
 def test_each_frame_is_an_image_with_a_range_of_its_own(syntax: str, tmp_path: Path) -> None:
     stored = np.stack([values("int16", seed) // (seed + 1) for seed in range(4)]).astype(np.int16)
@@ -273,6 +290,7 @@ def test_a_build_takes_them_beside_other_images(tmp_path: Path, file_bytes: Call
     preprocess = Preprocess.from_dataset(tmp_path / "out")
     np.testing.assert_array_equal(preprocess(tmp_path / "src/a/0.jpg"), data[0])
     other = Preprocess(config.model_copy(update={"dicom_window": None}), (HEIGHT, WIDTH))
+    assert "; DICOM values from (-200.0, 300.0) are levels\n" in preprocess.describe()
     assert preprocess.differences(other) == ["dicom-window: (-200.0, 300.0) and None"]
     source = FolderSource(tmp_path / "src")
     items = list(source_items(source))

@@ -269,6 +269,14 @@ def test_values_lie_within_their_range_and_reach_it() -> None:
         assert (low <= rows.min(axis=(0, 2, 3))).all()
         assert (rows.max(axis=(0, 2, 3)) <= high).all()
         assert rows.max() > 0.97 * high.max()
+    alone = np.zeros((1, 224, 224, 3), np.uint8)
+    alone[0, 100, 100, 1] = 255
+    for dtype in ("float16", "float32"):
+        config = BuildConfig(normalize="standardize", dtype=dtype)
+        rows = Normalizer(config).allocate((1, 3, 224, 224))
+        Normalizer(config).apply(alone, every(alone), rows)
+        _, high = value_range(config, rows.size)
+        assert np.sqrt(rows.size) * 0.999 < rows.max() <= high[0] < np.sqrt(rows.size) * 1.002
     low, high = value_range(BuildConfig(channels="bgr"), 9)
     np.testing.assert_array_equal((low, high), table(BuildConfig(channels="bgr"))[:, [0, -1]].T)
 

@@ -563,3 +563,22 @@ def test_a_column_with_other_than_an_entry_for_each_image_is_refused(
     for rows in (9, slice(8, 11), slice(2, 12), [1, 12]):
         with pytest.raises(FormatError, match=rf"source_bytes is \({entries},\) beside 7 images"):
             dataset.column("source_bytes", rows)
+
+
+@pytest.mark.parametrize("channels", ["rgb", "bgr", "gray"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("log", "NCHW"), ("window", "NHWC"), ("standardize", "NCHW"), ("standardize", "NHWC"), ("minmax", "NHWC"),
+        ("maxabs", "NCHW"), ("l2", "NHWC"),
+    ],
+)  # fmt: skip
+def test_stored_pixels_are_read_as_a_float_build_of_any_kind_stores_them(
+    make_dataset: Callable[..., Path], kind: str, layout: str, channels: str
+) -> None:
+    settings: dict[str, Any] = {"normalize": kind, "layout": layout, "channels": channels, "on_reject": "blank"}
+    settings |= {"window": (20, 150.5)} if kind == "window" else {}
+    stored, floats = (gpu_npz.open_dataset(make_dataset(dtype=dtype, **settings)) for dtype in ("uint8", "float32"))
+    np.testing.assert_array_equal(stored.normalized(slice(None)), floats[:], strict=True)
+    np.testing.assert_array_equal(stored.normalized([3, 1]), floats[[3, 1]], strict=True)
+    np.testing.assert_array_equal(stored.normalized(5), floats[5], strict=True)
