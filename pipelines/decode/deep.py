@@ -105,7 +105,7 @@ def _deep_samples(image: Image.Image) -> tuple[str, int] | None:
 
     CMYK is not among them: Pillow alone converts it, in 8 bits.
     """
-    tiles = getattr(image, "tile", ()) if image.mode in ("RGB", "RGBA", "LA") else ()  # as a file describes them
+    tiles = getattr(image, "tile", ()) if image.mode in ("RGB", "RGBX", "RGBA", "LA") else ()  # by the file
     arguments = tiles[0][3] if tiles else ""
     raw_mode, *rest = (arguments,) if isinstance(arguments, str) else arguments
     most = rest[0] if image.format == "PPM" and rest else _WHITE if ";16" in str(raw_mode) else 255
