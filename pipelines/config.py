@@ -378,7 +378,8 @@ class BuildConfig(BaseModel):
             )
         if self.bit_depth == 16 and (self.backend == "dali" or self.require_gpu or self.device not in ("auto", "cpu")):
             raise ValueError(
-                "--bit-depth 16 decodes with Pillow on the CPU; leave --backend, --device and --require-gpu out"
+                f"--bit-depth 16 decodes with Pillow on the CPU; got --backend {self.backend}, --device {self.device}"
+                f"{', --require-gpu' if self.require_gpu else ''}; leave them out, or choose --bit-depth 8"
             )
         if self.device not in ("auto", "cpu") and self.backend == "pillow":
             raise ValueError(f"--backend pillow cannot use GPU {self.device}; choose --backend dali or --device cpu")

@@ -25,7 +25,7 @@ from gpu_npz.cli.main import run
 from gpu_npz.decode import pillow_decoder
 from gpu_npz.decode.pillow import PillowDecoder
 from gpu_npz.environment import Machine, choose
-from gpu_npz.errors import BackendError, ImageError
+from gpu_npz.errors import BackendError, ImageError, ShardError
 from gpu_npz.geometry import Geometry
 from gpu_npz.rejects import BadItem
 
@@ -239,6 +239,22 @@ def test_bad_files_have_the_codes_of_8_bits(file_bytes: FileBytes, bad_kinds: di
         decoded(png(noise(3)), size=(9, 9), resize_mode="none")
     with pytest.raises(BadItem, match="at most 100"):
         decoded(png(noise(3)), size=(9, 9), max_pixels=100)
+
+
+@pytest.mark.parametrize(("code", "error"), [(-4, ShardError), (-2, BadItem)])
+def test_trouble_of_opencv_is_the_file_s_unless_memory_is_short(
+    code: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cv2 = pytest.importorskip("cv2")
+
+    def fail(*_: Any) -> None:
+        trouble = cv2.error("trouble")
+        trouble.code, trouble.err = code, "trouble"
+        raise trouble
+
+    monkeypatch.setattr(cv2, "imdecode", fail)
+    with pytest.raises(error):
+        decoded(png(noise(3)))
 
 
 def test_without_opencv_the_setting_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

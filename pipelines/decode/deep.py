@@ -22,6 +22,7 @@ from ..sources.base import Source
 from .pillow import PillowDecoder, enough_memory, file_of, is_gray16, plain, upright
 
 _WHITE = 65_535
+_NO_MEMORY = -4  # StsNoMem of OpenCV
 _LUMA = (299, 587, 114)
 
 
@@ -68,7 +69,12 @@ class DeepDecoder(PillowDecoder):
 
     def _by_opencv(self, data: bytes, raw_mode: str, most: int) -> NDArray[np.uint16]:
         """The samples of a file: (H, W, 3) in R,G,B, or (H, W, 4) with alpha, by which colours are not multiplied."""
-        found = self._opencv.imdecode(np.frombuffer(data, np.uint8), self._opencv.IMREAD_UNCHANGED)
+        try:
+            found = self._opencv.imdecode(np.frombuffer(data, np.uint8), self._opencv.IMREAD_UNCHANGED)
+        except self._opencv.error as exc:
+            if exc.code == _NO_MEMORY:  # which is not the file's fault
+                raise MemoryError(exc.err) from exc
+            raise
         if found is None or found.dtype != np.uint16 or found.ndim != 3 or found.shape[2] not in (3, 4):
             raise BadItem("decode", "undecodable", f"OpenCV finds no 16-bit samples ({raw_mode})")
         samples: NDArray[Any] = found[..., [2, 1, 0, 3][: found.shape[2]]]
