@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 _USED = (
     "device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "crop_pct", "pad_value",
-    "interpolation", "exif_orientation", "background", "max_pixels", "channels", "shuffle", "limit", "classes_from",
-    "batch_size", "workers", "threads", "prefetch", "hw_decoder_load",
+    "interpolation", "exif_orientation", "background", "max_pixels", "channels", "bit_depth", "shuffle", "limit",
+    "classes_from", "batch_size", "workers", "threads", "prefetch", "hw_decoder_load",
 )  # fmt: skip
-_COLUMNS = 32  # of a drawn histogram: 8 levels each
+_COLUMNS = 32  # of a drawn histogram
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -68,7 +68,7 @@ def _lines(found: Statistics) -> list[str]:
     codes = ", ".join(f"{count} {code}" for code, count in found.rejects_by_code.items())
     lines = [
         f"{printable(found.path)}: {found.images} images{f'; rejects: {codes}' if codes else ''}",
-        f"  {'channel':8} {'mean':>8} {'std':>8} {'min':>4} {'max':>4}  levels 0 to 255",
+        f"  {'channel':8} {'mean':>8} {'std':>8} {'min':>4} {'max':>4}  levels 0 to {len(found.histograms[0]) - 1}",
     ]
     rows = zip(found.channels, found.mean, found.std, found.min, found.max, found.histograms, strict=True)
     lines += [

@@ -27,8 +27,11 @@ else:
 Kind = Literal["identity", "environment", "operational"]
 ResizeMode = Literal["stretch", "center-crop", "pad", "none"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
-Normalization = Literal["imagenet", "unit", "signed", "none", "mean-std", "dataset"]
-DType = Literal["float32", "float16", "uint8"]
+Normalization = Literal[
+    "imagenet", "unit", "signed", "none", "mean-std", "dataset", "log", "window",
+    "standardize", "minmax", "maxabs", "l2",
+]  # fmt: skip
+DType = Literal["float32", "float16", "uint8", "uint16"]
 Layout = Literal["NCHW", "NHWC"]
 Channels = Literal["rgb", "bgr", "gray"]
 SourceKind = Literal[
@@ -101,15 +104,23 @@ class BuildConfig(BaseModel):
     background: tuple[int, int, int] = _setting(
         "identity", (0, 0, 0), "The colour under transparent pixels.", "R,G,B, each 0 to 255", "R,G,B"
     )
+    dicom_window: tuple[float, float] | None = _setting(
+        "identity", None, "For DICOM: the values (rescaled, such as HU) that become black and white, for every file.",
+        "LO,HI with LO < HI", "LO,HI",
+    )  # fmt: skip
     max_pixels: int = _setting(
         "identity", 89_478_485, "Reject images with more pixels than this.", "a positive number", "PIXELS"
     )
     channels: Channels = _setting("identity", "rgb", "Channels of a stored image, in this order.")
+    bit_depth: int = _setting(
+        "identity", 8, "Bits a channel when pixels are decoded and resized; 16 decodes on the CPU.", "8, 16", "8|16"
+    )
     normalize: Normalization = _setting(
         "identity",
         "imagenet",
-        "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; "
-        "or dataset: by mean and std of SRC itself, which one more pass finds out first.",
+        "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; dataset: by mean and std of "
+        "SRC itself, which one more pass finds out first; log: log(1 + level) scaled to 0..1; window; "
+        "or by each image's own statistics: standardize to mean 0 and deviation 1, minmax to 0..1, maxabs, l2.",
     )
     mean: tuple[float, ...] | None = _setting(
         "identity",
@@ -125,8 +136,19 @@ class BuildConfig(BaseModel):
         "as many positive numbers as channels, in the order R,G,B",
         "R,G,B",
     )
+    window: tuple[float, float] | None = _setting(
+        "identity", None, "For window: the levels, of 0 to 255 or 65535, that become 0 and 1; cut off beyond.",
+        "LO,HI with LO < HI, and levels between them", "LO,HI",
+    )  # fmt: skip
     dtype: DType = _setting(
-        "identity", "float32", "Stored type; uint8 stores pixels and leaves the normalization to the reader."
+        "identity",
+        "float32",
+        "Stored type; uint8, or uint16 with 16 bits, stores pixels and leaves the normalization to the reader.",
+    )
+    clip: bool = _setting(
+        "identity",
+        False,
+        "Store a value that float16 cannot hold as the nearest one that it can, rather than refuse it.",
     )
     layout: Layout = _setting("identity", "NCHW", "Order of a stored batch's axes.")
 
@@ -291,6 +313,8 @@ class BuildConfig(BaseModel):
             filled["size"] = 224
         if filled.get("normalize") is None and (filled.get("mean") is not None or filled.get("std") is not None):
             filled["normalize"] = "mean-std"
+        if filled.get("normalize") is None and filled.get("window") is not None:
+            filled["normalize"] = "window"
         return {name: value for name, value in filled.items() if value is not None or name in ("mean", "std")}
 
     @field_validator("size", mode="before")
@@ -314,7 +338,7 @@ class BuildConfig(BaseModel):
         _require(numbers and len({*map(int, numbers)}) == len(numbers), text)
         return ",".join(str(int(number)) for number in numbers)
 
-    @field_validator("background", "mean", "std", mode="before")
+    @field_validator("background", "mean", "std", "window", "dicom_window", mode="before")
     @classmethod
     def _split_numbers(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -366,6 +390,11 @@ class BuildConfig(BaseModel):
         assert match
         return str(int(match[1])) if match[1] else f"{Decimal(match[2]).normalize():f}%"
 
+    @field_validator("bit_depth")
+    @classmethod
+    def _check_bit_depth(cls, value: int) -> Any:
+        return _require(value in (8, 16), value)
+
     @field_validator(*_RANGES)
     @classmethod
     def _check_range(cls, value: Any, info: Any) -> Any:
@@ -391,10 +420,28 @@ class BuildConfig(BaseModel):
                 raise ValueError(f"--{name} has {len(numbers)} numbers; --channels {self.channels} needs {channels}")
             if not all(abs(number) < 1e9 and (name == "mean" or number > MIN_STD) for number in numbers):
                 raise ValueError(f"--{name}: got {numbers}; allowed: {_allowed(name)}")
+        if (self.normalize == "window") != (self.window is not None):
+            raise ValueError("normalize window needs --window LO,HI, which goes with no other normalization")
+        low, high = self.window or (0, self.max_level)
+        if not (-1e9 < low < high < 1e9 and low < self.max_level and high > 0):
+            raise ValueError(f"--window: got {low:g},{high:g}; allowed: {_allowed('window')}")
+        low, high = self.dicom_window or (0, 1)
+        if not -1e9 < low < high < 1e9:
+            raise ValueError(f"--dicom-window: got {low:g},{high:g}; allowed: {_allowed('dicom_window')}")
         if self.normalize == "imagenet" and channels != 3:
             raise ValueError(
-                "normalize imagenet has statistics for three channels; with --channels gray choose unit, signed or "
-                "none, or give --mean and --std with one number each"
+                "normalize imagenet has statistics for three channels; with --channels gray choose another one, "
+                "or give --mean and --std with one number each"
+            )
+        if self.dtype.startswith("u") and self.dtype != self.pixel_dtype:
+            raise ValueError(
+                f"--dtype {self.dtype} is not for pixels of --bit-depth {self.bit_depth}; choose {self.pixel_dtype} or "
+                "a float type, or the other --bit-depth"
+            )
+        if self.bit_depth == 16 and (self.backend == "dali" or self.require_gpu or self.device not in ("auto", "cpu")):
+            raise ValueError(
+                f"--bit-depth 16 decodes with Pillow on the CPU; got --backend {self.backend}, --device {self.device}"
+                f"{', --require-gpu' if self.require_gpu else ''}; leave them out, or choose --bit-depth 8"
             )
         if self.device not in ("auto", "cpu") and self.backend == "pillow":
             raise ValueError(f"--backend pillow cannot use GPU {self.device}; choose --backend dali or --device cpu")
@@ -432,6 +479,16 @@ class BuildConfig(BaseModel):
     def side(self) -> str | None:
         """The side of a split that is built; None where all items are taken."""
         return (self.split or "").partition("/")[2] or None
+
+    @property
+    def max_level(self) -> int:
+        """The highest level of a pixel: white."""
+        return 255 if self.bit_depth == 8 else 65_535
+
+    @property
+    def pixel_dtype(self) -> Literal["uint8", "uint16"]:
+        """The type of a pixel: what is stored where the normalization is left to the reader."""
+        return "uint8" if self.bit_depth == 8 else "uint16"
 
     @property
     def deflate_level(self) -> int | None:

@@ -1,6 +1,7 @@
 """How often each level occurs in the pixels of a source, decoded by all cores: exact, since counts are integers.
 
-They are Pillow's `Image.histogram`: half the time of `numpy.bincount`, and less than sums of squares take in NumPy.
+In 8 bits they are Pillow's `Image.histogram`: half the time of `numpy.bincount`, and less than sums of squares take in
+NumPy.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Tally:
 
     Attributes:
         items: how many.
-        counts: pixels of each level, int64 (C, 256), channels in R,G,B.
+        counts: pixels of each level, int64 (C, 256) or, in 16 bits, (C, 65536), channels in R,G,B.
         rejects: items that gave no image, by code.
         labels: images by label.
     """
@@ -48,9 +49,9 @@ class Tally:
     labels: Counter[int | None] = field(default_factory=Counter)
 
     @classmethod
-    def empty(cls, channels: int) -> Tally:
+    def empty(cls, config: BuildConfig) -> Tally:
         """Of no items."""
-        return cls(0, np.zeros((channels, 256), np.int64))
+        return cls(0, np.zeros((config.channel_count, config.max_level + 1), np.int64))
 
     def add(self, other: Tally) -> None:
         """Takes what other items gave in."""
@@ -87,7 +88,7 @@ def count_source(
     plan = Plan(plan.arrays, max(1, min(_RANGE_ITEMS, items // (4 * choice.cpus))))
     row_bytes = math.prod(size) * config.channel_count
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=plan.shard_count)
-    tally = Tally.empty(config.channel_count)
+    tally = Tally.empty(config)
     with contextlib.closing(_counted(plan, _Work(config, size, source, tuning, choice))) as counted:
         for part in counted:
             tally.add(part)
@@ -98,7 +99,9 @@ def count_source(
 
 def mean_of(counts: Sequence[int], power: int = 1) -> Fraction:
     """The mean of pixels scaled to 0..1, or of a power of them, by the number of pixels of each level."""
-    return Fraction(sum(level**power * count for level, count in enumerate(counts)), 255**power * sum(counts))
+    return Fraction(
+        sum(level**power * count for level, count in enumerate(counts)), (len(counts) - 1) ** power * sum(counts)
+    )
 
 
 def std_of(counts: Sequence[int]) -> float:
@@ -107,17 +110,19 @@ def std_of(counts: Sequence[int]) -> float:
 
 
 def count_levels(pixels: Any) -> NDArray[np.int64]:
-    """How many pixels have each level: int64 (C, 256).
+    """How many pixels have each level: int64 (C, 256), or (C, 65536) of uint16.
 
     Args:
-        pixels: uint8 (N, H, W, C), C = 1 or 3; of NumPy, or of CuPy, which counts on its GPU.
+        pixels: uint8 or uint16 (N, H, W, C), C = 1 or 3; of NumPy, or of CuPy, which counts on its GPU.
     """
     count, height, width, channels = pixels.shape
+    planes = (pixels[..., channel].ravel() for channel in range(channels))
     if not isinstance(pixels, np.ndarray):
         import cupy
 
-        planes = (pixels[..., channel].ravel() for channel in range(channels))
         return np.stack([cupy.bincount(plane, minlength=256).get() for plane in planes]).astype(np.int64)
+    if pixels.dtype != np.uint8:
+        return np.stack([np.bincount(plane, minlength=65_536) for plane in planes])
     from PIL import Image
 
     if not count:
@@ -146,8 +151,8 @@ class _Work:
         return make_decoder(self.choice.backend, self.config, geometry, self.source, tuning=self.tuning, gpu=gpu)
 
 
-def _count(decoder: Decoder, batches: Iterable[Batch], channels: int) -> Tally:
-    tally = Tally.empty(channels)
+def _count(decoder: Decoder, batches: Iterable[Batch], config: BuildConfig) -> Tally:
+    tally = Tally.empty(config)
     for decoded in decoder.decode(batches):
         tally.items += len(decoded.batch.items)
         if decoded.rejects:
@@ -164,7 +169,7 @@ def _counted(plan: Plan, work: _Work) -> Generator[Tally, None, None]:
     ranges = (list(plan.batches(number, work.tuning.batch_size)) for number in range(plan.shard_count))
     if not processes:
         with work.decoder() as decoder:
-            yield from (_count(decoder, batches, work.config.channel_count) for batches in ranges)
+            yield from (_count(decoder, batches, work.config) for batches in ranges)
         return
     with contextlib.ExitStack() as stack:
         busy = {stack.enter_context(_process(work)) for _ in range(processes)}
@@ -219,6 +224,6 @@ def serve(descriptor: int) -> None:
         try:
             with work.decoder() as decoder:
                 while True:
-                    connection.send(_count(decoder, connection.recv(), work.config.channel_count))
+                    connection.send(_count(decoder, connection.recv(), work.config))
         except GpuNpzError as exc:
             connection.send(exc)

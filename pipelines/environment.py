@@ -113,6 +113,10 @@ def dotted(cuda: int) -> str:
 
 def _choose(config: BuildConfig, machine: Machine) -> Choice:
     backend, device = config.backend, config.device
+    if config.bit_depth == 16:
+        require_opencv()
+        warning = "16 BITS A CHANNEL: decoding on the CPU with pillow, for DALI decodes 8" if device == "auto" else None
+        return Choice("pillow", (), warning)
     if backend == "pillow" and config.require_gpu:
         raise UsageError("--require-gpu and --backend pillow contradict each other; leave one out")
     on_cpu: BackendName = "dali" if backend == "dali" else "pillow"
@@ -135,6 +139,14 @@ def _choose(config: BuildConfig, machine: Machine) -> Choice:
         return Choice(on_cpu, (), f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
     every = tuple(range(machine.gpus))
     return Choice("dali", every if device == "all" else gpu_numbers(device) or every[:1])
+
+
+def require_opencv() -> Any:
+    """OpenCV, which decodes what Pillow would cut to 8 bits. Raises BackendError if it cannot be imported."""
+    try:
+        return importlib.import_module("cv2")
+    except ImportError as exc:
+        raise BackendError(f"--bit-depth 16 needs OpenCV ({exc}); run: pip install 'gpu-npz[bits16]'") from exc
 
 
 def _need_dali(backend: BackendName, machine: Machine) -> None:

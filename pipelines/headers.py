@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .config import BuildConfig
-from .decode.pillow import PillowDecoder, opened, orientation_of
+from .decode.dicom import is_dicom
+from .decode.pillow import PillowDecoder, dicom_size, opened, orientation_of
 from .environment import Choice
 from .geometry import Geometry
 from .plan import Plan
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _SAMPLED_ITEMS = 1000
 _BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # Pillow keeps three channels as four
+_DICOM_BYTES_A_PIXEL = 34  # as it is stored, then four times in float64
+_DEEP_BYTES_A_PIXEL = 24  # samples of 16 bits, and planes of 32-bit floats
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -109,6 +112,10 @@ def sample_headers(
 def _picture(data: bytes, path: str, decoder: PillowDecoder, config: BuildConfig, geometry: Geometry | None) -> Picture:
     """What a header says. Raises BadItem if it cannot be read."""
     decoder.check_data(data)
+    if is_dicom(data):
+        height, width = dicom_size(data, path)
+        held = 2 * len(data) + _DICOM_BYTES_A_PIXEL * height * width
+        return Picture(path, height, width, "I;16", "DICOM", False, False, len(data), held)
     with opened(data, path) as image:
         orientation = orientation_of(image) if config.exif_orientation else 1
         width, height = image.size if orientation < 5 else image.size[::-1]
@@ -122,7 +129,9 @@ def _picture(data: bytes, path: str, decoder: PillowDecoder, config: BuildConfig
             progressive=progressive,
             turned=orientation > 1,
             encoded_bytes=len(data),
-            decode_bytes=len(data) + _decode_bytes(image, height, width, progressive, orientation > 1, geometry),
+            decode_bytes=len(data)
+            + _decode_bytes(image, height, width, progressive, orientation > 1, geometry)
+            + (_DEEP_BYTES_A_PIXEL * height * width if config.bit_depth == 16 else 0),
         )
 
 

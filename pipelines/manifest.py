@@ -64,7 +64,10 @@ class Images(BaseModel):
 
 
 class Normalization(BaseModel):
-    """By stored channel: a float value is (pixel / 255 - mean) / std; uint8 pixels are to be turned into that."""
+    """By stored channel: a float value is (pixel / 255 - mean) / std; uint8 pixels are to be turned into that.
+
+    Of kinds that have no mean and std there is none; the settings name the kind, and normalize.py has the formulas.
+    """
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,13 +1,33 @@
 """Pixels to values, dtype and layout: a table look-up, by NumPy or by CuPy, with equal results to the last bit.
 
-A pixel is one of 256 levels, so every normalization is a table of 256 values a channel. Each entry is the exact
-rational (x / 255 - mean) / std rounded once to the stored type, half to even. The ImageNet statistics are those of
-torchvision's models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 in the order R, G, B.
+A pixel is one of 256 levels, or 65,536 in 16 bits, so every normalization is a table of as many values a channel. Of
+most kinds, each entry is the exact number rounded once to the stored type, half to even; in 16 bits, 65535 takes the
+place of 255:
+
+    mean-std    (level / 255 - mean) / std; so, too, imagenet, unit, signed and dataset
+    window      (level - LO) / (HI - LO), cut off at 0 and 1
+    log         log(1 + level) / log(1 + 255)
+    none        level
+
+Four kinds go by the statistics of each image, of all the n values of its pixels as they are stored, in all channels: m
+is their mean, s their standard deviation. So every image has a table of its own, the same for all channels. Sums over
+an image are integers, and exact; the table is made in float64 and rounded once to the stored type:
+
+    standardize (level - m) / max(s, 1 / sqrt(n)): tf.image.per_image_standardization of the levels as floats
+    minmax      (level - min) / (max - min), 0 if they are equal: scikit-learn's minmax_scale of all values
+    maxabs      level / max, 0 if max is: maxabs_scale
+    l2          level / sqrt(sum of squares), 0 if that is: normalize with norm="l2"
+
+The ImageNet statistics are those of torchvision's models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 in the
+order R, G, B.
 """
 
 from __future__ import annotations
 
+import decimal
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -19,54 +39,157 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     Array = NDArray[Any]
+    Exact = Callable[[int], Fraction]
 
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "unit": ((0.0,) * 3, (1.0,) * 3),
     "signed": ((0.5,) * 3, (0.5,) * 3),
 }
+_PER_IMAGE = ("standardize", "minmax", "maxabs", "l2")
+_ULPS = 4  # of float64, within which `_formulas` comes near the exact value
+_DIGITS = decimal.Context(prec=50)
 
 
-def table(config: BuildConfig, dtype: str | None = None) -> Array:
-    """The value of every level: shape (channels, 256), in the stored order of channels.
+def table(config: BuildConfig, dtype: str | None = None) -> Array | None:
+    """The value of every level: shape (channels, 256), in the stored order of channels; None if that is an image's own.
 
     Args:
-        config: gives `normalize`, `mean`, `std`, `channels` and `dtype`.
+        config: gives `normalize`, with what belongs to it, `channels` and `dtype`.
         dtype: another type than the config's; a reader asks for float32 tables of a uint8 dataset.
 
     Raises:
-        UsageError: float16 cannot hold a value.
+        UsageError: float16 cannot hold a value, and `clip` is not set.
     """
     kind = np.dtype(dtype or config.dtype)
-    found = statistics(config)
-    if kind == np.uint8 or found is None:
-        return np.tile(np.arange(256).astype(kind), (config.channel_count, 1))
-    rows = [[(Fraction(x, 255) - mean) / std for x in range(256)] for mean, std in zip(*found, strict=True)]
-    largest = max(abs(value) for row in rows for value in row)
-    if largest > float(np.finfo(kind).max):
-        raise UsageError(f"{kind} cannot hold {float(largest):.6g}; choose --dtype float32 or another --mean and --std")
-    return np.array([[_nearest(value, kind) for value in row] for row in rows], dtype=kind)
+    if kind.kind == "u":
+        return np.tile(np.arange(config.max_level + 1).astype(kind), (config.channel_count, 1))
+    if config.normalize in _PER_IMAGE:
+        return None
+    formulas = _formulas(config)
+    most = float(np.finfo(kind).max)
+    for channel, (values, _) in enumerate(formulas):
+        level = int(np.abs(values).argmax())
+        if abs(values[level]) > most and not config.clip:
+            raise UsageError(
+                f"{kind} cannot hold {values[level]:.6g}, the value of level {level} in channel {channel}, but "
+                f"{-most:g} to {most:g}; choose --dtype float32, another normalization, or --clip to cut values off"
+            )
+    return np.stack([_rounded(values.clip(-most, most), exact, kind) for values, exact in formulas])
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a per-image kind has to know of an image: of its values in all channels, exactly."""
+
+    count: int
+    total: int
+    squares: int
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, image: Array) -> Sums:
+        """Those of pixels, in whatever layout."""
+        squares = int(np.einsum("ijk,ijk->", image, image, dtype=np.int64))
+        return cls(image.size, int(image.sum(dtype=np.int64)), squares, int(image.min()), int(image.max()))
+
+
+def image_table(config: BuildConfig, sums: Sums, dtype: str | None = None) -> Array:
+    """The value of every level in an image under a per-image kind: shape (256,), for every channel; see `table`."""
+    n, start, step = sums.count, 0.0, 1.0
+    if config.normalize == "standardize":
+        variance = (n * sums.squares - sums.total**2) / n**2  # of integers, rounded once
+        start, step = sums.total / n, max(math.sqrt(variance), 1 / math.sqrt(n))
+    elif config.normalize == "minmax":
+        start, step = sums.low, sums.high - sums.low
+    elif config.normalize == "maxabs":
+        step = sums.high
+    else:
+        step = math.sqrt(sums.squares)
+    values = (np.arange(config.max_level + 1) - start) / (step or 1)
+    return values.astype(dtype or config.dtype)
+
+
+def tables(config: BuildConfig, stored: Array) -> NDArray[np.float32]:
+    """What `apply_table` takes for stored pixels: (channels, 256), or under a per-image kind (images, 1, 256).
+
+    Args:
+        config: the settings that they were stored with.
+        stored: uint8 (..., C, H, W) or (..., H, W, C).
+    """
+    if (same := table(config, "float32")) is not None:
+        return same
+    images = stored.reshape(-1, *stored.shape[-3:])
+    own = [image_table(config, Sums.of(image), "float32") for image in images]
+    return np.array(own, np.float32).reshape(len(own), 1, config.max_level + 1)
+
+
+def value_range(config: BuildConfig, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The lowest and the highest value that each channel of an image of `count` values can have, (channels,) each."""
+    if (values := table(config)) is not None:
+        return values.min(axis=1).astype(np.float64), values.max(axis=1).astype(np.float64)
+    # Samuelson's inequality: no value is further from the mean than sqrt(n - 1) standard deviations.
+    low, high = 0.0, 1.0
+    if config.normalize == "standardize":
+        high = float(np.nextafter(np.dtype(config.dtype).type(math.sqrt(count)), np.inf))  # a value may be rounded up
+        low = -high
+    return np.full(config.channel_count, low), np.full(config.channel_count, high)
 
 
 def statistics(config: BuildConfig) -> tuple[list[Fraction], list[Fraction]] | None:
-    """Mean and standard deviation of each stored channel, of pixels scaled to 0..1; None where pixels stay as they are.
+    """Mean and standard deviation of each stored channel, of pixels scaled to 0..1; None where values have none.
 
     Decimals are taken as they are written: a mean of 0.485 is 485/1000.
 
     Raises:
         UsageError: those of the dataset itself are asked for, and have not been measured.
     """
-    if config.normalize == "none":
-        return None
     if config.normalize == "dataset" and config.mean is None:
         raise UsageError("--normalize dataset is for build, which measures first; give --mean and --std here")
+    if config.normalize not in (*_STATISTICS, "mean-std", "dataset"):
+        return None
     given = _STATISTICS.get(config.normalize) or (config.mean or (), config.std or ())
     means, stds = ([Fraction(str(number)) for number in numbers[: config.channel_count]] for numbers in given)
     return (means[::-1], stds[::-1]) if config.channels == "bgr" else (means, stds)
 
 
+def _formulas(config: BuildConfig) -> list[tuple[NDArray[np.float64], Exact]]:
+    """Of each stored channel, the value of every level in float64, and the function that gives it exactly."""
+    top = config.max_level
+    if (found := statistics(config)) is not None:
+        return [_line(top * mean, top * std, top) for mean, std in zip(*found, strict=True)]
+    if config.normalize == "log":
+        whole = _DIGITS.ln(top + 1)
+        values = np.array([math.log1p(level) / math.log1p(top) for level in range(top + 1)])
+        formula = values, lambda level: Fraction(_DIGITS.divide(_DIGITS.ln(level + 1), whole))
+    elif config.window is not None:
+        low, high = (Fraction(str(number)) for number in config.window)
+        values, exact = _line(low, high - low, top)
+        formula = values.clip(0, 1), exact  # the ends need no rounding
+    else:
+        formula = _line(Fraction(0), Fraction(1), top)
+    return [formula] * config.channel_count
+
+
+def _line(start: Fraction, step: Fraction, top: int) -> tuple[NDArray[np.float64], Exact]:
+    """(level - start) / step."""
+    scale = math.lcm(start.denominator, step.denominator)
+    first, divisor = int(start * scale), int(step * scale)
+    values = [(level * scale - first) / divisor for level in range(top + 1)]  # of integers, rounded once
+    return np.array(values), lambda level: (level - start) / step
+
+
+def _rounded(values: NDArray[np.float64], exact: Exact, dtype: np.dtype[Any]) -> Array:
+    """The exact values in the nearest numbers of `dtype`; asked for only where float64 leaves open which these are."""
+    found = values.astype(dtype)
+    margin = _ULPS * np.spacing(np.abs(values))
+    for level in np.flatnonzero((values - margin).astype(dtype) != (values + margin).astype(dtype)).tolist():
+        found[level] = _nearest(exact(level), dtype)
+    return found
+
+
 def _nearest(value: Fraction, dtype: np.dtype[Any]) -> Any:
-    # By way of float64 a value can be rounded twice; so its neighbours are compared as exact rationals.
     guess = dtype.type(float(value))
     around = [np.nextafter(guess, dtype.type(side)) for side in (-np.inf, np.inf)]
     bits = f"u{dtype.itemsize}"
@@ -85,27 +208,41 @@ def row_shape(config: BuildConfig, height: int, width: int) -> tuple[int, int, i
 def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
     """Stored uint8 images (..., C, H, W) or (..., H, W, C) as `values[channel, level]`, in the table's dtype.
 
+    Args:
+        values: (channels, 256), or (images, 1, 256) where each image has its own.
+        stored: the images.
+        layout: which of the two.
+
     Raises:
         ValueError: other pixels than the table was made for.
     """
     axis = stored.ndim - 3 if layout == "NCHW" else stored.ndim - 1
-    if stored.dtype != np.uint8 or axis < 0 or stored.shape[axis] != len(values):
-        raise ValueError(f"stored: got {stored.dtype} {stored.shape}; need uint8 {layout} of {len(values)} channels")
+    count = math.prod(stored.shape[:-3])
+    fit = values.shape[:-1] == ((stored.shape[axis],) if values.ndim == 2 else (count, 1))
+    pixel = _pixel_dtype(values)
+    if stored.dtype != pixel or axis < 0 or not fit:
+        raise ValueError(f"stored: got {stored.dtype} {stored.shape}; need {pixel} {layout} for a table {values.shape}")
     out = np.empty(stored.shape, values.dtype)
     images, rows = (array.reshape(-1, *stored.shape[-3:]) for array in (stored, out))
     if layout == "NHWC":
         images, rows = images.transpose(0, 3, 1, 2), rows.transpose(0, 3, 1, 2)
     plane = np.empty(rows.shape[-2:], out.dtype)
-    for image, row in zip(images, rows, strict=True):
-        _look_up(values, image, row, plane)
+    each = np.broadcast_to(values, (len(images), images.shape[1], values.shape[-1]))
+    for image, own, row in zip(images, each, rows, strict=True):
+        _look_up(own, image, row, plane)
     return out
+
+
+def _pixel_dtype(values: Array) -> np.dtype[Any]:
+    """The type of the pixels that a table is for."""
+    return np.dtype(np.uint8 if values.shape[-1] == 256 else np.uint16)
 
 
 def _look_up(values: Array, source: Array, target: Array, plane: Array) -> None:
     """Writes `values[channel, level]` of (C, H, W) `source` to `target`; `plane` is (H, W) for a while.
 
     One contiguous plane at a time: twice as fast as whole batches at a stride. mode="clip" spares a bounds check, and
-    256 entries make it exact.
+    an entry for every level makes it exact.
     """
     for row, pixels, out in zip(values, source, target, strict=True):
         if out.flags.c_contiguous:
@@ -114,70 +251,86 @@ def _look_up(values: Array, source: Array, target: Array, plane: Array) -> None:
             out[...] = np.take(row, pixels, mode="clip", out=plane)
 
 
-def levels(values: Array, stored: Array, layout: Layout) -> NDArray[np.uint8]:
+def levels(values: Array, stored: Array, layout: Layout) -> Array:
     """Stored images as pixels again: of each value the level whose entry in the table is nearest.
 
-    The inverse of `apply_table`, to the bit, where the table tells its levels apart; uint8 images come back as they
-    are. A table is a straight line but for its rounding, so the level is a quotient.
+    The inverse of `apply_table`, to the bit, where the table tells its levels apart; stored pixels come back as they
+    are. Most tables are a straight line but for their rounding, and the level is a quotient; through the others, a line
+    is drawn from entry to entry.
 
     Args:
         values: the table that made them, (channels, 256).
         stored: (..., C, H, W) or (..., H, W, C); NaN becomes level 0.
         layout: which of the two.
     """
-    if stored.dtype == np.uint8:
+    if stored.dtype.kind == "u":
         return stored
-    out = np.empty(stored.shape, np.uint8)
+    out = np.empty(stored.shape, _pixel_dtype(values))
     axis = stored.ndim - 3 if layout == "NCHW" else stored.ndim - 1
-    ends = values[:, [0, -1]].astype(np.float32)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a table of one value, and damaged images
-        for source, target, (low, high) in zip(
-            np.moveaxis(stored, axis, 0), np.moveaxis(out, axis, 0), ends, strict=True
-        ):
-            scaled = (source.astype(np.float32) - low) * (np.float32(255) / (high - low))
-            target[...] = np.clip(np.rint(np.nan_to_num(scaled)), 0, 255)
+    every = np.arange(values.shape[1])
+    for source, target, row in zip(np.moveaxis(stored, axis, 0), np.moveaxis(out, axis, 0), values, strict=True):
+        places = _quotients(row, source)
+        if not np.array_equal(np.rint(_quotients(row, row)), every):
+            places = np.interp(source.astype(np.float32), row.astype(np.float32), every)
+        target[...] = np.clip(np.rint(np.nan_to_num(places)), 0, every[-1])
     return out
+
+
+def _quotients(row: Array, source: Array) -> Array:
+    """The place of each value between the first and the last entry of a row, from 0 to the last entry's number."""
+    low, high = row[[0, -1]].astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a table of one value, and damaged images
+        places: Array = (source.astype(np.float32) - low) * (np.float32(len(row) - 1) / (high - low))
+    return places
 
 
 class Normalizer:
     """Turns decoded pixels into stored rows on the CPU."""
 
     def __init__(self, config: BuildConfig) -> None:
+        self._config = config
         self._table = table(config)
+        self._dtype = np.dtype(config.dtype)
         self._planar = config.layout == "NCHW"
-        self._plain = self._table.dtype == np.uint8
         self._swap = config.channels == "bgr"  # decoders give R,G,B; the table is in stored order already
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
         """A buffer for stored rows."""
-        return np.empty(shape, self._table.dtype)
+        return np.empty(shape, self._dtype)
 
     def apply(self, pixels: Array, kept: NDArray[np.int64], out: Array) -> Callable[[], None]:
         """Writes the rows of some images to `out`.
 
         Args:
-            pixels: uint8 (N, H, W, C) in R,G,B.
+            pixels: (N, H, W, C) in R,G,B, uint8 or, in 16 bits, uint16.
             kept: which of the N, int64 (rows,).
             out: (rows, *row shape) in the stored dtype.
 
         Returns a function that waits until `out` is whole; here it is already.
         """
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != len(self._table):
-            raise ValueError(f"pixels: got {pixels.dtype} {pixels.shape}; need uint8 (N, H, W, {len(self._table)})")
-        _, height, width, channels = pixels.shape
+        channels = self._config.channel_count
+        if pixels.dtype != self._config.pixel_dtype or pixels.ndim != 4 or pixels.shape[3] != channels:
+            wanted = f"{self._config.pixel_dtype} (N, H, W, {channels})"
+            raise ValueError(f"pixels: got {pixels.dtype} {pixels.shape}; need {wanted}")
+        _, height, width, _ = pixels.shape
         rows = (len(kept), channels, height, width) if self._planar else (len(kept), height, width, channels)
-        if out.shape != rows or out.dtype != self._table.dtype:
-            raise ValueError(f"out: got {out.dtype} {out.shape}; need {self._table.dtype} {rows}")
+        if out.shape != rows or out.dtype != self._dtype:
+            raise ValueError(f"out: got {out.dtype} {out.shape}; need {self._dtype} {rows}")
         if self._swap:
             pixels = pixels[..., ::-1]
         plane = np.empty((height, width), out.dtype)
         for position, row in zip(kept.tolist(), out, strict=True):
             image, target = pixels[position].transpose(2, 0, 1), row if self._planar else row.transpose(2, 0, 1)
-            if self._plain:
+            if self._dtype.kind == "u":
                 np.copyto(target, image)
             else:
-                _look_up(self._table, image, target, plane)
+                _look_up(self._table_of(image), image, target, plane)
         return _done
+
+    def _table_of(self, image: Array) -> Array:
+        if self._table is not None:
+            return self._table
+        return np.tile(image_table(self._config, Sums.of(image)), (len(image), 1))
 
     def device_bytes(self) -> int:
         """Memory of a GPU that is in use: none."""
@@ -188,10 +341,11 @@ def _done() -> None:
     pass
 
 
-# A thread a pixel. Values are moved as bits, so one kernel serves every dtype and needs no header.
+# A thread a pixel. Values are moved as bits, so one kernel serves every dtype and needs no header. `image_step` and
+# `channel_step` are entries of `table` from one image's, or channel's, to the next; 0 where they share them.
 _KERNEL = r"""
 extern "C" __global__ void normalize(const unsigned char* pixels, const int* kept, const VALUE* table, VALUE* out,
-                                     int plane, int channels, int planar, int swap) {
+                                     int plane, int channels, int planar, int swap, int image_step, int channel_step) {
   const int position = blockIdx.x * blockDim.x + threadIdx.x;
   if (position >= plane) return;
   const unsigned char* pixel = pixels + ((long long)kept[blockIdx.y] * plane + position) * channels;
@@ -199,7 +353,7 @@ extern "C" __global__ void normalize(const unsigned char* pixels, const int* kep
   for (int channel = 0; channel < channels; channel++) {
     const unsigned char level = pixel[swap ? channels - 1 - channel : channel];
     row[planar ? (long long)channel * plane + position : (long long)position * channels + channel] =
-        table[channel * 256 + level];
+        table[(long long)blockIdx.y * image_step + channel * channel_step + level];
   }
 }
 """
@@ -211,7 +365,9 @@ class CudaNormalizer:
     """Turns decoded pixels into stored rows on a GPU, and copies them to pinned host memory.
 
     The kernel runs on one stream, the copy on another, so that the next kernel does not wait for it. Every host buffer
-    has a twin on the device, made with it: whoever may write to the one may write to the other.
+    has a twin on the device, made with it: whoever may write to the one may write to the other. For the per-image
+    kinds, sums over each image come to the host, which makes the tables: it waits for the decoder there. They have not
+    been tried on a GPU yet.
     """
 
     def __init__(self, config: BuildConfig, device: int) -> None:
@@ -221,14 +377,17 @@ class CudaNormalizer:
         cupy.cuda.Device(device).use()
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._copy_stream = cupy.cuda.Stream(non_blocking=True)
+        self._config = config
+        self._dtype = np.dtype(config.dtype)
         self._host_table = table(config)
         self._planar = config.layout == "NCHW"
         self._swap = config.channels == "bgr"
-        source = _KERNEL.replace("VALUE", _BITS[self._host_table.itemsize])
+        source = _KERNEL.replace("VALUE", _BITS[self._dtype.itemsize])
         self._kernel = cupy.RawKernel(source, "normalize")
+        self._squares = cupy.ReductionKernel("T x", "int64 y", "(long long)x * x", "a + b", "y = a", "0", "squares")
         self._twins: dict[int, Any] = {}
         with self._stream:
-            self._table = cupy.asarray(self._host_table)
+            self._table = None if self._host_table is None else cupy.asarray(self._host_table)
 
     @property
     def stream(self) -> int:
@@ -237,7 +396,7 @@ class CudaNormalizer:
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
         """A pinned host buffer for stored rows, of exactly the size needed, and its twin on the device."""
-        dtype = self._host_table.dtype
+        dtype = self._dtype
         count = int(np.prod(shape))
         memory = self._cupy.cuda.PinnedMemoryPointer(self._cupy.cuda.PinnedMemory(max(1, count * dtype.itemsize)), 0)
         host = np.frombuffer(memory, dtype, count).reshape(shape)
@@ -249,29 +408,32 @@ class CudaNormalizer:
         cupy = self._cupy
         with self._stream:
             source = cupy.from_dlpack(pixels)
-            fit = source.dtype == np.uint8 and source.ndim == 4 and source.shape[3] == len(self._host_table)
+            fit = source.dtype == np.uint8 and source.ndim == 4 and source.shape[3] == self._config.channel_count
             if not fit or not source.flags.c_contiguous:
                 raise ValueError(f"pixels: got {source.dtype} {source.shape}; need dense uint8 (N, H, W, C)")
             _, height, width, channels = source.shape
-            if out.size != len(kept) * height * width * channels or out.dtype != self._host_table.dtype:
+            if out.size != len(kept) * height * width * channels or out.dtype != self._dtype:
                 raise ValueError(f"out: got {out.dtype} {out.shape} for {len(kept)} of {source.shape}")
             positions = cupy.asarray(kept.astype(np.int32))
             plane = height * width
+            table, steps = self._table, (0, self._config.max_level + 1)
+            if table is None:
+                table, steps = self._tables_of(source, kept), steps[::-1]
             if len(kept):
                 self._kernel(
                     (-(-plane // _THREADS), len(kept)),
                     (_THREADS,),
                     (
-                        source, positions, self._table, self._twins[out.ctypes.data],
-                        np.int32(plane), np.int32(channels), np.int32(self._planar), np.int32(self._swap),
+                        source, positions, table, self._twins[out.ctypes.data],
+                        *map(np.int32, (plane, channels, self._planar, self._swap, *steps)),
                     ),
                 )  # fmt: skip
             event = self._recorded(self._stream)
 
         def wait() -> None:
-            nonlocal pixels, source, positions
+            nonlocal pixels, source, positions, table
             event.synchronize()
-            pixels = source = positions = None  # the kernel reads them
+            pixels = source = positions = table = None  # the kernel reads them
 
         return wait
 
@@ -298,6 +460,14 @@ class CudaNormalizer:
         """Memory of the GPU that is in use, by whomever."""
         free, total = self._cupy.cuda.runtime.memGetInfo()
         return int(total - free)
+
+    def _tables_of(self, source: Any, kept: NDArray[np.int64]) -> Any:
+        """The tables of the images that are kept, under a per-image kind, on the device."""
+        flat = source.reshape(len(source), -1)
+        columns = flat.sum(axis=1, dtype=np.int64), self._squares(flat, axis=1), flat.min(axis=1), flat.max(axis=1)
+        sums = self._cupy.stack([column.astype(np.int64) for column in columns], axis=1).get()[kept]
+        own = [image_table(self._config, Sums(flat.shape[1], *row)) for row in sums.tolist()]
+        return self._cupy.asarray(np.array(own, self._dtype))
 
     def _recorded(self, stream: Any) -> Any:
         event = self._cupy.cuda.Event(block=True, disable_timing=True)  # who waits for it sleeps

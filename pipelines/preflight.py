@@ -282,8 +282,9 @@ def _measure(
 
 def _warnings(config: BuildConfig, plan: Plan, sample: Sample, needed: int, *, labelled: bool) -> Iterator[str]:
     if config.dtype == "float32":
+        smaller = gigabytes(needed * config.bit_depth // 32)
         yield (
-            f"--dtype uint8 would take some {gigabytes(needed // 4)} instead of {gigabytes(needed)}; "
+            f"--dtype {config.pixel_dtype} would take some {smaller} instead of {gigabytes(needed)}; "
             "readers then normalize, with equal values"
         )
     if labelled and config.shuffle is None and plan.shard_count > 1:

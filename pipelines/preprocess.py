@@ -15,7 +15,7 @@ from .config import BuildConfig
 from .errors import ImageError
 from .geometry import Geometry
 from .manifest import Manifest
-from .normalize import Normalizer, apply_table, row_shape, statistics, table
+from .normalize import Normalizer, apply_table, row_shape, statistics, table, tables
 from .rejects import BadItem
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ _RESIZE = {
     "none": "left at its size, which must be {size}",
 }
 # Settings that change what a model sees. Dtype and layout only say how the same values are stored.
-_CONTRACT = ("channels", "resize_mode", "interpolation", "exif_orientation", "background")
+_CONTRACT = (
+    "channels", "bit_depth", "resize_mode", "interpolation", "exif_orientation", "background", "dicom_window"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ class Preprocess:
 
         Args:
             image: a path; an encoded image; a PIL image; or pixels: uint8 (H, W), (H, W, 1), (H, W, 3) in R,G,B or
-                (H, W, 4) with alpha, or uint16 (H, W). Of a JPEG, a path, bytes, or a PIL image that is not loaded yet
-                give the stored row; pixels that somebody else decoded are resized from their full size.
+                (H, W, 4) with alpha, or uint16 (H, W); with `bit_depth` 16, any of these in uint16. Of a JPEG, a path,
+                bytes, or a PIL image that is not loaded yet give the stored row; pixels that somebody else decoded are
+                resized from their full size.
 
         Raises:
             ImageError: it cannot be decoded; the build would reject it.
@@ -95,10 +98,17 @@ class Preprocess:
 
     def values(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         """What stored rows (..., C, H, W) or (..., H, W, C) mean, as float32: uint8 pixels are normalized."""
-        if rows.dtype != np.uint8:
+        if rows.dtype.kind != "u":
             return rows.astype(np.float32, copy=False)
-        values: NDArray[np.float32] = apply_table(self.table, rows, self.config.layout)
+        values: NDArray[np.float32] = apply_table(self.tables(rows), rows, self.config.layout)
         return values
+
+    def tables(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """The value of every level of stored uint8 rows, float32, in the stored order of channels.
+
+        (channels, 256); where each image is normalized by its own statistics, (images, 1, 256).
+        """
+        return tables(self.config, rows) if self._table is None else self._table
 
     def describe(self) -> str:
         """What is done to an image, in words, a step a line."""
@@ -108,25 +118,41 @@ class Preprocess:
             size=f"{height} x {width}", cover=f"{cover[0]} x {cover[1]}", pad_value=config.pad_value
         )
         antialiased = "" if config.interpolation == "nearest" else ", antialiased"
-        found = statistics(config)
         names = {1: ("gray",), 3: tuple(config.channels)}[config.channel_count]
-        values = "levels of 0 to 255, as they are"
-        if found is not None:
-            mean, std = (", ".join(f"{float(number):g}" for number in numbers) for numbers in found)
-            values = f"(level / 255 - mean) / std, with mean {mean} and std {std} for {', '.join(names)}"
-        if config.dtype == "uint8":
-            values = f"levels of 0 to 255 are stored; read as {values}" if found is not None else values
+        values = self._formula(names)
+        if config.dtype == config.pixel_dtype and config.normalize != "none":
+            values = f"levels of 0 to {config.max_level} are stored; read as {values}"
         shape = (len(names), height, width) if config.layout == "NCHW" else (height, width, len(names))
+        colours = f"what is transparent lies on colour {config.background}"
+        if config.dicom_window is not None:
+            colours += f"; DICOM values from {config.dicom_window} are levels"
         colour = {"rgb": "red, green, blue", "bgr": "blue, green, red", "gray": "gray"}[config.channels]
         return "\n".join(
             (
                 f"turned upright, as EXIF says: {'yes' if config.exif_orientation else 'no'}",
-                f"8 bits a channel, {colour}; what is transparent lies on colour {config.background}",
+                f"{config.bit_depth} bits a channel, {colour}; {colours}",
                 f"{resize}, by {config.interpolation} interpolation{antialiased}",
                 f"values: {values}",
                 f"stored as {config.dtype} of shape {shape}",
             )
         )
+
+    def _formula(self, names: tuple[str, ...]) -> str:
+        config, top = self.config, self.config.max_level
+        if (found := statistics(config)) is not None:
+            mean, std = (", ".join(f"{float(number):g}" for number in numbers) for numbers in found)
+            return f"(level / {top} - mean) / std, with mean {mean} and std {std} for {', '.join(names)}"
+        low, high = config.window or (0, 0)
+        own = "of all values of the image"
+        return {
+            "none": f"levels of 0 to {top}, as they are",
+            "log": f"log(1 + level) / log(1 + {top})",
+            "standardize": f"(level - mean) / max(std, 1 / sqrt(count)) {own}",
+            "minmax": f"(level - min) / (max - min) {own}",
+            "maxabs": f"level / max {own}",
+            "l2": f"level / sqrt(sum of squares) {own}",
+            "window": f"(level - LO) / (HI - LO), cut off at 0 and 1, with LO {low:g} and HI {high:g}",
+        }[config.normalize]
 
     def differences(self, other: Preprocess) -> list[str]:
         """What a model would see otherwise in images of `other`; dtype and layout do not count."""
@@ -145,9 +171,11 @@ class Preprocess:
             found["pad-value"] = config.pad_value
         if (numbers := statistics(config)) is not None:
             found |= zip(("mean", "std"), (tuple(map(float, each)) for each in numbers), strict=True)
+        else:
+            found |= {"normalize": config.normalize, "window": config.window}
         return found
 
-    def _pixels(self, image: Any) -> NDArray[np.uint8]:
+    def _pixels(self, image: Any) -> NDArray[Any]:
         decoder = self._decoder
         label = str(image) if isinstance(image, (str, os.PathLike)) else f"image of type {type(image).__name__}"
         try:
@@ -162,17 +190,16 @@ class Preprocess:
 
     @functools.cached_property
     def _decoder(self) -> PillowDecoder:
-        from .decode.pillow import PillowDecoder
+        from .decode import pillow_decoder
 
-        return PillowDecoder(self.config, Geometry.of(self.config, self.image_size), None)
+        return pillow_decoder(self.config, Geometry.of(self.config, self.image_size), None)
 
     @functools.cached_property
     def _normalizer(self) -> Normalizer:
         return Normalizer(self.config)
 
     @functools.cached_property
-    def table(self) -> NDArray[np.float32]:
-        """The value of every level, float32 (channels, 256), in the stored order of channels."""
+    def _table(self) -> NDArray[np.float32] | None:
         return table(self.config, "float32")
 
     def __reduce__(self) -> tuple[Any, ...]:

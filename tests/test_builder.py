@@ -453,12 +453,16 @@ OTHER: dict[str, dict[str, Any]] = {
     "interpolation": {"interpolation": "nearest"},
     "exif_orientation": {"exif_orientation": False},
     "background": {"background": "1,2,3"},
+    "dicom_window": {"dicom_window": "-100,300"},
     "max_pixels": {"max_pixels": 10**6},
     "channels": {"channels": "bgr"},
+    "bit_depth": {"bit_depth": 16},
     "normalize": {"normalize": "unit"},
     "mean": {"mean": "0.5,0.5,0.5", "std": "1,1,1"},
     "std": {"mean": "0,0,0", "std": "0.1,0.2,0.3"},
+    "window": {"window": "20,200"},
     "dtype": {"dtype": "uint8"},
+    "clip": {"clip": True},
     "layout": {"layout": "NHWC"},
     "shard_size": {"shard_size": "5"},
     "compress": {"compress": "deflate"},
@@ -480,7 +484,7 @@ def test_another_value_of_an_identity_setting_does_not_resume(mixed: Path, copie
         build(mixed, copied, settings(**OTHER[name]))
     lines = str(caught.value).splitlines()
     named = {line.split(":")[0].strip() for line in lines[1:-1]}
-    changed = {*OTHER[name], *({"normalize"} if name in ("mean", "std") else ())}
+    changed = {*OTHER[name], *({"normalize"} if name in ("mean", "std", "window") else ())}
     assert named == {each.replace("_", "-") for each in changed}
     assert all(re.fullmatch(r"  [a-z-]+: .+ there, .+ asked for", line) for line in lines[1:-1])
     assert "--overwrite to start anew" in lines[-1]

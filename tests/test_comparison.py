@@ -61,6 +61,8 @@ def other_versions(out: Path) -> None:
         {"dtype": "float16", "layout": "NHWC", "channels": "bgr", "resize_mode": "pad"},
         {"dtype": "float32", "channels": "gray", "normalize": "signed", "resize_mode": "center-crop"},
         {"on_reject": "blank"},
+        {"normalize": "standardize", "dtype": "float16", "channels": "bgr"},
+        {"normalize": "maxabs", "on_reject": "blank", "dtype": "uint8"},
         {"backend": "dali"},
     ],
     ids=str,
@@ -103,6 +105,19 @@ def test_other_versions_are_compared_within_the_tolerance(src: Path, tmp_path: P
     (problem,) = found.problems
     assert problem.what.startswith("row 1, ")
     assert f"allowed: mean {MEAN_LEVELS}" in problem.what
+
+
+@pytest.mark.parametrize("kind", ["standardize", "minmax", "maxabs", "l2"])
+def test_values_by_an_image_s_own_statistics_are_compared_in_its_levels(kind: str, src: Path, tmp_path: Path) -> None:
+    out = build(src, tmp_path / "out", normalize=kind)
+    other_versions(out)
+    step = float(np.diff(np.unique(gpu_npz.open_dataset(out)[1])).min())  # of one level
+    alter(out, 1, lambda image: image.__setitem__((0, 3), image[0, 3] + 3 * step))
+    found = compare(out, 100)
+    assert (found.exact, found.problems, found.max) == (False, (), 3)
+    alter(out, 1, lambda image: image.__setitem__(..., image + 3 * step))
+    (problem,) = compare(out, 100).problems
+    assert problem.what.startswith("row 1, ")
 
 
 def test_the_tolerance_tells_other_settings_and_other_images_apart(src: Path, tmp_path: Path) -> None:

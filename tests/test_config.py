@@ -20,6 +20,11 @@ VARIED: list[dict[str, Any]] = [
     {"channels": "gray", "normalize": "unit", "dtype": "float16", "layout": "NHWC"},
     {"channels": "gray", "mean": "0.5", "std": "0.25"},
     {"mean": (0.1, 0.2, 0.3), "std": (1, 2e-5, 1 / 3)},
+    {"window": "-3,77.5", "clip": True},
+    {"dicom_window": "-160,240"},
+    {"normalize": "log", "channels": "gray"},
+    {"normalize": "standardize"},
+    {"bit_depth": "16", "dtype": "uint16", "window": "9,40000"},
     {"shard_size": "2GB", "shuffle": 0, "limit": 7, "max_rejects": "0.5%"},
     {"shard_size": 10, "max_rejects": 5, "batch_size": 64, "workers": 2, "on_reject": "blank"},
     {"classes_from": "names.txt", "overwrite": True, "accept_environment": True, "max_pixels": 10**6},
@@ -108,10 +113,11 @@ def test_a_value_of_a_wrong_type_is_answered_with_what_is_allowed(name: str) -> 
         ("background", "0,0,256", "'0,0,256'", "R,G,B, each 0 to 255"),
         ("background", "0,0", "['0', '0']", "R,G,B, each 0 to 255"),
         ("max_pixels", 0, "0", "a positive number"),
+        ("bit_depth", 12, "12", "8, 16"),
         ("channels", "rgba", "'rgba'", "rgb, bgr, gray"),
         ("normalize", "zscore", "'zscore'", "imagenet, unit, signed, none, mean-std"),
         ("mean", "a,0,0", "'a'", "as many numbers as channels"),
-        ("dtype", "float64", "'float64'", "float32, float16, uint8"),
+        ("dtype", "float64", "'float64'", "float32, float16, uint8, uint16"),
         ("layout", "CHW", "'CHW'", "NCHW, NHWC"),
         ("shard_size", "0", "'0'", "rows (1024) or bytes with a unit"),
         ("shard_size", "1TB", "'1TB'", "rows (1024) or bytes with a unit"),
@@ -166,7 +172,19 @@ def test_an_unknown_setting_is_answered_with_the_nearest_name() -> None:
         ({"mean": (0, 0, 0), "std": (1, -1, 1)}, "as many positive numbers"),
         ({"mean": (0, float("inf"), 0), "std": (1, 1, 1)}, "as many numbers as channels"),
         ({"mean": (0, float("nan"), 0), "std": (1, 1, 1)}, "as many numbers as channels"),
-        ({"channels": "gray"}, "with --channels gray choose unit, signed or none"),
+        ({"channels": "gray"}, "with --channels gray choose another one, or give"),
+        ({"dtype": "uint16"}, "--dtype uint16 is not for pixels of --bit-depth 8; choose uint8 or a float type"),
+        ({"bit_depth": 16, "dtype": "uint8"}, "--dtype uint8 is not for pixels of --bit-depth 16; choose uint16"),
+        ({"bit_depth": 16, "backend": "dali"}, "on the CPU; got --backend dali, --device auto; leave"),
+        ({"bit_depth": 16, "device": "0"}, "on the CPU; got --backend auto, --device 0; leave"),
+        ({"bit_depth": 16, "require_gpu": True}, "--device auto, --require-gpu; leave them out, or choose"),
+        ({"dicom_window": (9, 9)}, "--dicom-window: got 9,9; allowed: LO,HI with LO < HI"),
+        ({"normalize": "window"}, "normalize window needs --window LO,HI"),
+        ({"normalize": "unit", "window": (0, 9)}, "goes with no other normalization"),
+        ({"window": (9, 9)}, "--window: got 9,9; allowed: LO,HI with LO < HI, and levels between them"),
+        ({"window": (255, 300)}, "--window: got 255,300"),
+        ({"window": (-9, 0)}, "--window: got -9,0"),
+        ({"window": (0, float("nan"))}, "--window: got 0,nan"),
         ({"device": 0, "backend": "pillow"}, "choose --backend dali or --device cpu"),
         ({"device": "all", "backend": "pillow"}, "choose --backend dali or --device cpu"),
         ({"ray_address": "auto"}, "goes with --engine ray"),
@@ -192,6 +210,10 @@ def test_the_many_ways_to_say_one_thing_are_one_setting() -> None:
 
 def test_mean_and_std_alone_mean_mean_std() -> None:
     assert BuildConfig(mean="0,0,0", std="1,1,1").normalize == "mean-std"
+
+
+def test_a_window_alone_means_window() -> None:
+    assert BuildConfig(window="10,20") == BuildConfig(normalize="window", window=[10, 20])
 
 
 def test_only_resize_mode_none_leaves_the_size_open() -> None:

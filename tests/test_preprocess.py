@@ -28,6 +28,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"dtype": "float16", "layout": "NHWC", "channels": "bgr", "interpolation": "bicubic"},
     {"channels": "gray", "mean": "0.5", "std": "0.25", "resize_mode": "pad", "pad_value": 7},
     {"resize_mode": "center-crop", "size": "20x24", "exif_orientation": False, "normalize": "signed"},
+    {"dtype": "uint8", "normalize": "log", "channels": "bgr"},
+    {"window": "20,200", "channels": "gray"},
+    {"dtype": "uint8", "normalize": "standardize", "channels": "gray", "layout": "NHWC"},
+    {"dtype": "float16", "normalize": "l2", "channels": "bgr"},
     {"dtype": "uint8", "normalize": "none", "interpolation": "nearest", "background": "9,8,7"},
 ]
 
@@ -191,6 +195,14 @@ def test_its_description_says_each_step() -> None:
         in plain.describe()
     )
     assert "values: levels of 0 to 255, as they are" in plain.describe()
+    logarithm = Preprocess(BuildConfig(normalize="log", dtype="uint8"), (8, 8))
+    assert "values: levels of 0 to 255 are stored; read as log(1 + level) / log(1 + 255)\n" in logarithm.describe()
+    own = Preprocess(BuildConfig(normalize="minmax"), (8, 8))
+    assert "values: (level - min) / (max - min) of all values of the image\n" in own.describe()
+    assert own.differences(logarithm) == ["normalize: minmax and log"]
+    window = Preprocess(BuildConfig(window="20,200.5"), (8, 8))
+    assert "(level - LO) / (HI - LO), cut off at 0 and 1, with LO 20 and HI 200.5\n" in window.describe()
+    assert window.differences(logarithm) == ["normalize: window and log", "window: (20.0, 200.5) and None"]
 
 
 def test_two_contracts_differ_in_what_a_model_would_see() -> None:

@@ -70,6 +70,19 @@ def test_an_image_has_the_pixels_that_were_decoded(
     assert sheet.tiles == (previews.Tile("a/0.jpg", 0, 0, "a"),)
 
 
+@pytest.mark.parametrize("kind", ["standardize", "minmax", "maxabs", "l2"])
+def test_values_by_an_image_s_own_statistics_are_drawn_from_black_to_white(
+    make_tree: MakeTree, tmp_path: Path, kind: str
+) -> None:
+    src = make_tree({"a/0.jpg": "jpeg"})
+    levels = gpu_npz.open_dataset(build(src, tmp_path / "plain", dtype="uint8", normalize="none"))[0].astype(float)
+    out = build(src, tmp_path / "out", channels="bgr", normalize=kind)
+    (square,) = squares(tmp_path / "sheet.png", preview(out, tmp_path / "sheet.png", tile=32))
+    expected = np.rint((levels - levels.min()) * 255 / np.ptp(levels)).transpose(1, 2, 0)
+    assert np.abs(square - expected).max() <= 1  # of a value in the middle
+    assert (square.min(), square.max()) == (0, 255)
+
+
 def _gray(channels: str) -> dict[str, str]:
     return {"channels": "gray"} if channels == "gray" else {}
 

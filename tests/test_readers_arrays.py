@@ -592,3 +592,22 @@ def test_the_committed_shards_of_a_build_that_goes_on_can_be_read(tree: Path, tm
     with pytest.raises(IncompleteError, match=f"has no shard yet, of {shards}"):
         gpu_npz.open_dataset(out, partial=True)
     np.testing.assert_array_equal(gpu_npz.open_dataset(whole.path, partial=True)[:], whole[:])
+
+
+@pytest.mark.parametrize("channels", ["rgb", "bgr", "gray"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("log", "NCHW"), ("window", "NHWC"), ("standardize", "NCHW"), ("standardize", "NHWC"), ("minmax", "NHWC"),
+        ("maxabs", "NCHW"), ("l2", "NHWC"),
+    ],
+)  # fmt: skip
+def test_stored_pixels_are_read_as_a_float_build_of_any_kind_stores_them(
+    make_dataset: Callable[..., Path], kind: str, layout: str, channels: str
+) -> None:
+    settings: dict[str, Any] = {"normalize": kind, "layout": layout, "channels": channels, "on_reject": "blank"}
+    settings |= {"window": (20, 150.5)} if kind == "window" else {}
+    stored, floats = (gpu_npz.open_dataset(make_dataset(dtype=dtype, **settings)) for dtype in ("uint8", "float32"))
+    np.testing.assert_array_equal(stored.normalized(slice(None)), floats[:], strict=True)
+    np.testing.assert_array_equal(stored.normalized([3, 1]), floats[[3, 1]], strict=True)
+    np.testing.assert_array_equal(stored.normalized(5), floats[5], strict=True)

@@ -420,8 +420,23 @@ def test_a_loader_s_threads_end_with_its_iteration(out: Path) -> None:
 def test_values_looked_up_by_torch_are_those_of_numpy(pixels: Path) -> None:
     data = gpu_npz.open_dataset(pixels)
     images = torch.from_numpy(data[:].transpose(0, 3, 1, 2))
-    found = look_up(torch.from_numpy(data.preprocess.table), images)
+    found = look_up(torch.from_numpy(data.preprocess.tables(data[:])), images)
     np.testing.assert_array_equal(found.numpy(), data.normalized(slice(None)).transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("kind", ["standardize", "minmax", "maxabs", "l2"])
+def test_images_with_tables_of_their_own_are_looked_up_as_numpy_does(
+    kind: str, layout: str, make_dataset: Callable[..., Path]
+) -> None:
+    settings = {"normalize": kind, "layout": layout, "channels": "bgr"}
+    data = gpu_npz.open_dataset(make_dataset(dtype="uint8", **settings))
+    images = torch.from_numpy(data[:] if layout == "NCHW" else data[:].transpose(0, 3, 1, 2))
+    found = look_up(torch.from_numpy(data.preprocess.tables(data[:])), images).numpy()
+    built = gpu_npz.open_dataset(make_dataset(**settings))[:]
+    np.testing.assert_array_equal(found, built if layout == "NCHW" else built.transpose(0, 3, 1, 2), strict=True)
+    batches = [batch.numpy() for batch, _ in loader(data.path, 5, device="cpu")]
+    np.testing.assert_array_equal(np.concatenate(batches), found)
 
 
 @pytest.mark.gpu

@@ -131,6 +131,9 @@ def test_what_cannot_be_counted_says_why(make_tree: MakeTree, tmp_path: Path) ->
 def test_values_that_do_not_tell_levels_apart_and_cut_shards_are_refused(tree: Path, tmp_path: Path) -> None:
     flat, cut = tmp_path / "flat", tmp_path / "cut"
     gpu_npz.build(tree, flat, settings(mean=(1e8,) * 3, std=(1,) * 3, limit=2))
+    gpu_npz.build(tree, tmp_path / "own", settings(normalize="minmax", limit=2))
+    with pytest.raises(FormatError, match=r"by its own statistics \(minmax\), .*; give SRC instead"):
+        of_dataset(tmp_path / "own")
     with pytest.raises(FormatError, match="do not tell the 256 levels apart; give SRC"):
         of_dataset(flat)
     gpu_npz.build(tree, cut, settings(limit=6))

@@ -153,6 +153,11 @@ def test_a_sound_dataset_passes_and_is_counted(built: Path) -> None:
         {"normalize": "none", "limit": 5},
         {"mean": "0.1,0.2,0.3", "std": "4,5,6", "shard_size": 1},
         {"resize_mode": "none", "size": None},
+        {"normalize": "log", "dtype": "float16", "channels": "bgr"},
+        {"window": "20.5,99", "channels": "gray"},
+        {"normalize": "standardize", "on_reject": "blank"},
+        {"normalize": "l2", "dtype": "uint8"},
+        {"mean": "0,0,0", "std": "1,1,0.00001", "dtype": "float16", "clip": True},
     ],
     ids=str,
 )
@@ -366,6 +371,15 @@ def test_values_that_the_settings_cannot_give_are_found(out: Path, value: float)
     assert list(found) == [SHARD]
     assert found[SHARD].startswith("channel 1 of rows 0 to 1 has values from ")
     assert found[SHARD].endswith("the settings give -2.03571 to 2.42857")
+
+
+@pytest.mark.parametrize(("kind", "value", "least"), [("minmax", 1.01, "0"), ("standardize", -25.0, "-24")])
+def test_values_that_no_statistics_of_an_image_give_are_found(
+    images: Path, tmp_path: Path, kind: str, value: float, least: str
+) -> None:
+    out = build(images, tmp_path / "own", normalize=kind)
+    recommit(out, lambda arrays: arrays["images"].__setitem__((1, 1, 5, 5), value))
+    assert f"the settings give {least} to " in problems(out)[SHARD]
 
 
 @pytest.mark.parametrize("label", [-1, 3])

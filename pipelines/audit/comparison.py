@@ -24,7 +24,7 @@ from ..environment import choose, inspect
 from ..errors import FormatError, UsageError
 from ..geometry import Geometry
 from ..manifest import Manifest
-from ..normalize import Normalizer, levels, table
+from ..normalize import Normalizer, Sums, image_table, levels, table
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, shard_name
 from ..plan import Batch
@@ -34,13 +34,13 @@ from ..tuning import Tuning
 from .originals import Originals, originals
 from .verification import Problem
 
-MEAN_LEVELS = 2.0  # tolerance between different versions of a decoder, of the mean of one image
+MEAN_LEVELS = 2.0  # tolerance between versions of a decoder, of the mean of one image, of 255 levels
 _MOST_PROBLEMS = 1000
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows beside their source files, decoded again; differences in levels of 0 to 255.
+    """Rows beside their source files, decoded again; differences in levels, of 0 to 255, or 65535 in 16 bits.
 
     Attributes:
         rows: how many were compared.
@@ -181,11 +181,14 @@ class _Seen:
             elif what := self._fault(pixels[position], stored.reader.rows("images")[place], exact=exact):
                 self.problem(stored.name, f"{label}: {what}")
 
-    def _fault(self, pixels: NDArray[np.uint8], stored: NDArray[Any], *, exact: bool) -> str | None:
+    def _fault(self, pixels: NDArray[Any], stored: NDArray[Any], *, exact: bool) -> str | None:
         """What is wrong with a row."""
         expected = self._normalizer.allocate((1, *stored.shape))
         self._normalizer.apply(pixels[None], np.zeros(1, np.int64), expected)
-        one, other = (levels(self._table, image, self._config.layout) for image in (expected[0], stored))
+        values = self._table
+        if values is None:  # by the statistics of the image as it is decoded now
+            values = np.tile(image_table(self._config, Sums.of(pixels)), (self._config.channel_count, 1))
+        one, other = (levels(values, image, self._config.layout) for image in (expected[0], stored))
         difference = np.maximum(one, other) - np.minimum(one, other)
         mean, largest = float(difference.mean()), int(difference.max())
         self.rows += 1
@@ -194,8 +197,9 @@ class _Seen:
         self.largest = max(self.largest, largest)
         if exact and expected.tobytes() != stored.tobytes():
             return f"not what its source file gives, bit for bit: mean {mean:.3f}, max {largest} levels"
-        if mean > MEAN_LEVELS:
-            return f"not what its source file gives: mean {mean:.3f}, max {largest} levels; allowed: mean {MEAN_LEVELS}"
+        allowed = MEAN_LEVELS * self._config.max_level / 255
+        if mean > allowed:
+            return f"not what its source file gives: mean {mean:.3f}, max {largest} levels; allowed: mean {allowed}"
         return None
 
 
@@ -204,7 +208,11 @@ def _asked(manifest: Manifest, storage: Storage) -> BuildConfig:
     made = next(iter(manifest.environments), {})
     if made.get("backend") not in ("pillow", "dali"):
         raise FormatError(f"{storage.path(MANIFEST)}: it names no decoder that is known here; the file is damaged")
-    return BuildConfig(backend=made["backend"], device="auto" if made.get("device") == "cuda" else "cpu")
+    return BuildConfig(
+        backend=made["backend"],
+        device="auto" if made.get("device") == "cuda" else "cpu",
+        bit_depth=manifest.config.bit_depth,
+    )
 
 
 def _rows(index: NpzReader, count: int, seed: int) -> NDArray[np.int64]:

@@ -98,7 +98,8 @@ def preview(
 ) -> Sheet:
     """Draws a contact sheet of a finished dataset.
 
-    Values become the levels that they were made from, and bgr and gray become RGB. A reject is drawn as far as Pillow
+    Values become the levels that they were made from; of values that were made by an image's own statistics, the lowest
+    becomes black and the highest white. Bgr and gray become RGB. A reject is drawn as far as Pillow
     can decode it, and gray where it cannot.
 
     Args:
@@ -212,7 +213,14 @@ class _Rows:
     def __call__(self, tile: Tile) -> Image.Image:
         assert tile.row is not None
         images = self._data.manifest.images
-        pixels = levels(self._table, self._data[tile.row], images.layout)
+        stored = self._data[tile.row]
+        values = self._table
+        if values is None:
+            ends = np.linspace(stored.min(), stored.max(), 256, dtype=np.float32)
+            values = np.tile(ends, (1 if images.channels == "gray" else 3, 1))
+        pixels = levels(values, stored, images.layout)
+        if pixels.dtype != np.uint8:
+            pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
         if images.layout == "NCHW":
             pixels = pixels.transpose(1, 2, 0)
         pixels = pixels[..., ::-1] if images.channels == "bgr" else pixels

@@ -1,6 +1,6 @@
 """What the pixels of a collection are like: how often each level occurs, and mean and deviation from that, exactly.
 
-Every pixel is one of 256 levels, so counts of levels, which are integers, lose nothing.
+Every pixel is one of 256 levels, or 65,536 in 16 bits, so counts of levels, which are integers, lose nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Statistics:
         rejects_by_code: items that could not be.
         channels: red, green, blue, or gray: the order of all that follows, which is that of `--mean` and `--std`, also
             where a dataset stores bgr.
-        histograms: for each channel, how many pixels have each of the levels 0 to 255.
+        histograms: for each channel, how many pixels have each of the levels 0 to 255, or 65535.
         class_counts: images of each class, by name in the order of labels; None where there are no labels.
     """
 
@@ -71,12 +71,12 @@ class Statistics:
     @property
     def min(self) -> tuple[int, ...]:
         """The lowest level of each channel."""
-        return tuple(next(level for level in range(256) if counts[level]) for counts in self.histograms)
+        return tuple(next(level for level, count in enumerate(counts) if count) for counts in self.histograms)
 
     @property
     def max(self) -> tuple[int, ...]:
         """The highest level of each channel."""
-        return tuple(next(level for level in range(255, -1, -1) if counts[level]) for counts in self.histograms)
+        return tuple(max(level for level, count in enumerate(counts) if count) for counts in self.histograms)
 
     def to_json(self) -> dict[str, Any]:
         """The statistics as JSON values."""
@@ -145,15 +145,23 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
     manifest = Manifest.load(storage.root)
     images, index = manifest.images, open_index(storage, manifest)
     values = table(manifest.config)
-    if not np.array_equal(levels(values, values[..., None], "NCHW")[..., 0], np.tile(np.arange(256), (len(values), 1))):
+    if values is None:
         raise FormatError(
-            f"{storage.root!r}: its {images.dtype} values do not tell the 256 levels apart; give SRC instead"
+            f"{storage.root!r}: each image's values were made by its own statistics ({manifest.config.normalize}), and "
+            "do not tell its levels any more; give SRC instead"
+        )
+    every = values.shape[1]
+    if not np.array_equal(
+        levels(values, values[..., None], "NCHW")[..., 0], np.tile(np.arange(every), (len(values), 1))
+    ):
+        raise FormatError(
+            f"{storage.root!r}: its {images.dtype} values do not tell the {every} levels apart; give SRC instead"
         )
 
     def counted(shard: int) -> NDArray[np.int64]:
         reader = open_shard(storage, manifest, shard)
         stored, valid = reader.rows("images"), reader.get("valid")
-        counts = np.zeros((len(values), 256), np.int64)
+        counts = np.zeros((len(values), every), np.int64)
         for start in range(0, len(stored), _ROWS_AT_ONCE):
             span = slice(start, start + _ROWS_AT_ONCE)
             rows = stored[span] if valid is None else stored[span][valid[span]]
@@ -161,7 +169,7 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
             counts += count_levels(np.moveaxis(pixels, 1, 3) if images.layout == "NCHW" else pixels)
         return counts
 
-    total, shards = np.zeros((len(values), 256), np.int64), manifest.counts.shards
+    total, shards = np.zeros((len(values), every), np.int64), manifest.counts.shards
     with ThreadPoolExecutor(shards_at_once(storage)) as pool:
         for done, counts in enumerate(pool.map(counted, range(shards)), 1):
             total += counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from ..environment import usable_cpus
 from ..errors import FormatError, UsageError
 from ..job import dataset_id
 from ..manifest import Manifest, shard_table_digest
-from ..normalize import row_shape, statistics, table
+from ..normalize import row_shape, statistics, table, value_range
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
 from ..readers.arrays import open_index, open_shard
@@ -114,8 +115,7 @@ class _ShardChecker:
         self._manifest = manifest
         self._index = index
         self._ends = np.cumsum(index["shard_rows"]) if index else None
-        values = table(manifest.config).astype(np.float64)
-        self._low, self._high = values.min(axis=1), values.max(axis=1)
+        self._low, self._high = value_range(manifest.config, math.prod(manifest.images.shape))
         self.bytes_checked = 0
 
     def faults(self, shard: int) -> list[str]:
@@ -175,7 +175,7 @@ class _ShardChecker:
 
     def _value_faults(self, reader: NpzReader) -> Iterator[str]:
         images, valid = reader.rows("images"), reader.get("valid")
-        if images.dtype == np.uint8 and valid is None:
+        if images.dtype.kind == "u" and valid is None:
             return
         axis = 1 if self._manifest.images.layout == "NCHW" else 3
         for start in range(0, len(images), _ROWS_AT_ONCE):

@@ -208,6 +208,12 @@ def _built(
     src: str | os.PathLike[str], config: BuildConfig, images: int, place: Path, say: Callable[[str], None]
 ) -> Images:
     """The images of a build, after a build of each of our two formats."""
+    values = table(config)
+    if values is None or config.bit_depth != 8:
+        raise UsageError(
+            f"bit_depth {config.bit_depth}, normalize {config.normalize}: the PNG files that are compared hold the "
+            "8-bit levels behind the values; choose 8, and a normalization that does not go by each image's own"
+        )
     source = linked(src, place / "src", images)
     for ours, compress in ((OURS, "none"), (OURS_DEFLATED, "deflate")):
         say(f"building {ours.name}")
@@ -216,7 +222,7 @@ def _built(
     if not len(dataset):
         raise SourceError(f"{os.fspath(src)!r}: no image of it can be decoded; gpu-npz build says why, file by file")
     rows = np.array(dataset[:])
-    pixels = levels(table(config), rows, config.layout)
+    pixels = levels(values, rows, config.layout)
     if config.layout == "NCHW":
         pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
     return Images(rows, pixels, config, config.shard_rows(rows[0].nbytes))

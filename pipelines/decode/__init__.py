@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..config import BuildConfig
 from ..environment import BackendName
 from ..errors import SourceError
@@ -10,6 +12,9 @@ from ..plan import Plan
 from ..sources.base import Source
 from ..tuning import Tuning
 from .base import Decoder
+
+if TYPE_CHECKING:
+    from .pillow import PillowDecoder
 
 
 def make_decoder(
@@ -34,12 +39,21 @@ def make_decoder(
         stream: handle of the CUDA stream on which the pixels will be used.
     """
     if backend == "pillow":
-        from .pillow import PillowDecoder
-
-        return PillowDecoder(config, geometry, source)
+        return pillow_decoder(config, geometry, source)
     from .dali import DaliDecoder
 
     return DaliDecoder(config, geometry, source, tuning=tuning, device=gpu, stream=stream)
+
+
+def pillow_decoder(config: BuildConfig, geometry: Geometry, source: Source | None) -> PillowDecoder:
+    """Pillow's, for pixels of as many bits as the settings say; without a source, for single images."""
+    if config.bit_depth == 16:
+        from .deep import DeepDecoder
+
+        return DeepDecoder(config, geometry, source)
+    from .pillow import PillowDecoder
+
+    return PillowDecoder(config, geometry, source)
 
 
 def image_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:

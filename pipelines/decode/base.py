@@ -23,9 +23,9 @@ class Decoded:
 
     Attributes:
         batch: what was asked for.
-        pixels: uint8 (N, H, W, C) in R,G,B (C=3) or gray (C=1), an image for each of the batch's N items, of which a
-            reject's is undefined: a NumPy array, or one of CuPy on the decoder's GPU, ordered on the stream that the
-            decoder was given. On a GPU, hold it until that stream has done with it.
+        pixels: (N, H, W, C) in R,G,B (C=3) or gray (C=1), uint8 or, in 16 bits, uint16: an image for each of the
+            batch's N items, of which a reject's is undefined. A NumPy array, or one of CuPy on the decoder's GPU,
+            ordered on the stream that the decoder was given. On a GPU, hold it until that stream has done with it.
         kept: positions in `batch.items` that have pixels, ascending, int64 (rows,).
         source_bytes: encoded size of every item of the batch, int64; 0 where nothing could be read.
         rejects: the items without pixels, in order.
@@ -40,9 +40,9 @@ class Decoded:
     seconds: dict[str, float]
 
 
-def on_host(pixels: Any) -> NDArray[np.uint8]:
+def on_host(pixels: Any) -> NDArray[Any]:
     """A batch's pixels as a NumPy array; CuPy's are copied."""
-    host: NDArray[np.uint8] = pixels if isinstance(pixels, np.ndarray) else pixels.get()
+    host: NDArray[Any] = pixels if isinstance(pixels, np.ndarray) else pixels.get()
     return host
 
 

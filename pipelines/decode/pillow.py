@@ -23,6 +23,7 @@ from ..plan import Batch
 from ..rejects import BadItem, Reject
 from ..sources.base import Item, Source, read_item
 from .base import Decoded, Stage, with_reads
+from .dicom import decode_frame, is_dicom, require_pydicom, size_of
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -48,6 +49,8 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 class PillowDecoder:
     """Decodes one image after the other; `decode_image` is the whole of the preprocessing up to uint8 pixels."""
+
+    _whole_files: tuple[str, ...] = ("JPEG",)  # formats of which a file gives other pixels than a PIL image of it
 
     def __init__(self, config: BuildConfig, geometry: Geometry, source: Source | None) -> None:
         self._config = config
@@ -76,7 +79,7 @@ class PillowDecoder:
         assert self._source is not None
         shape = (self._geometry.height, self._geometry.width, self._config.channel_count)
         for batch, reads in with_reads(self._source, batches):
-            pixels = np.empty((len(batch.items), *shape), np.uint8)
+            pixels = np.empty((len(batch.items), *shape), self._config.pixel_dtype)
             source_bytes = np.zeros(len(batch.items), np.int64)
             kept: list[int] = []
             rejects: list[Reject] = []
@@ -103,30 +106,42 @@ class PillowDecoder:
                     data = read()
                     if last == "resize":
                         self.decode_image(data, item.path)
+                    elif last == "decode" and is_dicom(data):
+                        self._of_dicom(data, item.path, 0)
                     elif last == "decode":
                         self.check_data(data)
                         with opened(data, item.path) as image:
                             self._upright(image)
             yield batch
 
-    def decode_image(self, data: bytes, path: str) -> NDArray[np.uint8]:
-        """The pixels of one encoded image: uint8 (H, W, C), C = 3 in R,G,B or 1.
+    def decode_image(self, data: bytes, path: str, frame: int = 0) -> NDArray[Any]:
+        """The pixels of one encoded image: uint8, or uint16 in 16 bits, (H, W, C), C = 3 in R,G,B or 1.
 
         Args:
             data: the encoded image.
             path: the item's path, for messages.
+            frame: which image of a DICOM file; see `dicom.py` for what its values become.
 
         Raises:
             BadItem: the data is no image, damaged or too large: a property of the file.
+            BackendError: it is DICOM, and pydicom is missing.
             ShardError: there is not enough memory.
         """
+        if is_dicom(data):
+            return self.pixels_of(self._of_dicom(data, path, frame), path)
         self.check_data(data)
         with opened(data, path) as image:
-            upright, place = self._upright(image)
-        with _enough_memory(path):
-            return self._place(upright, place)
+            picture, place = self._upright(image)
+        with enough_memory(path):
+            return self._place(picture, place)
 
-    def pixels_of(self, picture: Image.Image | NDArray[Any], path: str) -> NDArray[np.uint8]:
+    def _of_dicom(self, data: bytes, path: str, frame: int) -> NDArray[Any]:
+        height, width = dicom_size(data, path)
+        self._check_pixels(width, height)
+        with _blamed(path):
+            return decode_frame(data, frame, self._config)
+
+    def pixels_of(self, picture: Image.Image | NDArray[Any], path: str) -> NDArray[Any]:
         """As `decode_image`, of an image that is open already, or of pixels; leaves it as it is.
 
         Args:
@@ -139,20 +154,23 @@ class PillowDecoder:
         """
         image = picture if isinstance(picture, Image.Image) else _from_array(picture)
         with _blamed(path):
-            data = _unread(image)
+            data = file_of(image) if image.format in self._whole_files else None
         if data is not None:
             return self.decode_image(data, path)
         with _blamed(path):
             self._check_pixels(*image.size)
             own = image.copy()
             own.format = image.format  # what a file of this format means by its samples
-            upright, place = self._upright(own)
-        with _enough_memory(path):
-            return self._place(upright, place)
+            whole, place = self._upright(own)
+        with enough_memory(path):
+            return self._place(whole, place)
 
     def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
         """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
         self.check_data(data)
+        if is_dicom(data):
+            height, width = self._of_dicom(data, path, 0).shape[:2]
+            return height, width
         with opened(data, path) as image:
             self._check_pixels(*image.size)
             image.load()
@@ -179,11 +197,16 @@ class PillowDecoder:
         if 8 + int.from_bytes(data[4:8], "little") > len(data) + 1:  # some writers leave out the last padding byte
             raise BadItem("decode", "truncated", f"{len(data)} bytes, fewer than its header says")
         if size:
-            with _enough_memory("a WebP image"):
+            with enough_memory("a WebP image"):
                 np.empty(8 * size[0] * size[1], np.uint8)  # canvas and pixels: no memory is not the file's fault
 
     def _upright(self, image: Image.Image) -> tuple[Image.Image, Placement]:
         """The whole image, 8-bit L or RGB, and where it goes."""
+        orientation, place = self._loaded(image)
+        return plain(upright(image, orientation), self._mode, self._config.background), place
+
+    def _loaded(self, image: Image.Image) -> tuple[int, Placement]:
+        """Loads an image within the limits, a JPEG at a half or less; its orientation, and where it goes upright."""
         config = self._config
         self._check_pixels(*image.size)
         if image.format != "JPEG":
@@ -193,30 +216,38 @@ class PillowDecoder:
         orientation = orientation_of(image) if config.exif_orientation else 1
         if orientation >= 5:
             height, width = width, height
-        place = self._geometry.place(height, width)
-        if self._geometry.mode == "none" and (height, width) != (self._geometry.height, self._geometry.width):
-            expected = f"{self._geometry.height} x {self._geometry.width}"
-            raise BadItem("resize", "wrong-size", f"{height} x {width} pixels (height x width); expected {expected}")
-        if place.height * place.width > config.max_pixels:
-            detail = f"{height} x {width} pixels become {place.height} x {place.width}; at most {config.max_pixels}"
-            raise BadItem("resize", "too-large", detail)
+        place = self._placement(height, width)
         if self._may_draft and image.format == "JPEG":
             wanted = (2 * place.width, 2 * place.height)
             image.draft(None, wanted if orientation < 5 else wanted[::-1])  # never below what was asked for
         image.load()
-        upright = image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
-        return _plain(upright, self._mode, config.background), place
+        return orientation, place
 
-    def _place(self, image: Image.Image, place: Placement) -> NDArray[np.uint8]:
+    def _placement(self, height: int, width: int) -> Placement:
+        """Where an upright image of this size goes. Raises BadItem if that is beyond the limits."""
+        place, most = self._geometry.place(height, width), self._config.max_pixels
+        if self._geometry.mode == "none" and (height, width) != (self._geometry.height, self._geometry.width):
+            expected = f"{self._geometry.height} x {self._geometry.width}"
+            raise BadItem("resize", "wrong-size", f"{height} x {width} pixels (height x width); expected {expected}")
+        if place.height * place.width > most:
+            detail = f"{height} x {width} pixels become {place.height} x {place.width}; at most {most}"
+            raise BadItem("resize", "too-large", detail)
+        return place
+
+    def _place(self, image: Image.Image, place: Placement) -> NDArray[Any]:
         if image.size != (place.width, place.height):
             image = image.resize((place.width, place.height), self._filter)
         if image.mode != self._mode:
             image = image.convert(self._mode)
-        pixels = np.asarray(image).reshape(place.height, place.width, -1)
+        return self._on_canvas(np.asarray(image).reshape(place.height, place.width, -1), place)
+
+    def _on_canvas(self, pixels: NDArray[Any], place: Placement) -> NDArray[Any]:
+        """Resized pixels, cut to the output's size or laid on a canvas of it."""
         height, width = self._geometry.height, self._geometry.width
         if place.height >= height and place.width >= width:
             return pixels[-place.top : height - place.top, -place.left : width - place.left]
-        canvas = np.full((height, width, pixels.shape[2]), self._config.pad_value, np.uint8)
+        level = self._config.pad_value * (self._config.max_level // 255)
+        canvas = np.full((height, width, pixels.shape[2]), level, pixels.dtype)
         canvas[place.top : place.top + place.height, place.left : place.left + place.width] = pixels
         return canvas
 
@@ -240,7 +271,7 @@ class _PillowSettings:
             # It also warns of each odd file (damaged EXIF, say), on stderr; what matters of that is in the rejects.
             self._warnings = warnings.catch_warnings()
             self._warnings.__enter__()
-            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.")
 
     def restore(self) -> None:
         """For one less."""
@@ -255,7 +286,7 @@ _pillow_settings = _PillowSettings()
 
 
 @contextlib.contextmanager
-def _enough_memory(path: str) -> Iterator[None]:
+def enough_memory(path: str) -> Iterator[None]:
     try:
         yield
     except MemoryError as exc:
@@ -273,7 +304,7 @@ def opened(data: bytes, path: str) -> Iterator[Image.Image]:
 def _blamed(path: str) -> Iterator[None]:
     """Raises what its body raises for an image's sake as a BadItem."""
     try:
-        with _enough_memory(path):
+        with enough_memory(path):
             yield
     except (BadItem, ShardError):
         raise
@@ -374,10 +405,17 @@ def _from_array(pixels: NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if kind == ("uint8", 3, 1) else pixels))
 
 
-def _unread(image: Image.Image) -> bytes | None:
-    """The file of a JPEG whose pixels nobody has asked for yet: it can still be decoded as a build does it."""
+def dicom_size(data: bytes, path: str) -> tuple[int, int]:
+    """Height and width of a DICOM file by its header; raises as `PillowDecoder.decode_image`."""
+    require_pydicom()
+    with _blamed(path):
+        return size_of(data)
+
+
+def file_of(image: Image.Image) -> bytes | None:
+    """The file of an image whose pixels nobody has asked for yet: it can still be decoded as a build does it."""
     file = getattr(image, "fp", None)
-    if image.format != "JPEG" or file is None:
+    if file is None or not image.tile or image.tell():
         return None
     position = file.tell()
     file.seek(0)
@@ -386,16 +424,30 @@ def _unread(image: Image.Image) -> bytes | None:
     return data
 
 
-def _plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """The image turned as its EXIF orientation says."""
+    return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
+
+
+def is_gray16(image: Image.Image) -> bool:
+    """Whether an image is gray with samples of up to 16 bits. Raises BadItem if it says so and has larger ones."""
+    if image.mode in _SIXTEEN_BIT:
+        return True
+    if image.mode != "I" or image.format not in ("PNG", "PPM", None):
+        return False
+    low, high = image.getextrema()
+    if low < 0 or high > 65_535:
+        raise BadItem("decode", "undecodable", "samples of more than 16 bits")
+    return True
+
+
+def plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
     """The image as 8-bit L or RGB: alpha put on the background, 16-bit gray scaled, the rest converted."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image if image.mode == "L" or mode == "RGB" else image.convert(mode)
-    if image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM", None)):
-        levels = np.asarray(image)
-        if levels.dtype.itemsize > 2 and (levels.min() < 0 or levels.max() > 65_535):
-            raise BadItem("decode", "undecodable", "samples of more than 16 bits")
+    if is_gray16(image):
         scale = ((np.arange(65_536) + 128) // 257).astype(np.uint8)  # round(v * 255 / 65535)
-        return Image.fromarray(scale[levels])
+        return Image.fromarray(scale[np.asarray(image)])
     if image.mode in ("I", "F"):
         raise BadItem("decode", "undecodable", f"samples of 32 bits (mode {image.mode})")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -367,23 +367,22 @@ class Loader:
     @property
     def _looks_up(self) -> bool:
         """Whether pixels become values on the device. The CPU does that faster with NumPy, in the threads."""
-        return self.normalize and self.data.dtype == np.uint8 and self.device.type != "cpu"
+        return self.normalize and self.data.dtype.kind == "u" and self.device.type != "cpu"
 
-    @functools.cached_property
-    def _table(self) -> torch.Tensor:
-        return torch.from_numpy(self.data.preprocess.table).to(self.device)
-
-    def _gather(self, rows: Places) -> tuple[torch.Tensor, Places]:
+    def _gather(self, rows: Places) -> tuple[torch.Tensor, torch.Tensor | None, Places]:
+        """Images, and the table or the tables that they are looked up in on the device."""
         on_host = self.normalize and self.device.type == "cpu"
-        images = torch.from_numpy(self.data.normalized(rows) if on_host else self.data[rows])
-        return images.pin_memory() if self.device.type == "cuda" else images, rows
+        stored = self.data.normalized(rows) if on_host else self.data[rows]
+        values = torch.from_numpy(self.data.preprocess.tables(stored)) if self._looks_up else None
+        images = torch.from_numpy(stored)
+        return images.pin_memory() if self.device.type == "cuda" else images, values, rows
 
-    def _placed(self, images: torch.Tensor, rows: Places) -> Any:
+    def _placed(self, images: torch.Tensor, values: torch.Tensor | None, rows: Places) -> Any:
         images = images.to(self.device, non_blocking=True)
         if self.data.manifest.images.layout == "NHWC":
             images = images.movedim(-1, -3)
-        if self._looks_up:
-            images = look_up(self._table, images)
+        if values is not None:
+            images = look_up(values.to(self.device, non_blocking=True), images)
             if self.data.valid is not None and not (valid := self.data.valid[rows]).all():
                 images[torch.from_numpy(~valid).to(self.device)] = 0
         elif self.normalize:
@@ -394,14 +393,14 @@ class Loader:
 
 
 def look_up(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """`values[channel, level]` of each pixel, on the device of both.
+    """`values[channel, level]`, or `values[image, 0, level]`, of each pixel, on the device of both.
 
     Args:
-        values: (C, 256).
-        images: uint8 (N, C, H, W).
+        values: (C, levels), or (N, 1, levels) where each image has its own.
+        images: uint8 or uint16 (N, C, H, W).
     """
-    first = torch.arange(0, values.numel(), 256, dtype=torch.int32, device=values.device)
-    places = images.to(torch.int32) + first.view(-1, 1, 1)
+    first = torch.arange(0, values.numel(), values.shape[-1], dtype=torch.int32, device=values.device)
+    places = images.to(torch.int32) + first.view(*values.shape[:-1], 1, 1)
     return values.flatten().index_select(0, places.flatten()).view(images.shape)
 
 

@@ -1,0 +1,320 @@
+"""DICOM: each frame's levels are those of the written formulas, whatever the file's encoding."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+import gpu_npz
+from gpu_npz import BuildConfig, Preprocess
+from gpu_npz.decode import pillow_decoder
+from gpu_npz.decode.dicom import frame_count, is_dicom
+from gpu_npz.decode.pillow import PillowDecoder, first_size
+from gpu_npz.demo import paint
+from gpu_npz.errors import BackendError
+from gpu_npz.geometry import Geometry
+from gpu_npz.preflight import survey
+from gpu_npz.rejects import BadItem
+from gpu_npz.sources.folder import FolderSource
+
+pydicom = pytest.importorskip("pydicom")
+HEIGHT, WIDTH = 12, 10
+IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+RLE, DEFLATED = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.1.99"
+
+
+def dicom(stored: NDArray[Any], syntax: str = EXPLICIT, **attributes: Any) -> bytes:
+    """A Secondary Capture of stored values (H, W), (H, W, 3) or, with NumberOfFrames, (N, H, W)."""
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = EXPLICIT if syntax == RLE else syntax
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    file = pydicom.Dataset()
+    file.file_meta = meta
+    file.SOPClassUID, file.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    colours = stored.shape[-1] == 3
+    file.Rows, file.Columns = stored.shape[-3:-1] if colours else stored.shape[-2:]
+    file.SamplesPerPixel = 3 if colours else 1
+    file.PhotometricInterpretation = "RGB" if colours else "MONOCHROME2"
+    if colours:
+        file.PlanarConfiguration = 0
+    file.BitsAllocated = file.BitsStored = 8 * stored.dtype.itemsize
+    file.HighBit = file.BitsStored - 1
+    file.PixelRepresentation = int(stored.dtype.kind == "i")
+    for name, value in attributes.items():
+        setattr(file, name, value)
+    if "BitsStored" in attributes:
+        file.HighBit = file.BitsStored - 1
+    file.PixelData = stored.astype(stored.dtype.newbyteorder(">" if syntax == BIG else "<")).tobytes()
+    file["PixelData"].VR = "OW" if stored.dtype.itemsize > 1 else "OB"
+    if syntax == RLE:
+        file.compress(RLE)
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, file, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def values(dtype: str, seed: int = 0, shape: tuple[int, ...] = (HEIGHT, WIDTH)) -> NDArray[Any]:
+    limits = np.iinfo(dtype)
+    stored = np.random.default_rng(seed).integers(limits.min, limits.max + 1, shape, dtype)
+    stored.flat[:2] = limits.min, limits.max
+    return stored
+
+
+def decoder_of(**settings: Any) -> PillowDecoder:
+    config = BuildConfig(**{"size": (HEIGHT, WIDTH), **settings})
+    return pillow_decoder(config, Geometry.of(config, (HEIGHT, WIDTH)), None)
+
+
+def decoded(data: bytes, frame: int = 0, **settings: Any) -> NDArray[Any]:
+    with decoder_of(**settings) as decoder:
+        return decoder.decode_image(data, "scan.dcm", frame)
+
+
+def windowed(x: NDArray[Any], low: float, high: float, top: int) -> NDArray[Any]:
+    """Levels by the formula in dicom.py's docstring, in gray as R, G and B."""
+    scaled = np.rint(top * np.clip((x.astype(np.float64) - low) / (high - low), 0, 1))
+    return np.repeat(scaled[..., None], 3, axis=2)
+
+
+def voi(x: NDArray[Any], center: float, width: float, top: int) -> NDArray[Any]:
+    """PS3.3, C.11.2.1.2.1, as its pseudocode has it, from 0 to `top`."""
+    x = x.astype(np.float64)
+    between = ((x - (center - 0.5)) / (width - 1) + 0.5) * top
+    found = np.where(x <= center - 0.5 - (width - 1) / 2, 0, np.where(x > center - 0.5 + (width - 1) / 2, top, between))
+    return np.repeat(np.rint(found)[..., None], 3, axis=2)
+
+
+DEPTHS = pytest.mark.parametrize("depth", [8, 16])
+
+
+def top_of(depth: int) -> int:
+    return 2**depth - 1
+
+
+@DEPTHS
+@pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, BIG, RLE, DEFLATED])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
+def test_without_a_window_the_frame_s_own_values_are_the_range(dtype: str, syntax: str, depth: int) -> None:
+    stored = values(dtype)
+    limits = np.iinfo(dtype)
+    found = decoded(dicom(stored, syntax), bit_depth=depth)
+    assert found.dtype == f"uint{depth}"
+    np.testing.assert_array_equal(found, windowed(stored, limits.min, limits.max, top_of(depth)))
+
+
+@DEPTHS
+def test_values_are_rescaled_and_seen_through_the_file_s_first_window(depth: int) -> None:
+    stored = np.random.default_rng(0).integers(0, 4096, (HEIGHT, WIDTH), np.uint16)
+    ct = {"RescaleSlope": "1.5", "RescaleIntercept": "-1024", "BitsStored": 12}
+    units = stored * 1.5 - 1024
+    data = dicom(stored, WindowCenter=["40", "600"], WindowWidth=["400", "1600"], **ct)
+    np.testing.assert_array_equal(decoded(data, bit_depth=depth), voi(units, 40, 400, top_of(depth)))
+    exact = dicom(stored, WindowCenter="40", WindowWidth="400", VOILUTFunction="LINEAR_EXACT", **ct)
+    np.testing.assert_array_equal(decoded(exact, bit_depth=depth), windowed(units, -160, 240, top_of(depth)))
+    step = dicom(stored, WindowCenter="40.5", WindowWidth="1", **ct)
+    np.testing.assert_array_equal(decoded(step, bit_depth=depth)[..., 0], (units > 40) * top_of(depth))
+    given = decoded(data, bit_depth=depth, dicom_window=(-1000, 400.5))
+    np.testing.assert_array_equal(given, windowed(units, -1000, 400.5, top_of(depth)))
+
+
+@DEPTHS
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": "100", "WindowWidth": "50"}], ids=["range", "window"])
+def test_monochrome1_is_inverted(window: dict[str, str], depth: int) -> None:
+    stored = values("uint8")
+    for setting in (None, (10, 30)):
+        plain = decoded(dicom(stored, **window), bit_depth=depth, dicom_window=setting)
+        inverted = dicom(stored, PhotometricInterpretation="MONOCHROME1", **window)
+        np.testing.assert_array_equal(
+            decoded(inverted, bit_depth=depth, dicom_window=setting), top_of(depth) - plain.astype(int)
+        )
+
+
+@DEPTHS
+@pytest.mark.parametrize("syntax", [EXPLICIT, RLE])
+def test_colours_are_kept(syntax: str, depth: int) -> None:
+    stored = values("uint8", shape=(HEIGHT, WIDTH, 3))
+    np.testing.assert_array_equal(
+        decoded(dicom(stored, syntax), bit_depth=depth), stored * np.int64(top_of(depth) // 255)
+    )
+    deep = values("uint16", shape=(HEIGHT, WIDTH, 3))
+    expected = deep if depth == 16 else np.rint(deep / 257)
+    np.testing.assert_array_equal(decoded(dicom(deep, syntax), bit_depth=depth, dicom_window=(0, 9)), expected)
+    data = dicom(stored, PhotometricInterpretation="YBR_FULL")
+    red = stored[..., 0] + 1.402 * (stored[..., 2].astype(float) - 128)  # PS3.3, C.7.6.3.1.2
+    found = decoded(data, bit_depth=depth)[..., 0] / (top_of(depth) / 255)
+    assert np.abs(found - red.clip(0, 255)).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_inside_has_the_pixels_that_pillow_gives_it(channels: int, encode: Callable[..., bytes]) -> None:
+    if not pydicom.pixels.decoders.JPEGBaseline8BitDecoder.is_available:
+        pytest.skip("pydicom knows no Pillow-SIMD")
+    stored = paint(HEIGHT, WIDTH, 0) if channels == 3 else paint(HEIGHT, WIDTH, 0)[..., 0].copy()
+    file, jpeg = pydicom.dcmread(io.BytesIO(dicom(stored))), encode(stored)
+    file.PixelData = pydicom.encaps.encapsulate([jpeg])
+    file["PixelData"].is_undefined_length = True
+    file.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    file.PhotometricInterpretation = "YBR_FULL_422" if channels == 3 else "MONOCHROME2"
+    buffer = io.BytesIO()
+    file.save_as(buffer)
+    found = decoded(buffer.getvalue(), dicom_window=(0, 255))
+    np.testing.assert_array_equal(found, np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")))
+
+
+@pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, RLE])
+def test_each_frame_is_an_image_with_a_range_of_its_own(syntax: str, tmp_path: Path) -> None:
+    stored = np.stack([values("int16", seed) // (seed + 1) for seed in range(4)]).astype(np.int16)
+    data = dicom(stored, syntax, NumberOfFrames=4, RescaleSlope="2", RescaleIntercept="7")
+    for frame in (3, 0, 2):
+        units = stored[frame] * 2.0 + 7
+        np.testing.assert_array_equal(decoded(data, frame), windowed(units, units.min(), units.max(), 255))
+    (tmp_path / "scan.dcm").write_bytes(data)
+    with (tmp_path / "scan.dcm").open("rb") as file:
+        assert frame_count(data) == frame_count(tmp_path / "scan.dcm") == frame_count(file) == 4
+    assert frame_count(dicom(stored[0])) == 1
+    with pytest.raises(BadItem) as caught:
+        decoded(data, 4)
+    assert caught.value.code == "undecodable"
+
+
+def test_an_enhanced_file_has_slope_and_window_for_all_frames_or_for_each() -> None:
+    def sequence(**attributes: Any) -> Any:
+        item = pydicom.Dataset()
+        for name, value in attributes.items():
+            setattr(item, name, value)
+        return pydicom.Sequence([item])
+
+    def group(**sequences: Any) -> Any:
+        return sequence(**sequences)[0]
+
+    shared = sequence(PixelValueTransformationSequence=sequence(RescaleSlope="2", RescaleIntercept="-100"))
+    frames = pydicom.Sequence(
+        [group(FrameVOILUTSequence=sequence(WindowCenter=center, WindowWidth="300")) for center in ("0", "200")]
+    )
+    stored = np.random.default_rng(0).integers(0, 255, (2, HEIGHT, WIDTH), np.uint16)
+    data = dicom(
+        stored, NumberOfFrames=2, SharedFunctionalGroupsSequence=shared, PerFrameFunctionalGroupsSequence=frames
+    )
+    for frame, center in enumerate((0, 200)):
+        np.testing.assert_array_equal(decoded(data, frame), voi(stored[frame] * 2.0 - 100, center, 300, 255))
+
+
+def test_a_frame_of_one_value_is_black() -> None:
+    flat = np.full((HEIGHT, WIDTH), 99, np.uint8)
+    assert not decoded(dicom(flat)).any()
+    assert (decoded(dicom(flat, PhotometricInterpretation="MONOCHROME1")) == 255).all()
+
+
+def test_frames_are_resized_and_placed_as_any_image() -> None:
+    stored = values("uint8")
+    with decoder_of(resize_mode="pad", size=(20, 20), channels="gray", normalize="unit", pad_value=9) as _:
+        config = BuildConfig(resize_mode="pad", size=20, channels="gray", normalize="unit", pad_value=9, dtype="uint8")
+        preprocess = Preprocess(config, (20, 20))
+        np.testing.assert_array_equal(preprocess(dicom(stored)), preprocess(stored))
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) - HEIGHT * WIDTH // 2]
+
+
+BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "half": ("undecodable", lambda: half(dicom(values("uint8")))),
+    "no pixels": ("undecodable", lambda: dicom(values("uint8"))[:300]),
+    "prefix alone": ("undecodable", lambda: bytes(128) + b"DICM"),
+    "noise": ("undecodable", lambda: bytes(128) + b"DICM" + bytes(range(256)) * 8),
+    "palette": ("undecodable", lambda: dicom(values("uint8"), PhotometricInterpretation="PALETTE COLOR")),
+    "sigmoid": (
+        "undecodable",
+        lambda: dicom(values("uint8"), WindowCenter="9", WindowWidth="9", VOILUTFunction="SIGMOID"),
+    ),
+    "table": (
+        "undecodable", lambda: dicom(values("uint8"), ModalityLUTSequence=pydicom.Sequence([pydicom.Dataset()]))
+    ),
+    "too large": ("too-large", lambda: dicom(np.zeros((100, 100), np.uint8))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_cannot_be_decoded_is_a_reject(kind: str) -> None:
+    code, make = BAD[kind]
+    for depth in (8, 16):
+        with pytest.raises(BadItem) as caught:
+            decoded(make(), bit_depth=depth, max_pixels=9_999)
+        assert (caught.value.stage, caught.value.code) == ("decode", code)
+        assert caught.value.detail
+
+
+def test_pixels_over_the_limit_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_npz.decode.pillow.decode_frame", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(BadItem, match="100 x 100 pixels; at most 9999"):
+        decoded(dicom(np.zeros((100, 100), np.uint8)), max_pixels=9_999)
+
+
+def test_a_header_that_cannot_be_read_has_no_frames(tmp_path: Path) -> None:
+    with pytest.raises(BadItem):
+        frame_count(b"no DICOM at all" * 20)
+    with pytest.raises(FileNotFoundError):
+        frame_count(tmp_path / "missing.dcm")
+
+
+def test_without_pydicom_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dicom(values("uint8"))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    for attempt in (lambda: decoded(data), lambda: frame_count(data)):
+        with pytest.raises(BackendError, match=r"DICOM files need pydicom .*; run: pip install 'gpu-npz\[dicom\]'"):
+            attempt()
+
+
+def test_a_build_takes_them_beside_other_images(tmp_path: Path, file_bytes: Callable[..., bytes]) -> None:
+    stored = values("int16")
+    files = {"a/0.jpg": dicom(stored), "a/1.jpg": file_bytes("jpeg"), "b/2.jpg": half(dicom(stored))}
+    for name, data in files.items():
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_bytes(data)
+    config = BuildConfig(
+        size=(HEIGHT, WIDTH), dtype="uint8", layout="NHWC", dicom_window="-200,300", device="cpu", workers=0
+    )
+    report = gpu_npz.build(tmp_path / "src", tmp_path / "out", config)
+    assert (report.rows, report.rejects_by_code) == (2, {"undecodable": 1})
+    data = gpu_npz.open_dataset(tmp_path / "out")
+    np.testing.assert_array_equal(data[0], windowed(stored, -200, 300, 255))
+    assert gpu_npz.verify(tmp_path / "out").ok
+    preprocess = Preprocess.from_dataset(tmp_path / "out")
+    np.testing.assert_array_equal(preprocess(tmp_path / "src/a/0.jpg"), data[0])
+    other = Preprocess(config.model_copy(update={"dicom_window": None}), (HEIGHT, WIDTH))
+    assert "; DICOM values from (-200.0, 300.0) are levels\n" in preprocess.describe()
+    assert preprocess.differences(other) == ["dicom-window: (-200.0, 300.0) and None"]
+    source = FolderSource(tmp_path / "src")
+    items = list(source_items(source))
+    assert first_size(source, items, BuildConfig(resize_mode="none")) == (HEIGHT, WIDTH)
+    found = survey(tmp_path / "src", config, seconds=0).sample
+    assert (found.formats, found.unreadable) == ({"DICOM": 2, "JPEG": 1}, {})
+
+
+def source_items(source: FolderSource) -> Any:
+    from gpu_npz.plan import Plan, listed
+
+    return Plan(listed(source, shuffle=None, limit=None), 1).items(0, 1)
+
+
+def test_odd_files_are_decoded_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    stored = values("uint8")
+    file = pydicom.dcmread(io.BytesIO(dicom(stored)))
+    file.PixelData += bytes(100)
+    buffer = io.BytesIO()
+    file.save_as(buffer)
+    with pytest.warns(UserWarning, match="excess padding"):
+        file.pixel_array  # noqa: B018
+    np.testing.assert_array_equal(decoded(buffer.getvalue()), decoded(dicom(stored)))
+    assert capfd.readouterr() == ("", "")
+    assert is_dicom(buffer.getvalue())
+    assert not is_dicom(b"DICM")
