@@ -12,6 +12,7 @@ from ..errors import SourceError, UsageError
 from ..storage import is_remote
 from .base import Source
 from .folder import FolderSource
+from .rows import key_column
 
 _CIFAR_FILES = ("batches.meta", "meta")
 _BY_EXTENSION = {
@@ -55,7 +56,7 @@ def open_source(
     if kind == "folder" and is_remote(location):
         kind = "remote"
     if kind == "folder":
-        return FolderSource(location, classes)
+        return FolderSource(location, classes, config.labels, key_column(config))
     module, name = _SOURCES[kind]
     source: Any = getattr(importlib.import_module(f".{module}", __name__), name)
     made: Source = source(location, config, classes)
