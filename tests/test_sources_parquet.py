@@ -301,19 +301,32 @@ def test_a_footer_of_noise_ends_in_an_error_of_ours(numbers: Path, seed: int) ->
         pass
 
 
-def test_rows_that_the_file_cannot_hold_are_refused(numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Absurd:
-        def __init__(self, *args: Any, **named: Any) -> None:
-            self.metadata, self.num_row_groups = self, 1
-            self.num_rows, self.schema_arrow, self.names = 2**60, self, ["image"]
+def test_rows_that_the_file_cannot_hold_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(arrow.table({"image": arrow.nulls(2_000_000, STRUCT)}), path)
+    size = path.stat().st_size
+    assert size < 100_000
+    assert f"says that it has 2000000 rows, 2000000 in its row groups, in {size} bytes; it is damaged" in refusal(path)
 
-        def row_group(self, _: int) -> Absurd:
-            return self
 
-    monkeypatch.setattr(pq, "ParquetFile", Absurd)
-    assert f"says that it has {2**60} rows, {2**60} in its row groups, in {numbers.stat().st_size} bytes" in refusal(
-        numbers, source="parquet"
+def test_a_large_row_group_is_read_without_holding_it(tmp_path: Path, python: Callable[..., Any]) -> None:
+    image = os.urandom(1_000_000)
+    rows = [number.to_bytes(4, "little") + image for number in range(300)]
+    path = write(tmp_path / "t.parquet", rows, 300)
+    result = python(
+        "import resource, sys\n"
+        "import pyarrow.parquet\n"
+        "from gpu_npz.sources import open_source\n"
+        "from gpu_npz.sources.base import Item, read_item\n"
+        "source = open_source(sys.argv[1])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for row in range(300):\n"
+        "    data = read_item(source, Item(row, '', None, (0, 0, row)))\n"
+        "    assert int.from_bytes(data[:4], 'little') == row\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n",
+        path,
     )
+    assert int(result.stdout) * (1 if os.uname().sysname == "Linux" else 1 / 1024) < 120_000
 
 
 def test_columns_that_are_not_there_or_of_another_type_are_refused(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -354,6 +357,48 @@ def test_a_table_and_its_images_may_be_urls(memory: Any, tmp_path: Path) -> None
             assert caught.value.code == code
     local = as_csv(tmp_path / "t.csv", {"path": ["a/1.jpg"]})
     assert read_item(opened(local, root="memory://set/"), Item(0, "a/1.jpg", None)) == b"one"
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A server of HTTP, and the folder that it serves; it knows ranges no better than Python's own does."""
+    pytest.importorskip("aiohttp")
+    root = tmp_path / "web"
+    root.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", root
+        server.shutdown()
+        thread.join()
+
+
+def test_a_table_on_the_web_builds_what_the_tree_builds(
+    tree: Path,
+    web: tuple[str, Path],
+    make_dataset: Callable[..., Path],
+    read_shards: Callable[..., Any],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    url, root = web
+    shutil.copytree(tree, root / "set")
+    paths = sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file())
+    columns = {"path": [f"{url}/set/{path}" for path in paths], "label": [path.split("/")[0] for path in paths]}
+    as_csv(root / "set" / "t.csv", columns)
+    ours, plain = make_dataset(f"{url}/set/t.csv"), make_dataset(tree)
+    for name in ("images", "labels", "paths", "source_bytes"):
+        np.testing.assert_array_equal(read_shards(ours, name), read_shards(plain, name))
+    (root / "set" / paths[0]).unlink()
+    (root / "set" / paths[1]).write_bytes(b"")
+    source = opened(f"{url}/set/t.csv")
+    for path, code in zip(paths, ("missing", "empty"), strict=False):
+        with pytest.raises(BadItem) as caught:
+            read_item(source, Item(0, path, None))
+        assert caught.value.code == code
+    capfd.readouterr()
+    assert f"{url}/set/gone.csv'" in refusal(f"{url}/set/gone.csv")
+    assert "row 1 has the path" in refusal(f"{url}/set/t.csv", root=f"{url}/other")
 
 
 @pytest.mark.parametrize("path", ["memory://other/1.jpg", "memory://set/../1.jpg", "/set/1.jpg", "../1.jpg"])

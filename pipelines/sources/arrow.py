@@ -44,7 +44,7 @@ class _File(io.RawIOBase):
         return len(data)
 
 
-def open_parquet(files: Files, number: int, metadata: Any = None) -> Any:
+def open_parquet(files: Files, number: int) -> Any:
     """A `pyarrow.parquet.ParquetFile`.
 
     Raises:
@@ -56,7 +56,7 @@ def open_parquet(files: Files, number: int, metadata: Any = None) -> Any:
         raise SourceError(f"{files.path(number)!r} needs pyarrow; run: pip install 'gpu-npz[parquet]'") from exc
     buffer_bytes = _BUFFER_BYTES if files.reads_at_once == 1 else _REMOTE_BUFFER_BYTES
     with explained(files.path(number)):
-        file = parquet.ParquetFile(_File(files, number), metadata=metadata, buffer_size=buffer_bytes)
+        file = parquet.ParquetFile(_File(files, number), buffer_size=buffer_bytes)
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         names = file.schema_arrow.names
     claimed, size = file.metadata.num_rows, files.stamps[number][1]
@@ -79,6 +79,8 @@ def explained(path: str) -> Iterator[None]:
     except (SourceError, MemoryError):
         raise
     except Exception as exc:
+        if isinstance(exc, OSError) and exc.errno is not None:
+            raise SourceError(f"{path!r}: {exc.strerror or exc}; make it readable") from exc
         text = str(exc).splitlines()[0][:200] if str(exc) else type(exc).__name__
         raise SourceError(f"{path!r}: {text}; it is no whole Parquet file: get or write it anew") from exc
 

@@ -78,7 +78,8 @@ class Files:
         """The size of a file in bytes."""
         try:
             if self._remote:
-                size = self._store.info(self._paths[number]).get("size")
+                with as_system_errors():
+                    size = self._store.info(self._paths[number]).get("size")
                 if size is None:
                     raise SourceError(
                         f"{self._paths[number]!r}: the server does not tell its size, so that nothing in it can be "
@@ -115,7 +116,8 @@ class Files:
         """A file, to be read from its beginning on, or here and there. Raises SourceError if it cannot be opened."""
         try:
             if self._remote:
-                file = self._store.open(self._paths[number], "rb", block_size=_BLOCK_BYTES)
+                with as_system_errors():
+                    file = self._store.open(self._paths[number], "rb", block_size=_BLOCK_BYTES)
             else:
                 file = open(self._paths[number], "rb", opener=open_regular)  # noqa: SIM115  # closed below
         except OSError as exc:

@@ -5,7 +5,7 @@ The image column is a struct `{bytes: binary, path: string}` (https://huggingfac
 
 Parquet is read from the beginning of a row group on. In the plan's order that costs nothing. With `--shuffle` each
 image costs up to a row group, unless a few of these are all there are. So write few rows a group (100, as `datasets`
-does), or build in order and shuffle while training.
+does), or build in order and shuffle while training. Arrow inflates a page at a time, up to the 2 GB that one may have.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class ParquetSource(Source):
         self._listing: _Listing | None = self._list()
         if labels := self._listing.labels:
             self.class_names, self.columns = labels.class_names, labels.columns
-        if config.shuffle is not None and self._largest_group(first) > _LARGE_GROUP_BYTES:
+        sizes = (first.metadata.row_group(group).total_byte_size for group in range(first.num_row_groups))
+        if config.shuffle is not None and max(sizes, default=0) > _LARGE_GROUP_BYTES:
             log.warning(
                 "%r has row groups of more than %d MB, and --shuffle reads one of them anew for almost every image; "
                 "write it with 100 rows a group, or leave --shuffle out and shuffle while training",
@@ -205,9 +206,6 @@ class ParquetSource(Source):
             self._windows.popitem(last=False)
         return data
 
-    def _largest_group(self, file: Any) -> int:
-        return max((_column_bytes(file, group, self._image) for group in range(file.num_row_groups)), default=0)
-
 
 @dataclass(frozen=True)
 class _Listing:
@@ -253,20 +251,13 @@ class _Window:
 
 def _batches(file: Any, group: int, column: str) -> Iterator[list[bytes | None]]:
     """The images of a row group, a few at a time."""
-    count = max(1, file.metadata.row_group(group).num_rows)
-    size = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * count // max(1, _column_bytes(file, group, column))))
+    metadata = file.metadata.row_group(group)  # of its columns, Arrow gives none that is damaged without an abort
+    size = _BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
     leaf = column if _is_binary(file.schema_arrow.field(column).type) else f"{column}.bytes"
-    for batch in file.iter_batches(size, row_groups=[group], columns=[leaf], use_threads=False):
+    for batch in file.iter_batches(
+        max(1, min(_MAX_BATCH_ROWS, size)), row_groups=[group], columns=[leaf], use_threads=False
+    ):
         yield [entry["bytes"] if isinstance(entry, dict) else entry for entry in batch.column(column).to_pylist()]
-
-
-def _column_bytes(file: Any, group: int, column: str) -> int:
-    """What a column of a row group says that it takes, uncompressed."""
-    metadata = file.metadata.row_group(group)
-    chunks = (metadata.column(number) for number in range(metadata.num_columns))
-    return int(
-        sum(each.total_uncompressed_size for each in chunks if each.path_in_schema in (column, f"{column}.bytes"))
-    )
 
 
 def image_column(file: Any, asked: str | None, path: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
+import io
 import json
 import logging
 import operator
@@ -20,7 +22,7 @@ from ..errors import SourceError
 from ..storage import is_remote
 from . import arrow
 from .base import Group
-from .files import Files
+from .files import Files, as_system_errors
 from .labels import Asked, Labels, asked_columns, is_missing, read_labels
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MAX_LINE_BYTES = 4 << 20  # a line is the most that is held of a text
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 _GROUP_ITEMS = 10_000
+_MAX_TEXTS = 100_000
 
 
 class Table:
@@ -91,8 +94,11 @@ class Table:
                 return tuple(name.strip() for name in next(self._records(file), ()))
             return tuple(next(self._objects(file), ()))
 
-    def _opened(self) -> Any:
-        return self._files.opened(0)
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        # Buffered once more, because fsspec's files cannot read a line up to a limit.
+        with self._files.opened(0) as raw, io.BufferedReader(raw) as file:  # type: ignore[type-var]  # IOBase is enough
+            yield file
 
     def _lines(self, file: BinaryIO) -> Iterator[str]:
         number = 0
@@ -108,7 +114,8 @@ class Table:
 
     def _line(self, file: BinaryIO) -> bytes:
         try:
-            return file.readline(_MAX_LINE_BYTES + 1)
+            with as_system_errors():
+                return file.readline(_MAX_LINE_BYTES + 1)
         except OSError as exc:
             raise SourceError(f"{self.location!r}: {exc.strerror or exc}; make it readable") from exc
 
@@ -144,7 +151,7 @@ class Table:
 
 
 class Listing:
-    """The items that tables name: some 20 bytes an item beside its path and labels.
+    """The items that tables name: some 30 bytes an item beside its path, its labels, and texts that few rows share.
 
     Args:
         location: the source, for messages.
@@ -263,7 +270,9 @@ class Listing:
 
     def _value_of(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._texts.setdefault(value, value)  # one object for all rows that have it
+            if len(self._texts) < _MAX_TEXTS:  # one object for all rows that have it
+                return self._texts.setdefault(value, value)
+            return self._texts.get(value, value)
         if value is None or isinstance(value, (int, float)):
             return value
         raise ValueError(f"has a {type(value).__name__} as label; allowed: texts and numbers")
@@ -303,8 +312,8 @@ def label_columns(labels: str | None, columns: Sequence[str], location: str) -> 
             raise SourceError(f"{location!r} has the columns {_shown(found)}; say --labels {found[0]}, or A,B, or none")
         if not found and len(columns) > 1:
             log.warning("%r has no column with a usual name of labels; --labels A,B names them", location)
-        labels = ",".join(found)
-    asked = asked_columns(labels) if labels else []
+        return [(name, None) for name in found]
+    asked = asked_columns(labels)
     for name, _ in asked:
         require(name, columns, location)
     return asked
