@@ -461,8 +461,8 @@ def _unshared(node: str, out: str) -> StorageError:
 def _seen(source: Source, node: str) -> Source:
     """The source as this node sees it."""
     try:
-        if isinstance(source, FolderSource):  # anew: a shared filesystem has another device number on each node
-            return type(source)(source.location, source.class_names)
+        if isinstance(source, FolderSource):
+            return source.anew()
         source.check()
     except SourceError as exc:
         raise SourceError(f"node {node} does not see SRC: {exc}; all nodes need it under the same path") from exc

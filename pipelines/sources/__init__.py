@@ -12,6 +12,7 @@ from ..errors import SourceError, UsageError
 from ..storage import is_remote
 from .base import Source
 from .folder import FolderSource
+from .rows import key_column
 
 _CIFAR_FILES = ("batches.meta", "meta")
 _BY_EXTENSION = {
@@ -48,21 +49,21 @@ def open_source(
     """
     config = config or BuildConfig()
     location = os.fspath(src)
-    kind = _detected(location) if config.source == "auto" else config.source
+    kind = _detected(location, config.image_column) if config.source == "auto" else config.source
     for name in ("image_column", "root"):
         if getattr(config, name) is not None and kind not in ("table", "parquet"):
             raise UsageError(f"--{name.replace('_', '-')} goes with a table; {location!r} is of the kind {kind}")
     if kind == "folder" and is_remote(location):
         kind = "remote"
     if kind == "folder":
-        return FolderSource(location, classes)
+        return FolderSource(location, classes, config.labels, key_column(config))
     module, name = _SOURCES[kind]
     source: Any = getattr(importlib.import_module(f".{module}", __name__), name)
     made: Source = source(location, config, classes)
     return made
 
 
-def _detected(location: str) -> str:
+def _detected(location: str, image_column: str | None) -> str:
     """The form that a collection has, by its name; a folder's by what is in it, a tar's by its first members."""
     extension = os.path.splitext(location.rstrip("/").partition("?")[0])[1].lower()
     kind = _BY_EXTENSION.get(extension, "folder")
@@ -70,6 +71,10 @@ def _detected(location: str) -> str:
         from .tar import kind_of
 
         return kind_of(location)
+    if kind == "parquet":
+        from .parquet import kind_of as kind_of_parquet
+
+        return kind_of_parquet(location, image_column)
     if kind != "folder" or is_remote(location):
         return kind
     if not os.path.isdir(location):

@@ -78,7 +78,8 @@ class Files:
         """The size of a file in bytes."""
         try:
             if self._remote:
-                size = self._store.info(self._paths[number]).get("size")
+                with as_system_errors():
+                    size = self._store.info(self._paths[number]).get("size")
                 if size is None:
                     raise SourceError(
                         f"{self._paths[number]!r}: the server does not tell its size, so that nothing in it can be "
@@ -96,7 +97,7 @@ class Files:
             OSError: with an errno, as the system says; of a remote store ENOENT, EACCES, or EIO for all else.
         """
         if self._remote:
-            with _as_system_errors():
+            with as_system_errors():
                 return bytes(self._store.cat_file(self._paths[number], start=start, end=start + size))
         with self._lock:  # held while reading: the descriptor must not be another file's by then
             descriptor = self._open.get(number)
@@ -115,7 +116,8 @@ class Files:
         """A file, to be read from its beginning on, or here and there. Raises SourceError if it cannot be opened."""
         try:
             if self._remote:
-                file = self._store.open(self._paths[number], "rb", block_size=_BLOCK_BYTES)
+                with as_system_errors():
+                    file = self._store.open(self._paths[number], "rb", block_size=_BLOCK_BYTES)
             else:
                 file = open(self._paths[number], "rb", opener=open_regular)  # noqa: SIM115  # closed below
         except OSError as exc:
@@ -140,6 +142,8 @@ class Files:
         if not self._remote:
             if os.path.isdir(self.location):
                 return sorted(glob.glob(os.path.join(glob.escape(self.location), inside)))
+            if os.path.exists(self.location):  # whatever its name looks like
+                return [self.location]
             expanded = _expanded(self.location)
             return list(
                 itertools.chain(*(sorted(glob.glob(each)) if _GLOB.search(each) else [each] for each in expanded))
@@ -170,7 +174,7 @@ def store_of(url: str) -> Any:
 
 
 @contextlib.contextmanager
-def _as_system_errors() -> Iterator[None]:
+def as_system_errors() -> Iterator[None]:
     """Gives what a store raises the errno that tells a file's own trouble from the store's."""
     try:
         yield
@@ -187,7 +191,7 @@ def _as_system_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def _as_source_errors(url: str) -> Iterator[None]:
     try:
-        with _as_system_errors():
+        with as_system_errors():
             yield
     except OSError as exc:
         raise SourceError(f"{url!r}: {exc.strerror}; check the URL, credentials and network") from exc

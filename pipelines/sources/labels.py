@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from ..errors import SourceError, UsageError
 from .base import LabelColumn, numbered
 
 Kind = Literal["class", "integer", "float"]
+Asked = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
 KINDS = ("class", "integer", "float")
 
 
@@ -31,13 +32,13 @@ class Labels:
     values: NDArray[Any]
 
 
-def asked_columns(text: str) -> list[tuple[str, Kind | None]]:
+def asked_columns(text: str) -> Asked:
     """The columns that `--labels A,B:float` names, each with the kind that it is said to have.
 
     Raises:
         UsageError: a name is empty or stands there twice.
     """
-    found: list[tuple[str, Kind | None]] = []
+    found: Asked = []
     for part in text.split(","):
         name, colon, kind = part.strip().rpartition(":")
         known: Kind | None = next((each for each in KINDS if colon and each == kind), None)  # type: ignore[misc]
@@ -55,6 +56,7 @@ def read_labels(
     location: str,
     where: Callable[[int], str],
     classes: Sequence[str] | None = None,
+    known: Mapping[str, Sequence[str]] | None = None,
 ) -> Labels:
     """Numbers for the labels of all items.
 
@@ -66,6 +68,7 @@ def read_labels(
         location: the source, for messages.
         where: says which entry one is: "row 12", "'a/1.jpg'".
         classes: the names of classes by number, for a single column; whole numbers are then numbers of these.
+        known: the names that the whole numbers of a column have in the source itself.
 
     Raises:
         SourceError: a value is missing or of another kind than those before, or a class is not in the list.
@@ -76,20 +79,28 @@ def read_labels(
     columns, numbers = [], []
     for (name, wanted), column in zip(asked, values, strict=True):
         entries = list(column)
-        kind = _kind(name, wanted, entries, location, where)
+        given, own = classes, (known or {}).get(name) if wanted != "integer" else None
+        kind = _kind(name, wanted if own is None else None, entries, location, where)
+        if own is not None and kind == "integer":
+            numbered_here = [int(entry) for entry in entries]
+            own = _as_numbers(tuple(own), np.array(numbered_here, np.int64), name, location, where)
+            if classes is None:
+                given = own
+            else:
+                kind, entries = "class", [own[number] for number in numbered_here]
         names: tuple[str, ...] | None = None
         if kind == "class":
             texts = [str(entry) for entry in entries]
             found = sorted({*texts}, key=lambda text: text.encode("utf-8", "surrogateescape"))
-            names = tuple(found if classes is None else classes)
+            names = tuple(found if given is None else given)
             by_name = numbered(list(names), found, location)
             numbers.append(np.array([by_name[text] for text in texts], np.int64))
         else:
             numbers.append(
                 np.array([float(entry) if kind == "float" else int(entry) for entry in entries], _DTYPES[kind])
             )
-            if classes is not None:
-                names = _as_numbers(tuple(classes), numbers[-1], name, location, where)
+            if given is not None:
+                names = _as_numbers(tuple(given), numbers[-1], name, location, where)
                 kind = "class"
         columns.append(LabelColumn(name=name, kind=kind, classes=names))
     stacked = numbers[0] if len(numbers) == 1 else np.stack(numbers, axis=1)
@@ -103,7 +114,7 @@ _DTYPES = {"integer": np.int64, "float": np.float64}
 
 def _kind(name: str, wanted: Kind | None, entries: Sequence[Any], location: str, where: Callable[[int], str]) -> Kind:
     """The kind of a column. Raises SourceError where not all of its entries have it."""
-    missing = [row for row, entry in enumerate(entries) if _is_missing(entry)]
+    missing = [row for row, entry in enumerate(entries) if is_missing(entry)]
     if missing:
         more = f", and in {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SourceError(
@@ -131,7 +142,8 @@ def _kind(name: str, wanted: Kind | None, entries: Sequence[Any], location: str,
     return "integer" if present == {"integer"} and wanted != "float" else "float"
 
 
-def _is_missing(entry: Any) -> bool:
+def is_missing(entry: Any) -> bool:
+    """Whether a table has nothing there: null, NaN, or blanks."""
     if entry is None or (isinstance(entry, str) and not entry.strip()):
         return True
     return isinstance(entry, float) and math.isnan(entry)
@@ -160,7 +172,7 @@ def _as_numbers(
     wrong = np.flatnonzero((numbers < 0) | (numbers >= len(classes)) | (numbers != np.floor(numbers)))
     if len(wrong):
         raise SourceError(
-            f"{location!r}: column {name!r} has {numbers[wrong[0]]} for {where(int(wrong[0]))}; --classes-from names "
-            f"{len(classes)} classes, 0 to {len(classes) - 1}"
+            f"{location!r}: column {name!r} has {numbers[wrong[0]]} for {where(int(wrong[0]))}; there are names for "
+            f"{len(classes)} classes, 0 to {len(classes) - 1}: mend it, or say --labels none"
         )
     return classes

@@ -1,0 +1,109 @@
+"""Parquet files (https://parquet.apache.org/docs/file-format/), read by pyarrow, and how far they are trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import SourceError
+from .files import Files
+
+_BUFFER_BYTES = 1 << 20  # without one, Arrow reads the whole column of a row group at once
+_REMOTE_BUFFER_BYTES = 8 << 20
+_BATCH_ROWS = 4096
+
+
+class _File(io.RawIOBase):
+    """One of some files, as Arrow reads it."""
+
+    def __init__(self, files: Files, number: int) -> None:
+        self._files = files
+        self._number = number
+        self._size = files.stamps[number][1]
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._files.read(self._number, self._at, len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def open_parquet(files: Files, number: int) -> Any:
+    """A `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        SourceError: not Parquet, cut, or its footer says what cannot be; or pyarrow is missing.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as exc:
+        raise SourceError(f"{files.path(number)!r} needs pyarrow; run: pip install 'gpu-npz[parquet]'") from exc
+    buffer_bytes = _BUFFER_BYTES if files.reads_at_once == 1 else _REMOTE_BUFFER_BYTES
+    with explained(files.path(number)):
+        file = parquet.ParquetFile(_File(files, number), buffer_size=buffer_bytes)
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        names = file.schema_arrow.names
+    claimed, size = file.metadata.num_rows, files.stamps[number][1]
+    if min(rows, default=0) < 0 or sum(rows) != claimed or claimed > size:
+        raise SourceError(
+            f"{files.path(number)!r} says that it has {claimed} rows, {sum(rows)} in its row groups, in {size} bytes; "
+            "it is damaged: get or write it anew"
+        )
+    if len({*names}) < len(names):
+        raise SourceError(f"{files.path(number)!r} has two columns of one name, of {', '.join(names)}; write it anew")
+    return file
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Raises what Arrow makes of a damaged file, or the system of one that cannot be read, as SourceError."""
+    try:
+        yield
+    # Arrow's errors are ValueErrors, OSErrors, or other kinds of its ArrowException, which derives from Exception.
+    except (SourceError, MemoryError):
+        raise
+    except Exception as exc:
+        if isinstance(exc, OSError) and exc.errno is not None:
+            raise SourceError(f"{path!r}: {exc.strerror or exc}; make it readable") from exc
+        text = str(exc).splitlines()[0][:200] if str(exc) else type(exc).__name__
+        raise SourceError(f"{path!r}: {text}; it is no whole Parquet file: get or write it anew") from exc
+
+
+def rows(file: Any, path: str, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The values of some columns of texts or numbers, a tuple a row, read in small batches.
+
+    Raises:
+        SourceError: a column holds anything else, or the file is damaged.
+    """
+    from pyarrow import types
+
+    for name in names:
+        kind = file.schema_arrow.field(name).type
+        value = kind.value_type if types.is_dictionary(kind) else kind
+        is_text = types.is_string(value) or types.is_large_string(value)
+        if not (is_text or types.is_integer(value) or types.is_floating(value) or types.is_boolean(value)):
+            raise SourceError(f"{path!r}: column {name!r} is of the type {kind}; allowed: texts and numbers")
+    for group in range(file.num_row_groups):
+        count = 0
+        with explained(path):
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(names), use_threads=False):
+                count += batch.num_rows
+                yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+        if count != file.metadata.row_group(group).num_rows:
+            raise SourceError(f"{path!r}: row group {group} has {count} rows, not as many as it says; write it anew")

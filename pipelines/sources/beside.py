@@ -1,0 +1,87 @@
+"""Labels in tables beside a folder's images: one table for all of them, or one in each folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from ..errors import SourceError, UsageError
+from .base import Group
+from .labels import Asked
+from .rows import EXTENSIONS, PATH_COLUMNS, Listing, Table, below, label_columns, path_column
+
+_TABLE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, EXTENSIONS))}))(?::(.*))?", re.I | re.S)  # FILE.csv:A,B
+
+
+def list_tables(
+    labels: str,
+    location: str,
+    folders: Callable[[str], Iterator[Group]],
+    *,
+    key: str | None,
+    classes: Sequence[str] | None,
+) -> Listing:
+    """The items that the tables name, with their labels.
+
+    Args:
+        labels: `FILE.csv`, `FILE.csv:A,B` (paths relative to SRC), or `csv:NAME` (names of files in the folder).
+        location: SRC.
+        folders: gives the folders of images, and those with a file of the given name.
+        key: as for `Listing`.
+        classes: as for `read_labels`.
+
+    Raises:
+        SourceError: a table is missing or damaged, or has other labels than another.
+        UsageError: `labels` is none of these.
+    """
+    kind, _, name = labels.partition(":")
+    if kind == "csv":
+        if not name or "/" in name:
+            raise UsageError(f"--labels {labels}: give the name that a table has in each folder, as in csv:labels.csv")
+        return _in_folders(name, location, folders(name), key).finish(classes)
+    match = _TABLE.fullmatch(labels)
+    if match is None:
+        raise UsageError(
+            f"--labels {labels!r} of a folder; allowed: class-dir, none, a table FILE.csv or FILE.csv:A,B, or "
+            f"csv:NAME, a table in every folder; tables have one of {' '.join(EXTENSIONS)}"
+        )
+    table = Table(match[1])
+    listing = Listing(table.location, label_columns(match[2], table.columns, table.location), key)
+    listing.add(table, path_column(None, table.columns, table.location), functools.partial(below, root=location))
+    return listing.finish(classes)
+
+
+def _in_folders(name: str, location: str, folders: Iterator[Group], key: str | None) -> Listing:
+    listing: Listing | None = None
+    first: tuple[str, Asked] = "", []
+    for group in folders:
+        folder = os.fsdecode(group.folder)
+        path = os.path.join(location, folder, name)
+        if not os.path.lexists(path):
+            raise SourceError(f"{os.path.dirname(path)!r} has images and no {name!r}; add one, or move them away")
+        table = Table(path)
+        column = next((each for each in PATH_COLUMNS if each in table.columns), table.columns[0])
+        asked: Asked = [(each, None) for each in table.columns if each != column]
+        if listing is None:
+            listing, first = Listing(location, asked, key), (folder, asked)
+        if {*asked} != {*first[1]}:
+            raise SourceError(
+                f"{location!r}: {name!r} has the labels {_named(first[1])} in {first[0] or '.'!r} and {_named(asked)} "
+                f"in {folder!r}; give all the same"
+            )
+        listing.add(table, column, functools.partial(_in_folder, folder=group.folder, location=location))
+    if listing is None:
+        raise SourceError(f"{location!r} has no folder with images or with a table {name!r}")
+    return listing
+
+
+def _in_folder(text: str, folder: bytes, location: str) -> bytes:
+    if "/" in text:
+        raise ValueError(f"has {text!r}; a table in every folder has names of files of that folder alone")
+    return folder + below(text, location)
+
+
+def _named(columns: Asked) -> str:
+    return ", ".join(repr(name) for name, _ in columns) or "none"

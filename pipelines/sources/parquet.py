@@ -1,0 +1,322 @@
+"""Parquet files that hold the images themselves, as Hugging Face stores them.
+
+The image column is a struct `{bytes: binary, path: string}` (https://huggingface.co/docs/datasets/about_dataset_features
+"Image") or plain binary; the names of classes are those of the `ClassLabel` in the schema's `huggingface` metadata.
+
+Parquet is read from the beginning of a row group on. In the plan's order that costs nothing. With `--shuffle` each
+image costs up to a row group, unless a few of these are all there are. So write few rows a group (100, as `datasets`
+does), or build in order and shuffle while training. Arrow inflates a page at a time, up to the 2 GB that one may have.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..config import BuildConfig
+from ..errors import SourceError
+from ..rejects import MAX_ENCODED_BYTES, BadItem
+from .arrow import explained, open_parquet, rows
+from .base import Group, Item, Source
+from .files import Files
+from .labels import Labels, is_missing, read_labels
+from .rows import key_column, label_columns, require
+
+log = logging.getLogger(__name__)
+
+_USUAL_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
+_GROUP_ITEMS = 10_000
+_BATCH_BYTES = 4 << 20
+_MAX_BATCH_ROWS = 32
+_WINDOW_BYTES = 16 << 20  # of a row group, kept behind the last row that was asked for
+_OPEN_GROUPS = 8  # shards that a worker has under way, each with a row group
+_OPEN_FILES = 8
+_LARGE_GROUP_BYTES = _WINDOW_BYTES
+
+
+class ParquetSource(Source):
+    """The images in Parquet files, in the order of files and rows; an item's path is `FILE.parquet/000123`.
+
+    Raises:
+        SourceError: a file is not Parquet, is cut, lacks a column, or has no proper labels.
+    """
+
+    kind = "parquet"
+
+    def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
+        if config.root is not None:
+            raise SourceError(f"{location!r} holds the images; leave --root out, or say --source table")
+        self._files = Files(location, "*.parquet")
+        self.location = self._files.location
+        self.files = self._files.stamps
+        self.reads_at_once = min(2, self._files.reads_at_once)  # one reads, and decoding need not wait for it
+        if len({*self._files.names}) < len(self._files):
+            raise SourceError(f"{location!r} names a file twice; name each once")
+        self._classes = classes
+        first = open_parquet(self._files, 0)
+        columns = first.schema_arrow.names
+        self._image = image_column(first, config.image_column, self._files.path(0))
+        self._asked = label_columns(config.labels, columns, self._files.path(0))
+        self._key = key_column(config)
+        if self._key is not None:
+            require(self._key, columns, self._files.path(0))
+        self._known = {name: names for name, names in _class_names(first).items() if name in dict(self._asked)}
+        self._listing: _Listing | None = self._list()
+        if labels := self._listing.labels:
+            self.class_names, self.columns = labels.class_names, labels.columns
+        sizes = (first.metadata.row_group(group).total_byte_size for group in range(first.num_row_groups))
+        if config.shuffle is not None and max(sizes, default=0) > _LARGE_GROUP_BYTES:
+            log.warning(
+                "%r has row groups of more than %d MB, and --shuffle reads one of them anew for almost every image; "
+                "write it with 100 rows a group, or leave --shuffle out and shuffle while training",
+                self.location,
+                _LARGE_GROUP_BYTES >> 20,
+            )
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._opened: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._windows: collections.OrderedDict[tuple[int, int], _Window] = collections.OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listing": None, "_lock": None, "_opened": None, "_windows": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def groups(self) -> Iterator[Group]:
+        """The items; the columns of labels are read anew but for the first time, and no image is read.
+
+        Raises:
+            SourceError: as the constructor, or the labels have changed meanwhile.
+        """
+        listing, self._listing = self._list() if self._listing is None else self._listing, None
+        labels = listing.labels
+        if labels and (labels.class_names, labels.columns) != (self.class_names, self.columns):
+            raise SourceError(f"{self.location!r} has changed meanwhile; run the command again")
+        start = 0
+        for number, counts in enumerate(listing.counts):
+            folder = self._files.names[number].encode("utf-8", "surrogateescape") + b"/"
+            row = 0
+            for group, count in enumerate(counts):
+                for first in range(0, count, _GROUP_ITEMS):
+                    taken = min(_GROUP_ITEMS, count - first)
+                    span = slice(start, start + taken)
+                    places = np.empty((taken, 3), np.int64)
+                    places[:] = (number, group, 0)
+                    places[:, 2] = np.arange(first, first + taken)
+                    yield Group(
+                        folder,
+                        [b"%06d" % each for each in range(row, row + taken)],
+                        labels=None if labels is None else labels.values[span],
+                        places=places,
+                        keys=None if self._key is None else listing.keys[span],
+                    )
+                    start, row = start + taken, row + taken
+
+    def _list(self) -> _Listing:
+        """Rows of each row group of each file, and their labels."""
+        counts: list[list[int]] = []
+        values: list[list[Any]] = [[] for _ in self._asked]
+        keys: list[bytes] = []
+        names = [name for name, _ in self._asked] + ([] if self._key is None else [self._key])
+        starts = [0]
+        for number in range(len(self._files)):
+            path = self._files.path(number)
+            file = open_parquet(self._files, number)
+            image_column(file, self._image, path)
+            for name in names:
+                require(name, file.schema_arrow.names, path)
+            if any(_class_names(file).get(name, known) != known for name, known in self._known.items()):
+                raise SourceError(f"{path!r} has other names of classes than {self._files.path(0)!r}; build them apart")
+            texts: dict[str, str] = {}
+            for row, found in enumerate(rows(file, path, names) if names else ()):
+                entries = [texts.setdefault(each, each) if isinstance(each, str) else each for each in found]
+                if self._key is not None:
+                    if is_missing(key := entries.pop()):
+                        raise SourceError(f"{path!r}: row {row} has no {self._key}, which --split-by needs; fill it in")
+                    keys.append(str(key).encode("utf-8", "surrogateescape"))
+                for column, entry in zip(values, entries, strict=True):
+                    column.append(entry)
+            counts.append([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+            starts.append(starts[-1] + file.metadata.num_rows)
+
+        def where(row: int) -> str:
+            number = int(np.searchsorted(starts, row, side="right")) - 1
+            return f"row {row - starts[number]} of {self._files.names[number]!r}"
+
+        if not self._asked:
+            if self._classes is not None:
+                raise SourceError(f"{self.location!r} is taken without labels; leave --classes-from out")
+            return _Listing(counts, keys, None)
+        labels = read_labels(
+            self._asked, values, location=self.location, where=where, classes=self._classes, known=self._known
+        )
+        return _Listing(counts, keys, labels)
+
+    def read(self, item: Item) -> bytes:
+        """The bytes that the row has.
+
+        Raises:
+            OSError: as the system says.
+            BadItem: it has none, more than any image should have, or its row group is damaged.
+        """
+        if min(item.place) < 0 or item.place[0] >= len(self._files):
+            raise BadItem("read", "unreadable", f"there is no place {item.place}")
+        with self._lock:
+            try:
+                data = self._row(*item.place)
+            except SourceError as exc:
+                if isinstance(exc.__cause__, OSError) and exc.__cause__.errno is not None:
+                    raise exc.__cause__ from None
+                raise BadItem("read", "unreadable", str(exc)) from exc
+        if data is None:
+            raise BadItem("read", "missing", "the row has no bytes; only those are read, never the file of its path")
+        if len(data) > MAX_ENCODED_BYTES:
+            raise BadItem("read", "too-large", f"{len(data)} bytes; at most {MAX_ENCODED_BYTES}")
+        return data
+
+    def check(self) -> None:
+        """Raises SourceError if a file is gone."""
+        self._files.check()
+
+    def _row(self, number: int, group: int, row: int) -> bytes | None:
+        window = self._windows.pop((number, group), None)
+        if window is None or row < window.first:
+            file = self._opened.pop(number, None)
+            if file is None:
+                file = open_parquet(self._files, number)
+            self._opened[number] = file
+            if len(self._opened) > _OPEN_FILES:
+                self._opened.popitem(last=False)
+            window = _Window(_batches(file, group, self._image))
+        data = window.row(row)
+        self._windows[number, group] = window
+        if len(self._windows) > _OPEN_GROUPS:
+            self._windows.popitem(last=False)
+        return data
+
+
+@dataclass(frozen=True)
+class _Listing:
+    counts: list[list[int]]
+    keys: list[bytes]
+    labels: Labels | None
+
+
+class _Window:
+    """A row group, read on from its beginning, and the last rows that were read."""
+
+    def __init__(self, batches: Iterator[list[bytes | None]]) -> None:
+        self.first = 0
+        self._batches = batches
+        self._rows: collections.deque[bytes | None] = collections.deque()
+        self._bytes = 0
+        self._damage: SourceError | None = None
+
+    def row(self, row: int) -> bytes | None:
+        """The image in a row, from `first` on. Raises SourceError if the row group is damaged before it."""
+        while row >= self.first + len(self._rows):
+            batch = self._next()
+            self._rows += batch
+            self._bytes += sum(len(data or b"") for data in batch)
+            while self._bytes > _WINDOW_BYTES and len(self._rows) > len(batch):
+                self._bytes -= len(self._rows.popleft() or b"")
+                self.first += 1
+        return self._rows[row - self.first]
+
+    def _next(self) -> list[bytes | None]:
+        if self._damage is not None:
+            raise self._damage
+        try:
+            with explained("row group"):
+                batch = next(self._batches, None)
+            if batch is None:
+                raise SourceError(f"the row group ends after {self.first + len(self._rows)} rows")
+        except SourceError as exc:
+            self._damage = exc  # no use in reading it again for each row behind
+            raise
+        return batch
+
+
+def _batches(file: Any, group: int, column: str) -> Iterator[list[bytes | None]]:
+    """The images of a row group, a few at a time."""
+    metadata = file.metadata.row_group(group)  # of its columns, Arrow gives none that is damaged without an abort
+    size = _BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
+    leaf = column if _is_binary(file.schema_arrow.field(column).type) else f"{column}.bytes"
+    for batch in file.iter_batches(
+        max(1, min(_MAX_BATCH_ROWS, size)), row_groups=[group], columns=[leaf], use_threads=False
+    ):
+        yield [entry["bytes"] if isinstance(entry, dict) else entry for entry in batch.column(column).to_pylist()]
+
+
+def image_column(file: Any, asked: str | None, path: str) -> str:
+    """The column that holds images: the one asked for, or the only one that can, or the one with a usual name.
+
+    Raises:
+        SourceError: there is none, or it holds anything else.
+    """
+    schema = file.schema_arrow
+    able = [each.name for each in schema if _holds_bytes(each.type)]
+    if asked is not None:
+        require(asked, schema.names, path)
+        if asked not in able:
+            raise SourceError(
+                f"{path!r}: column {asked!r} is of the type {schema.field(asked).type}; images are binary, or a struct "
+                "with bytes; for paths of images say --source table"
+            )
+        return asked
+    found = able if len(able) == 1 else [name for name in _USUAL_NAMES if name in able]
+    if not found:
+        raise SourceError(
+            f"{path!r} has {len(able)} columns of bytes among {', '.join(map(repr, schema.names[:30]))}; "
+            "--image-column NAME says which one has images; for paths of images say --source table"
+        )
+    return found[0]
+
+
+def kind_of(location: str, column: str | None) -> str:
+    """`table` for a Parquet file that has no images but paths of them, else `parquet`."""
+    with contextlib.suppress(SourceError):
+        files = Files(location, "*.parquet")
+        file = open_parquet(files, 0)
+        types = [each.type for each in file.schema_arrow if column in (None, each.name)]
+        if len(files) == 1 and not any(map(_holds_bytes, types)):
+            return "table"
+    return "parquet"
+
+
+def _holds_bytes(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _class_names(file: Any) -> dict[str, tuple[str, ...]]:
+    """The names of classes by column, as `datasets` writes them beside the schema; none where it did not."""
+    text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    found = {}
+    with contextlib.suppress(ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        for name, feature in json.loads(text)["info"]["features"].items():
+            names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+            if isinstance(names, list) and names and all(isinstance(each, str) for each in names):
+                found[name] = tuple(names)
+    return found

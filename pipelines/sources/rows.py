@@ -1,0 +1,351 @@
+"""Tables (CSV, TSV, JSON lines, Parquet): their rows, streamed, and the items that they name, kept compactly."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import io
+import json
+import logging
+import operator
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import BuildConfig
+from ..errors import SourceError
+from ..storage import is_remote
+from . import arrow
+from .base import Group
+from .files import Files, as_system_errors
+from .labels import Asked, Labels, asked_columns, is_missing, read_labels
+
+log = logging.getLogger(__name__)
+
+PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image", "image_path", "img")
+LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
+EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_MAX_LINE_BYTES = 4 << 20  # a line is the most that is held of a text
+_MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
+_GROUP_ITEMS = 10_000
+_MAX_TEXTS = 100_000
+
+
+class Table:
+    """One table, a file or a URL.
+
+    CSV as RFC 4180 has it, with a line of names first; TSV the same with tabs; JSON lines (https://jsonlines.org): an
+    object a line, the first of which has all the columns; texts are UTF-8, or PEP 383 text where they are not.
+
+    Attributes:
+        location: its absolute path or URL.
+        columns: their names.
+
+    Raises:
+        SourceError: it cannot be read, or is no table.
+    """
+
+    def __init__(self, location: str) -> None:
+        if not is_remote(location) and os.path.isdir(location):
+            raise SourceError(f"{location!r} is a folder; give a table, a file with one of {' '.join(EXTENSIONS)}")
+        self._files = Files(location)
+        self.location = self._files.path(0)
+        self._extension = os.path.splitext(self.location.partition("?")[0])[1].lower()
+        if len(self._files) > 1 or self._extension not in EXTENSIONS:
+            raise SourceError(f"{location!r} is no table; give one file with one of {' '.join(EXTENSIONS)}")
+        self.columns = self._header()
+        if not self.columns:
+            raise SourceError(f"{self.location!r} is empty; a table starts with the names of its columns")
+
+    def rows(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """The values of some columns, a tuple a row; None where there is none.
+
+        Raises:
+            SourceError: the table has no such column, or a line of it is damaged.
+        """
+        for name in names:
+            require(name, self.columns, self.location)
+        if self._extension == ".parquet":
+            yield from arrow.rows(arrow.open_parquet(self._files, 0), self.location, names)
+            return
+        with self._opened() as file:
+            if self._extension in _DELIMITERS:
+                records = self._records(file)
+                next(records)
+                pick = operator.itemgetter(*map(self.columns.index, names), 0)  # and one more, to get a tuple always
+                for row in records:
+                    yield pick(row)[:-1]
+            else:
+                for line in self._objects(file):
+                    yield tuple(map(line.get, names))
+
+    def _header(self) -> tuple[str, ...]:
+        if self._extension == ".parquet":
+            return tuple(arrow.open_parquet(self._files, 0).schema_arrow.names)
+        with self._opened() as file:
+            if self._extension in _DELIMITERS:
+                return tuple(name.strip() for name in next(self._records(file), ()))
+            return tuple(next(self._objects(file), ()))
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        # Buffered once more, because fsspec's files cannot read a line up to a limit.
+        with self._files.opened(0) as raw, io.BufferedReader(raw) as file:  # type: ignore[type-var]  # IOBase is enough
+            yield file
+
+    def _lines(self, file: BinaryIO) -> Iterator[str]:
+        number = 0
+        while line := self._line(file):
+            number += 1
+            if b"\0" in line:
+                raise self._damaged(number, "has a NUL byte", "save the table as UTF-8 text")
+            if len(line) > _MAX_LINE_BYTES:
+                raise self._damaged(number, f"is longer than {_MAX_LINE_BYTES} bytes", "leave long columns out")
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            yield line.decode("utf-8", "surrogateescape")
+
+    def _line(self, file: BinaryIO) -> bytes:
+        try:
+            with as_system_errors():
+                return file.readline(_MAX_LINE_BYTES + 1)
+        except OSError as exc:
+            raise SourceError(f"{self.location!r}: {exc.strerror or exc}; make it readable") from exc
+
+    def _records(self, file: BinaryIO) -> Iterator[list[str]]:
+        """The rows of a CSV, that of the names first, all of the same length."""
+        reader = csv.reader(self._lines(file), delimiter=_DELIMITERS[self._extension], strict=True)
+        width = 0
+        try:
+            for row in reader:
+                if not row:
+                    continue
+                width = width or len(row)
+                if len(row) != width:
+                    raise self._damaged(reader.line_num, f"has {len(row)} values, the first {width}", "mend it")
+                yield row
+        except csv.Error as exc:
+            raise self._damaged(reader.line_num, f"is no CSV ({exc})", "mend it, or write the table anew") from exc
+
+    def _objects(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
+        for number, line in enumerate(self._lines(file), 1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as exc:
+                raise self._damaged(number, f"is no JSON ({exc})", "it may be cut: write the table anew") from exc
+            if not isinstance(found, dict):
+                raise self._damaged(number, "is no JSON object", 'write lines such as {"path": "a.jpg", "label": 1}')
+            yield found
+
+    def _damaged(self, line: int, what: str, advice: str) -> SourceError:
+        return SourceError(f"{self.location!r}: line {line} {what}; {advice}")
+
+
+class Listing:
+    """The items that tables name: some 30 bytes an item beside its path, its labels, and texts that few rows share.
+
+    Args:
+        location: the source, for messages.
+        asked: the columns of labels.
+        key: the column of `Group.keys`, if any.
+
+    Attributes:
+        labels: of all of them, once `finish` was called; None if no columns were asked for.
+    """
+
+    def __init__(self, location: str, asked: Asked, key: str | None = None) -> None:
+        self.labels: Labels | None = None
+        self._location = location
+        self._asked = asked
+        self._key = key
+        self._tables: list[tuple[int, str]] = []
+        self._names = bytearray()
+        self._ends = array("q", [0])
+        self._hashes = array("q")
+        self._values: list[list[Any]] = [[] for _ in asked]
+        self._keys: list[bytes] = []
+        self._texts: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def add(self, table: Table, path_column: str, path_of: Callable[[str], bytes]) -> None:
+        """All rows of a table.
+
+        Args:
+            table: the table.
+            path_column: the column that has paths.
+            path_of: the path of an item by what stands there; raises ValueError, saying why it is none.
+
+        Raises:
+            SourceError: a row has no path, or one that leads elsewhere, or a value is neither a text nor a number.
+        """
+        self._tables.append((len(self), table.location))
+        extra = [] if self._key is None else [self._key]
+        for text, *values in table.rows([path_column, *(name for name, _ in self._asked), *extra]):
+            try:
+                if not isinstance(text, str) or is_missing(text):
+                    raise ValueError("has no path" if is_missing(text) else f"has {text!r}, which is no path")
+                name = path_of(text)
+                if len(name) > _MAX_PATH_BYTES:
+                    raise ValueError(f"has a path of {len(name)} bytes; at most {_MAX_PATH_BYTES} are allowed")
+                if self._key is not None:
+                    self._keys.append(self._key_of(values.pop()))
+                for column, value in zip(self._values, values, strict=True):
+                    column.append(self._value_of(value))
+            except ValueError as exc:
+                raise SourceError(f"{table.location!r}: row {self._row(len(self))} {exc}") from exc
+            self._names += name
+            self._ends.append(len(self._names))
+            self._hashes.append(hash(name))
+
+    def finish(self, classes: Sequence[str] | None) -> Listing:
+        """Itself, when all tables were added: finds the labels out.
+
+        Raises:
+            SourceError: a path stands there twice, there are classes and no labels, or as `read_labels`.
+            UsageError: as `read_labels`.
+        """
+        ordered, order = self._by_hash()
+        same = np.flatnonzero(ordered[1:] == ordered[:-1])
+        for first, second in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
+            if self._name(first) == self._name(second):
+                raise SourceError(
+                    f"{self._location!r}: {self._where(first)} and {self._where(second)} both have the path "
+                    f"{os.fsdecode(self._name(first))!r}; keep one"
+                )
+        if self._asked:
+            self.labels = read_labels(
+                self._asked, self._values, location=self._location, where=self._where, classes=classes
+            )
+        elif classes is not None:
+            raise SourceError(f"{self._location!r} is taken without labels; leave --classes-from out")
+        self._values, self._texts = [], {}
+        return self
+
+    def groups(self) -> Iterator[Group]:
+        """The items in the order of the rows."""
+        for start in range(0, len(self), _GROUP_ITEMS):
+            span = range(start, min(start + _GROUP_ITEMS, len(self)))
+            yield Group(
+                b"",
+                [self._name(number) for number in span],
+                labels=None if self.labels is None else self.labels.values[start : span.stop],
+                keys=None if self._key is None else self._keys[start : span.stop],
+            )
+
+    def lacking(self, names: Iterator[bytes]) -> tuple[int, bytes]:
+        """How many of these paths no row has, and the first of them."""
+        ordered, order = self._by_hash()
+        count, example = 0, b""
+        for name in names:
+            at = int(np.searchsorted(ordered, hash(name)))
+            if at == len(ordered) or self._name(int(order[at])) != name:
+                count, example = count + 1, example or name
+        return count, example
+
+    def _by_hash(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        hashes = np.array(self._hashes, np.int64)
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
+    def _name(self, number: int) -> bytes:
+        return bytes(self._names[self._ends[number] : self._ends[number + 1]])
+
+    def _row(self, number: int) -> int:
+        return number - next(start for start, _ in reversed(self._tables) if start <= number) + 1
+
+    def _where(self, number: int) -> str:
+        table = next(location for start, location in reversed(self._tables) if start <= number)
+        return f"row {self._row(number)}" + (f" of {table!r}" if len(self._tables) > 1 else "")
+
+    def _value_of(self, value: Any) -> Any:
+        if isinstance(value, str):
+            if len(self._texts) < _MAX_TEXTS:  # one object for all rows that have it
+                return self._texts.setdefault(value, value)
+            return self._texts.get(value, value)
+        if value is None or isinstance(value, (int, float)):
+            return value
+        raise ValueError(f"has a {type(value).__name__} as label; allowed: texts and numbers")
+
+    def _key_of(self, value: Any) -> bytes:
+        if is_missing(value):
+            raise ValueError(f"has no {self._key}, by which --split-by tells what belongs together; fill it in")
+        return str(self._value_of(value)).encode("utf-8", "surrogateescape")
+
+
+def require(name: str, columns: Sequence[str], location: str) -> str:
+    """The name of a column. Raises SourceError if there is no such column, or if there are two."""
+    if columns.count(name) != 1:
+        what = "no" if name not in columns else "more than one"
+        raise SourceError(f"{location!r} has {what} column {name!r}; it has {_shown(columns)}")
+    return name
+
+
+def path_column(asked: str | None, columns: Sequence[str], location: str) -> str:
+    """The column of a table that has paths: the one asked for, or the first that has a usual name."""
+    found = asked or next((name for name in PATH_COLUMNS if name in columns), None)
+    if found is None:
+        raise SourceError(
+            f"{location!r} has no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; it has "
+            f"{_shown(columns)}; --image-column NAME says which one has paths"
+        )
+    return require(found, columns, location)
+
+
+def label_columns(labels: str | None, columns: Sequence[str], location: str) -> Asked:
+    """The columns that have labels: those that `--labels` names, or the one that has a usual name, if any."""
+    if labels == "none":
+        return []
+    if labels is None:
+        found = [name for name in LABEL_COLUMNS if name in columns]
+        if len(found) > 1:
+            raise SourceError(f"{location!r} has the columns {_shown(found)}; say --labels {found[0]}, or A,B, or none")
+        if not found and len(columns) > 1:
+            log.warning("%r has no column with a usual name of labels; --labels A,B names them", location)
+        return [(name, None) for name in found]
+    asked = asked_columns(labels)
+    for name, _ in asked:
+        require(name, columns, location)
+    return asked
+
+
+def key_column(config: BuildConfig) -> str | None:
+    """The column that `--split-by` names, if it names one."""
+    return None if config.split_by in (None, "label", "random", "folder") else config.split_by
+
+
+def below(text: str, root: str) -> bytes:
+    """A path of a table, relative to `root`, an absolute path or a URL.
+
+    Raises:
+        ValueError: it leads out of it, or is no path at all.
+    """
+    if "\0" in text:
+        raise ValueError(f"has the path {text!r} with a NUL byte; mend it")
+    path, within = text, root.rstrip("/") + "/"
+    if is_remote(text) or text.startswith("/"):
+        path = text if is_remote(text) else os.path.normpath(text)
+        if not path.startswith(within):
+            raise ValueError(f"has the path {text!r}, which is not below {root!r}; --root says what paths are below")
+        path = path[len(within) :]
+    path = os.path.normpath(path)
+    if path in (".", "..") or path.startswith(("../", "/")):
+        raise ValueError(f"has the path {text!r}, which leads out of {root!r}; --root says what paths are relative to")
+    try:
+        return path.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"has the path {text!r}, which is no text; mend it") from exc
+
+
+def _shown(columns: Sequence[str]) -> str:
+    return ", ".join(map(repr, columns[:30])) + (", ..." if len(columns) > 30 else "")

@@ -1,0 +1,103 @@
+"""A table (CSV, TSV, JSON lines, Parquet) with a path and labels a row."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..config import BuildConfig
+from ..errors import SourceError
+from ..rejects import MAX_ENCODED_BYTES, BadItem
+from ..storage import is_remote
+from .base import Group, Item, Source
+from .files import READS_AT_ONCE, as_system_errors, store_of
+from .folder import read_file
+from .rows import Listing, Table, below, key_column, label_columns, path_column
+
+
+class TableSource(Source):
+    """The images that a table names, in the order of its rows.
+
+    Paths are relative to the table's folder, or to `config.root`; either may be a URL. A full path or URL is taken if
+    it lies below that. Labels are the columns that `config.labels` names, or the one with a usual name.
+
+    Raises:
+        SourceError: the table cannot be read, lacks a column, or a row has no path, a path that leads out of the root,
+            one that another row has, or no proper label.
+    """
+
+    kind = "table"
+
+    def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
+        self._table = Table(location)
+        self.location = self._table.location
+        root = config.root or os.path.dirname(self.location.partition("?")[0])
+        self._root = root.rstrip("/") if is_remote(root) else os.path.abspath(root.removeprefix("file://"))
+        self.file_per_item = not is_remote(self._root)
+        self.reads_at_once = 1 if self.file_per_item else READS_AT_ONCE
+        self._path_column = path_column(config.image_column, self._table.columns, self.location)
+        self._asked = label_columns(config.labels, self._table.columns, self.location)
+        self._key = key_column(config)
+        self._classes = classes
+        self._listing: Listing | None = self._list()
+        if labels := self._listing.labels:
+            self.class_names, self.columns = labels.class_names, labels.columns
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_listing": None}
+        state.pop("_store", None)
+        return state
+
+    def groups(self) -> Iterator[Group]:
+        """The items; the table is read anew but for the first time.
+
+        Raises:
+            SourceError: as the constructor, or the labels have changed meanwhile.
+        """
+        listing, self._listing = self._list() if self._listing is None else self._listing, None
+        labels = listing.labels
+        if labels and (labels.class_names, labels.columns) != (self.class_names, self.columns):
+            raise SourceError(f"{self.location!r} has changed meanwhile; run the command again")
+        yield from listing.groups()
+
+    def _list(self) -> Listing:
+        listing = Listing(self.location, self._asked, self._key)
+        listing.add(self._table, self._path_column, functools.partial(below, root=self._root))
+        return listing.finish(self._classes)
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of the file; raises OSError or BadItem."""
+        return read_file(self.local_path(item)) if self.file_per_item else self._read_url(f"{self._root}/{item.path}")
+
+    def local_path(self, item: Item) -> bytes:
+        """The file's absolute path."""
+        return os.path.join(os.fsencode(self._root), item.path.encode("utf-8", "surrogateescape"))
+
+    def check(self) -> None:
+        """Raises SourceError if the folder that paths are relative to is gone."""
+        if self.file_per_item and not os.path.isdir(self._root):
+            raise SourceError(f"{self._root!r} is gone; bring it back, then run the same command to resume")
+
+    def _read_url(self, url: str) -> bytes:
+        try:
+            with as_system_errors():
+                data = bytes(self._store.cat_file(url, start=0, end=MAX_ENCODED_BYTES + 1))
+        except OSError as exc:
+            if exc.errno != errno.EIO or not self._is_empty(url):
+                raise
+            return b""
+        if len(data) > MAX_ENCODED_BYTES:
+            raise BadItem("read", "too-large", f"more than {MAX_ENCODED_BYTES} bytes")
+        return data
+
+    def _is_empty(self, url: str) -> bool:
+        """Stores refuse to give a range of nothing."""
+        with as_system_errors():
+            return bool(self._store.info(url).get("size") == 0)
+
+    @functools.cached_property
+    def _store(self) -> Any:
+        return store_of(self._root)

@@ -1,0 +1,225 @@
+"""Labels in tables beside a folder's images, and folders that are just folders."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpu_npz
+from gpu_npz.config import BuildConfig
+from gpu_npz.errors import GpuNpzError, SourceError, UsageError
+from gpu_npz.rejects import BadItem
+from gpu_npz.sources import open_source
+from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources.folder import FolderSource
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def table(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def opened(root: Path, classes: list[str] | None = None, **settings: Any) -> Source:
+    return open_source(root, BuildConfig(**settings), classes)
+
+
+def listed(source: Source) -> list[tuple[str, Any]]:
+    return [
+        (os.fsdecode(group.folder + name), group.label if group.labels is None else group.labels[row].tolist())
+        for group in source.groups()
+        for row, name in enumerate(group.names)
+    ]
+
+
+def refusal(root: Path, classes: list[str] | None = None, **settings: Any) -> str:
+    with pytest.raises(GpuNpzError) as caught:
+        listed(opened(root, classes, **settings))
+    assert isinstance(caught.value, (SourceError, UsageError))
+    return str(caught.value)
+
+
+# Folders
+
+
+def test_folders_are_just_folders_where_there_are_no_labels(tmp_path: Path) -> None:
+    root = touch(tmp_path, "z.jpg", "b/1.jpg", "a/deep/2.jpg", "a/notes.txt")
+    source = opened(root, labels="none")
+    assert (source.class_names, source.columns, source.kind) == (None, (), "folder")
+    assert listed(source) == [("z.jpg", -1), ("a/deep/2.jpg", -1), ("b/1.jpg", -1)]
+    assert "or say --labels none" in refusal(root)
+    assert "leave --classes-from out" in refusal(root, ["a"], labels="none")
+
+
+def test_class_folders_are_what_is_meant_without_a_word(tmp_path: Path) -> None:
+    root = touch(tmp_path, "b/1.jpg", "a/2.jpg")
+    for source in (FolderSource(root), FolderSource(root, None, "class-dir"), opened(root, labels="class-dir")):
+        assert (source.class_names, listed(source)) == (("a", "b"), [("a/2.jpg", 0), ("b/1.jpg", 1)])
+
+
+def test_a_build_without_labels_has_the_pixels_of_one_with_labels(
+    tree: Path, make_dataset: Callable[..., Path], read_shards: Callable[..., Any]
+) -> None:
+    bare, plain = make_dataset(tree, labels="none"), make_dataset(tree)
+    assert gpu_npz.open_dataset(bare).labels is None
+    for name in ("images", "paths"):
+        np.testing.assert_array_equal(read_shards(bare, name), read_shards(plain, name))
+
+
+# One table
+
+
+def test_a_build_by_a_table_has_the_pixels_of_one_by_folders_in_the_tables_order(
+    tree: Path, tmp_path: Path, make_dataset: Callable[..., Path], read_shards: Callable[..., Any]
+) -> None:
+    paths = sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file())
+    rows = [f"{path},{path.split('/')[0]},{number}" for number, path in enumerate(paths)]
+    written = table(tmp_path / "l.csv", "file,fruit,number", *reversed(rows))
+    ours, plain = make_dataset(tree, labels=f"{written}:fruit,number"), make_dataset(tree)
+    for name in ("images", "paths", "source_bytes"):
+        np.testing.assert_array_equal(read_shards(ours, name)[::-1], read_shards(plain, name))
+    np.testing.assert_array_equal(
+        read_shards(ours, "labels")[::-1], np.stack([read_shards(plain, "labels"), np.arange(40)], axis=1)
+    )
+    columns = gpu_npz.open_dataset(ours).label_columns
+    assert [(each.name, each.kind) for each in columns] == [("fruit", "class"), ("number", "integer")]
+    config = gpu_npz.BuildConfig(
+        device="cpu", shard_size=7, size="12x16", max_rejects="100%", labels=f"{written}:fruit,number"
+    )
+    again = gpu_npz.build(tree, ours, config)
+    assert again.rows == 40
+
+
+def test_a_table_has_the_usual_columns_or_those_that_are_named_with_their_kinds(tmp_path: Path) -> None:
+    root = touch(tmp_path / "images", "z.jpg", "a/1.jpg")
+    path = table(tmp_path / "l.tsv", "path\tlabel\tage\tsite", "z.jpg\tx\t30\ts1", "a/1.jpg\ty\t40\ts2")
+    assert listed(opened(root, labels=str(path))) == [("z.jpg", 0), ("a/1.jpg", 1)]
+    assert listed(opened(root, labels=f"{path}:age")) == [("z.jpg", 30), ("a/1.jpg", 40)]
+    source = opened(root, labels=f"{path}:age:class,label")
+    assert [(each.name, each.kind) for each in source.columns] == [("age", "class"), ("label", "class")]
+    assert listed(opened(root, ["y", "x"], labels=str(path))) == [("z.jpg", 1), ("a/1.jpg", 0)]
+    (group,) = opened(root, labels=str(path), split_by="site").groups()
+    assert group.keys == [b"s1", b"s2"]
+    copy = pickle.loads(pickle.dumps(source))
+    assert listed(copy) == listed(source) == listed(source)
+    assert read_item(copy, Item(0, "a/1.jpg", None)) == b"a/1.jpg"
+
+
+def test_images_without_a_row_are_counted_and_rows_without_an_image_are_rejects(tmp_path: Path) -> None:
+    root = touch(tmp_path, "1.jpg", "2.jpg", "a/3.jpg", "notes.txt")
+    path = table(tmp_path / "l.csv", "path,label", "gone.jpg,1", "2.jpg,2")
+    message = refusal(root, labels=str(path))
+    assert "2 images have no row in" in message
+    assert "'1.jpg' for one; add rows, or move the images away" in message
+    table(path, "path,label", "gone.jpg,1", "2.jpg,2", "a/3.jpg,3", "1.jpg,4")
+    source = opened(root, labels=str(path))
+    assert listed(source) == [("gone.jpg", 1), ("2.jpg", 2), ("a/3.jpg", 3), ("1.jpg", 4)]
+    with pytest.raises(BadItem) as caught:
+        read_item(source, Item(0, "gone.jpg", None))
+    assert caught.value.code == "missing"
+
+
+def test_a_table_that_leads_out_of_the_folder_or_is_none_is_refused(tmp_path: Path) -> None:
+    root = touch(tmp_path / "images", "1.jpg")
+    path = table(tmp_path / "l.csv", "path,label", "../images/1.jpg,1", "../2.jpg,2")
+    assert "row 1 has the path '../images/1.jpg', which leads out of" in refusal(root, labels=str(path))
+    table(path, "path,label", "1.jpg,1", "./1.jpg,2")
+    assert "row 1 and row 2 both have the path '1.jpg'" in refusal(root, labels=str(path))
+    table(path, "path,label", "1.jpg,1")
+    assert "no column 'x'; it has 'path', 'label'" in refusal(root, labels=f"{path}:x")
+    assert "No such file" in refusal(root, labels=f"{tmp_path}/gone.csv")
+    (tmp_path / "folder.csv").mkdir()
+    assert "is a folder; give a table" in refusal(root, labels=f"{tmp_path}/folder.csv")
+    for labels in ("folder", "labels", "json:x", ".csv"):
+        assert f"--labels '{labels}' of a folder; allowed: class-dir, none, a table" in refusal(root, labels=labels)
+    assert "leave --classes-from out" in refusal(root, ["x"], labels=f"{table(tmp_path / 'u.csv', 'path', '1.jpg')}")
+
+
+def test_labels_that_change_while_the_folder_is_in_use_are_an_error(tmp_path: Path) -> None:
+    root = touch(tmp_path / "images", "1.jpg")
+    path = table(tmp_path / "l.csv", "path,label", "1.jpg,a")
+    source = opened(root, labels=str(path))
+    listed(source)
+    table(path, "path,label", "1.jpg,b")
+    with pytest.raises(SourceError, match=r"the labels of .* have changed meanwhile; run the command again"):
+        listed(source)
+
+
+# A table in every folder
+
+
+def test_a_table_in_every_folder_has_names_of_its_files_and_labels(tmp_path: Path) -> None:
+    root = touch(tmp_path / "im[a]ges", "z.jpg", "b/1.jpg", "b/2.jpg", "a/{deep}/1.jpg")
+    table(root / "labels.csv", "picture,age,w", "z.jpg,3,0.5")
+    table(root / "b" / "labels.csv", "age,w,file", "1,2.5,2.jpg", "2,3,1.jpg", "9,9,gone.jpg")
+    table(root / "a" / "{deep}" / "labels.csv", "picture,age,w", "1.jpg,7,7")
+    table(root / "bare" / "labels.csv", "picture,age,w", "gone.jpg,8,8")
+    source = opened(root, labels="csv:labels.csv")
+    assert listed(source) == [
+        ("z.jpg", [3, 0.5]), ("a/{deep}/1.jpg", [7, 7]), ("b/2.jpg", [1, 2.5]), ("b/1.jpg", [2, 3]),
+        ("b/gone.jpg", [9, 9]), ("bare/gone.jpg", [8, 8]),
+    ]  # fmt: skip
+    assert [(each.name, each.kind) for each in source.columns] == [("age", "integer"), ("w", "float")]
+    assert read_item(source, Item(0, "b/2.jpg", None)) == b"b/2.jpg"
+    assert listed(pickle.loads(pickle.dumps(source))) == listed(source)
+
+
+def test_one_column_of_texts_in_every_folder_is_classes_over_all_of_them(tmp_path: Path) -> None:
+    root = touch(tmp_path, "a/1.jpg", "b/1.jpg")
+    for folder, label in (("a", "dog"), ("b", "cat")):
+        table(root / folder / "l.jsonl", f'{{"path": "1.jpg", "label": "{label}"}}')
+    source = opened(root, labels="csv:l.jsonl")
+    assert (source.class_names, listed(source)) == (("cat", "dog"), [("a/1.jpg", 1), ("b/1.jpg", 0)])
+
+
+def test_tables_that_do_not_fit_are_refused_with_the_folder(tmp_path: Path) -> None:
+    root = touch(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
+    table(root / "a" / "l.csv", "path,x", "1.jpg,1")
+    table(root / "b" / "l.csv", "path,y", "2.jpg,1")
+    assert "the labels 'x' in 'a/' and 'y' in 'b/'; give all the same" in refusal(root, labels="csv:l.csv")
+    table(root / "b" / "l.csv", "path,x", "2.jpg,1")
+    assert "/c' has images and no 'l.csv'; add one" in refusal(root, labels="csv:l.csv")
+    table(root / "c" / "l.csv", "path,x", "other.jpg,1")
+    assert "1 images have no row in 'csv:l.csv', 'c/3.jpg' for one" in refusal(root, labels="csv:l.csv")
+    table(root / "c" / "l.csv", "path,x", "3.jpg,1", "3.jpg,2")
+    assert "row 1 of '" in (message := refusal(root, labels="csv:l.csv"))
+    assert "c/l.csv' and row 2 of '" in message
+    table(root / "c" / "l.csv", "path,x", "3.jpg,")
+    assert "no label for row 1 of '" in (message := refusal(root, labels="csv:l.csv"))
+    assert "/c/l.csv'" in message
+    for path in ("../b/2.jpg", "x/3.jpg", "/3.jpg"):
+        table(root / "c" / "l.csv", "path,x", f"{path},1")
+        assert f"row 1 has '{path}'; a table in every folder has names of files" in refusal(root, labels="csv:l.csv")
+    table(root / "c" / "l.csv", "path,x", "..,1")
+    assert "row 1 has the path '..'" in refusal(root, labels="csv:l.csv")
+    for name in ("", "a/l.csv", "../l.csv"):
+        assert "give the name that a table has in each folder" in refusal(root, labels=f"csv:{name}")
+    (tmp_path / "empty" / "x").mkdir(parents=True)
+    assert "no folder with images or with a table 'l.csv'" in refusal(tmp_path / "empty", labels="csv:l.csv")
+
+
+def test_another_machine_sees_the_same_folder_and_its_labels(tmp_path: Path) -> None:
+    root = touch(tmp_path / "images", "1.jpg", "a/2.jpg")
+    source = FolderSource(root, labels="none")
+    source._root_identity = (0, 0)
+    with pytest.raises(SourceError, match="is gone"):
+        source.check()
+    other = source.anew()
+    other.check()
+    assert listed(other) == [("1.jpg", -1), ("a/2.jpg", -1)]
+    source.location = str(tmp_path / "gone")
+    with pytest.raises(SourceError, match="gone': No such file or directory"):
+        source.anew()

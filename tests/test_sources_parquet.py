@@ -1,0 +1,375 @@
+"""Images inside of Parquet files: the same dataset as of the same images in folders, and no file that is trusted."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpu_npz
+from gpu_npz.config import BuildConfig
+from gpu_npz.errors import SourceError, UsageError
+from gpu_npz.rejects import BadItem
+from gpu_npz.sources import open_source, parquet
+from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources.parquet import ParquetSource
+
+arrow = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+STRUCT = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+
+
+def write(
+    path: Path, images: list[Any], rows: int = 7, names: dict[str, list[str]] | None = None, **columns: Any
+) -> Path:
+    """A file as `datasets` writes it: `images` are bytes, None, or a dictionary with bytes and path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    structs = [{"bytes": each, "path": None} if isinstance(each, bytes) else each for each in images]
+    table = arrow.table({"image": arrow.array(structs, STRUCT), **columns})
+    if names is not None:
+        features = {name: {"names": each, "_type": "ClassLabel"} for name, each in names.items()}
+        info = {"info": {"features": {"image": {"_type": "Image"}, **features}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    pq.write_table(table, path, row_group_size=rows)
+    return path
+
+
+def items(source: Source) -> list[Item]:
+    found: list[Item] = []
+    for group in source.groups():
+        assert group.places is not None
+        for row, name in enumerate(group.names):
+            label = None if group.labels is None else group.labels[row].tolist()
+            path = os.fsdecode(group.folder + name)
+            found.append(Item(len(found), path, label, tuple(group.places[row].tolist())))
+    return found
+
+
+def opened(path: Path | str, classes: list[str] | None = None, **settings: Any) -> Source:
+    return open_source(path, BuildConfig(**settings), classes)
+
+
+def refusal(path: Path | str, classes: list[str] | None = None, **settings: Any) -> str:
+    with pytest.raises((SourceError, UsageError)) as caught:
+        items(opened(path, classes, **settings))
+    return str(caught.value)
+
+
+def reject(source: Source, item: Item) -> tuple[str, str]:
+    with pytest.raises(BadItem) as caught:
+        read_item(source, item)
+    return caught.value.code, caught.value.detail
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    """300 rows in three row groups, each of 2,000 bytes that say which row it is."""
+    rows = [b"%06d" % number + os.urandom(1994) for number in range(300)]
+    return write(tmp_path / "n.parquet", rows, 100, label=list(range(300)))
+
+
+# What is listed and read
+
+
+@pytest.mark.parametrize("form", ["one", "folder", "pattern"])
+def test_a_build_of_parquet_is_that_of_the_same_images_in_folders(
+    tree: Path, tmp_path: Path, form: str, make_dataset: Callable[..., Path], read_shards: Callable[..., Any]
+) -> None:
+    paths = sorted(path for path in tree.rglob("*") if path.is_file())
+    classes = sorted(path.name for path in tree.iterdir())
+    rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    labels = [classes.index(path.relative_to(tree).parts[0]) for path in paths]
+    make = functools.partial(write, names={"label": classes})
+    if form == "one":
+        source = str(make(tmp_path / "all.parquet", rows, label=labels))
+    else:
+        for number, span in enumerate((slice(0, 15), slice(15, 40))):
+            make(tmp_path / f"train-{number:05}-of-00002.parquet", rows[span], label=labels[span])
+        source = str(tmp_path) if form == "folder" else f"{tmp_path}/train-{{00000..00001}}-of-00002.parquet"
+    ours, plain = make_dataset(source), make_dataset(tree)
+    assert gpu_npz.open_dataset(ours).class_names == gpu_npz.open_dataset(plain).class_names
+    for name in ("images", "labels", "index", "source_bytes"):
+        np.testing.assert_array_equal(read_shards(ours, name), read_shards(plain, name))
+    name = "all.parquet" if form == "one" else "train-00000-of-00002.parquet"
+    assert read_shards(ours, "paths")[2] == f"{name}/000002"
+
+
+def test_a_shuffled_build_has_the_images_that_its_paths_say(
+    numbers: Path, tmp_path: Path, make_tree: Any, make_dataset: Callable[..., Path], read_shards: Callable[..., Any]
+) -> None:
+    root = make_tree({f"{number:02}.jpg": "jpeg" for number in range(30)})
+    rows = [(root / f"{number:02}.jpg").read_bytes() for number in range(30)]
+    out = make_dataset(write(tmp_path / "s.parquet", rows), shuffle=1)
+    plain = read_shards(make_dataset(root))
+    order = [int(path.split("/")[1]) for path in read_shards(out, "paths")]
+    assert order != sorted(order)
+    np.testing.assert_array_equal(read_shards(out), plain[order])
+
+
+@pytest.mark.parametrize("kind", [arrow.binary(), arrow.large_binary()])
+def test_a_plain_column_of_bytes_is_read_too(tmp_path: Path, kind: Any) -> None:
+    table = arrow.table({"img": arrow.array([b"a", b"b"], kind), "class": ["x", "y"], "other": [b"1", b"2"]})
+    pq.write_table(table, path := tmp_path / "t.parquet")
+    source = opened(path)
+    assert source.class_names == ("x", "y")
+    assert [(item.path, item.label) for item in items(source)] == [("t.parquet/000000", 0), ("t.parquet/000001", 1)]
+    assert [read_item(source, item) for item in items(source)] == [b"a", b"b"]
+    source = opened(path, image_column="other", labels="none")
+    assert [(item.label, read_item(source, item)) for item in items(source)] == [(None, b"1"), (None, b"2")]
+
+
+def test_any_row_is_read_in_any_order_by_any_thread(numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_WINDOW_BYTES", 20_000)
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 8_000)
+    monkeypatch.setattr(parquet, "_OPEN_GROUPS", 2)
+    source = opened(numbers)
+    listed = items(source)
+    assert len(listed) == 300
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        order = [*range(300)] if seed == 0 else np.random.default_rng(seed).permutation(300).tolist()
+        wrong.extend(row for row in order if not read_item(source, listed[row]).startswith(b"%06d" % row))
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_rows_in_order_read_the_file_once_and_hold_little_of_it(numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_WINDOW_BYTES", 20_000)
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 8_000)
+    begun: list[int] = []
+    batches = parquet._batches
+    monkeypatch.setattr(
+        parquet, "_batches", lambda file, group, column: begun.append(group) or batches(file, group, column)
+    )
+    source = opened(numbers)
+    assert isinstance(source, ParquetSource)
+    for first in (0, 1):  # two readers, interleaved as two open shards are
+        for row, item in enumerate(items(source)):
+            assert read_item(source, item).startswith(b"%06d" % row)
+            assert all(window._bytes <= 20_000 + 8_000 for window in source._windows.values())
+        assert begun == [0, 1, 2] * (first + 1)
+
+
+def test_a_source_travels_to_other_processes_without_what_it_holds(numbers: Path) -> None:
+    source = opened(numbers)
+    read_item(source, items(source)[250])
+    copy = pickle.loads(pickle.dumps(source))
+    assert len(pickle.dumps(source)) < 5000
+    assert items(copy) == items(source)
+    assert read_item(copy, items(copy)[17]).startswith(b"000017")
+    assert source.files == ((numbers.name, numbers.stat().st_size),)
+
+
+def test_names_of_classes_come_from_the_schema_or_from_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.parquet", [b"a", b"b"], names={"label": ["cat", "dog", "eel"]}, label=[2, 0])
+    source = opened(path)
+    assert (source.class_names, [item.label for item in items(source)]) == (("cat", "dog", "eel"), [2, 0])
+    source = opened(path, ["eel", "dog", "cat"])
+    assert (source.class_names, [item.label for item in items(source)]) == (("eel", "dog", "cat"), [0, 2])
+    assert "--classes-from does not name: 'cat', 'eel'" in refusal(path, ["dog"])
+    source = opened(path, labels="label:integer")
+    assert (source.class_names, source.columns[0].kind) == (None, "integer")
+    assert "without labels; leave --classes-from out" in refusal(path, ["cat"], labels="none")
+    write(path, [b"a", b"b"], names={"label": ["cat", "dog"]}, label=[2, -1])
+    assert "has 2 for row 0 of 't.parquet'; there are names for 2 classes, 0 to 1" in refusal(path)
+
+
+def test_several_columns_of_labels_keep_their_names(tmp_path: Path) -> None:
+    names = {"fine": ["a", "b", "c"]}
+    path = write(tmp_path / "t.parquet", [b"a", b"b"], names=names, fine=[2, 0], w=[0.5, 1.5], place=["x", "y"])
+    source = opened(path, labels="fine,w,place")
+    assert [item.label for item in items(source)] == [[2.0, 0.5, 0.0], [0.0, 1.5, 1.0]]
+    assert [(each.name, each.kind, each.classes) for each in source.columns] == [
+        ("fine", "class", ("a", "b", "c")), ("w", "float", None), ("place", "class", ("x", "y"))
+    ]  # fmt: skip
+    (group,) = opened(path, labels="fine", split_by="place").groups()
+    assert group.keys == [b"x", b"y"]
+    assert "has no column 'age'; it has 'image', 'fine', 'w', 'place'" in refusal(path, labels="fine", split_by="age")
+
+
+def test_a_shuffle_over_large_row_groups_warns_once(
+    numbers: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(numbers, shuffle=1)
+    assert not caplog.records
+    monkeypatch.setattr(parquet, "_LARGE_GROUP_BYTES", 100_000)
+    with caplog.at_level(logging.WARNING):
+        opened(numbers)
+        assert not caplog.records
+        items(opened(numbers, shuffle=1))
+    (record,) = caplog.records
+    assert "--shuffle reads one of them anew for almost every image" in record.getMessage()
+
+
+# What is refused
+
+
+def test_rows_without_bytes_are_rejects(tmp_path: Path) -> None:
+    rows = [b"a", None, {"bytes": None, "path": "/etc/passwd"}, b"", b"e"]
+    source = opened(write(tmp_path / "t.parquet", rows, label=[1, 2, 3, 4, 5]))
+    listed = items(source)
+    why = "the row has no bytes; only those are read, never the file of its path"
+    assert [reject(source, listed[row]) for row in (1, 2)] == [("missing", why)] * 2
+    assert reject(source, listed[3])[0] == "empty"
+    assert [read_item(source, listed[row]) for row in (0, 4)] == [b"a", b"e"]
+
+
+def test_an_image_larger_than_any_is_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "MAX_ENCODED_BYTES", 10)
+    source = opened(write(tmp_path / "t.parquet", [b"a" * 11, b"b" * 10]))
+    assert reject(source, items(source)[0]) == ("too-large", "11 bytes; at most 10")
+    assert read_item(source, items(source)[1]) == b"b" * 10
+
+
+def test_a_damaged_row_group_makes_rejects_of_its_own_rows_alone(numbers: Path) -> None:
+    chunk = pq.ParquetFile(numbers).metadata.row_group(1).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    with open(numbers, "r+b") as file:
+        file.seek(start)
+        file.write(os.urandom(5000))
+    source = opened(numbers)
+    listed = items(source)
+    for row in (100, 150, 199):
+        code, detail = reject(source, listed[row])
+        assert code == "unreadable"
+        assert str(numbers.parent) not in detail
+    for row in (0, 99, 200, 299):
+        assert read_item(source, listed[row]).startswith(b"%06d" % row)
+
+
+def test_a_place_that_is_not_there_is_a_reject_and_a_file_that_is_gone_stops_the_build(numbers: Path) -> None:
+    source = opened(numbers)
+    listed = items(source)
+    for place in ((0, 0, 100), (0, 3, 0), (0, -1, 0), (0, 0, -1), (1, 0, 0), (-1, 0, 0)):
+        assert reject(source, Item(0, "n.parquet/000000", None, place))[0] == "unreadable"
+    copy = pickle.loads(pickle.dumps(source))
+    numbers.rename(numbers.with_suffix(".away"))
+    with pytest.raises(SourceError, match="is gone; bring it back"):
+        read_item(copy, listed[0])
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "magic": lambda data: b"PAR1",
+    "csv": lambda data: b"a,b\n1,2\n",
+    "half": lambda data: data[: len(data) // 2],
+    "no-end": lambda data: data[:-1],
+    "footer-2gb": lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1",
+    "footer-4gb": lambda data: data[:-8] + b"\xff\xff\xff\xffPAR1",
+    "no-footer": lambda data: data[:-8] + b"\0\0\0\0PAR1",
+    "long-list": lambda data: data[:-200] + b"\x19\xfc" + b"\xff" * 190 + data[-8:],
+    "zeros": lambda data: data[:-200] + bytes(192) + data[-8:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_no_whole_parquet_file_is_refused(numbers: Path, damage: Callable[[bytes], bytes]) -> None:
+    numbers.write_bytes(damage(numbers.read_bytes()))
+    assert "n.parquet'" in (message := refusal(numbers, source="parquet"))
+    assert any(words in message for words in ("is no whole Parquet file", "it is damaged: get or write it anew"))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_footer_of_noise_ends_in_an_error_of_ours(numbers: Path, seed: int) -> None:
+    data = bytearray(numbers.read_bytes())
+    random = np.random.default_rng(seed)
+    footer = int.from_bytes(data[-8:-4], "little")
+    for at in random.integers(len(data) - 8 - footer, len(data) - 8, 40):
+        data[at] = random.integers(256)
+    numbers.write_bytes(bytes(data))
+    try:
+        source = opened(numbers, source="parquet")
+        for item in items(source)[:300:50]:
+            read_item(source, item)
+    except (SourceError, UsageError, BadItem):
+        pass
+
+
+def test_rows_that_the_file_cannot_hold_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(arrow.table({"image": arrow.nulls(2_000_000, STRUCT)}), path)
+    size = path.stat().st_size
+    assert size < 100_000
+    assert f"says that it has 2000000 rows, 2000000 in its row groups, in {size} bytes; it is damaged" in refusal(path)
+
+
+def test_a_large_row_group_is_read_without_holding_it(tmp_path: Path, python: Callable[..., Any]) -> None:
+    image = os.urandom(1_000_000)
+    rows = [number.to_bytes(4, "little") + image for number in range(300)]
+    path = write(tmp_path / "t.parquet", rows, 300)
+    result = python(
+        "import resource, sys\n"
+        "import pyarrow.parquet\n"
+        "from gpu_npz.sources import open_source\n"
+        "from gpu_npz.sources.base import Item, read_item\n"
+        "source = open_source(sys.argv[1])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for row in range(300):\n"
+        "    data = read_item(source, Item(row, '', None, (0, 0, row)))\n"
+        "    assert int.from_bytes(data[:4], 'little') == row\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n",
+        path,
+    )
+    assert int(result.stdout) * (1 if os.uname().sysname == "Linux" else 1 / 1024) < 120_000
+
+
+def test_columns_that_are_not_there_or_of_another_type_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.parquet", [b"a"], label=[[1, 2]], b2=[b"x"], n=[1])
+    assert "column 'label' is of the type list<" in refusal(path)
+    assert "has no column 'x'; it has 'image', 'label', 'b2', 'n'" in refusal(path, labels="x")
+    assert "has no column 'x'; it has" in refusal(path, image_column="x", source="parquet")
+    assert "column 'n' is of the type int64; images are binary" in refusal(path, image_column="n", source="parquet")
+    assert "column 'b2' is of the type binary; allowed: texts and numbers" in refusal(path, labels="b2")
+    pq.write_table(arrow.table({"a": [b"1"], "c": [b"2"]}), path)
+    assert "has 2 columns of bytes among 'a', 'c'; --image-column NAME says" in refusal(path)
+    pq.write_table(arrow.table([[b"1"], [b"2"]], ["image", "image"]), path)
+    assert "two columns of one name" in refusal(path)
+    assert "leave --root out" in refusal(write(path, [b"a"]), root=str(tmp_path))
+
+
+def test_files_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [b"a"], names={"label": ["x", "y"]}, label=[1])
+    write(tmp_path / "b.parquet", [b"a"], names={"label": ["y", "x"]}, label=[1])
+    assert "b.parquet' has other names of classes than" in refusal(tmp_path)
+    write(tmp_path / "b.parquet", [b"a"], other=[1])
+    assert "b.parquet' has no column 'label'; it has 'image', 'other'" in refusal(tmp_path)
+    pq.write_table(arrow.table({"label": [1]}), tmp_path / "b.parquet")
+    assert "b.parquet' has no column 'image'" in refusal(tmp_path)
+    assert "names a file twice" in refusal(f"{tmp_path}/{{a,a}}.parquet")
+    write(tmp_path / "b.parquet", [b"a", b"b"], label=["x", None])
+    (tmp_path / "a.parquet").unlink()
+    assert "no label for row 1 of 'b.parquet'" in refusal(tmp_path)
+
+
+def test_labels_that_change_while_the_files_are_in_use_are_an_error(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "t.parquet", [b"a"], label=["x"]))
+    items(source)
+    write(tmp_path / "t.parquet", [b"a"], label=["y"])
+    with pytest.raises(SourceError):
+        items(source)
+
+
+def test_a_file_on_a_store_is_read_too(numbers: Path) -> None:
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    store.pipe("/set/n.parquet", numbers.read_bytes())
+    source = opened("memory://set/n.parquet")
+    assert source.reads_at_once > 1
+    for row in (0, 150, 299):
+        assert read_item(source, items(source)[row]).startswith(b"%06d" % row)
+    store.store.clear()

@@ -1,0 +1,434 @@
+"""Tables of images: what their rows name, under which labels, and which tables are refused."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import gpu_npz
+from gpu_npz.config import BuildConfig
+from gpu_npz.errors import SourceError, UsageError
+from gpu_npz.rejects import BadItem
+from gpu_npz.sources import open_source
+from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources.rows import Table
+from gpu_npz.sources.table import TableSource
+
+Rows = list[tuple[str, Any]]
+
+
+def listed(source: Source) -> list[tuple[str, Any]]:
+    """All items as (path, label), None where there is none."""
+    return [
+        (os.fsdecode(group.folder + name), None if group.labels is None else group.labels[row].tolist())
+        for group in source.groups()
+        for row, name in enumerate(group.names)
+    ]
+
+
+def table(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def opened(path: Path | str, **settings: Any) -> Source:
+    return open_source(path, BuildConfig(**settings))
+
+
+def refusal(path: Path | str, **settings: Any) -> str:
+    with pytest.raises((SourceError, UsageError)) as caught:
+        list(opened(path, **settings).groups())
+    return str(caught.value)
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
+    arrow = pytest.importorskip("pyarrow")
+    arrow.parquet = pytest.importorskip("pyarrow.parquet")
+    arrow.parquet.write_table(arrow.table(columns), path, row_group_size=7)
+    return path
+
+
+def as_csv(path: Path, columns: dict[str, list[Any]], delimiter: str = ",") -> Path:
+    lines = [delimiter.join(columns), *(delimiter.join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    return table(path, "\n".join(lines) + "\n")
+
+
+def as_json(path: Path, columns: dict[str, list[Any]]) -> Path:
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return table(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+WRITERS: dict[str, Callable[[Path, dict[str, list[Any]]], Path]] = {
+    ".csv": as_csv,
+    ".tsv": lambda path, columns: as_csv(path, columns, "\t"),
+    ".jsonl": as_json,
+    ".ndjson": as_json,
+    ".parquet": write_parquet,
+}
+each_form = pytest.mark.parametrize("extension", WRITERS)
+
+
+# What is listed
+
+
+@each_form
+def test_a_table_of_a_tree_builds_what_the_tree_builds(
+    tree: Path, tmp_path: Path, extension: str, make_dataset: Callable[..., Path], read_shards: Callable[..., Any]
+) -> None:
+    paths = sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file())
+    labels = [path.split("/")[0] for path in paths]
+    written = WRITERS[extension](tmp_path / f"all{extension}", {"path": paths, "label": labels})
+    ours, plain = make_dataset(written, root=str(tree)), make_dataset(tree)
+    assert gpu_npz.open_dataset(ours).class_names == gpu_npz.open_dataset(plain).class_names
+    for name in ("images", "labels", "paths", "index", "source_bytes"):
+        np.testing.assert_array_equal(read_shards(ours, name), read_shards(plain, name))
+    assert (ours / "rejects.jsonl").read_bytes() == (plain / "rejects.jsonl").read_bytes()
+
+
+@each_form
+def test_several_columns_of_labels_make_named_columns(tmp_path: Path, extension: str) -> None:
+    columns = {"id": [1, 2, 3], "age": [30, 41, 7], "file_name": ["b.jpg", "a.jpg", "c/d.png"], "w": [0.5, 1.0, -2.5]}
+    source = opened(WRITERS[extension](tmp_path / f"t{extension}", columns), labels="age,w")
+    assert listed(source) == [("b.jpg", [30, 0.5]), ("a.jpg", [41, 1.0]), ("c/d.png", [7, -2.5])]
+    assert [(column.name, column.kind) for column in source.columns] == [("age", "integer"), ("w", "float")]
+    assert source.class_names is None
+    assert source.file_per_item
+
+
+@each_form
+def test_texts_are_classes_and_each_listing_is_the_same_in_another_process_too(tmp_path: Path, extension: str) -> None:
+    columns = {"path": ["1.jpg", "2.jpg", "3.jpg"], "class": ["pear", "apple", "pear"]}
+    source = opened(WRITERS[extension](tmp_path / f"t{extension}", columns))
+    copy = pickle.loads(pickle.dumps(source))
+    assert source.class_names == copy.class_names == ("apple", "pear")
+    assert listed(source) == listed(source) == listed(copy) == [("1.jpg", 1), ("2.jpg", 0), ("3.jpg", 1)]
+
+
+def test_a_table_travels_without_its_rows(tmp_path: Path) -> None:
+    paths = [f"{number:030}.jpg" for number in range(3000)]
+    source = opened(as_csv(tmp_path / "t.csv", {"path": paths}))
+    assert len(pickle.dumps(source)) < 5000
+    assert sum(len(group.names) for group in source.groups()) == 3000
+
+
+def test_a_table_that_gets_other_labels_while_it_is_in_use_is_an_error(tmp_path: Path) -> None:
+    source = opened(as_csv(tmp_path / "t.csv", {"path": ["1.jpg"], "label": ["a"]}))
+    list(source.groups())
+    as_csv(tmp_path / "t.csv", {"path": ["1.jpg"], "label": ["b"]})
+    with pytest.raises(SourceError, match="has changed meanwhile; run the command again"):
+        list(source.groups())
+
+
+def test_labels_are_left_out_or_numbered_by_a_list(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "t.csv", {"path": ["1.jpg", "2.jpg"], "label": ["b", "a"]})
+    assert listed(opened(path, labels="none")) == [("1.jpg", None), ("2.jpg", None)]
+    source = open_source(path, BuildConfig(), ["z", "b", "a"])
+    assert (source.class_names, listed(source)) == (("z", "b", "a"), [("1.jpg", 1), ("2.jpg", 2)])
+    with pytest.raises(SourceError, match=r"--classes-from does not name: 'a'"):
+        open_source(path, BuildConfig(), ["b"])
+    with pytest.raises(SourceError, match="without labels; leave --classes-from out"):
+        open_source(path, BuildConfig(labels="none"), ["b"])
+
+
+def test_byte_order_marks_blank_lines_quotes_and_foreign_bytes_are_ordinary(tmp_path: Path) -> None:
+    text = b'\xef\xbb\xbfpath, label\r\n\r\n"a, b.jpg",1\r\ncaf\xe9.jpg,2\r\n"line\nbreak.jpg",3\r\n'
+    assert listed(opened(table(tmp_path / "t.csv", text))) == [
+        ("a, b.jpg", 1), ("caf\udce9.jpg", 2), ("line\nbreak.jpg", 3)
+    ]  # fmt: skip
+    text = b'\xef\xbb\xbf{"path": "a.jpg", "label": 1}\n\n {"label": 2, "path": "\\u00e9.jpg"}\r\n'
+    assert listed(opened(table(tmp_path / "t.jsonl", text))) == [("a.jpg", 1), ("é.jpg", 2)]
+
+
+def test_a_table_may_have_any_name_and_a_file_of_another_name_may_be_a_table(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "t[1]{2,3}*.csv", {"path": ["1.jpg"]})
+    assert listed(opened(path)) == [("1.jpg", None)]
+    assert "is no table; give one file with one of .csv .tsv" in refusal(table(tmp_path / "t.txt", ""), source="table")
+
+
+def test_the_path_column_is_found_by_its_name_or_given(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "t.csv", {"img": ["1.jpg"], "filename": ["2.jpg"], "photo": ["3.jpg"]})
+    assert listed(opened(path)) == [("2.jpg", None)]
+    assert listed(opened(path, image_column="photo")) == [("3.jpg", None)]
+    assert "no column 'x'; it has 'img', 'filename', 'photo'" in refusal(path, image_column="x")
+    path = as_csv(tmp_path / "u.csv", {"photo": ["3.jpg"]})
+    assert "has no column path, file, " in (message := refusal(path))
+    assert "it has 'photo'; --image-column NAME says which one has paths" in message
+
+
+def test_paths_are_relative_to_the_table_or_to_root_and_full_ones_below_it_are_made_relative(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    (root / "deep").mkdir(parents=True)
+    (root / "a.jpg").write_bytes(b"a")
+    (root / "deep" / "b.jpg").write_bytes(b"b")
+    written = as_csv(tmp_path / "lists" / "t.csv", {"path": ["./x/../a.jpg", f"{root}/deep//b.jpg", "gone.jpg"]})
+    source = opened(written, root=str(root))
+    assert [path for path, _ in listed(source)] == ["a.jpg", "deep/b.jpg", "gone.jpg"]
+    assert read_item(source, Item(0, "a.jpg", None)) == b"a"
+    assert read_item(source, Item(1, "deep/b.jpg", None)) == b"b"
+    assert source.local_path(Item(1, "deep/b.jpg", None)) == os.fsencode(root / "deep" / "b.jpg")
+    with pytest.raises(BadItem) as caught:
+        read_item(source, Item(2, "gone.jpg", None))
+    assert caught.value.code == "missing"
+    shutil.move(written, root / "t.csv")
+    assert read_item(opened(root / "t.csv"), Item(0, "a.jpg", None)) == b"a"
+    shutil.rmtree(root)
+    with pytest.raises(SourceError, match="is gone; bring it back"):
+        read_item(source, Item(0, "a.jpg", None))
+
+
+def test_a_column_says_what_a_split_must_keep_together(tmp_path: Path) -> None:
+    columns = {"path": ["1.jpg", "2.jpg", "3.jpg"], "patient": ["p1", "p2", "p1"], "label": [1, 2, 3]}
+    path = as_csv(tmp_path / "t.csv", columns)
+    (group,) = opened(path, split_by="patient").groups()
+    assert list(group.keys or ()) == [b"p1", b"p2", b"p1"]
+    assert listed(opened(path, split_by="patient"))[0] == ("1.jpg", 1)
+    assert next(opened(path, split_by="label").groups()).keys is None
+    assert "no column 'scanner'; it has 'path', 'patient', 'label'" in refusal(path, split_by="scanner")
+    path = as_csv(tmp_path / "u.csv", {"path": ["1.jpg", "2.jpg"], "patient": ["p1", ""]})
+    assert "row 2 has no patient, by which --split-by" in refusal(path, split_by="patient")
+
+
+def test_many_rows_come_in_several_groups(tmp_path: Path) -> None:
+    count = 25_000
+    path = as_csv(tmp_path / "t.csv", {"path": [f"{number}.jpg" for number in range(count)], "label": [*range(count)]})
+    source = opened(path)
+    assert max(len(group.names) for group in source.groups()) <= 10_000
+    assert listed(source) == [(f"{number}.jpg", number) for number in range(count)]
+
+
+# What is refused
+
+
+@each_form
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("../a.jpg", r"row 3 has the path '\.\./a\.jpg', which leads out of"),
+        ("x/../../a.jpg", "row 3 has the path .* which leads out of"),
+        ("..", "row 3 has the path .* which leads out of"),
+        (".", "row 3 has the path .* which leads out of"),
+        ("/etc/passwd", "row 3 has the path '/etc/passwd', which is not below"),
+        ("https://example.org/a.jpg", "row 3 has the path .* which is not below"),
+        ("a" * 5000, "row 3 has a path of 5000 bytes; at most 4096 are allowed"),
+        (" ", "row 3 has no path"),
+        ("1.jpg", r"row 1 and row 3 both have the path '1\.jpg'; keep one"),
+        ("x/../1.jpg", r"row 1 and row 3 both have the path '1\.jpg'; keep one"),
+    ],
+)
+def test_a_path_that_leads_elsewhere_or_is_none_is_refused_with_its_row(
+    tmp_path: Path, extension: str, path: str, what: str
+) -> None:
+    written = WRITERS[extension](tmp_path / f"t{extension}", {"path": ["1.jpg", "2.jpg", path, "4.jpg"]})
+    with pytest.raises(SourceError, match=what):
+        opened(written)
+
+
+def test_an_absolute_path_that_leads_out_of_root_by_dots_is_refused(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "root" / "t.csv", {"path": [f"{tmp_path}/root/../a.jpg"]})
+    assert "which is not below" in refusal(path)
+
+
+@pytest.mark.parametrize("value", [None, 7, ["a.jpg"], {"a": 1}, "a\0.jpg", "\ud800.jpg"])
+def test_a_path_that_is_no_path_is_refused_with_its_row(tmp_path: Path, value: Any) -> None:
+    assert "row 2 has " in refusal(as_json(tmp_path / "t.jsonl", {"path": ["1.jpg", value]}))
+
+
+def test_wrong_labels_are_refused_with_their_row(tmp_path: Path) -> None:
+    def of(*labels: Any, **settings: Any) -> str:
+        paths = [f"{number}.jpg" for number in range(len(labels))]
+        return refusal(as_json(tmp_path / "t.jsonl", {"path": paths, "label": [*labels]}), **settings)
+
+    assert "both texts ('a' for row 1) and numbers (2 for row 2)" in of("a", 2)
+    assert "no label for row 2, and in 1 more" in of("a", None, " ")
+    assert "has 1.5 for row 1, which is no whole number" in of(1.5, labels="label:integer")
+    assert "row 2 has a list as label; allowed: texts and numbers" in of("a", ["b"])
+    assert "no column 'x'; it has 'path', 'label'" in of("a", labels="label,x")
+    both = as_csv(tmp_path / "u.csv", {"path": ["1.jpg"], "label": [1], "target": [2]})
+    assert "has the columns 'label', 'target'; say --labels label, or A,B, or none" in refusal(both)
+    twice = as_csv(tmp_path / "v.csv", {"path": ["1.jpg"], "label": [1]})
+    table(twice, "path,label,label\n1.jpg,2,3\n")
+    assert "has more than one column 'label'" in refusal(twice)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("t.csv", b"", "is empty; a table starts with the names of its columns"),
+        ("t.jsonl", b"\n\n", "is empty"),
+        ("t.csv", b"path,label\n1.jpg,2\n3.jpg\n", "line 3 has 1 values, the first 2; mend it"),
+        ("t.csv", b"path,label\n1.jpg,2,3\n", "line 2 has 3 values, the first 2; mend it"),
+        ("t.csv", b'path,label\n1.jpg,2\n"3.jpg', r"line 3 is no CSV \(unexpected end of data\)"),
+        ("t.csv", b"path\n" + b"a" * 200_000, r"line 2 is no CSV \(field larger than field limit"),
+        ("t.csv", b"path\n1.jpg\n2\0.jpg\n", "line 3 has a NUL byte; save the table as UTF-8 text"),
+        ("t.csv", "path\n1.jpg\n".encode("utf-16"), "line 1 has a NUL byte; save the table as UTF-8 text"),
+        ("t.jsonl", b'{"path": "1.jpg"}\n{"path": "2.j', "line 2 is no JSON .* it may be cut"),
+        ("t.jsonl", b'{"path": "1.jpg"}\n["2.jpg"]\n', "line 2 is no JSON object; write lines such as"),
+        ("t.jsonl", b'{"path": "1.jpg"}\n' + b"[" * 100_000, "line 2 is no JSON"),
+        ("t.jsonl", b'{"path": "1.jpg", "label": ' + b"9" * 100_000 + b"}", "line 1 is no JSON"),
+        ("t.jsonl", b'{"path": "1.jpg"}\n\0\n', "line 2 has a NUL byte"),
+        ("t.parquet", b"", "it is no whole Parquet file"),
+        ("t.parquet", b"PAR1 no Parquet", "it is no whole Parquet file"),
+    ],
+)
+def test_a_damaged_table_is_refused_with_the_line(tmp_path: Path, name: str, text: bytes, what: str) -> None:
+    with pytest.raises(SourceError, match=what):
+        opened(table(tmp_path / name, text), source="table")
+
+
+@pytest.mark.parametrize("extension", [".csv", ".jsonl"])
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, extension: str, python: Callable[..., Any]
+) -> None:
+    path = tmp_path / f"t{extension}"
+    with open(path, "wb") as file:
+        file.write({".csv": b"path\n", ".jsonl": b'{"path": "1.jpg"}\n'}[extension] + b'"' * 5_000_000)
+        file.truncate(1 << 30)
+    result = python(
+        "import resource, sys\n"
+        "from gpu_npz.errors import SourceError\n"
+        "from gpu_npz.sources import open_source\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: open_source(sys.argv[1])\n"
+        "except SourceError as exc: print(exc)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n",
+        path,
+    )
+    message, grown = result.stdout.splitlines()
+    assert "line 2 is longer than 4194304 bytes; leave long columns out" in message
+    assert int(grown) * (1 if os.uname().sysname == "Linux" else 1 / 1024) < 100_000
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").mkdir()
+    assert "t.csv' is a folder; give a table, a file with one of .csv" in refusal(tmp_path / "t.csv")
+    assert "No such file or directory" in refusal(tmp_path / "gone.csv")
+    os.mkfifo(tmp_path / "u.csv")
+    assert "not a regular file" in refusal(tmp_path / "u.csv")
+
+
+def test_a_table_of_parquet_needs_columns_of_texts_and_numbers(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", {"path": ["1.jpg"], "label": [[1, 2]], "data": [{"a": 1}]})
+    assert "column 'label' is of the type list<" in (message := refusal(path, source="table"))
+    assert "allowed: texts and numbers" in message
+    assert "column 'data' is of the type struct<" in refusal(path, source="table", image_column="data", labels="none")
+
+
+# Far away
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """A store of fsspec that has URLs, in this process alone."""
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    yield store
+    store.store.clear()
+
+
+def test_a_table_and_its_images_may_be_urls(memory: Any, tmp_path: Path) -> None:
+    memory.pipe("/set/t.csv", b"path,label\na/1.jpg,x\nmemory://set/b/2.jpg,y\ngone.jpg,x\nempty.jpg,x\n")
+    memory.pipe("/set/a/1.jpg", b"one")
+    memory.pipe("/set/b/2.jpg", b"two")
+    memory.pipe("/set/empty.jpg", b"")
+    source = opened("memory://set/t.csv")
+    assert listed(source) == [("a/1.jpg", 0), ("b/2.jpg", 1), ("gone.jpg", 0), ("empty.jpg", 0)]
+    assert not source.file_per_item
+    assert source.reads_at_once > 1
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        assert read_item(copy, Item(0, "a/1.jpg", None)) == b"one"
+        assert read_item(copy, Item(1, "b/2.jpg", None)) == b"two"
+        for name, code in (("gone.jpg", "missing"), ("empty.jpg", "empty")):
+            with pytest.raises(BadItem) as caught:
+                read_item(copy, Item(2, name, None))
+            assert caught.value.code == code
+    local = as_csv(tmp_path / "t.csv", {"path": ["a/1.jpg"]})
+    assert read_item(opened(local, root="memory://set/"), Item(0, "a/1.jpg", None)) == b"one"
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A server of HTTP, and the folder that it serves; it knows ranges no better than Python's own does."""
+    pytest.importorskip("aiohttp")
+    root = tmp_path / "web"
+    root.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", root
+        server.shutdown()
+        thread.join()
+
+
+def test_a_table_on_the_web_builds_what_the_tree_builds(
+    tree: Path,
+    web: tuple[str, Path],
+    make_dataset: Callable[..., Path],
+    read_shards: Callable[..., Any],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    url, root = web
+    shutil.copytree(tree, root / "set")
+    paths = sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file())
+    columns = {"path": [f"{url}/set/{path}" for path in paths], "label": [path.split("/")[0] for path in paths]}
+    as_csv(root / "set" / "t.csv", columns)
+    ours, plain = make_dataset(f"{url}/set/t.csv"), make_dataset(tree)
+    for name in ("images", "labels", "paths", "source_bytes"):
+        np.testing.assert_array_equal(read_shards(ours, name), read_shards(plain, name))
+    (root / "set" / paths[0]).unlink()
+    (root / "set" / paths[1]).write_bytes(b"")
+    source = opened(f"{url}/set/t.csv")
+    for path, code in zip(paths, ("missing", "empty"), strict=False):
+        with pytest.raises(BadItem) as caught:
+            read_item(source, Item(0, path, None))
+        assert caught.value.code == code
+    capfd.readouterr()
+    assert f"{url}/set/gone.csv'" in refusal(f"{url}/set/gone.csv")
+    assert "row 1 has the path" in refusal(f"{url}/set/t.csv", root=f"{url}/other")
+
+
+@pytest.mark.parametrize("path", ["memory://other/1.jpg", "memory://set/../1.jpg", "/set/1.jpg", "../1.jpg"])
+def test_a_url_that_is_not_below_the_roots_is_refused(memory: Any, path: str) -> None:
+    memory.pipe("/set/t.csv", f"path\n{path}\n".encode())
+    assert "row 1 has the path" in refusal("memory://set/t.csv")
+
+
+def test_tables_know_their_columns(tmp_path: Path) -> None:
+    found = Table(str(as_csv(tmp_path / "t.csv", {"a": [1], "b": [2]})))
+    assert (found.columns, list(found.rows(["b", "a"])), list(found.rows(["b"]))) == (
+        ("a", "b"),
+        [("2", "1")],
+        [("2",)],
+    )
+    assert TableSource.kind == "table"
+
+
+def labels_of(out: Path) -> NDArray[Any]:
+    labels = gpu_npz.open_dataset(out).labels
+    assert labels is not None
+    return np.asarray(labels)
+
+
+def test_missing_files_are_rejects_of_a_build(
+    tree: Path, tmp_path: Path, make_dataset: Callable[..., Path], read_shards: Callable[..., Any]
+) -> None:
+    first = sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*.jpg"))[0]
+    out = make_dataset(as_csv(tmp_path / "t.csv", {"path": [first, "gone.jpg"], "a": [1, 2], "b": [0.5, 1]}),
+                       root=str(tree), labels="a,b")  # fmt: skip
+    assert labels_of(out).tolist() == [[1.0, 0.5]]
+    (line,) = (out / "rejects.jsonl").read_text().splitlines()
+    assert (json.loads(line)["path"], json.loads(line)["code"]) == ("gone.jpg", "missing")
