@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
@@ -15,32 +19,40 @@ from .base import IMAGE_EXTENSIONS, Group, Item, Source, numbered
 log = logging.getLogger(__name__)
 
 
-class FolderSource(Source):
-    """The images below a folder.
+@dataclass(frozen=True)
+class Scan:
+    """What a folder has, sorted: images, with the size of each where the listing tells it, and folders."""
+
+    names: list[bytes]
+    folders: list[bytes]
+    sizes: list[int] = field(default_factory=list)
+
+
+class TreeSource(Source):
+    """The images below a folder, wherever that is.
 
     A folder of the first level is a class, images deeper in it belong to that class, and classes are numbered in sorted
     order (or as `classes` says). A folder that has images and no folders of images has no labels. Order: the images of
     a folder, then its subfolders, each sorted by their names' bytes. Hidden names are skipped, symbolic links followed.
+    Places: the size of each image where the listing tells it.
 
     Raises:
         SourceError: not a folder, unreadable, without images, or with images beside folders of images.
     """
 
     kind = "folder"
-    file_per_item = True
 
-    def __init__(self, location: str | os.PathLike[str], classes: Sequence[str] | None = None) -> None:
-        self.location = os.path.abspath(location)
-        self._root = os.fsencode(self.location)
-        names, folders = _scan(self._root, b"")
-        self._root_identity = _identity(self._root)
-        self._flat = bool(names)
+    def __init__(self, location: str, classes: Sequence[str] | None = None) -> None:
+        self.location = location
+        top = self._scan(b"")
+        self._root_identity = self._identity(b"")
+        self._flat = bool(top.names)
         if self._flat:
-            self._refuse_mixture(names, folders)
+            self._refuse_mixture(top)
             if classes is not None:
                 raise SourceError(f"{self.location!r} has no class folders; leave --classes-from out")
             return
-        found = [_text(folder) for folder in folders]
+        found = [as_text(folder) for folder in top.folders]
         if not found:
             raise SourceError(
                 f"{self.location!r} holds no images and no folders; SRC is a folder of class folders or of images "
@@ -49,20 +61,30 @@ class FolderSource(Source):
         self.class_names = tuple(found if classes is None else classes)
         self._numbers = numbered(list(self.class_names), found, self.location)
 
+    @abc.abstractmethod
+    def _scan(self, folder: bytes) -> Scan:
+        """What a folder has. Raises SourceError if it cannot be listed."""
+
+    @abc.abstractmethod
+    def _identity(self, folder: bytes) -> Hashable:
+        """The same for the same folder, whichever way leads to it. Raises SourceError if it is not there."""
+
     def groups(self) -> Iterator[Group]:
         """The images, one folder at a time; each folder is read once, and no file is looked at.
 
         Raises:
             SourceError: a folder cannot be read, or a class has come after the classes were numbered.
         """
-        names, folders = _scan(self._root, b"")
+        top = self._scan(b"")
         if self._flat:
-            yield Group(b"", names)
+            yield _group(b"", top, -1)
             return
-        for folder in folders:
-            label = self._numbers.get(_text(folder))
+        for folder in top.folders:
+            label = self._numbers.get(as_text(folder))
             if label is None:
-                raise SourceError(f"{_text(folder)!r} has come into {self.location!r} meanwhile; run the command again")
+                raise SourceError(
+                    f"{as_text(folder)!r} has come into {self.location!r} meanwhile; run the command again"
+                )
             yield from self._walk(folder + b"/", label)
 
     def _walk(self, top: bytes, label: int) -> Iterator[Group]:
@@ -71,23 +93,39 @@ class FolderSource(Source):
         waiting = [top]
         while waiting:
             folder = waiting.pop()
-            identity = _identity(os.path.join(self._root, folder))
+            identity = self._identity(folder)
             if identity in seen:
-                log.warning("%r leads to a folder that was listed already; its images are taken once", _text(folder))
+                log.warning("%r leads to a folder that was listed already; its images are taken once", as_text(folder))
                 continue
             seen.add(identity)
-            names, folders = _scan(self._root, folder)
-            if names:
-                yield Group(folder, names, label)
-            waiting += [folder + name + b"/" for name in reversed(folders)]
+            found = self._scan(folder)
+            if found.names:
+                yield _group(folder, found, label)
+            waiting += [folder + name + b"/" for name in reversed(found.folders)]
 
-    def _refuse_mixture(self, names: list[bytes], folders: list[bytes]) -> None:
-        for folder in folders:
+    def _refuse_mixture(self, top: Scan) -> None:
+        for folder in top.folders:
             if next(self._walk(folder + b"/", -1), None):
                 raise SourceError(
-                    f"{self.location!r} holds both images ({_text(names[0])!r}, ...) and folders of images "
-                    f"({_text(folder)!r}, ...); move the images into a folder of their class, or out"
+                    f"{self.location!r} holds both images ({as_text(top.names[0])!r}, ...) and folders of images "
+                    f"({as_text(folder)!r}, ...); move the images into a folder of their class, or out"
                 )
+
+
+class FolderSource(TreeSource):
+    """The images below a folder on a disk; see `TreeSource`."""
+
+    file_per_item = True
+
+    def __init__(self, location: str | os.PathLike[str], classes: Sequence[str] | None = None) -> None:
+        self._root = os.path.abspath(os.fsencode(location))
+        super().__init__(os.path.abspath(location), classes)
+
+    def _scan(self, folder: bytes) -> Scan:
+        return _scan(self._root, folder)
+
+    def _identity(self, folder: bytes) -> tuple[int, int]:
+        return _identity(os.path.join(self._root, folder))
 
     def read(self, item: Item) -> bytes:
         """The bytes of the file, read in full.
@@ -119,15 +157,24 @@ class FolderSource(Source):
         """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
         try:
             # An unmounted disk leaves the folder that it was mounted on.
-            here = _identity(self._root) == self._root_identity
+            here = self._identity(b"") == self._root_identity
         except SourceError:
             here = False
         if not here:
             raise SourceError(f"{self.location!r} is gone; mount it again, then run the same command to resume")
 
 
-def _scan(root: bytes, folder: bytes) -> tuple[list[bytes], list[bytes]]:
-    """The names of the images and of the folders in root/folder, sorted."""
+def _group(folder: bytes, found: Scan, label: int) -> Group:
+    places = np.array(found.sizes, np.int64).reshape(-1, 1) if found.sizes else None
+    return Group(folder, found.names, label, places=places)
+
+
+def is_image(name: bytes) -> bool:
+    """Whether a file of this name is an item."""
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def _scan(root: bytes, folder: bytes) -> Scan:
     names: list[bytes] = []
     folders: list[bytes] = []
     path = os.path.join(root, folder) if folder else root
@@ -139,12 +186,12 @@ def _scan(root: bytes, folder: bytes) -> tuple[list[bytes], list[bytes]]:
                     continue
                 if _is_folder(entry):
                     folders.append(name)
-                elif os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and _may_be_image(entry):
+                elif is_image(name) and _may_be_image(entry):
                     names.append(name)
     except OSError as exc:
         advice = "give SRC as a folder" if not folder else "make it readable or move it away"
-        raise SourceError(f"{_text(path)!r}: {exc.strerror}; {advice}") from exc
-    return sorted(names), sorted(folders)
+        raise SourceError(f"{as_text(path)!r}: {exc.strerror}; {advice}") from exc
+    return Scan(sorted(names), sorted(folders))
 
 
 def _may_be_image(entry: os.DirEntry[bytes]) -> bool:
@@ -152,7 +199,7 @@ def _may_be_image(entry: os.DirEntry[bytes]) -> bool:
     there = os.path.exists(entry.path) if entry.is_symlink() else True  # a stat for links alone
     fits = not there or entry.is_file()
     if not fits:
-        log.warning("%r is no file and is left out", _text(entry.path))
+        log.warning("%r is no file and is left out", as_text(entry.path))
     return fits
 
 
@@ -169,11 +216,11 @@ def _identity(path: bytes) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError as exc:
-        raise SourceError(f"{_text(path)!r}: {exc.strerror}; make it readable or move it away") from exc
+        raise SourceError(f"{as_text(path)!r}: {exc.strerror}; make it readable or move it away") from exc
     return status.st_dev, status.st_ino
 
 
-def _text(name: bytes) -> str:
+def as_text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
