@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,9 +11,9 @@ from rich.progress import Progress
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options
 from gpu_npz.config import BuildConfig, load_toml
-from gpu_npz.errors import UsageError
+from gpu_npz.errors import StorageError, UsageError
 from gpu_npz.output import JOB, MANIFEST
-from gpu_npz.storage import is_remote, open_storage
+from gpu_npz.storage import open_storage
 
 if TYPE_CHECKING:
     from gpu_npz.audit.statistics import Statistics
@@ -40,8 +41,7 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
 
     show_warnings()
     values = {name: value for name, value in given.items() if value is not None}
-    storage = open_storage(src)
-    is_dataset = is_remote(src) or any(storage.size(name) is not None for name in (MANIFEST, JOB))
+    is_dataset = _is_dataset(src)
     if is_dataset and (values or config_file):
         raise UsageError(f"{src!r} is a dataset, whose images are as they are; leave the settings out")
     if config_file:
@@ -62,6 +62,13 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
         print_json(found.to_json())
     else:
         click.echo("\n".join(_lines(found)))
+
+
+def _is_dataset(src: str) -> bool:
+    with contextlib.suppress(StorageError):  # what cannot hold a dataset, or not be reached, is told of as a source
+        storage = open_storage(src)
+        return any(storage.size(name) is not None for name in (MANIFEST, JOB))
+    return False
 
 
 def _lines(found: Statistics) -> list[str]:

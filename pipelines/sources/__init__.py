@@ -48,7 +48,7 @@ def open_source(
         UsageError: the settings do not go together.
     """
     config = config or BuildConfig()
-    location = os.fspath(src)
+    location = os.fspath(src).removeprefix("file://")
     kind = _detected(location, config.image_column) if config.source == "auto" else config.source
     for name in ("image_column", "root"):
         if getattr(config, name) is not None and kind not in ("table", "parquet"):

@@ -104,7 +104,7 @@ class Source(abc.ABC):
         raise NotImplementedError
 
     def check(self) -> None:  # noqa: B027  # most have nothing that could be gone while an item is merely missing
-        """Raises SourceError if the collection as a whole is gone."""
+        """Raises SourceError if the collection as a whole is gone, or may not be read any more."""
 
 
 def read_item(source: Source, item: Item) -> bytes:
@@ -126,6 +126,7 @@ def read_item(source: Source, item: Item) -> bytes:
                 source.check()
                 raise BadItem("read", "missing", reason) from exc
             if number in _UNREADABLE:
+                source.check()
                 raise BadItem("read", "unreadable", reason) from exc
             if delay_s is None:
                 raise ShardError(

@@ -1,17 +1,21 @@
-"""A folder tree: each folder of the first level is a class, unless tables beside the images have labels."""
+"""A folder tree: each folder of the first level is a class, and everything below it belongs to it."""
 
 from __future__ import annotations
 
+import abc
 import copy
 import errno
 import functools
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import SourceError
+import numpy as np
+
+from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .base import IMAGE_EXTENSIONS, Group, Item, Source, numbered
 from .beside import list_tables
@@ -20,72 +24,77 @@ from .rows import Listing
 log = logging.getLogger(__name__)
 
 
-class FolderSource(Source):
-    """The images below a folder. Order: the images of a folder, then its subfolders, each sorted by their names' bytes.
+@dataclass(frozen=True)
+class Scan:
+    """What a folder has, sorted: images, with the size of each where the listing tells it, and folders."""
 
-    Hidden names are skipped, symbolic links followed. `labels` says where labels are:
+    names: list[bytes]
+    folders: list[bytes]
+    sizes: list[int] = field(default_factory=list)
+
+
+class TreeSource(Source):
+    """The images below a folder, wherever that is.
+
+    Order: the images of a folder, then its subfolders, each sorted by their names' bytes. Hidden names are skipped,
+    symbolic links followed. Places: the size of each image where the listing tells it. `labels` says where labels are:
 
     - `class-dir`, or None: a folder of the first level is a class, images deeper in it belong to that class, and
       classes are numbered in sorted order (or as `classes` says). A folder of images without such folders has none.
     - `none`: nowhere; images and folders of images may stand beside each other.
-    - `FILE.csv`, `FILE.csv:A,B` (or another table): in a table with paths relative to the folder; its columns as
-      `rows.label_columns` finds them. The items are those of the table, in its order.
-    - `csv:NAME`: in a table NAME in each folder of images, with a column of file names, the first unless its name says
-      which; all others are labels. The order in a folder is that of its table.
-
-    Args:
-        location: SRC.
-        classes: the names of classes by number; found if None.
-        labels: see above.
-        key: the column of a table that `Group.keys` has.
 
     Raises:
         SourceError: not a folder, unreadable, without images; images beside folders of images where folders are
-            classes; tables that are missing, damaged, or without a row for an image.
+            classes.
         UsageError: `labels` is none of these.
     """
 
     kind = "folder"
-    file_per_item = True
 
-    def __init__(
-        self,
-        location: str | os.PathLike[str],
-        classes: Sequence[str] | None = None,
-        labels: str | None = None,
-        key: str | None = None,
-    ) -> None:
-        self.location = os.path.abspath(location)
-        self._root = os.fsencode(self.location)
-        names, folders = _scan(self._root, b"")
-        self._root_identity = _identity(self._root)
+    def __init__(self, location: str, classes: Sequence[str] | None = None, labels: str | None = None) -> None:
+        self.location = location
         self._labels = labels or "class-dir"
-        self._key = key
         self._classes = classes
-        self._listing: Listing | None = None
-        if not names and not folders:
+        top = self._scan(b"")
+        self._root_identity = self._identity(b"")
+        if not top.names and not top.folders:
             raise SourceError(
                 f"{self.location!r} holds no images and no folders; SRC is a folder of class folders or of images "
                 f"({_extensions()})"
             )
         if self._labels not in ("class-dir", "none"):
-            self._listing = self._list()
-            if found := self._listing.labels:
-                self.class_names, self.columns = found.class_names, found.columns
+            self._take_tables()
             return
-        self._flat = bool(names) or self._labels == "none"
+        self._flat = bool(top.names) or self._labels == "none"
         if self._flat:
             if self._labels == "class-dir":
-                self._refuse_mixture(names, folders)
+                self._refuse_mixture(top)
             if classes is not None:
                 raise SourceError(f"{self.location!r} has no class folders; leave --classes-from out")
             return
-        texts = [_text(folder) for folder in folders]
-        self.class_names = tuple(texts if classes is None else classes)
-        self._numbers = numbered(list(self.class_names), texts, self.location)
+        found = [as_text(folder) for folder in top.folders]
+        self.class_names = tuple(found if classes is None else classes)
+        self._numbers = numbered(list(self.class_names), found, self.location)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listing": None}
+    @abc.abstractmethod
+    def _scan(self, folder: bytes) -> Scan:
+        """What a folder has. Raises SourceError if it cannot be listed."""
+
+    @abc.abstractmethod
+    def _identity(self, folder: bytes) -> Hashable:
+        """The same for the same folder, whichever way leads to it. Raises SourceError if it is not there."""
+
+    def _take_tables(self) -> None:
+        """Finds labels in tables."""
+        raise UsageError(f"--labels {self._labels} of {self.location!r}; allowed here: class-dir, none")
+
+    def _tabled(self) -> Iterator[Group]:
+        """What the tables name."""
+        raise NotImplementedError
+
+    def _has(self, folder: bytes, name: str) -> bool:
+        """Whether a folder has a file of that name."""
+        raise NotImplementedError
 
     def groups(self) -> Iterator[Group]:
         """The images, one folder at a time; each folder is read once, and no file is looked at.
@@ -98,22 +107,87 @@ class FolderSource(Source):
         elif self._labels != "class-dir":
             yield from self._tabled()
         elif self._flat:
-            yield Group(b"", _scan(self._root, b"")[0])
+            yield _group(b"", self._scan(b""), -1)
         else:
-            for folder in _scan(self._root, b"")[1]:
-                label = self._numbers.get(_text(folder))
+            for folder in self._scan(b"").folders:
+                label = self._numbers.get(as_text(folder))
                 if label is None:
                     raise SourceError(
-                        f"{_text(folder)!r} has come into {self.location!r} meanwhile; run the command again"
+                        f"{as_text(folder)!r} has come into {self.location!r} meanwhile; run the command again"
                     )
                 yield from self._walk(folder + b"/", label)
+
+    def _walk(self, top: bytes, label: int, table: str | None = None) -> Iterator[Group]:
+        """A class's folders that have images or a file `table`, each once: links may lead in several ways to one."""
+        seen = {self._root_identity} if top else set()
+        waiting = [top]
+        while waiting:
+            folder = waiting.pop()
+            identity = self._identity(folder)
+            if identity in seen:
+                log.warning("%r leads to a folder that was listed already; its images are taken once", as_text(folder))
+                continue
+            seen.add(identity)
+            found = self._scan(folder)
+            if found.names or (table is not None and self._has(folder, table)):
+                yield _group(folder, found, label)
+            waiting += [folder + name + b"/" for name in reversed(found.folders)]
+
+    def _refuse_mixture(self, top: Scan) -> None:
+        for folder in top.folders:
+            if next(self._walk(folder + b"/", -1), None):
+                raise SourceError(
+                    f"{self.location!r} holds both images ({as_text(top.names[0])!r}, ...) and folders of images "
+                    f"({as_text(folder)!r}, ...); move the images into a folder of their class, or out, or "
+                    "say --labels none"
+                )
+
+
+class FolderSource(TreeSource):
+    """The images below a folder on a disk; see `TreeSource`. Labels may also be
+
+    - `FILE.csv`, `FILE.csv:A,B` (or another table): in a table with paths relative to the folder; its columns as
+      `rows.label_columns` finds them. The items are those of the table, in its order.
+    - `csv:NAME`: in a table NAME in each folder of images, with a column of file names, the first unless its name says
+      which; all others are labels. The order in a folder is that of its table.
+
+    Args:
+        location: SRC.
+        classes: the names of classes by number; found if None.
+        labels: see above.
+        key: the column of a table that `Group.keys` has.
+
+    Raises:
+        SourceError: as `TreeSource`; tables that are missing, damaged, or without a row for an image.
+    """
+
+    file_per_item = True
+
+    def __init__(
+        self,
+        location: str | os.PathLike[str],
+        classes: Sequence[str] | None = None,
+        labels: str | None = None,
+        key: str | None = None,
+    ) -> None:
+        self._root = os.path.abspath(os.fsencode(location))
+        self._key = key
+        self._listing: Listing | None = None
+        super().__init__(os.path.abspath(location), classes, labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listing": None}
 
     def anew(self) -> FolderSource:
         """The same folder as another machine sees it, where a shared filesystem has another device number."""
         other = copy.copy(self)
-        other._root = os.fsencode(self.location)
-        other._root_identity = _identity(other._root)
+        other._root_identity = other._identity(b"")
         return other
+
+    def _take_tables(self) -> None:
+        self._listing = self._list()
+        if found := self._listing.labels:
+            self.class_names, self.columns = found.class_names, found.columns
 
     def _tabled(self) -> Iterator[Group]:
         listing, self._listing = self._list() if self._listing is None else self._listing, None
@@ -124,7 +198,7 @@ class FolderSource(Source):
         count, example = listing.lacking(paths)
         if count:
             raise SourceError(
-                f"{self.location!r}: {count} images have no row in {self._labels!r}, {_text(example)!r} for one; add "
+                f"{self.location!r}: {count} images have no row in {self._labels!r}, {as_text(example)!r} for one; add "
                 "rows, or move the images away"
             )
         yield from listing.groups()
@@ -133,30 +207,14 @@ class FolderSource(Source):
         folders = functools.partial(self._walk, b"", -1)
         return list_tables(self._labels, self.location, folders, key=self._key, classes=self._classes)
 
-    def _walk(self, top: bytes, label: int, table: str | None = None) -> Iterator[Group]:
-        """A class's folders that have images or a file `table`, each once: links may lead in several ways to one."""
-        seen = {self._root_identity} if top else set()
-        waiting = [top]
-        while waiting:
-            folder = waiting.pop()
-            identity = _identity(os.path.join(self._root, folder))
-            if identity in seen:
-                log.warning("%r leads to a folder that was listed already; its images are taken once", _text(folder))
-                continue
-            seen.add(identity)
-            names, folders = _scan(self._root, folder)
-            if names or (table is not None and os.path.lexists(os.path.join(self._root, folder, os.fsencode(table)))):
-                yield Group(folder, names, label)
-            waiting += [folder + name + b"/" for name in reversed(folders)]
+    def _has(self, folder: bytes, name: str) -> bool:
+        return os.path.lexists(os.path.join(self._root, folder, os.fsencode(name)))
 
-    def _refuse_mixture(self, names: list[bytes], folders: list[bytes]) -> None:
-        for folder in folders:
-            if next(self._walk(folder + b"/", -1), None):
-                raise SourceError(
-                    f"{self.location!r} holds both images ({_text(names[0])!r}, ...) and folders of images "
-                    f"({_text(folder)!r}, ...); move the images into a folder of their class, or out, or "
-                    "say --labels none"
-                )
+    def _scan(self, folder: bytes) -> Scan:
+        return _scan(self._root, folder)
+
+    def _identity(self, folder: bytes) -> tuple[int, int]:
+        return _identity(os.path.join(self._root, folder))
 
     def read(self, item: Item) -> bytes:
         """The bytes of the file, read in full.
@@ -175,7 +233,7 @@ class FolderSource(Source):
         """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
         try:
             # An unmounted disk leaves the folder that it was mounted on.
-            here = _identity(self._root) == self._root_identity
+            here = self._identity(b"") == self._root_identity
         except SourceError:
             here = False
         if not here:
@@ -205,8 +263,17 @@ def read_file(path: bytes) -> bytes:
         os.close(descriptor)
 
 
-def _scan(root: bytes, folder: bytes) -> tuple[list[bytes], list[bytes]]:
-    """The names of the images and of the folders in root/folder, sorted."""
+def _group(folder: bytes, found: Scan, label: int) -> Group:
+    places = np.array(found.sizes, np.int64).reshape(-1, 1) if found.sizes else None
+    return Group(folder, found.names, label, places=places)
+
+
+def is_image(name: bytes) -> bool:
+    """Whether a file of this name is an item."""
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def _scan(root: bytes, folder: bytes) -> Scan:
     names: list[bytes] = []
     folders: list[bytes] = []
     path = os.path.join(root, folder) if folder else root
@@ -218,12 +285,12 @@ def _scan(root: bytes, folder: bytes) -> tuple[list[bytes], list[bytes]]:
                     continue
                 if _is_folder(entry):
                     folders.append(name)
-                elif os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and _may_be_image(entry):
+                elif is_image(name) and _may_be_image(entry):
                     names.append(name)
     except OSError as exc:
         advice = "give SRC as a folder" if not folder else "make it readable or move it away"
-        raise SourceError(f"{_text(path)!r}: {exc.strerror}; {advice}") from exc
-    return sorted(names), sorted(folders)
+        raise SourceError(f"{as_text(path)!r}: {exc.strerror}; {advice}") from exc
+    return Scan(sorted(names), sorted(folders))
 
 
 def _may_be_image(entry: os.DirEntry[bytes]) -> bool:
@@ -231,7 +298,7 @@ def _may_be_image(entry: os.DirEntry[bytes]) -> bool:
     there = os.path.exists(entry.path) if entry.is_symlink() else True  # a stat for links alone
     fits = not there or entry.is_file()
     if not fits:
-        log.warning("%r is no file and is left out", _text(entry.path))
+        log.warning("%r is no file and is left out", as_text(entry.path))
     return fits
 
 
@@ -248,11 +315,11 @@ def _identity(path: bytes) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError as exc:
-        raise SourceError(f"{_text(path)!r}: {exc.strerror}; make it readable or move it away") from exc
+        raise SourceError(f"{as_text(path)!r}: {exc.strerror}; make it readable or move it away") from exc
     return status.st_dev, status.st_ino
 
 
-def _text(name: bytes) -> str:
+def as_text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 

@@ -1,0 +1,91 @@
+"""A folder tree on an object store or another store of fsspec: the same rules as for a folder on a disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import BuildConfig
+from ..errors import SourceError
+from .base import Item
+from .files import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
+from .folder import Scan, TreeSource, as_text, is_image
+
+log = logging.getLogger(__name__)
+
+
+class RemoteSource(TreeSource):
+    """The images below `s3://bucket/folder` and the like; see `TreeSource`.
+
+    A folder is a run of names that begin alike; it is listed by itself, page by page. Objects that are empty and named
+    like a folder, as consoles leave them, are no items. Names that no folder could have (`a//b.jpg`) are left out.
+
+    Raises:
+        SourceError: no such folder, no right to list it, no credentials, no answer, or as `TreeSource`.
+    """
+
+    reads_at_once = READS_AT_ONCE
+
+    def __init__(self, location: str, config: BuildConfig | None = None, classes: Sequence[str] | None = None) -> None:
+        if is_web(location):
+            raise SourceError(
+                f"{location!r}: a web server gives no list of a folder; give a table of its images with --root "
+                f"{location}, or a .tar or .zip that it has"
+            )
+        self._fs: Any = None
+        super().__init__(location.rstrip("/"), classes, config.labels if config else None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fs": None}
+
+    @property
+    def _store(self) -> Any:
+        if self._fs is None:
+            self._fs = store_of(self.location)
+        return self._fs
+
+    def _scan(self, folder: bytes) -> Scan:
+        url = self._url(as_text(folder)).rstrip("/")
+        with as_source_errors(url):
+            start = self._store._strip_protocol(url).rstrip("/") + "/"
+            entries = patiently(lambda: self._store.ls(url, detail=True))
+        names: list[tuple[bytes, int]] = []
+        folders: set[bytes] = set()
+        for entry in entries:
+            path = entry["name"].rstrip("/")
+            if path + "/" == start:
+                if entry["type"] == "file" and len(entries) == 1:
+                    raise SourceError(f"{url!r} is a file; give SRC as a folder of class folders or of images")
+                continue
+            name = path.removeprefix(start).encode("utf-8", "surrogateescape")
+            if not name or b"/" in name:
+                log.warning("%r has a name that no folder could have and is left out", entry["name"])
+            elif name.startswith(b"."):
+                continue
+            elif entry["type"] == "directory":
+                folders.add(name)
+            elif is_image(name):
+                names.append((name, int(entry["size"])))
+        names.sort()
+        return Scan([name for name, _ in names], sorted(folders), [size for _, size in names])
+
+    def _identity(self, folder: bytes) -> bytes:
+        return folder
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of an object, whole.
+
+        Raises:
+            OSError: ENOENT, EACCES, or EIO for all that may go away.
+            BadItem: larger than any image should be.
+        """
+        return fetch(self._store, self._url(item.path), item.place[0] if item.place else None)
+
+    def check(self) -> None:
+        """Raises SourceError if the bucket or the folder is gone, or may not be read any more."""
+        with as_source_errors(self.location):
+            patiently(lambda: self._store.info(self.location))
+
+    def _url(self, path: str) -> str:
+        return f"{self.location}/{path}"
