@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ _BY_EXTENSION = {
     ".tar": "tar", ".zip": "zip", ".csv": "table", ".tsv": "table", ".jsonl": "table", ".ndjson": "table",
     ".parquet": "parquet", ".npy": "numpy", ".npz": "numpy",
 }  # fmt: skip
+_COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)  # which a tar's source refuses
 # A module and a class each: `(src, config, classes)` makes one. Loaded when it is asked for.
 _SOURCES = {
     "remote": ("remote", "RemoteSource"),
@@ -66,7 +68,7 @@ def open_source(
 def _detected(location: str, image_column: str | None) -> str:
     """The form that a collection has, by its name; a folder's by what is in it, a tar's by its first members."""
     extension = os.path.splitext(location.rstrip("/").partition("?")[0])[1].lower()
-    kind = _BY_EXTENSION.get(extension, "folder")
+    kind = "tar" if _COMPRESSED_TAR.search(location) else _BY_EXTENSION.get(extension, "folder")
     if kind == "tar":
         from .tar import kind_of
 

@@ -1,0 +1,262 @@
+"""Images in archives, read where they lie: which members are items, and the class of each. Nothing is extracted."""
+
+from __future__ import annotations
+
+import abc
+import errno
+import itertools
+import logging
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ..config import BuildConfig
+from ..errors import SourceError, UsageError
+from ..rejects import MAX_ENCODED_BYTES, BadItem
+from .base import IMAGE_EXTENSIONS, Group, Item, Source, numbered
+from .files import Files
+
+log = logging.getLogger(__name__)
+GROUP_ITEMS = 8192
+_MAX_NAME_BYTES = 4096  # Linux's PATH_MAX
+
+
+class Member(NamedTuple):
+    """What an archive has under a name; `place` is as of `Item`, and empty unless it is a file that can be read."""
+
+    name: bytes
+    kind: Literal["file", "folder", "other"]
+    place: tuple[int, ...] = ()
+
+
+@dataclass
+class Survey:
+    """What all archives of a source hold.
+
+    Attributes:
+        folders: of the first level, those without images, too.
+        loose, filed: the first image in no folder, and the first one in a folder.
+        images: how many there are.
+    """
+
+    folders: set[bytes] = field(default_factory=set)
+    loose: bytes | None = None
+    filed: bytes | None = None
+    images: int = 0
+
+
+class ArchiveSource(Source):
+    """The images in one archive, or in several of them, which then stand before their paths: `a.tar/cats/1.jpg`.
+
+    As in a folder tree, the first folder within the archive is the class, and classes are numbered in the order of
+    their names' bytes; images in no folder have no labels; `--labels none` takes all images without labels. Items are
+    in the order of the archives and of their members. Hidden names are skipped; links, devices and sparse files are
+    left out with a warning.
+
+    Raises:
+        SourceError: an archive is missing, damaged, cut, or without images; holds an absolute name, one with `..`, one
+            of more than 4096 bytes, or a name twice; or has images beside folders of images.
+        UsageError: `--labels` is for another form.
+    """
+
+    _extension: str
+
+    def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
+        self._files = Files(location, f"*{self._extension}")
+        self.location = self._files.location
+        self.files = self._files.stamps
+        self.reads_at_once = self._files.reads_at_once
+        if len({*self._files.names}) < len(self._files):
+            raise SourceError(f"{location!r} names a file twice; give a pattern that names each once")
+        self._prefixes = [os.fsencode(name) + b"/" for name in self._files.names] if len(self._files) > 1 else [b""]
+        self._numbers: dict[bytes, int] = {}
+        if config.labels == "none" and classes is not None:
+            raise UsageError("--labels none and --classes-from contradict each other; leave one out")
+        self._number_classes(config, classes)
+
+    def _number_classes(self, config: BuildConfig, classes: Sequence[str] | None) -> None:
+        """Looks through all archives, and sets `class_names` unless there are no labels."""
+        if config.labels not in (None, "class-dir", "none"):
+            raise UsageError(
+                f"--labels {config.labels}: labels of a {self.kind} are class-dir (the first folder) or none; for "
+                "others unpack it, or make a table of its paths"
+            )
+        self._found = survey = self._survey()
+        if config.labels == "none":
+            return
+        if survey.loose is not None and survey.filed is not None:
+            raise SourceError(
+                f"{self.location!r} holds both images in no folder ({_text(survey.loose)!r}, ...) and images in "
+                f"folders ({_text(survey.filed)!r}, ...); move those into a folder of their class, or say --labels none"
+            )
+        if survey.loose is not None:
+            if classes is not None:
+                raise SourceError(f"{self.location!r} has no class folders; leave --classes-from out")
+            return
+        found = [_text(folder) for folder in sorted(survey.folders)]
+        self.class_names = tuple(found if classes is None else classes)
+        numbers = numbered(list(self.class_names), found, self.location)
+        self._numbers = {name.encode("utf-8", "surrogateescape"): number for name, number in numbers.items()}
+
+    @abc.abstractmethod
+    def _members(self, number: int) -> Iterator[Member]:
+        """All that an archive holds, in its order. Raises SourceError if it is damaged or cut."""
+
+    def _label(self, path: bytes) -> int | None:
+        """The label of an image within an archive, where there are classes; None if it has none."""
+        return self._numbers.get(path.partition(b"/")[0])
+
+    def groups(self) -> Iterator[Group]:
+        """The images, some thousand at a time.
+
+        Raises:
+            SourceError: an archive is damaged, or has changed since the classes were numbered.
+        """
+        for number, prefix in enumerate(self._prefixes):
+            images = self._images(number)
+            while chunk := list(itertools.islice(images, GROUP_ITEMS)):
+                labels = None
+                if self.class_names is not None:
+                    labels = np.array([self._known_label(path) for path, _ in chunk], np.int64)
+                places = np.array([place for _, place in chunk], np.int64)
+                yield Group(prefix, [path for path, _ in chunk], labels=labels, places=places)
+
+    def check(self) -> None:
+        """Raises SourceError if an archive is gone."""
+        self._files.check()
+
+    def _known_label(self, path: bytes) -> int:
+        label = self._label(path)
+        if label is None:
+            raise SourceError(f"{_text(path)!r} of {self.location!r} has no label; give one that knows it")
+        return label
+
+    def _images(self, number: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+        for member in self._members(number):
+            if member.kind == "file":
+                path = path_of(member.name, self._files.path(number))
+                if is_image(path):
+                    yield path, member.place
+
+    def _survey(self) -> Survey:
+        survey = Survey()
+        for number in range(len(self._files)):
+            self._survey_archive(number, survey)
+        if not survey.images:
+            extensions = " ".join(sorted(extension.decode() for extension in IMAGE_EXTENSIONS))
+            raise SourceError(f"{self.location!r} holds no images ({extensions}); give an archive of images")
+        return survey
+
+    def _survey_archive(self, number: int, survey: Survey) -> None:
+        others, other, names = 0, b"", Names(self._files.path(number))
+        for member in self._members(number):
+            if member.kind == "other":
+                others, other = others + 1, other or member.name
+                continue
+            path = path_of(member.name, self._files.path(number))
+            folder, slash, _ = path.partition(b"/")
+            if (slash or member.kind == "folder") and folder and not folder.startswith(b"."):
+                survey.folders.add(folder)
+            if member.kind == "file" and is_image(path):
+                names.add(path)
+                survey.images += 1
+                if slash:
+                    survey.filed = survey.filed or path
+                else:
+                    survey.loose = survey.loose or path
+        if others:
+            warn_of_others(self._files.path(number), others, other)
+        names.require_unique(path for path, _ in self._images(number))
+
+
+class Names:
+    """The names in one archive, of which each must stand there once; 8 bytes a name are kept."""
+
+    def __init__(self, archive: str) -> None:
+        self._archive = archive
+        self._hashes = array("q")
+
+    def add(self, path: bytes) -> None:
+        """One more name."""
+        self._hashes.append(hash(path))
+
+    def require_unique(self, paths: Iterator[bytes]) -> None:
+        """Raises SourceError if a name was added twice; `paths` are all of them again, asked for if it looks so."""
+        hashes = np.sort(np.frombuffer(self._hashes, np.int64))
+        repeated = {*hashes[1:][hashes[1:] == hashes[:-1]].tolist()}
+        seen: set[bytes] = set()
+        for path in paths if repeated else ():
+            if hash(path) in repeated:
+                if path in seen:
+                    raise SourceError(
+                        f"{self._archive!r} holds {_text(path)!r} twice; make it again with one of them, from what "
+                        "it unpacks to"
+                    )
+                seen.add(path)
+
+
+def path_of(name: bytes, archive: str) -> bytes:
+    """The path that a member's name means, relative to the archive.
+
+    Raises:
+        SourceError: it leads out of the archive, or is none that a file could have.
+    """
+    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+    if name.startswith(b"/") or b".." in parts:
+        what = "leads out of the archive; names are relative and without `..`"
+    elif len(name) > _MAX_NAME_BYTES:
+        what = f"has a name of {len(name)} bytes; at most {_MAX_NAME_BYTES} are allowed"
+    elif b"\0" in name:
+        what = "has a zero byte in its name"
+    else:
+        return b"/".join(parts)
+    raise SourceError(f"{archive!r}: member {_text(name[:200])!r} {what}; make the archive again without it")
+
+
+def is_image(path: bytes) -> bool:
+    """Whether a path is an item: by its extension, and unless a part of it is hidden."""
+    if path.startswith(b".") or b"/." in path:
+        return False
+    return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
+
+
+def warn_of_others(archive: str, count: int, first: bytes) -> None:
+    """Says that members which are no files were left out."""
+    log.warning(
+        "%r: %d links, devices or sparse files (%r, ...) are left out; unpack it and give the folder to have them",
+        archive,
+        count,
+        _text(first[:200]),
+    )
+
+
+def read_piece(files: Files, number: int, start: int, size: int) -> bytes:
+    """So many bytes of an archive.
+
+    Raises:
+        BadItem: there is no such place, or they are more than any image should have.
+        OSError: as `Files.read`; EIO where the archive has become shorter.
+    """
+    if not 0 <= number < len(files) or start < 0 or size < 0:
+        raise BadItem("read", "missing", "its place in the archives does not exist")
+    if size > MAX_ENCODED_BYTES:
+        raise BadItem("read", "too-large", f"{size} bytes; at most {MAX_ENCODED_BYTES}")
+    data = files.read(number, start, size) if size else b""
+    if len(data) < size:
+        raise OSError(errno.EIO, f"{files.names[number]} ends within it: it has become shorter")
+    return data
+
+
+def place_of(item: Item, numbers: int) -> tuple[int, ...]:
+    """The place of an item. Raises BadItem if it has not as many numbers as that."""
+    if len(item.place) != numbers:
+        raise BadItem("read", "missing", "its place in the archives is not known")
+    return item.place
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

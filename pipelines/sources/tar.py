@@ -1,0 +1,221 @@
+"""Tars, read in place by offset: ustar, pax and GNU's, as POSIX.1-2008 (pax, "ustar Interchange Format") and the manual
+of GNU tar ("Basic Tar Format") describe them.
+
+The standard library's tarfile takes a damaged header for the end of the archive, reads headers of any size, and keeps
+every member. This walk does none of it: where an archive is not whole, it says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from ..errors import SourceError
+from .archives import ArchiveSource, Member, place_of, read_piece
+from .base import IMAGE_EXTENSIONS, Item
+from .files import Files
+
+log = logging.getLogger(__name__)
+_BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+_MAX_HEADER_BYTES = 1 << 20  # of a pax header or a long name; real ones have some hundred
+_MAX_PADDING = 1 << 20  # behind the end mark; tar writes up to 10 kB unless told otherwise
+_FILES = (b"0", b"\0", b"7")
+# Those of the next member, and of all (g): no archiver gives names or sizes to all. K is the target of a link.
+_EXTENDED = (b"x", b"X", b"L", b"K", b"g")
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+_COMPRESSED = {
+    b"\x1f\x8b": "gunzip -k", b"BZh": "bunzip2 -k", b"\xfd7zXZ\0": "unxz -k", b"\x28\xb5\x2f\xfd": "unzstd",
+    b"\x04\x22\x4d\x18": "unlz4", b"\x1f\x9d": "uncompress -k",
+}  # fmt: skip
+_LOOKED_AT = 100  # members that tell the kind of a tar
+_SIDECARS = (b"cls", b"json", b"txt")
+
+
+class TarSource(ArchiveSource):
+    """The images in tars, which are not unpacked. An item's place: number of the tar, offset of its data, size."""
+
+    kind = "tar"
+    _extension = ".tar"
+
+    def _members(self, number: int) -> Iterator[Member]:
+        with self._files.opened(number) as file:
+            for name, kind, (offset, size) in members(file, 0, self._files.size(number), self._files.path(number)):
+                yield Member(name, kind, (number, offset, size))
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of a member. Raises as `read_piece`."""
+        number, offset, size = place_of(item, 3)
+        return read_piece(self._files, number, offset, size)
+
+
+def kind_of(location: str) -> str:
+    """Which form a tar has, by its first members: imagenet, webdataset or tar. Raises SourceError as a listing."""
+    files = Files(location, "*.tar")
+    with files.opened(0) as file:
+        walk = members(file, 0, files.size(0), files.path(0))
+        names = [name.removeprefix(b"./") for name, kind, _ in itertools.islice(walk, _LOOKED_AT) if kind == "file"]
+    if names and re.fullmatch(rb"n\d{8}\.tar|ILSVRC2012_val_\d{8}\.JPEG", names[0]):
+        return "imagenet"
+    for first, second in itertools.pairwise(names):
+        (key, one), (other_key, other) = split_key(first), split_key(second)
+        if (
+            key
+            and key == other_key
+            and any(
+                b"." + image in IMAGE_EXTENSIONS and text in _SIDECARS for image, text in ((one, other), (other, one))
+            )
+        ):
+            return "webdataset"
+    return "tar"
+
+
+def split_key(name: bytes) -> tuple[bytes, bytes]:
+    """The key of a WebDataset sample and the extension, in lower case: up to and behind the last part's first dot."""
+    folder, slash, base = name.rpartition(b"/")
+    stem, _, extension = base.partition(b".")
+    return (folder + slash + stem if stem else b""), extension.lower()
+
+
+def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Member]:
+    """What a tar holds; only headers are read.
+
+    Args:
+        file: holds it.
+        start: where it begins in that file.
+        end: where it ends at the latest.
+        archive: its name, for messages.
+
+    Yields:
+        Each member; its place is the offset of its data in the file and its size in bytes.
+
+    Raises:
+        SourceError: it is damaged, cut, compressed, or no tar.
+    """
+    position, last = start, "its beginning"
+    long_name: bytes | None = None
+    pax: dict[bytes, bytes] = {}
+    while True:
+        block = _read(file, position, min(_BLOCK, end - position), archive)
+        if len(block) < _BLOCK:
+            raise _cut(archive, f"after {last}, at byte {end}, without the end mark of a tar")
+        if block == _ZEROS:
+            if end - position > _MAX_PADDING:
+                log.warning(
+                    "%r ends at byte %d of %d, as tar reads it; what follows is left out", archive, position, end
+                )
+            return
+        kind = block[156:157]
+        extended = kind in _EXTENDED
+        try:
+            if _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+                raise ValueError
+            size = int(pax[b"size"]) if b"size" in pax and not extended else _number(block[124:136])
+            if size < 0:
+                raise ValueError
+        except ValueError:
+            raise _damaged(file, start, archive, position, last) from None
+        name = b"" if extended else _name(block, pax, long_name)
+        if kind in _WITHOUT_DATA:
+            size = 0
+        data = position + _BLOCK
+        more = kind == b"S" and block[482]
+        while more:  # of the map of a sparse file, GNU's "Storing Sparse Files"
+            block = _read(file, data, min(_BLOCK, end - data), archive)
+            data += _BLOCK
+            more = block[504] if len(block) == _BLOCK else 0
+        if data + size > end:
+            shown = repr(name[:200].decode("utf-8", "surrogateescape")) if name else "a header"
+            raise _cut(archive, f"at byte {end}, within {shown}, which has {size} bytes from byte {data} on")
+        position = data + -(-size // _BLOCK) * _BLOCK
+        if extended:
+            if size > _MAX_HEADER_BYTES:
+                raise SourceError(
+                    f"{archive!r}: a header of {size} bytes at byte {data}; at most {_MAX_HEADER_BYTES} are allowed; "
+                    "make the archive again"
+                )
+            content = _read(file, data, size, archive)
+            if kind == b"L":
+                long_name = content.rstrip(b"\0")
+            elif kind in (b"x", b"X"):
+                try:
+                    pax = _records(content)
+                except ValueError:
+                    raise _damaged(file, start, archive, data, last) from None
+            continue
+        sparse = any(key.startswith(b"GNU.sparse.") for key in pax)
+        long_name, pax = None, {}
+        last = repr(name[:200].decode("utf-8", "surrogateescape"))
+        if kind == b"5" or (kind == b"\0" and name.endswith(b"/")):
+            yield Member(name, "folder", (data, 0))
+        elif kind in _FILES and not sparse:
+            yield Member(name, "file", (data, size))
+        else:
+            yield Member(name, "other", (data, size))
+
+
+def _read(file: BinaryIO, offset: int, size: int, archive: str) -> bytes:
+    try:
+        file.seek(offset)
+        return file.read(max(size, 0))
+    except OSError as exc:
+        raise SourceError(f"{archive!r}: {exc.strerror or exc} at byte {offset}; run the command again") from exc
+
+
+def _name(block: bytes, pax: dict[bytes, bytes], long_name: bytes | None) -> bytes:
+    if b"path" in pax:
+        return pax[b"path"]
+    if long_name is not None:
+        return long_name
+    name = block[:100].partition(b"\0")[0]
+    prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+def _number(field: bytes) -> int:
+    """A number of a header: octal digits, or GNU's base-256, whose first bit is set. Raises ValueError."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big", signed=True) if field[0] & 0x40 else int.from_bytes(field[1:], "big")
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+
+
+def _records(content: bytes) -> dict[bytes, bytes]:
+    """The records of a pax header, each `LENGTH KEY=VALUE` and a newline. Raises ValueError."""
+    records = {}
+    position = 0
+    while position < len(content):
+        space = content.index(b" ", position, position + 20)
+        end = position + int(content[position:space])
+        if not space < end <= len(content):
+            raise ValueError
+        key, _, value = content[space + 1 : end - 1].partition(b"=")
+        records[key] = value
+        position = end
+    return records
+
+
+def _damaged(file: BinaryIO, start: int, archive: str, position: int, last: str) -> SourceError:
+    if position == start:
+        first = _read(file, start, 8, archive)
+        for magic, command in _COMPRESSED.items():
+            if first.startswith(magic):
+                return SourceError(
+                    f"{archive!r} is compressed, so that nothing in it can be read alone; run: {command} "
+                    f"{os.path.basename(archive)!r} and give the .tar"
+                )
+        return SourceError(f"{archive!r} is no tar; give a .tar, or --source KIND if it is something else")
+    return SourceError(
+        f"{archive!r} is damaged at byte {position}, after {last}: there is no header of a tar; download or "
+        "make it again"
+    )
+
+
+def _cut(archive: str, where: str) -> SourceError:
+    return SourceError(
+        f"{archive!r} is cut: it ends {where}; download or make it again (if it is whole but for its end mark: "
+        "head -c 1024 /dev/zero >> it)"
+    )

@@ -1,0 +1,201 @@
+"""WebDataset: tars of samples, whose files stand side by side and share a name up to its first dot.
+
+https://github.com/webdataset/webdataset, "The WebDataset Format".
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..config import BuildConfig
+from ..errors import SourceError, UsageError
+from .archives import GROUP_ITEMS, Names, log, path_of, place_of, read_piece, warn_of_others
+from .base import IMAGE_EXTENSIONS, Group, Item, Source
+from .files import Files
+from .labels import Kind, asked_columns, read_labels
+from .tar import members, split_key
+
+_MAX_LABEL_BYTES = 1 << 20
+
+
+class WebDatasetSource(Source):
+    """The images of samples in tars, which are not unpacked.
+
+    The image of a sample is its file with an image's extension (`a.jpg`; `a.mask.png` is none). `--labels` names its
+    labels: cls (default) and txt are files, json:FIELD stands in a file, FIELD being a key, or several joined by dots.
+    With several tars, the tar's name stands before an item's path. An item's place: number of the tar, offset, size.
+
+    Raises:
+        SourceError: a tar is missing, damaged or cut; a sample has two images, or no such label; a name is there twice.
+        UsageError: `--labels` is for another form.
+    """
+
+    kind = "webdataset"
+
+    def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
+        self._files = Files(location, "*.tar")
+        self.location = self._files.location
+        self.files = self._files.stamps
+        self.reads_at_once = self._files.reads_at_once
+        if len({*self._files.names}) < len(self._files):
+            raise SourceError(f"{location!r} names a file twice; give a pattern that names each once")
+        self._labels: Any = None
+        asked = (
+            [] if config.labels == "none" else [_label_column(*each) for each in asked_columns(config.labels or "cls")]
+        )
+        if not asked and classes is not None:
+            raise UsageError("--labels none and --classes-from contradict each other; leave one out")
+        values: list[list[Any]] = [[] for _ in asked]
+        same: dict[Any, Any] = {}  # one object for equal texts: there may be millions
+        for number in range(len(self._files)):
+            for row in self._survey(number, [name for name, _ in asked]):
+                for column, value in zip(values, row, strict=True):
+                    column.append(same.setdefault(value, value) if isinstance(value, str) else value)
+        if asked:
+            columns = [(name.removeprefix("json:"), kind) for name, kind in asked]
+            found = read_labels(columns, values, location=self.location, where=self._sample, classes=classes)
+            self.class_names, self.columns, self._labels = found.class_names, found.columns, found.values
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_labels": None}  # they are for listing alone, and large
+
+    def groups(self) -> Iterator[Group]:
+        """The images, some thousand at a time. Raises SourceError if a tar has changed meanwhile."""
+        done = 0
+        for number, name in enumerate(self._files.names):
+            images = self._images(number)
+            prefix = os.fsencode(name) + b"/" if len(self._files) > 1 else b""
+            while chunk := list(itertools.islice(images, GROUP_ITEMS)):
+                labels = None if self._labels is None else self._labels[done : done + len(chunk)]
+                if labels is not None and len(labels) < len(chunk):
+                    raise SourceError(f"{self._files.path(number)!r} has changed meanwhile; run the command again")
+                done += len(chunk)
+                yield Group(
+                    prefix,
+                    [path for path, _ in chunk],
+                    labels=labels,
+                    places=np.array([place for _, place in chunk], np.int64),
+                )
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of a member. Raises as `read_piece`."""
+        number, offset, size = place_of(item, 3)
+        return read_piece(self._files, number, offset, size)
+
+    def check(self) -> None:
+        """Raises SourceError if a tar is gone."""
+        self._files.check()
+
+    def _survey(self, number: int, labels: Sequence[str]) -> Iterator[list[Any]]:
+        """Looks through a tar; the labels of each sample that has an image."""
+        archive = self._files.path(number)
+        names, without, first = Names(archive), 0, b""
+        with self._files.opened(number) as file:
+            for key, sample in _samples(file, self._files.size(number), archive, warn=True):
+                image = _image(key, sample, archive)
+                if image is None:
+                    without, first = without + 1, first or key
+                    continue
+                names.add(image[0])
+                yield [_label(file, key, sample, name, archive) for name in labels]
+        if without:
+            log.warning("%r: %d samples without an image (%r, ...) are left out", archive, without, _text(first))
+        names.require_unique(path for path, _ in self._images(number))
+
+    def _images(self, number: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+        archive = self._files.path(number)
+        with self._files.opened(number) as file:
+            for key, sample in _samples(file, self._files.size(number), archive):
+                image = _image(key, sample, archive)
+                if image is not None:
+                    yield image[0], (number, *image[1])
+
+    def _sample(self, row: int) -> str:
+        images = itertools.chain.from_iterable(self._images(number) for number in range(len(self._files)))
+        return repr(_text(next(itertools.islice(images, row, None))[0]))
+
+
+Sample = dict[bytes, tuple[bytes, tuple[int, ...]]]  # path, offset and size by extension
+
+
+def _samples(file: BinaryIO, size: int, archive: str, *, warn: bool = False) -> Iterator[tuple[bytes, Sample]]:
+    """The samples of a tar, each with its key, which is empty for none."""
+    current, sample = b"", Sample()
+    others, other = 0, b""
+    for name, kind, place in members(file, 0, size, archive):
+        if kind != "file":
+            others, other = (others + 1, other or name) if kind == "other" else (others, other)
+            continue
+        path = path_of(name, archive)
+        key, extension = split_key(path)
+        if not key or not extension:
+            continue
+        if key != current:
+            if sample:
+                yield current, sample
+            current, sample = key, {}
+        if extension in sample:
+            raise SourceError(f"{archive!r}: sample {_text(key)!r} has {_text(extension)!r} twice; make the tar again")
+        sample[extension] = path, place
+    if sample:
+        yield current, sample
+    if others and warn:
+        warn_of_others(archive, others, other)
+
+
+def _image(key: bytes, sample: Sample, archive: str) -> tuple[bytes, tuple[int, ...]] | None:
+    found = [extension for extension in sample if b"." + extension in IMAGE_EXTENSIONS]
+    if len(found) > 1:
+        raise SourceError(
+            f"{archive!r}: sample {_text(key)!r} has {len(found)} images ({', '.join(map(_text, found))}); leave one, "
+            "or say --source tar to take each"
+        )
+    return sample[found[0]] if found else None
+
+
+def _label_column(name: str, kind: Kind | None) -> tuple[str, Kind | None]:
+    if name == "json" and kind is not None:  # --labels json:class is the field of that name
+        name, kind = f"json:{kind}", None
+    if name in ("cls", "txt") or (name.startswith("json:") and all(name.removeprefix("json:").split("."))):
+        return name, kind or ("class" if name == "txt" else None)
+    raise UsageError(
+        f"--labels {name}: labels of a WebDataset are cls, txt, json:FIELD (a.b for one within another) or none"
+    )
+
+
+def _label(file: BinaryIO, key: bytes, sample: Sample, label: str, archive: str) -> Any:
+    extension, _, field = label.partition(":")
+    where = f"{archive!r}: sample {_text(key)!r}"
+    if extension.encode() not in sample:
+        raise SourceError(
+            f"{where} has no .{extension} beside it, only {', '.join(map(_text, sample))}; --labels cls, txt, "
+            "json:FIELD or none says where labels are (the files of a sample must follow each other in the tar)"
+        )
+    path, (offset, size) = sample[extension.encode()]
+    if size > _MAX_LABEL_BYTES:
+        raise SourceError(f"{where}: its .{extension} has {size} bytes; a label has at most {_MAX_LABEL_BYTES}")
+    try:
+        file.seek(offset)
+        text = file.read(size).decode("utf-8")
+        if not field:
+            return text.strip()
+        value = json.loads(text)
+        for part in field.split("."):
+            value = value[part]
+    except (ValueError, RecursionError) as exc:
+        raise SourceError(f"{where}: {_text(path)!r} cannot be read ({exc}); mend it") from exc
+    except (KeyError, TypeError, IndexError) as exc:
+        raise SourceError(f"{where} has no field {field!r} in {_text(path)!r}; fill it in, or give another") from exc
+    if isinstance(value, (dict, list)):
+        raise SourceError(f"{where}: field {field!r} is no single value; name one within it, as in json:a.b")
+    return value
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

@@ -1,0 +1,111 @@
+"""Zips, read in place by offset: see PKWARE's APPNOTE.TXT, sections 4.3.7 and 4.3.12."""
+
+from __future__ import annotations
+
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+from ..errors import SourceError
+from ..rejects import MAX_ENCODED_BYTES, BadItem
+from .archives import ArchiveSource, Member, is_image, place_of, read_piece
+from .base import Item
+
+_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_ENCRYPTED, _UTF8 = 0x1, 0x800
+_UNIX = 3
+_HUGE = 1 << 62  # more than any size that is read, and an int64
+
+
+class ZipSource(ArchiveSource):
+    """The images in zips, which are not unpacked; stored or deflated ones.
+
+    An item's place: number of the zip, offset of its local header, its size there, its size, its CRC-32.
+    """
+
+    kind = "zip"
+    _extension = ".zip"
+
+    def _members(self, number: int) -> Iterator[Member]:
+        archive, end = self._files.path(number), self._files.size(number)
+        with self._files.opened(number) as file:
+            try:
+                # Some 600 bytes a member while it is listed: the standard library's directory is whole or not at all.
+                with zipfile.ZipFile(file) as opened:
+                    infos = opened.infolist()
+            except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError, OSError) as exc:
+                raise SourceError(f"{archive!r} is no zip, damaged or cut ({exc}); download or make it again") from exc
+        _refuse_overlaps(infos, archive, end)
+        for info in infos:
+            name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+            mode = stat.S_IFMT(info.external_attr >> 16) if info.create_system == _UNIX else 0
+            if name.endswith(b"/"):
+                yield Member(name, "folder")
+            elif mode not in (0, stat.S_IFREG):
+                yield Member(name, "other")
+            else:
+                if is_image(name):
+                    _refuse_unknown(info, archive)
+                yield Member(
+                    name, "file", (number, info.header_offset, info.compress_size, min(info.file_size, _HUGE), info.CRC)
+                )
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+            BadItem: it is damaged, encrypted, larger than any image should be, or not what the directory says.
+            OSError: as `read_piece`.
+        """
+        number, offset, stored, size, crc = place_of(item, 5)
+        if size > MAX_ENCODED_BYTES:
+            raise BadItem("read", "too-large", f"{size} bytes; at most {MAX_ENCODED_BYTES}")
+        header = read_piece(self._files, number, offset, _LOCAL.size)
+        magic, _, flags, method, *_, name_length, extra_length = _LOCAL.unpack(header)
+        if magic != b"PK\3\4":
+            raise BadItem("read", "undecodable", "no zip member where the directory has one")
+        if flags & _ENCRYPTED or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise BadItem("read", "unreadable", f"encrypted or compressed by method {method}")
+        data = read_piece(self._files, number, offset + _LOCAL.size + name_length + extra_length, stored)
+        if method == zipfile.ZIP_DEFLATED:
+            data = _inflated(data, size)
+        if len(data) != size:
+            raise BadItem("read", "truncated", f"{len(data)} bytes where the zip's directory has {size}")
+        if zlib.crc32(data) != crc:
+            raise BadItem("read", "undecodable", "its CRC-32 is another: it is damaged")
+        return data
+
+
+def _inflated(data: bytes, size: int) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        content = inflater.decompress(data, size + 1)
+    except zlib.error as exc:
+        raise BadItem("read", "undecodable", f"damaged deflate data ({exc})") from exc
+    if len(content) > size:
+        raise BadItem("read", "undecodable", f"it inflates to more than the {size} bytes that the zip's directory has")
+    return content
+
+
+def _refuse_overlaps(infos: list[zipfile.ZipInfo], archive: str, end: int) -> None:
+    """Members that share bytes are how a small zip claims to hold much (https://www.bamsoftware.com/hacks/zipbomb/)."""
+    inside = sorted(infos, key=lambda info: info.header_offset)
+    for info, following in zip(inside, [*(each.header_offset for each in inside[1:]), end], strict=True):
+        if info.header_offset < 0 or info.header_offset + _LOCAL.size + info.compress_size > following:
+            raise SourceError(
+                f"{archive!r}: member {info.filename[:200]!r} has {info.compress_size} bytes from byte "
+                f"{info.header_offset} on, which reaches into byte {following}, where the next one begins or the zip "
+                "ends; it is damaged or a zip bomb: download or make it again"
+            )
+
+
+def _refuse_unknown(info: zipfile.ZipInfo, archive: str) -> None:
+    if info.flag_bits & _ENCRYPTED:
+        raise SourceError(f"{archive!r}: {info.filename[:200]!r} is encrypted; unzip it and give the folder")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise SourceError(
+            f"{archive!r}: {info.filename[:200]!r} is compressed by method {info.compress_type}; allowed are stored "
+            "(0) and deflated (8): unzip it and give the folder, or zip it again with zip -0"
+        )
