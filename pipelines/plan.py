@@ -30,6 +30,7 @@ _ARRAYS = (
     "names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "labels", "places", "order",
 )  # fmt: skip
 _OPTIONAL = {"labels", "places", "order"}
+_ENDS = ("name_ends", "folder_ends", "group_ends")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def collect(
     folder_ends: list[int] = []
     group_ends: list[int] = []
     group_labels: list[int] = []
-    own: dict[str, list[NDArray[Any]]] = {"labels": [], "places": []}
+    labels: list[NDArray[Any]] = []
+    places: list[NDArray[Any] | int] = []  # of each group, or how many items without them
     count = 0
     for group in groups:
         kept = group.names if limit is None or shuffle is not None else group.names[: limit - count]
@@ -140,9 +142,9 @@ def collect(
         folder_ends.append(len(folders))
         group_ends.append(count)
         group_labels.append(group.label)
-        for name, parts in own.items():
-            if (part := getattr(group, name)) is not None:
-                parts.append(part[: len(kept)])
+        if group.labels is not None:
+            labels.append(group.labels[: len(kept)])
+        places.append(len(kept) if group.places is None else group.places[: len(kept)])
         if shuffle is None and count == limit:
             break
     arrays: dict[str, NDArray[Any]] = {
@@ -152,8 +154,12 @@ def collect(
         "folder_ends": np.array(folder_ends, np.int64),
         "group_ends": np.array(group_ends, np.int64),
         "group_labels": np.array(group_labels, np.int64),
-        **{name: np.concatenate(parts) for name, parts in own.items() if parts},
     }
+    if labels:
+        arrays["labels"] = np.concatenate(labels)
+    if found := [part for part in places if not isinstance(part, int)]:
+        none = np.full((1, found[0].shape[1]), -1)
+        arrays["places"] = np.concatenate([none.repeat(part, 0) if isinstance(part, int) else part for part in places])
     if shuffle is not None:
         arrays["order"] = np.argsort(np.random.PCG64(shuffle).random_raw(count), kind="stable")[:limit]
     return arrays
@@ -175,7 +181,13 @@ def _fit(arrays: Mapping[str, NDArray[Any]]) -> bool:
         and all(text.dtype == np.uint8 and ends[-1] == len(text) for text, ends in texts)
         and arrays["group_ends"][-1] == len(arrays["name_ends"])
         and all(len(array) == len(arrays["name_ends"]) for array in own)
+        and _within(arrays.get("order"), len(arrays["name_ends"]))
+        and all((np.diff(arrays[name]) >= 0).all() and arrays[name][0] >= 0 for name in _ENDS)
     )
+
+
+def _within(order: NDArray[Any] | None, count: int) -> bool:
+    return order is None or (len(order) > 0 and 0 <= int(order.min()) and int(order.max()) < count)
 
 
 def _spans(ends: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[list[int], list[int]]:

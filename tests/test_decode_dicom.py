@@ -16,13 +16,14 @@ from PIL import Image
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.decode import pillow_decoder
-from gpu_npz.decode.dicom import frame_count, is_dicom
+from gpu_npz.decode.dicom import is_dicom
 from gpu_npz.decode.pillow import PillowDecoder, first_size
 from gpu_npz.demo import paint
 from gpu_npz.errors import BackendError
 from gpu_npz.geometry import Geometry
 from gpu_npz.preflight import survey
 from gpu_npz.rejects import BadItem
+from gpu_npz.sources.dicom import frame_count
 from gpu_npz.sources.folder import FolderSource
 
 pydicom = pytest.importorskip("pydicom")
@@ -318,3 +319,28 @@ def test_odd_files_are_decoded_without_a_word(capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr() == ("", "")
     assert is_dicom(buffer.getvalue())
     assert not is_dicom(b"DICM")
+
+
+# Files among other items of a folder
+
+
+def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path) -> None:
+    stored = np.stack([values("uint16", seed) for seed in range(4)])
+    for name, data in {
+        "b/scan.dcm": dicom(stored, NumberOfFrames=4), "b/one.dcm": dicom(stored[2]), "a/1.dcm": dicom(stored[1]),
+        "b/bad.dcm": b"no DICOM",
+    }.items():  # fmt: skip
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_bytes(data)
+    settings: dict[str, Any] = {"device": "cpu", "channels": "gray", "normalize": "none", "dtype": "uint8"}
+    config = BuildConfig(**settings, size=f"{HEIGHT}x{WIDTH}", max_rejects="100%", dicom_window=(0, 65535))
+    report = gpu_npz.build(tmp_path / "src", tmp_path / "out", config)
+    data = gpu_npz.open_dataset(tmp_path / "out")
+    frames = [f"b/scan.dcm/{frame:04}" for frame in range(4)]
+    assert data.paths[:] == ["a/1.dcm", "b/one.dcm", *frames]
+    assert (report.rejects, data.labels.tolist()) == (1, [0, 1, 1, 1, 1, 1])
+    for row, image in zip(data[:], [stored[1], stored[2], *stored], strict=True):
+        np.testing.assert_array_equal(row[0], np.rint(image / 65535 * 255))
+    with pytest.raises(BadItem, match="4 frames, which are items in a folder only"):
+        decoder_of().decode_image(dicom(stored, NumberOfFrames=4), "scan.dcm")
+    assert gpu_npz.audit.comparison.compare(tmp_path / "out", 6).problems == ()

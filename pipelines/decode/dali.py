@@ -293,7 +293,7 @@ class DaliDecoder:
         data = b""
         try:
             data = read_item(self._source, item)
-            return len(data), self._pillow.decode_image(data, item.path)
+            return len(data), self._pillow.decode_image(data, item.path, self._source.frame(item))
         except BadItem as bad:
             return len(data), bad.of(item.path, item.index)
 

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import BuildConfig
-from ..errors import BackendError
 from ..rejects import BadItem
+from ..sources.dicom import require_pydicom
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of them
 _GRAYS = ("MONOCHROME1", "MONOCHROME2")
@@ -36,36 +35,6 @@ _GRAYS = ("MONOCHROME1", "MONOCHROME2")
 def is_dicom(data: bytes) -> bool:
     """Whether a file is DICOM by its prefix (PS3.10, 7.1)."""
     return data[128:132] == b"DICM"
-
-
-def require_pydicom() -> Any:
-    """pydicom. Raises BackendError if it cannot be imported."""
-    try:
-        return importlib.import_module("pydicom")
-    except ImportError as exc:
-        raise BackendError(f"DICOM files need pydicom ({exc}); run: pip install 'gpu-npz[dicom]'") from exc
-
-
-def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
-    """How many images a DICOM file holds, by its header alone.
-
-    Args:
-        file: its content, its path, or the open file.
-
-    Raises:
-        BackendError: pydicom is missing.
-        BadItem: the header cannot be read.
-        OSError: the file cannot be read.
-    """
-    pydicom = require_pydicom()
-    source = io.BytesIO(file) if isinstance(file, bytes) else file
-    try:
-        header = pydicom.dcmread(source, stop_before_pixels=True, specific_tags=["NumberOfFrames"])
-        return max(1, int(header.get("NumberOfFrames") or 1))
-    except OSError:
-        raise
-    except Exception as exc:  # pydicom meets damaged files with many kinds of exception
-        raise BadItem("decode", "undecodable", str(exc) or type(exc).__name__) from exc
 
 
 def size_of(data: bytes) -> tuple[int, int]:

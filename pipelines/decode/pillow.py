@@ -22,8 +22,9 @@ from ..geometry import Geometry, Placement
 from ..plan import Batch
 from ..rejects import BadItem, Reject
 from ..sources.base import Item, Source, read_item
+from ..sources.dicom import frame_count, require_pydicom
 from .base import Decoded, Stage, with_reads
-from .dicom import decode_frame, is_dicom, require_pydicom, size_of
+from .dicom import decode_frame, is_dicom, size_of
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -90,7 +91,7 @@ class PillowDecoder:
                     data = read()
                     reading += time.perf_counter() - start
                     source_bytes[position] = len(data)
-                    pixels[position] = self.decode_image(data, item.path)
+                    pixels[position] = self.decode_image(data, item.path, self._source.frame(item))
                     kept.append(position)
                 except BadItem as bad:
                     rejects.append(bad.of(item.path, item.index))
@@ -105,22 +106,22 @@ class PillowDecoder:
                 with contextlib.suppress(BadItem):
                     data = read()
                     if last == "resize":
-                        self.decode_image(data, item.path)
+                        self.decode_image(data, item.path, self._source.frame(item))
                     elif last == "decode" and is_dicom(data):
-                        self._of_dicom(data, item.path, 0)
+                        self._of_dicom(data, item.path, self._source.frame(item))
                     elif last == "decode":
                         self.check_data(data)
                         with opened(data, item.path) as image:
                             self._upright(image)
             yield batch
 
-    def decode_image(self, data: bytes, path: str, frame: int = 0) -> NDArray[Any]:
+    def decode_image(self, data: bytes, path: str, frame: int | None = None) -> NDArray[Any]:
         """The pixels of one encoded image: uint8, or uint16 in 16 bits, (H, W, C), C = 3 in R,G,B or 1.
 
         Args:
             data: the encoded image.
             path: the item's path, for messages.
-            frame: which image of a DICOM file; see `dicom.py` for what its values become.
+            frame: which image of a DICOM file, None for its only one; see `dicom.py` for what its values become.
 
         Raises:
             BadItem: the data is no image, damaged or too large: a property of the file.
@@ -135,11 +136,13 @@ class PillowDecoder:
         with enough_memory(path):
             return self._place(picture, place)
 
-    def _of_dicom(self, data: bytes, path: str, frame: int) -> NDArray[Any]:
+    def _of_dicom(self, data: bytes, path: str, frame: int | None) -> NDArray[Any]:
+        if frame is None and (count := frame_count(data)) > 1:
+            raise BadItem("decode", "undecodable", f"a DICOM file of {count} frames, which are items in a folder only")
         height, width = dicom_size(data, path)
         self._check_pixels(width, height)
         with _blamed(path):
-            return decode_frame(data, frame, self._config)
+            return decode_frame(data, frame or 0, self._config)
 
     def pixels_of(self, picture: Image.Image | NDArray[Any], path: str) -> NDArray[Any]:
         """As `decode_image`, of an image that is open already, or of pixels; leaves it as it is.

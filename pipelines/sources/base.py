@@ -99,6 +99,10 @@ class Source(abc.ABC):
     def read(self, item: Item) -> bytes:
         """The encoded bytes of an item; raises OSError or BadItem."""
 
+    def frame(self, item: Item) -> int | None:
+        """Which image of a file that may hold several an item is; None where such files are not looked into."""
+        return None
+
     def local_path(self, item: Item) -> bytes:
         """Where an item lies on a local filesystem. Only where `file_per_item`."""
         raise NotImplementedError

@@ -10,18 +10,22 @@ import logging
 import os
 import stat
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
+from ..storage import open_regular
 from .base import IMAGE_EXTENSIONS, Group, Item, Source, numbered
 from .beside import list_tables
+from .dicom import EXTENSIONS as DICOM
+from .dicom import frame_count
 from .rows import Listing
 
 log = logging.getLogger(__name__)
+_WHOLE = -1  # the place of an item that is a whole file, beside others that are frames
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,10 @@ class TreeSource(Source):
 
 
 class FolderSource(TreeSource):
-    """The images below a folder on a disk; see `TreeSource`. Labels may also be
+    """The images below a folder on a disk; see `TreeSource`.
+
+    Each frame of a DICOM file that has several is an item, `scan.dcm/0003`; its place is the frame's number. Such files
+    are opened when they are listed. Labels may also be
 
     - `FILE.csv`, `FILE.csv:A,B` (or another table): in a table with paths relative to the folder; its columns as
       `rows.label_columns` finds them. The items are those of the table, in its order.
@@ -216,6 +223,37 @@ class FolderSource(TreeSource):
     def _identity(self, folder: bytes) -> tuple[int, int]:
         return _identity(os.path.join(self._root, folder))
 
+    def groups(self) -> Iterator[Group]:
+        """As `TreeSource`; but of DICOM files the header is read."""
+        return map(self._framed, super().groups())
+
+    def _framed(self, group: Group) -> Group:
+        if group.places is not None or not any(name.lower().endswith(DICOM) for name in group.names):
+            return group
+        names, frames, rows = [], [], []
+        for row, name in enumerate(group.names):
+            count = self._frames(group.folder + name) if name.lower().endswith(DICOM) else 1
+            names += [name] if count == 1 else [name + b"/%04d" % frame for frame in range(count)]
+            frames += [_WHOLE] if count == 1 else range(count)
+            rows += [row] * count
+        if len(rows) == len(group.names):
+            return group
+        labels = None if group.labels is None else group.labels[rows]
+        keys = None if group.keys is None else [group.keys[row] for row in rows]
+        return replace(group, names=names, labels=labels, keys=keys, places=np.array(frames, np.int64).reshape(-1, 1))
+
+    def _frames(self, path: bytes) -> int:
+        """How many items a file is; one that cannot be read is one, which will be a reject."""
+        try:
+            with open(os.path.join(self._root, path), "rb", opener=open_regular) as file:
+                return frame_count(file)
+        except (OSError, BadItem):
+            return 1
+
+    def frame(self, item: Item) -> int:
+        """The number of the frame in its file."""
+        return max(0, *item.place, 0)
+
     def read(self, item: Item) -> bytes:
         """The bytes of the file, read in full.
 
@@ -227,7 +265,8 @@ class FolderSource(TreeSource):
 
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""
-        return self._root + b"/" + item.path.encode("utf-8", "surrogateescape")
+        path = item.path if not item.place or item.place[0] == _WHOLE else item.path.rpartition("/")[0]
+        return self._root + b"/" + path.encode("utf-8", "surrogateescape")
 
     def check(self) -> None:
         """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
@@ -285,7 +324,7 @@ def _scan(root: bytes, folder: bytes) -> Scan:
                     continue
                 if _is_folder(entry):
                     folders.append(name)
-                elif is_image(name) and _may_be_image(entry):
+                elif (is_image(name) or name.lower().endswith(DICOM)) and _may_be_image(entry):
                     names.append(name)
     except OSError as exc:
         advice = "give SRC as a folder" if not folder else "make it readable or move it away"
