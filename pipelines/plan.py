@@ -182,12 +182,12 @@ def _fit(arrays: Mapping[str, NDArray[Any]]) -> bool:
         and arrays["group_ends"][-1] == len(arrays["name_ends"])
         and all(len(array) == len(arrays["name_ends"]) for array in own)
         and _within(arrays.get("order"), len(arrays["name_ends"]))
-        and all((np.diff(arrays[name]) >= 0).all() and arrays[name][0] >= 0 for name in _ENDS)
+        and all((arrays[name][1:] >= arrays[name][:-1]).all() and arrays[name][0] >= 0 for name in _ENDS)
     )
 
 
 def _within(order: NDArray[Any] | None, count: int) -> bool:
-    return order is None or (len(order) > 0 and 0 <= int(order.min()) and int(order.max()) < count)
+    return order is None or (len(order) > 0 and int(order.min()) >= 0 and int(order.max()) < count)
 
 
 def _spans(ends: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[list[int], list[int]]:

@@ -100,7 +100,8 @@ def _selected(
             )
     side = np.full(count, -1)
     side[taken] = sides
-    return order[side[order] == names.index(config.side)]
+    found: Positions = order[side[order] == names.index(config.side)]
+    return found
 
 
 def _place_in_class(labels: NDArray[Any]) -> Positions:

@@ -15,14 +15,17 @@ from PIL import Image
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
+from gpu_npz.audit.comparison import compare
 from gpu_npz.decode import pillow_decoder
 from gpu_npz.decode.dicom import is_dicom
 from gpu_npz.decode.pillow import PillowDecoder, first_size
 from gpu_npz.demo import paint
 from gpu_npz.errors import BackendError
 from gpu_npz.geometry import Geometry
+from gpu_npz.plan import Plan
 from gpu_npz.preflight import survey
 from gpu_npz.rejects import BadItem
+from gpu_npz.selection import listed
 from gpu_npz.sources.dicom import frame_count
 from gpu_npz.sources.folder import FolderSource
 
@@ -302,9 +305,7 @@ def test_a_build_takes_them_beside_other_images(tmp_path: Path, file_bytes: Call
 
 
 def source_items(source: FolderSource) -> Any:
-    from gpu_npz.plan import Plan, listed
-
-    return Plan(listed(source, shuffle=None, limit=None), 1).items(0, 1)
+    return Plan(listed(source, BuildConfig()), 1).items(0, 1)
 
 
 def test_odd_files_are_decoded_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
@@ -343,4 +344,4 @@ def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path) -> None:
         np.testing.assert_array_equal(row[0], np.rint(image / 65535 * 255))
     with pytest.raises(BadItem, match="4 frames, which are items in a folder only"):
         decoder_of().decode_image(dicom(stored, NumberOfFrames=4), "scan.dcm")
-    assert gpu_npz.audit.comparison.compare(tmp_path / "out", 6).problems == ()
+    assert compare(tmp_path / "out", 6).problems == ()

@@ -230,7 +230,9 @@ class FolderSource(TreeSource):
     def _framed(self, group: Group) -> Group:
         if group.places is not None or not any(name.lower().endswith(DICOM) for name in group.names):
             return group
-        names, frames, rows = [], [], []
+        names: list[bytes] = []
+        frames: list[int] = []
+        rows: list[int] = []
         for row, name in enumerate(group.names):
             count = self._frames(group.folder + name) if name.lower().endswith(DICOM) else 1
             names += [name] if count == 1 else [name + b"/%04d" % frame for frame in range(count)]
