@@ -192,13 +192,15 @@ def test_paths_are_relative_to_the_table_or_to_root_and_full_ones_below_it_are_m
 def test_a_column_says_what_a_split_must_keep_together(tmp_path: Path) -> None:
     columns = {"path": ["1.jpg", "2.jpg", "3.jpg"], "patient": ["p1", "p2", "p1"], "label": [1, 2, 3]}
     path = as_csv(tmp_path / "t.csv", columns)
-    (group,) = opened(path, split_by="patient").groups()
+    (group,) = opened(path, split="v=0.5/v", split_by="patient").groups()
     assert list(group.keys or ()) == [b"p1", b"p2", b"p1"]
-    assert listed(opened(path, split_by="patient"))[0] == ("1.jpg", 1)
-    assert next(opened(path, split_by="label").groups()).keys is None
-    assert "no column 'scanner'; it has 'path', 'patient', 'label'" in refusal(path, split_by="scanner")
+    assert listed(opened(path, split="v=0.5/v", split_by="patient"))[0] == ("1.jpg", 1)
+    assert next(opened(path, split="v=0.5/v", split_by="label").groups()).keys is None
+    assert "no column 'scanner'; it has 'path', 'patient', 'label'" in refusal(
+        path, split="v=0.5/v", split_by="scanner"
+    )
     path = as_csv(tmp_path / "u.csv", {"path": ["1.jpg", "2.jpg"], "patient": ["p1", ""]})
-    assert "row 2 has no patient, by which --split-by" in refusal(path, split_by="patient")
+    assert "row 2 has no patient, by which --split-by" in refusal(path, split="v=0.5/v", split_by="patient")
 
 
 def test_many_rows_come_in_several_groups(tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ class FolderSource(TreeSource):
     def anew(self) -> FolderSource:
         """The same folder as another machine sees it, where a shared filesystem has another device number."""
         other = copy.copy(self)
+        other._root = os.path.abspath(os.fsencode(self.location))
         other._root_identity = other._identity(b"")
         return other
 

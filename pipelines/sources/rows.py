@@ -10,6 +10,7 @@ import json
 import logging
 import operator
 import os
+import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 
 from ..config import BuildConfig
 from ..errors import SourceError
+from ..rejects import BadItem
 from ..storage import is_remote
 from . import arrow
 from .base import Group
-from .files import Files, as_system_errors
+from .files import Files, as_source_errors, as_system_errors, fetch, is_web, patiently, store_of
 from .labels import Asked, Labels, asked_columns, is_missing, read_labels
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,20 @@ _MAX_LINE_BYTES = 4 << 20  # a line is the most that is held of a text
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 _GROUP_ITEMS = 10_000
 _MAX_TEXTS = 100_000
+
+
+def _downloaded(url: str) -> Any:
+    """A temporary file with what a web server has there: not all of them give a part of a file."""
+    with as_source_errors(url):
+        try:
+            content = patiently(lambda: fetch(store_of(url), url))
+        except BadItem as exc:
+            raise SourceError(f"{url!r}: {exc.detail}; download it, and give the file") from exc
+    suffix = os.path.splitext(url.partition("?")[0])[1]
+    file = tempfile.NamedTemporaryFile(prefix="gpu-npz-table-", suffix=suffix)  # noqa: SIM115  # kept by the Table
+    file.write(content)
+    file.flush()
+    return file
 
 
 class Table:
@@ -55,8 +71,9 @@ class Table:
     def __init__(self, location: str) -> None:
         if not is_remote(location) and os.path.isdir(location):
             raise SourceError(f"{location!r} is a folder; give a table, a file with one of {' '.join(EXTENSIONS)}")
-        self._files = Files(location)
-        self.location = self._files.path(0)
+        self._copy = _downloaded(location) if is_web(location) else None
+        self._files = Files(self._copy.name if self._copy else location)
+        self.location = location if self._copy else self._files.path(0)
         self._extension = os.path.splitext(self.location.partition("?")[0])[1].lower()
         if len(self._files) > 1 or self._extension not in EXTENSIONS:
             raise SourceError(f"{location!r} is no table; give one file with one of {' '.join(EXTENSIONS)}")
