@@ -11,6 +11,7 @@ import logging
 import operator
 import os
 import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -72,6 +73,8 @@ class Table:
         if not is_remote(location) and os.path.isdir(location):
             raise SourceError(f"{location!r} is a folder; give a table, a file with one of {' '.join(EXTENSIONS)}")
         self._copy = _downloaded(location) if is_web(location) else None
+        if self._copy:
+            weakref.finalize(self, self._copy.close)
         self._files = Files(self._copy.name if self._copy else location)
         self.location = location if self._copy else self._files.path(0)
         self._extension = os.path.splitext(self.location.partition("?")[0])[1].lower()
