@@ -122,8 +122,6 @@ def test_several_tars_stand_before_the_paths_and_share_their_classes(tmp_path: P
     assert labelled(source) == [("t-0.tar/c0/1.jpg", 0), ("t-1.tar/c1/1.jpg", 1), ("t-2.tar/c0/1.jpg", 0)]
     assert [source.read(item) for item in items(source)] == [b"0", b"1", b"2"]
     assert labelled(open_source(f"{tmp_path}/*.tar")) == labelled(source)
-    with pytest.raises(SourceError, match="names a file twice"):
-        opened(f"{tmp_path}/{{t-0,t-0}}.tar")
 
 
 def test_classes_are_numbered_by_a_list_and_what_it_lacks_is_named(tmp_path: Path) -> None:

@@ -70,8 +70,6 @@ class ArchiveSource(Source):
         self.location = self._files.location
         self.files = self._files.stamps
         self.reads_at_once = self._files.reads_at_once
-        if len({*self._files.names}) < len(self._files):
-            raise SourceError(f"{location!r} names a file twice; give a pattern that names each once")
         self._prefixes = [os.fsencode(name) + b"/" for name in self._files.names] if len(self._files) > 1 else [b""]
         self._numbers: dict[bytes, int] = {}
         if config.labels == "none" and classes is not None:

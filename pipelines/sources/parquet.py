@@ -58,8 +58,6 @@ class ParquetSource(Source):
         self.location = self._files.location
         self.files = self._files.stamps
         self.reads_at_once = min(2, self._files.reads_at_once)  # one reads, and decoding need not wait for it
-        if len({*self._files.names}) < len(self._files):
-            raise SourceError(f"{location!r} names a file twice; name each once")
         self._classes = classes
         first = open_parquet(self._files, 0)
         columns = first.schema_arrow.names

@@ -43,8 +43,6 @@ class WebDatasetSource(Source):
         self.location = self._files.location
         self.files = self._files.stamps
         self.reads_at_once = self._files.reads_at_once
-        if len({*self._files.names}) < len(self._files):
-            raise SourceError(f"{location!r} names a file twice; give a pattern that names each once")
         self._labels: Any = None
         asked = (
             [] if config.labels == "none" else [_label_column(*each) for each in asked_columns(config.labels or "cls")]
