@@ -1,4 +1,4 @@
-"""Images as raw pixels in files of other people's: CIFAR's batches, and NumPy's .npy and .npz. Read in place, row by row.
+"""Images as raw pixels in files that hold many: CIFAR's batches, and NumPy's .npy and .npz; read in place, each alone.
 
 What is read becomes a binary PGM or PPM (https://netpbm.sourceforge.net/doc/ppm.html), or a PNG where there is alpha.
 """
@@ -33,7 +33,7 @@ from . import cifar
 from .archives import GROUP_ITEMS, place_of, read_piece
 from .base import Group, Item, Source
 from .files import Files
-from .labels import Labels, asked_columns, read_labels
+from .labels import Labels, read_labels
 
 log = logging.getLogger(__name__)
 _CHANNELS = (1, 3, 4)
@@ -159,7 +159,7 @@ class _Array:
 
 
 class NumpySource(Source):
-    """The images of one array in an .npy, or in an .npz (`a.npz`, or `a.npz/x_test` for a certain array).
+    """The images of one array in an .npy, or in an .npz (`a.npz`, or `a.npz/x_test.npy` for a certain one).
 
     The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 (R,G,B) or 4 (uint8 with alpha).
     uint16 keeps its 16 bits with `--bit-depth 16`. In an .npz it is the only one of that many dimensions, or the first
@@ -181,13 +181,13 @@ class NumpySource(Source):
 
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
         _refuse_classes_without_labels(config.labels, classes)
-        path, wanted = location, None
-        if match := re.fullmatch(r"(.+\.npz)/([^/]+)", location, re.IGNORECASE):
-            path, wanted = match[1], match[2].removesuffix(".npy")
+        path, wanted = location, ""
+        if match := re.fullmatch(r"(.+\.npz)/([^/]+)\.npy", location, re.IGNORECASE | re.DOTALL):
+            path, wanted = match.groups()
         self._files = Files(path, "*.np[yz]")
         if len(self._files) > 1:
             raise SourceError(f"{location!r} are {len(self._files)} files; give one .npy or .npz")
-        self.location = self._files.location + (f"/{wanted}" if wanted else "")
+        self.location = self._files.location + (f"/{wanted}.npy" if wanted else "")
         self.files = self._files.stamps
         self.reads_at_once = self._files.reads_at_once
         self._start_anew()
@@ -278,13 +278,16 @@ class NumpySource(Source):
             raise OSError(errno.ENOSPC, f"no space for {size} bytes in {place}; set TMPDIR to a larger folder")
         file: Any = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the source
         try:
-            with self._files.opened(0) as packed, zipfile.ZipFile(packed) as archive:
-                with archive.open(self._array.member.filename) as member:
-                    while left := size - file.tell():
-                        if not (data := member.read(min(left, 1 << 20))):
-                            raise OSError(errno.EIO, f"{self._array.where} ends early; it is damaged or cut")
-                        file.write(data)
-                    member.read(1)  # which compares the CRC-32 if this was all
+            with (
+                self._files.opened(0) as packed,
+                zipfile.ZipFile(packed) as archive,
+                archive.open(self._array.member.filename) as member,
+            ):
+                while left := size - file.tell():
+                    if not (data := member.read(min(left, 1 << 20))):
+                        raise OSError(errno.EIO, f"{self._array.where} ends early; it is damaged or cut")
+                    file.write(data)
+                member.read(1)  # which compares the CRC-32 if this was all
             file.flush()
         except (SourceError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as exc:
             file.close()
@@ -313,7 +316,7 @@ class NumpySource(Source):
             if not labels.lower().endswith(".npy"):
                 raise UsageError(f"--labels {labels}: labels of an .npy are another FILE.npy, or none")
             files = Files(labels)
-            labels, arrays = "labels", {"labels": _arrays(files)[""]}
+            labels, arrays = "labels", {"labels": array for name, array in _arrays(files).items() if not name}
         if labels not in arrays:
             raise SourceError(f"{self.location!r} has no array {labels!r}; {_shown(arrays)}")
         found = arrays[labels]
@@ -423,8 +426,8 @@ def _header(file: Any, size: int, where: str) -> _Array:
     return array
 
 
-def _choose(arrays: dict[str, _Array], wanted: str | None, location: str) -> str:
-    if wanted is not None:
+def _choose(arrays: dict[str, _Array], wanted: str, location: str) -> str:
+    if wanted:
         if wanted not in arrays:
             raise SourceError(f"{location!r}: there is no array {wanted!r}; {_shown(arrays)}")
         return wanted
@@ -435,7 +438,7 @@ def _choose(arrays: dict[str, _Array], wanted: str | None, location: str) -> str
     if name is None:
         raise SourceError(
             f"{location!r}: {'no array has' if not many else 'several arrays have'} the dimensions of images; "
-            f"{_shown(arrays)}; allowed is (N, H, W), (N, H, W, C) or (N, C, H, W), and {location}/NAME says which"
+            f"{_shown(arrays)}; allowed is (N, H, W), (N, H, W, C) or (N, C, H, W), and {location}/NAME.npy says which"
         )
     return name
 
@@ -451,7 +454,8 @@ def _layout(array: _Array) -> tuple[bool, int]:
     got = f"{array.where} has {dtype} {shape}"
     if dtype.kind != "u" or dtype.itemsize > 2 or dtype.subdtype is not None:
         raise SourceError(
-            f"{got}; allowed are uint8 and uint16: scale it to 0 to 255 (or 65535), round, and save it as .astype('uint8')"
+            f"{got}; allowed are uint8 and uint16: scale it to 0 to 255 (or 65535), round, and save "
+            "it as .astype('uint8')"
         )
     first, last = len(shape) == 4 and shape[1] in _CHANNELS, len(shape) == 4 and shape[3] in _CHANNELS
     if first and last:
