@@ -194,8 +194,8 @@ class NumpySource(Source):
         arrays = _arrays(self._files)
         name = _choose(arrays, wanted, self.location)
         self._array = arrays[name]
-        self._count, *self._row_shape = self._array.shape
         self._planar, self._channels = _layout(self._array)
+        self._count, *self._row_shape = self._array.shape
         self._row_bytes = self._array.dtype.itemsize * math.prod(self._row_shape)
         if self._row_bytes > MAX_ENCODED_BYTES:
             raise SourceError(
@@ -316,7 +316,10 @@ class NumpySource(Source):
             if not labels.lower().endswith(".npy"):
                 raise UsageError(f"--labels {labels}: labels of an .npy are another FILE.npy, or none")
             files = Files(labels)
-            labels, arrays = "labels", {"labels": array for name, array in _arrays(files).items() if not name}
+            found_there = _arrays(files)
+            if "" not in found_there:
+                raise SourceError(f"--labels {labels} is an .npz; give an .npy, or an .npz as SRC with its images, too")
+            labels, arrays = "labels", {"labels": found_there[""]}
         if labels not in arrays:
             raise SourceError(f"{self.location!r} has no array {labels!r}; {_shown(arrays)}")
         found = arrays[labels]
