@@ -184,7 +184,9 @@ def test_labels_are_another_array_or_another_file_or_none(tmp_path: Path) -> Non
     assert labelled("flags")[0] == [1, 0, 1, 1, 0, 1]
     assert labelled("depths")[0] == [1.0, 0.0, 0.5, 0.5, 0.0, 1.0]
     for name in ("short", "pairs"):
-        with pytest.raises(SourceError, match=rf"array '{name}' has .*one number or text for each of the 6 images"):
+        with pytest.raises(
+            SourceError, match=rf"array '{name}' has shape .*one number or text for each of the 6 images"
+        ):
             labelled(name)
     with pytest.raises(SourceError, match="no array 'other'; it has 'images'"):
         labelled("other")
@@ -257,11 +259,22 @@ def test_labels_that_are_no_npy_or_are_a_pickle_are_refused(tmp_path: Path) -> N
     images = save(tmp_path / "a.npy", RGB)
     np.savez(tmp_path / "l.npz", y=LABELS)
     os.rename(tmp_path / "l.npz", tmp_path / "l.npy")
-    with pytest.raises(SourceError, match="is an .npz; give an .npy"):
+    with pytest.raises(SourceError, match=r"is an \.npz; give an \.npy"):
         open_source(images, BuildConfig(labels=str(tmp_path / "l.npy")))
     np.save(tmp_path / "l.npy", np.array([None] * 6, object))
     with pytest.raises(SourceError, match="never loaded"):
         open_source(images, BuildConfig(labels=str(tmp_path / "l.npy")))
+
+
+def test_what_is_wrong_with_other_arrays_does_not_matter(tmp_path: Path) -> None:
+    fortran = np.asfortranarray(LABELS.reshape(2, 3))
+    arrays = {"images": RGB, "labels": LABELS, "notes": np.array([{}], object), "fortran": fortran}
+    assert labels_of(open_source(save(tmp_path / "a.npz", arrays))) == LABELS.tolist()
+    for labels, message in ((LABELS.astype(object), "Python objects"), (LABELS.astype("M8[s]"), "numbers or texts")):
+        location = save(tmp_path / "a.npz", {"images": RGB, "labels": labels})
+        with pytest.raises(SourceError, match=rf"array 'labels' .*{message}"):
+            open_source(location)
+        assert labels_of(open_source(location, BuildConfig(labels="none"))) == [None] * 6
 
 
 def test_damaged_npz_are_refused(tmp_path: Path) -> None:

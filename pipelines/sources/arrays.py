@@ -139,23 +139,46 @@ class CifarSource(Source):
 
 @dataclass(frozen=True)
 class _Array:
-    """An array as its header has it, in C order.
+    """An array as its header has it, which `checked` has yet to believe.
 
     Attributes:
         where: the file, and its name there, for messages.
+        fortran: whether its elements are in Fortran order.
         start: of its elements, in bytes from the beginning of the .npy.
+        held: how many bytes the .npy has.
         member: the .npy in an .npz; None where it is a file of its own.
     """
 
     where: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+    fortran: bool
     start: int
+    held: int
     member: zipfile.ZipInfo | None = None
 
     @property
     def size(self) -> int:
+        """Of its elements, in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
+
+    def checked(self) -> _Array:
+        """Itself. Raises SourceError if its elements are not all there, in C order, as plain bytes."""
+        if self.dtype.hasobject:
+            raise SourceError(
+                f"{self.where} holds Python objects, which are a pickle and are never loaded; make one array of "
+                "numbers or texts of them (of images np.stack(images)), and save that"
+            )
+        if any(side < 0 for side in self.shape) or self.start + self.size > self.held:
+            raise SourceError(
+                f"{self.where}: {self.dtype} {str(self.shape)[:200]} does not fit into {self.held} bytes; it is "
+                "damaged or cut: copy or make it again"
+            )
+        if self.fortran and len(self.shape) > 1:
+            raise SourceError(
+                f"{self.where} is in Fortran order; save it in C order: np.save(file, np.ascontiguousarray(array))"
+            )
+        return self
 
 
 class NumpySource(Source):
@@ -193,7 +216,7 @@ class NumpySource(Source):
         self._start_anew()
         arrays = _arrays(self._files)
         name = _choose(arrays, wanted, self.location)
-        self._array = arrays[name]
+        self._array = arrays[name].checked()
         self._planar, self._channels = _layout(self._array)
         self._count, *self._row_shape = self._array.shape
         self._row_bytes = self._array.dtype.itemsize * math.prod(self._row_shape)
@@ -304,15 +327,12 @@ class NumpySource(Source):
         """The array that has the labels, and what it is called as a column: by `--labels`, or by its name."""
         if labels == "none":
             return None
-        packed = self._array.member is not None
         if labels is None:
             names = (images.replace("images", "labels"), re.sub("^x", "y", images, flags=re.IGNORECASE), *_LABELS)
-            fitting = [
-                name for name in names if name in arrays and name != images and self._fits(arrays[name]) and packed
-            ]
-            return (fitting[0], _values(self._files, arrays[fitting[0]])) if fitting else None
+            labels = next((name for name in names if name in arrays and self._fits(arrays[name])), None)
+            return None if labels is None else (labels, _values(self._files, arrays[labels]))
         files = self._files
-        if not packed:
+        if self._array.member is None:
             if not labels.lower().endswith(".npy"):
                 raise UsageError(f"--labels {labels}: labels of an .npy are another FILE.npy, or none")
             files = Files(labels)
@@ -322,16 +342,15 @@ class NumpySource(Source):
             labels, arrays = "labels", {"labels": found_there[""]}
         if labels not in arrays:
             raise SourceError(f"{self.location!r} has no array {labels!r}; {_shown(arrays)}")
-        found = arrays[labels]
-        if not self._fits(found):
+        if not self._fits(arrays[labels]):
             raise SourceError(
-                f"{found.where} has {found.dtype} {found.shape}; labels are one number or text for each of the "
-                f"{self._count} images"
+                f"{arrays[labels].where} has shape {arrays[labels].shape}; labels are one number or text for each of "
+                f"the {self._count} images"
             )
-        return labels, _values(files, found)
+        return labels, _values(files, arrays[labels])
 
     def _fits(self, array: _Array) -> bool:
-        return array.shape in ((self._count,), (self._count, 1)) and array.dtype.kind in "biufSU"
+        return array.shape in ((self._count,), (self._count, 1))
 
 
 def _numbered(
@@ -374,8 +393,7 @@ def _arrays(files: Files) -> dict[str, _Array]:
                     where = f"{path!r}: array {name[:200]!r}"
                     _check_member(info, where, files.size(0))
                     with archive.open(info) as member:
-                        array = _header(member, info.file_size, where)
-                    found[name] = _Array(where, array.dtype, array.shape, array.start, info)
+                        found[name] = _header(member, info.file_size, where, info)
             return found
         except (
             zipfile.BadZipFile,
@@ -401,7 +419,7 @@ def _check_member(info: zipfile.ZipInfo, where: str, end: int) -> None:
         )
 
 
-def _header(file: Any, size: int, where: str) -> _Array:
+def _header(file: Any, size: int, where: str, member: zipfile.ZipInfo | None = None) -> _Array:
     """The header of an .npy of so many bytes (NumPy's NEP 1), none of whose claims has been acted on."""
     head = io.BytesIO(file.read(_MAX_HEADER_BYTES))
     try:
@@ -411,22 +429,7 @@ def _header(file: Any, size: int, where: str) -> _Array:
     except Exception as exc:  # whatever NumPy and Python's parser raise for a damaged one: no closed list
         reason = f"{type(exc).__name__}: {exc}"[:200]
         raise SourceError(f"{where} is no .npy that can be read ({reason}); save it again with np.save") from exc
-    if dtype.hasobject:
-        raise SourceError(
-            f"{where} holds Python objects, which are a pickle and are never loaded; make one array of uint8 or uint16 "
-            "of them, np.stack(images), and save that"
-        )
-    array = _Array(where, dtype, shape, head.tell())
-    if any(side < 0 for side in shape) or array.start + array.size > size:
-        raise SourceError(
-            f"{where}: {dtype} {str(shape)[:200]} does not fit into {size} bytes; it is damaged or cut: copy or make "
-            "it again"
-        )
-    if fortran and len(shape) > 1:
-        raise SourceError(
-            f"{where} is in Fortran order; save it in C order: np.save(file, np.ascontiguousarray(array))"
-        )
-    return array
+    return _Array(where, dtype, shape, fortran, head.tell(), size, member)
 
 
 def _choose(arrays: dict[str, _Array], wanted: str, location: str) -> str:
@@ -484,6 +487,8 @@ def _member_start(files: Files, member: zipfile.ZipInfo) -> int:
 
 def _values(files: Files, array: _Array) -> NDArray[Any]:
     """All elements of an array of labels."""
+    if array.checked().dtype.kind not in "biufSU":
+        raise SourceError(f"{array.where} has {array.dtype}; labels are numbers or texts: convert it, or --labels none")
     if array.size > _MAX_LABEL_BYTES:
         raise SourceError(f"{array.where}: {array.size} bytes of labels; at most {_MAX_LABEL_BYTES} are allowed")
     try:
