@@ -81,6 +81,8 @@ def _detected(location: str, image_column: str | None) -> str:
         return kind
     if not os.path.isdir(location):
         if os.path.isfile(location):
+            if any(os.path.isfile(os.path.join(os.path.dirname(location), name)) for name in _CIFAR_FILES):
+                return "cifar"
             raise SourceError(
                 f"{location!r} is a file of unknown kind; SRC is a folder, or a file with one of "
                 f"{' '.join(_BY_EXTENSION)}; --source KIND says what it is"

@@ -20,8 +20,12 @@ from numpy.typing import NDArray
 
 from ..errors import SourceError
 
-_SIDE = 32
-_ROW_BYTES = 3 * _SIDE * _SIDE
+SIDE = 32
+ROW_BYTES = 3 * SIDE * SIDE
+_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "batches.meta": {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
+    "meta": {"train": ("train",), "test": ("test",)},
+}
 _MAX_BYTES = 1 << 30  # the largest of the real files has 155 MB
 _OPCODES = frozenset(
     ["PROTO", "FRAME", "STOP", "MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "NONE", "NEWTRUE", "NEWFALSE",
@@ -48,6 +52,32 @@ class Cifar:
     class_names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One file.
+
+    Attributes:
+        name: of the file.
+        data: pixels of N images, each as the R, the G and the B of 32 rows of 32: N * 3072 bytes.
+        offset: where `data` stands in the file; -1 if the file has it in another form.
+        labels: int64 (N,).
+    """
+
+    name: str
+    data: bytes
+    offset: int
+    labels: NDArray[np.int64]
+
+
+def parts(folder: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
+    """The names of the files of each part, train and test, of the collection that a folder holds.
+
+    Raises:
+        SourceError: it holds neither CIFAR-10 nor CIFAR-100.
+    """
+    return _PARTS[_meta(folder).name]
+
+
 def read_cifar(folder: str | os.PathLike[str], part: Literal["train", "test"] = "train") -> Cifar:
     """Reads CIFAR-10 (data_batch_1 to 5, test_batch, batches.meta) or CIFAR-100 (train, test, meta).
 
@@ -58,34 +88,56 @@ def read_cifar(folder: str | os.PathLike[str], part: Literal["train", "test"] = 
     Raises:
         SourceError: a file is missing, damaged, or holds anything but arrays, numbers and names.
     """
-    place = Path(folder)
-    if (place / "batches.meta").exists():
-        files = [f"data_batch_{number}" for number in range(1, 6)] if part == "train" else ["test_batch"]
-        meta, names_key, labels_key = place / "batches.meta", "label_names", "labels"
-    elif (place / "meta").exists():
-        files, meta, names_key, labels_key = [part], place / "meta", "fine_label_names", "fine_labels"
-    else:
+    names = class_names(folder)
+    found = [read_batch(folder, file, len(names)) for file in parts(folder)[part]]
+    pixels = np.concatenate([interleaved(batch.data) for batch in found])
+    return Cifar(pixels, np.concatenate([batch.labels for batch in found]), names)
+
+
+def class_names(folder: str | os.PathLike[str], *, coarse: bool = False) -> tuple[str, ...]:
+    """The classes by label; of CIFAR-100 the fine or the coarse ones. Raises SourceError as `read_cifar`."""
+    meta = _meta(folder)
+    key = "label_names" if meta.name == "batches.meta" else f"{_level(coarse)}_label_names"
+    names = _list(meta, _load(meta, _bytes(meta)), key)
+    if not names or not all(isinstance(name, (bytes, str)) for name in names):
+        raise _damaged(meta, f"{key} is not a list of names")
+    return tuple(_text(name) for name in names)
+
+
+def read_batch(folder: str | os.PathLike[str], name: str, classes: int, *, coarse: bool = False) -> Batch:
+    """One file of a collection with so many classes. Raises SourceError as `read_cifar`."""
+    path = Path(folder, name)
+    key = "labels" if _meta(folder).name == "batches.meta" else f"{_level(coarse)}_labels"
+    raw = _bytes(path)
+    found = _load(path, raw)
+    array, labels = found.get("data"), _list(path, found, key)
+    if not isinstance(array, _Array):
+        raise _damaged(path, "data is not an array")
+    data = array.data(path)
+    rows = len(data) // ROW_BYTES
+    if len(labels) != rows or not all(type(label) is int and 0 <= label < classes for label in labels):
+        raise _damaged(path, f"{key} is not a list of {rows} numbers from 0 to {classes - 1}")
+    return Batch(name, data, raw.find(data), np.array(labels, np.int64))
+
+
+def interleaved(data: bytes) -> NDArray[np.uint8]:
+    """The pixels of a batch, or of some of its images: uint8 (N, 32, 32, 3), in R,G,B."""
+    planes = np.frombuffer(data, np.uint8).reshape(-1, 3, SIDE, SIDE)
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+
+
+def _level(coarse: bool) -> str:
+    return "coarse" if coarse else "fine"
+
+
+def _meta(folder: str | os.PathLike[str]) -> Path:
+    found = next((Path(folder, name) for name in _PARTS if Path(folder, name).exists()), None)
+    if found is None:
         raise SourceError(
             f"{os.fspath(folder)!r} has neither batches.meta (CIFAR-10) nor meta (CIFAR-100); give the folder that "
             "cifar-10-python.tar.gz or cifar-100-python.tar.gz unpacks to"
         )
-    names = _list(meta, _load(meta), names_key)
-    if not names or not all(isinstance(name, (bytes, str)) for name in names):
-        raise _damaged(meta, f"{names_key} is not a list of names")
-    batches = [_batch(place / file, labels_key, len(names)) for file in files]
-    pixels, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    return Cifar(pixels, labels, tuple(_text(name) for name in names))
-
-
-def _batch(path: Path, labels_key: str, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    found = _load(path)
-    data, labels = found.get("data"), _list(path, found, labels_key)
-    if not isinstance(data, _Array):
-        raise _damaged(path, "data is not an array")
-    rows = data.pixels(path)
-    if len(labels) != len(rows) or not all(type(label) is int and 0 <= label < classes for label in labels):
-        raise _damaged(path, f"{labels_key} is not a list of {len(rows)} numbers from 0 to {classes - 1}")
-    return rows, np.array(labels, np.int64)
+    return found
 
 
 def _list(path: Path, found: dict[str, Any], key: str) -> list[Any]:
@@ -103,8 +155,7 @@ def _damaged(path: Path, what: str) -> SourceError:
     return SourceError(f"{os.fspath(path)!r}: {what}; this is no file of CIFAR's python version: unpack it again")
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """The dictionary in a file, keys as text; arrays are `_Array`."""
+def _bytes(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -112,6 +163,11 @@ def _load(path: Path) -> dict[str, Any]:
         raise SourceError(f"{os.fspath(path)!r}: {exc.strerror}; unpack the archive again") from exc
     if len(data) > _MAX_BYTES:
         raise _damaged(path, f"it has more than {_MAX_BYTES} bytes")
+    return data
+
+
+def _load(path: Path, data: bytes) -> dict[str, Any]:
+    """The dictionary in the bytes of a file, keys as text; arrays are `_Array`."""
     try:
         _look_through(path, data)
         found = _Unpickler(path, data).load()
@@ -186,20 +242,19 @@ class _Array:
     def __setstate__(self, state: Any) -> None:
         self._state = state
 
-    def pixels(self, path: Path) -> NDArray[np.uint8]:
-        """As uint8 (N, 32, 32, 3). Raises SourceError for any other array than uint8 (N, 3072) in C order."""
+    def data(self, path: Path) -> bytes:
+        """The bytes of its elements. Raises SourceError for any other array than uint8 (N, 3072) in C order."""
         state = self._state
         if not isinstance(state, tuple) or len(state) != 5:
             raise _damaged(path, "an array without a state")
         _, shape, dtype, fortran, data = state
         if not isinstance(dtype, _Dtype) or dtype.code not in ("u1", "|u1", "B", "uint8"):
             raise _damaged(path, f"an array of type {getattr(dtype, 'code', '?')!r}"[:200] + ", not uint8")
-        if not isinstance(shape, tuple) or len(shape) != 2 or shape[1] != _ROW_BYTES or fortran:
-            raise _damaged(path, f"an array of shape {shape!r}"[:200] + f", not (N, {_ROW_BYTES}) in C order")
-        if not isinstance(data, bytes) or type(shape[0]) is not int or len(data) != shape[0] * _ROW_BYTES:
+        if not isinstance(shape, tuple) or len(shape) != 2 or shape[1] != ROW_BYTES or fortran:
+            raise _damaged(path, f"an array of shape {shape!r}"[:200] + f", not (N, {ROW_BYTES}) in C order")
+        if not isinstance(data, bytes) or type(shape[0]) is not int or len(data) != shape[0] * ROW_BYTES:
             raise _damaged(path, f"an array of shape {shape!r}"[:200] + " with data of another length")
-        planes = np.frombuffer(data, np.uint8).reshape(-1, 3, _SIDE, _SIDE)
-        return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+        return data
 
 
 class _Reconstruct:

@@ -1,0 +1,506 @@
+"""Images as raw pixels in files that hold many: CIFAR's batches, and NumPy's .npy and .npz; read in place, each alone.
+
+What is read becomes a binary PGM or PPM (https://netpbm.sourceforge.net/doc/ppm.html), or a PNG where there is alpha.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import math
+import os
+import re
+import shutil
+import struct
+import tempfile
+import threading
+import weakref
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import BuildConfig
+from ..errors import SourceError, UsageError
+from ..rejects import MAX_ENCODED_BYTES
+from ..storage import is_remote
+from . import cifar
+from .archives import GROUP_ITEMS, place_of, read_piece
+from .base import Group, Item, Source
+from .files import Files
+from .labels import Labels, read_labels
+
+log = logging.getLogger(__name__)
+_CHANNELS = (1, 3, 4)
+_MAX_HEADER_BYTES = 1 << 16
+_MAX_LABEL_BYTES = 1 << 30
+_MOST_DEFLATED = 1032  # bytes that one byte of deflate data can become (https://zlib.net/zlib_tech.html)
+_LOCAL = struct.Struct("<4s22xHH")  # APPNOTE.TXT, section 4.3.7: a zip member's header as far as its name's length
+_IMAGES = ("images", "x", "X", "x_train", "X_train", "train_images", "data", "arr_0")
+_LABELS = ("labels", "y", "y_train", "targets")
+
+
+def encoded(pixels: NDArray[Any]) -> bytes:
+    """Pixels as the bytes of a file that every decoder takes.
+
+    Args:
+        pixels: uint8 or uint16 (H, W, 1) or (H, W, 3), which become PGM or PPM; uint8 (H, W, 4), which becomes PNG.
+    """
+    height, width, channels = pixels.shape
+    if channels == 4:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=0)
+        return buffer.getvalue()
+    wide = pixels.dtype.itemsize == 2
+    header = b"P%d\n%d %d\n%d\n" % (5 if channels == 1 else 6, width, height, 65_535 if wide else 255)
+    return header + (pixels.astype(">u2") if wide else pixels).tobytes()
+
+
+class CifarSource(Source):
+    """CIFAR-10 or CIFAR-100 as the Python archive unpacks: its folder for the training images, or one file in it.
+
+    `cifar-10-batches-py` takes data_batch_1 to 5, `cifar-10-batches-py/test_batch` the test images; so do
+    `cifar-100-python` and `cifar-100-python/test`. `--labels` is `coarse` for the 20 classes of CIFAR-100, or `none`.
+
+    Items are `data_batch_1/00000` and so on. An item's place: number of the file, offset of its pixels.
+
+    Raises:
+        SourceError: it is neither, a file is missing, damaged, or has its pixels in another form than as one piece.
+        UsageError: `--labels` is for another form.
+    """
+
+    kind = "cifar"
+
+    def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
+        if is_remote(location):
+            raise SourceError(f"{location!r}: CIFAR is read from a local folder; download and unpack it")
+        self.location = os.path.abspath(location)
+        folder, name = (self.location, "") if os.path.isdir(self.location) else os.path.split(self.location)
+        parts = cifar.parts(folder)
+        known = [file for files in parts.values() for file in files]
+        if name and name not in known:
+            raise SourceError(
+                f"{location!r} is no file of CIFAR with images; give the folder, or one of {', '.join(known)} in it"
+            )
+        allowed = ("coarse", "none") if "train" in known else ("none",)
+        if config.labels not in (None, *allowed):
+            raise UsageError(
+                f"--labels {config.labels}: {location!r} has {' or '.join(allowed)}, or its own where it is left out"
+            )
+        _refuse_classes_without_labels(config.labels, classes)
+        coarse = config.labels == "coarse"
+        names = cifar.class_names(folder, coarse=coarse)
+        pieces = []
+        for file in (name,) if name else parts["train"]:
+            batch = cifar.read_batch(folder, file, len(names), coarse=coarse)
+            if not len(batch.labels) or batch.offset < 0:
+                what = "has no images" if not len(batch.labels) else "does not have its pixels as one piece"
+                raise SourceError(f"{os.path.join(folder, file)!r} {what}; unpack the original archive again")
+            pieces.append((file, batch.offset, batch.labels))
+        # Of the folder of CIFAR-100, `train` alone; a pattern finds files in the order of `parts`.
+        self._files = Files(self.location, "data_batch_[1-5]" if len(pieces) > 1 else "train")
+        self.files = self._files.stamps
+        self._pieces = [(file, offset, len(labels)) for file, offset, labels in pieces]
+        self._labels: NDArray[Any] | None = None
+        if config.labels != "none":
+            labels = np.concatenate([labels for _, _, labels in pieces])
+            found = _numbered("labels", labels, self.location, classes, names)
+            self._labels, self.class_names, self.columns = found.values, found.class_names, found.columns
+
+    def groups(self) -> Iterator[Group]:
+        """The images, a group a file."""
+        done = 0
+        for number, (file, offset, count) in enumerate(self._pieces):
+            offsets = offset + cifar.ROW_BYTES * np.arange(count, dtype=np.int64)
+            yield Group(
+                os.fsencode(file) + b"/",
+                [b"%05d" % row for row in range(count)],
+                labels=None if self._labels is None else self._labels[done : done + count],
+                places=np.stack([np.full(count, number, np.int64), offsets], axis=1),
+            )
+            done += count
+
+    def read(self, item: Item) -> bytes:
+        """The image as a PPM of 32 x 32. Raises OSError or BadItem as `read_piece`."""
+        number, offset = place_of(item, 2)
+        return encoded(cifar.interleaved(read_piece(self._files, number, offset, cifar.ROW_BYTES))[0])
+
+    def check(self) -> None:
+        """Raises SourceError if a file is gone or may not be read any more."""
+        self._files.check()
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array as its header has it, which `checked` has yet to believe.
+
+    Attributes:
+        where: the file, and its name there, for messages.
+        fortran: whether its elements are in Fortran order.
+        start: of its elements, in bytes from the beginning of the .npy.
+        held: how many bytes the .npy has.
+        member: the .npy in an .npz; None where it is a file of its own.
+    """
+
+    where: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    fortran: bool
+    start: int
+    held: int
+    member: zipfile.ZipInfo | None = None
+
+    @property
+    def size(self) -> int:
+        """Of its elements, in bytes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def checked(self) -> _Array:
+        """Itself. Raises SourceError if its elements are not all there, in C order, as plain bytes."""
+        if self.dtype.hasobject:
+            raise SourceError(
+                f"{self.where} holds Python objects, which are a pickle and are never loaded; make one array of "
+                "numbers or texts of them (of images np.stack(images)), and save that"
+            )
+        if any(side < 0 for side in self.shape) or self.start + self.size > self.held:
+            raise SourceError(
+                f"{self.where}: {self.dtype} {str(self.shape)[:200]} does not fit into {self.held} bytes; it is "
+                "damaged or cut: copy or make it again"
+            )
+        if self.fortran and len(self.shape) > 1:
+            raise SourceError(
+                f"{self.where} is in Fortran order; save it in C order: np.save(file, np.ascontiguousarray(array))"
+            )
+        return self
+
+
+class NumpySource(Source):
+    """The images of one array in an .npy, or in an .npz (`a.npz`, or `a.npz/x_test.npy` for a certain one).
+
+    The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 (R,G,B) or 4 (uint8 with alpha).
+    uint16 keeps its 16 bits with `--bit-depth 16`. In an .npz it is the only one of that many dimensions, or the first
+    with a usual name (images, x, x_train, train_images, data, arr_0). Labels are one number or text an image:
+    `--labels NAME` of another array in the .npz, by default the one with the matching or a usual name (labels, y,
+    y_train, targets) if it has N entries; `--labels FILE.npy` for an .npy; or `none`.
+
+    Nothing is mapped or loaded: a row is read when it is asked for. An array that np.savez_compressed deflated has no
+    rows to be read, so every process that reads it inflates it once, into a temporary file without a name (TMPDIR).
+
+    Items are `00000` and so on. An item's place: its row.
+
+    Raises:
+        SourceError: it cannot be read, is damaged or cut, or no such array, or its labels do not fit.
+        UsageError: settings that contradict each other.
+    """
+
+    kind = "numpy"
+
+    def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
+        _refuse_classes_without_labels(config.labels, classes)
+        path, wanted = location, ""
+        if match := re.fullmatch(r"(.+\.npz)/([^/]+)\.npy", location, re.IGNORECASE | re.DOTALL):
+            path, wanted = match.groups()
+        self._files = Files(path, "*.np[yz]")
+        if len(self._files) > 1:
+            raise SourceError(f"{location!r} are {len(self._files)} files; give one .npy or .npz")
+        self.location = self._files.location + (f"/{wanted}.npy" if wanted else "")
+        self.files = self._files.stamps
+        self.reads_at_once = self._files.reads_at_once
+        self._start_anew()
+        arrays = _arrays(self._files)
+        name = _choose(arrays, wanted, self.location)
+        self._array = arrays[name].checked()
+        self._planar, self._channels = _layout(self._array)
+        self._count, *self._row_shape = self._array.shape
+        self._row_bytes = self._array.dtype.itemsize * math.prod(self._row_shape)
+        if self._row_bytes > MAX_ENCODED_BYTES:
+            raise SourceError(
+                f"{self._array.where}: images of {self._row_bytes} bytes; at most {MAX_ENCODED_BYTES} are allowed"
+            )
+        member = self._array.member
+        self._deflated = member is not None and member.compress_type != zipfile.ZIP_STORED
+        # From where on the elements stand in the file that rows are read from.
+        self._start = self._array.start
+        if member is not None and not self._deflated:
+            self._start += _member_start(self._files, member)
+        if self._deflated:
+            log.warning(
+                "%s is compressed, so each process that reads it inflates it once, into %d MB in %s; np.savez, which "
+                "does not compress, spares that",
+                self._array.where, self._array.size >> 20, tempfile.gettempdir(),
+            )  # fmt: skip
+        self._labels: NDArray[Any] | None = None
+        if (given := self._given_labels(arrays, name, config.labels)) is not None:
+            found = _numbered(*given, self.location, classes)
+            self._labels, self.class_names, self.columns = found.values, found.class_names, found.columns
+        elif classes is not None:
+            raise SourceError(f"{self.location!r} has no labels; leave --classes-from out, or give --labels")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_inflated", "_pid")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._inflated: BinaryIO | None = None
+
+    def groups(self) -> Iterator[Group]:
+        """The images in the order of their rows."""
+        for start in range(0, self._count, GROUP_ITEMS):
+            rows = np.arange(start, min(start + GROUP_ITEMS, self._count), dtype=np.int64)
+            yield Group(
+                b"",
+                [b"%05d" % row for row in rows.tolist()],
+                labels=None if self._labels is None else self._labels[rows],
+                places=rows[:, None],
+            )
+
+    def read(self, item: Item) -> bytes:
+        """The image as PGM, PPM or PNG. Raises OSError or BadItem as `read_piece`."""
+        (row,) = place_of(item, 1)
+        start = self._start + row * self._row_bytes if 0 <= row < self._count else -1
+        if self._deflated and start >= 0:
+            data = os.pread(self._temporary().fileno(), self._row_bytes, start)
+        else:
+            data = read_piece(self._files, 0, start, self._row_bytes)
+        if len(data) < self._row_bytes:
+            raise OSError(errno.EIO, "the temporary file has become shorter")
+        pixels = np.frombuffer(data, self._array.dtype).reshape(self._row_shape)
+        pixels = pixels.transpose(1, 2, 0) if self._planar else pixels
+        return encoded(pixels.reshape(*pixels.shape[:2], self._channels))
+
+    def check(self) -> None:
+        """Raises SourceError if the file is gone or may not be read any more."""
+        self._files.check()
+
+    def _temporary(self) -> BinaryIO:
+        """The .npy as it was before it was deflated."""
+        if self._pid != os.getpid():  # forked: the lock may be held by a thread that is not there any more
+            self._start_anew()
+        with self._lock:
+            if self._inflated is None:
+                self._inflated = self._inflate()
+                weakref.finalize(self, self._inflated.close)
+            return self._inflated
+
+    def _inflate(self) -> BinaryIO:
+        assert self._array.member is not None
+        size, place = self._array.start + self._array.size, tempfile.gettempdir()
+        if shutil.disk_usage(place).free < size:
+            raise OSError(errno.ENOSPC, f"no space for {size} bytes in {place}; set TMPDIR to a larger folder")
+        file: Any = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the source
+        try:
+            with (
+                self._files.opened(0) as packed,
+                zipfile.ZipFile(packed) as archive,
+                archive.open(self._array.member.filename) as member,
+            ):
+                while left := size - file.tell():
+                    if not (data := member.read(min(left, 1 << 20))):
+                        raise OSError(errno.EIO, f"{self._array.where} ends early; it is damaged or cut")
+                    file.write(data)
+                member.read(1)  # which compares the CRC-32 if this was all
+            file.flush()
+        except (SourceError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as exc:
+            file.close()
+            raise OSError(errno.EIO, f"{self._array.where}: {exc}") from exc
+        except BaseException:
+            file.close()
+            raise
+        made: BinaryIO = file
+        return made
+
+    def _given_labels(
+        self, arrays: dict[str, _Array], images: str, labels: str | None
+    ) -> tuple[str, NDArray[Any]] | None:
+        """The array that has the labels, and what it is called as a column: by `--labels`, or by its name."""
+        if labels == "none":
+            return None
+        if labels is None:
+            names = (images.replace("images", "labels"), re.sub("^x", "y", images, flags=re.IGNORECASE), *_LABELS)
+            labels = next((name for name in names if name in arrays and self._fits(arrays[name])), None)
+            return None if labels is None else (labels, _values(self._files, arrays[labels]))
+        files = self._files
+        if self._array.member is None:
+            if not labels.lower().endswith(".npy"):
+                raise UsageError(f"--labels {labels}: labels of an .npy are another FILE.npy, or none")
+            files = Files(labels)
+            found_there = _arrays(files)
+            if "" not in found_there:
+                raise SourceError(f"--labels {labels} is an .npz; give an .npy, or an .npz as SRC with its images, too")
+            labels, arrays = "labels", {"labels": found_there[""]}
+        if labels not in arrays:
+            raise SourceError(f"{self.location!r} has no array {labels!r}; {_shown(arrays)}")
+        if not self._fits(arrays[labels]):
+            raise SourceError(
+                f"{arrays[labels].where} has shape {arrays[labels].shape}; labels are one number or text for each of "
+                f"the {self._count} images"
+            )
+        return labels, _values(files, arrays[labels])
+
+    def _fits(self, array: _Array) -> bool:
+        return array.shape in ((self._count,), (self._count, 1))
+
+
+def _numbered(
+    name: str, values: NDArray[Any], location: str, classes: Sequence[str] | None, names: Sequence[str] | None = None
+) -> Labels:
+    """One label an image, as `read_labels` has them; `names` of whole numbers, if the source has such."""
+    if values.dtype.kind == "S":
+        entries = [entry.decode("utf-8", "surrogateescape") for entry in values.tolist()]
+    else:
+        entries = (values.astype(np.int64) if values.dtype.kind == "b" else values).tolist()
+    known = None if names is None else {name: names}
+    return read_labels(
+        [(name, None)], [entries], location=location, where=lambda row: f"image {row}", classes=classes, known=known
+    )
+
+
+def _refuse_classes_without_labels(labels: str | None, classes: Sequence[str] | None) -> None:
+    if labels == "none" and classes is not None:
+        raise UsageError("--labels none and --classes-from contradict each other; leave one out")
+
+
+def _arrays(files: Files) -> dict[str, _Array]:
+    """The arrays of an .npz by name, or that of an .npy by an empty name.
+
+    Raises:
+        SourceError: it is neither, damaged or cut.
+    """
+    path = files.path(0)
+    with files.opened(0) as file:
+        if file.read(4) not in (b"PK\3\4", b"PK\5\6"):
+            file.seek(0)
+            return {"": _header(file, files.size(0), repr(path))}
+        try:
+            found = {}
+            with zipfile.ZipFile(file) as archive:
+                for info in archive.infolist():
+                    if not info.filename.endswith(".npy"):
+                        continue
+                    name = info.filename.removesuffix(".npy")
+                    where = f"{path!r}: array {name[:200]!r}"
+                    _check_member(info, where, files.size(0))
+                    with archive.open(info) as member:
+                        found[name] = _header(member, info.file_size, where, info)
+            return found
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+            ValueError,
+            struct.error,
+            EOFError,
+            OSError,
+            zlib.error,
+        ) as exc:
+            raise SourceError(f"{path!r} is no .npz, damaged or cut ({exc}); copy or make it again") from exc
+
+
+def _check_member(info: zipfile.ZipInfo, where: str, end: int) -> None:
+    if info.flag_bits & 0x1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise SourceError(f"{where} is encrypted or compressed in another way than NumPy's; save it with np.savez")
+    stored = info.compress_type == zipfile.ZIP_STORED
+    most = info.compress_size if stored else info.compress_size * _MOST_DEFLATED
+    if info.header_offset + info.compress_size > end or info.file_size > most:
+        raise SourceError(
+            f"{where}: {info.file_size} bytes from {info.compress_size} at byte {info.header_offset} of a file of "
+            f"{end} bytes; it is damaged or cut: copy or make it again"
+        )
+
+
+def _header(file: Any, size: int, where: str, member: zipfile.ZipInfo | None = None) -> _Array:
+    """The header of an .npy of so many bytes (NumPy's NEP 1), none of whose claims has been acted on."""
+    head = io.BytesIO(file.read(_MAX_HEADER_BYTES))
+    try:
+        version = np.lib.format.read_magic(head)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(head)
+    except Exception as exc:  # whatever NumPy and Python's parser raise for a damaged one: no closed list
+        reason = f"{type(exc).__name__}: {exc}"[:200]
+        raise SourceError(f"{where} is no .npy that can be read ({reason}); save it again with np.save") from exc
+    return _Array(where, dtype, shape, fortran, head.tell(), size, member)
+
+
+def _choose(arrays: dict[str, _Array], wanted: str, location: str) -> str:
+    if wanted:
+        if wanted not in arrays:
+            raise SourceError(f"{location!r}: there is no array {wanted!r}; {_shown(arrays)}")
+        return wanted
+    if "" in arrays:
+        return ""
+    many = [name for name, array in arrays.items() if len(array.shape) in (3, 4)]
+    name = many[0] if len(many) == 1 else next((name for name in _IMAGES if name in many), None)
+    if name is None:
+        raise SourceError(
+            f"{location!r}: {'no array has' if not many else 'several arrays have'} the dimensions of images; "
+            f"{_shown(arrays)}; allowed is (N, H, W), (N, H, W, C) or (N, C, H, W), and {location}/NAME.npy says which"
+        )
+    return name
+
+
+def _shown(arrays: dict[str, _Array]) -> str:
+    listed = [f"{name!r} {array.dtype} {array.shape}" for name, array in arrays.items()]
+    return "it has " + (", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "") or "none")
+
+
+def _layout(array: _Array) -> tuple[bool, int]:
+    """Whether channels stand before rows, and how many there are. Raises SourceError if these are no images."""
+    shape, dtype = array.shape, array.dtype
+    got = f"{array.where} has {dtype} {shape}"
+    if dtype.kind != "u" or dtype.itemsize > 2 or dtype.subdtype is not None:
+        raise SourceError(
+            f"{got}; allowed are uint8 and uint16: scale it to 0 to 255 (or 65535), round, and save "
+            "it as .astype('uint8')"
+        )
+    first, last = len(shape) == 4 and shape[1] in _CHANNELS, len(shape) == 4 and shape[3] in _CHANNELS
+    if first and last:
+        raise SourceError(f"{got}, where channels could be first or last; save it as (N, H, W) or with more columns")
+    if len(shape) != 3 and not first and not last:
+        raise SourceError(f"{got}; allowed are (N, H, W), (N, H, W, C) and (N, C, H, W), C being 1, 3 or 4")
+    if 0 in shape:
+        raise SourceError(f"{got}, which is no image at all; give an array with images")
+    channels = shape[1] if first else shape[3] if last else 1
+    if channels == 4 and dtype.itemsize == 2:
+        raise SourceError(f"{got}; alpha goes with uint8 alone: leave it out, array[..., :3], or convert to uint8")
+    return first, channels
+
+
+def _member_start(files: Files, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a stored member begin."""
+    magic, name, extra = _LOCAL.unpack(files.read(0, member.header_offset, _LOCAL.size))
+    start = int(member.header_offset + _LOCAL.size + name + extra)
+    if magic != b"PK\3\4" or start + member.file_size > files.size(0):
+        raise SourceError(f"{files.path(0)!r} is damaged or cut; copy or make it again")
+    return start
+
+
+def _values(files: Files, array: _Array) -> NDArray[Any]:
+    """All elements of an array of labels."""
+    if array.checked().dtype.kind not in "biufSU":
+        raise SourceError(f"{array.where} has {array.dtype}; labels are numbers or texts: convert it, or --labels none")
+    if array.size > _MAX_LABEL_BYTES:
+        raise SourceError(f"{array.where}: {array.size} bytes of labels; at most {_MAX_LABEL_BYTES} are allowed")
+    try:
+        with files.opened(0) as file:
+            if array.member is None:
+                file.seek(array.start)
+                data = file.read(array.size)
+            else:
+                with zipfile.ZipFile(file) as archive, archive.open(array.member.filename) as member:
+                    data = member.read(array.start + array.size)[array.start :]
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as exc:
+        raise SourceError(f"{array.where} is damaged ({exc}); copy or make it again") from exc
+    if len(data) < array.size:
+        raise SourceError(f"{array.where} is cut; copy or make it again")
+    return np.frombuffer(data, array.dtype).reshape(-1)

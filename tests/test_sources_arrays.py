@@ -1,0 +1,440 @@
+"""Arrays as sources: that rows become the images they are, where labels are found, and what is said of bad files."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gpu_npz
+from gpu_npz.config import BuildConfig
+from gpu_npz.errors import SourceError, UsageError
+from gpu_npz.rejects import BadItem
+from gpu_npz.sources import open_source
+from gpu_npz.sources.base import Item, Source, read_item
+
+MakeDataset = Callable[..., Path]
+ReadShards = Callable[..., Any]
+RANDOM = np.random.default_rng(0)
+GRAY, RGB, RGBA = (RANDOM.integers(0, 256, (6, 9, 7, *more), np.uint8) for more in ((), (3,), (4,)))
+LABELS = np.array([2, 0, 1, 1, 0, 2])
+NAMES = ("airplane", "automobile", "bird")
+
+
+def items(source: Source) -> list[Item]:
+    """All items, each with its label."""
+    found: list[Item] = []
+    for group in source.groups():
+        assert group.places is not None
+        for position, name in enumerate(group.names):
+            label = None if group.labels is None else group.labels[position].item()
+            place = tuple(group.places[position].tolist())
+            found.append(Item(len(found), os.fsdecode(group.folder + name), label, place))
+    return found
+
+
+def pictures(source: Source) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(read_item(source, item))) for item in items(source)]
+
+
+def labels_of(source: Source) -> list[Any]:
+    return [item.label for item in items(source)]
+
+
+def save(path: Path, array: Any, **more: Any) -> str:
+    """An .npy, or an .npz of several arrays, which are stored."""
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        np.savez(path, **array, **more)
+    return str(path)
+
+
+def header(shape: object, descr: object = "|u1", fortran: bool = False) -> bytes:
+    text = f"{{'descr': {descr!r}, 'fortran_order': {fortran}, 'shape': {shape}}}".encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+# NumPy
+
+
+@pytest.mark.parametrize(
+    ("array", "pixels"),
+    [
+        (GRAY, GRAY),
+        (GRAY[..., None], GRAY),
+        (GRAY[:, None], GRAY),
+        (RGB, RGB),
+        (np.ascontiguousarray(RGB.transpose(0, 3, 1, 2)), RGB),
+        (RGBA, RGBA),
+        (np.ascontiguousarray(RGBA.transpose(0, 3, 1, 2)), RGBA),
+        (GRAY.astype(np.uint16) * 257 - 3, GRAY.astype(np.uint16) * 257 - 3),
+        (GRAY.astype(">u2") * 200, GRAY.astype(np.uint16) * 200),
+    ],
+    ids=["HW", "HW1", "1HW", "RGB", "planar RGB", "RGBA", "planar RGBA", "uint16", "big-endian uint16"],
+)
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_rows_are_the_images_that_they_are(tmp_path: Path, name: str, array: Any, pixels: Any) -> None:
+    location = save(tmp_path / name, array if name == "a.npy" else {"pictures": array})
+    source = open_source(location)
+    assert source.kind == "numpy"
+    assert [item.path for item in items(source)] == [f"{row:05d}" for row in range(6)]
+    assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == pixels).all()
+    copy = pickle.loads(pickle.dumps(source))
+    assert [copy.read(item) for item in items(source)] == [source.read(item) for item in items(source)]
+    assert source.files == ((name, os.path.getsize(location)),)
+
+
+def test_a_uint16_ppm_has_maxval_65535_and_its_high_byte_first(tmp_path: Path) -> None:
+    source = open_source(save(tmp_path / "a.npy", RGB.astype(np.uint16) * 251))
+    pixels = (RGB[0].astype(np.uint16) * 251).astype(">u2").tobytes()
+    assert source.read(items(source)[0]) == b"P6\n7 9\n65535\n" + pixels
+
+
+def test_a_deflated_array_is_inflated_once_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=RGB, labels=LABELS)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        source = open_source(str(tmp_path / "a.npz"))
+    assert "each process that reads it inflates it once" in caplog.text
+    copy = pickle.loads(pickle.dumps(source))
+    for each in (source, copy):
+        assert (np.stack([np.asarray(picture) for picture in pictures(each)]) == RGB).all()
+    os.rename(tmp_path / "a.npz", tmp_path / "b.npz")
+    assert (np.asarray(pictures(source)[5]) == RGB[5]).all()  # from what was inflated
+    assert os.listdir(tmp_path) == ["b.npz"]
+    assert labels_of(source) == LABELS.tolist()
+
+
+def test_a_deflated_array_that_is_damaged_is_an_error_of_reading(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=np.tile(RGB, (40, 10, 10, 1)))
+    source = open_source(str(tmp_path / "a.npz"))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(OSError, match="array 'images'"):
+        source.read(items(source)[0])
+
+
+def test_rows_that_do_not_exist_are_missing_and_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
+    location = save(tmp_path / "a.npy", RGB)
+    source = open_source(location)
+    for place in [(6,), (-1,), (2**60,), (), (0, 0)]:
+        with pytest.raises(BadItem) as caught:
+            source.read(Item(0, "x", None, place))
+        assert caught.value.code == "missing"
+    os.truncate(location, 400)
+    with pytest.raises(OSError, match="cut off"):
+        source.read(items(source)[5])
+
+
+def test_the_array_of_images_is_found_by_dimensions_name_or_path(tmp_path: Path) -> None:
+    mnist = {"x_train": GRAY, "y_train": LABELS, "x_test": GRAY[:2], "y_test": LABELS[:2]}
+    location = save(tmp_path / "mnist.npz", mnist)
+    assert labels_of(open_source(location)) == LABELS.tolist()
+    test = open_source(location + "/x_test.npy")
+    assert labels_of(test) == LABELS[:2].tolist()
+    assert test.location == location + "/x_test.npy"
+    medical = {
+        "val_images": RGB[:3],
+        "val_labels": LABELS[:3, None],
+        "train_images": RGB,
+        "train_labels": LABELS[:, None],
+    }
+    location = save(tmp_path / "medical.npz", medical)
+    assert labels_of(open_source(location)) == LABELS.tolist()
+    assert labels_of(open_source(location + "/val_images.npy")) == LABELS[:3].tolist()
+    with pytest.raises(SourceError, match=r"no array 'other'; it has 'val_images' uint8 \(3, 9, 7, 3\), "):
+        open_source(location + "/other.npy")
+    with pytest.raises(SourceError, match=r"several arrays have the dimensions of images.*b\.npz/NAME\.npy says which"):
+        open_source(save(tmp_path / "b.npz", {"one": RGB, "two": RGB}))
+    with pytest.raises(SourceError, match=r"no array has the dimensions of images; it has 'one' uint8 \(3,\)"):
+        open_source(save(tmp_path / "b.npz", {"one": np.zeros(3, np.uint8)}))
+    with pytest.raises(SourceError, match="it has none"):
+        open_source(save(tmp_path / "b.npz", {}))
+
+
+def test_labels_are_another_array_or_another_file_or_none(tmp_path: Path) -> None:
+    texts = np.array(["b", "a", "c", "c", "a", "b"])
+    arrays = {"images": RGB, "labels": LABELS, "texts": texts, "bytes": texts.astype("S"), "short": LABELS[:5],
+              "flags": LABELS > 0, "depths": LABELS / 2, "pairs": np.zeros((6, 2))}  # fmt: skip
+    location = save(tmp_path / "a.npz", arrays)
+
+    def labelled(labels: str | None, classes: Any = None) -> tuple[list[Any], Any]:
+        source = open_source(location, BuildConfig(labels=labels), classes)
+        return labels_of(source), source.class_names
+
+    assert labelled(None) == (LABELS.tolist(), None)
+    assert labelled(None, NAMES) == (LABELS.tolist(), NAMES)
+    assert labelled("none") == ([None] * 6, None)
+    assert labelled("texts") == labelled("bytes") == ([1, 0, 2, 2, 0, 1], ("a", "b", "c"))
+    assert labelled("texts", ["c", "b", "a"]) == ([1, 2, 0, 0, 2, 1], ("c", "b", "a"))
+    assert labelled("flags")[0] == [1, 0, 1, 1, 0, 1]
+    assert labelled("depths")[0] == [1.0, 0.0, 0.5, 0.5, 0.0, 1.0]
+    for name in ("short", "pairs"):
+        with pytest.raises(
+            SourceError, match=rf"array '{name}' has shape .*one number or text for each of the 6 images"
+        ):
+            labelled(name)
+    with pytest.raises(SourceError, match="no array 'other'; it has 'images'"):
+        labelled("other")
+    with pytest.raises(UsageError, match="contradict"):
+        labelled("none", NAMES)
+
+    location = save(tmp_path / "a.npy", RGB)
+    save(tmp_path / "l.npy", LABELS)
+    assert labelled(None) == ([None] * 6, None)
+    assert labelled(str(tmp_path / "l.npy"), NAMES) == (LABELS.tolist(), NAMES)
+    with pytest.raises(UsageError, match=r"another FILE\.npy, or none"):
+        labelled("labels")
+    with pytest.raises(SourceError, match="has no labels; leave --classes-from out"):
+        labelled(None, NAMES)
+    location = save(tmp_path / "short.npz", {"images": RGB, "labels": LABELS[:5]})
+    assert labelled(None) == ([None] * 6, None)
+
+
+HUGE = 1 << 40
+BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
+    "float": (header((1, 5, 5), "<f4") + bytes(100), r"has float32 \(1, 5, 5\); allowed are uint8 and uint16: scale"),
+    "int64": (header((1, 5, 5), "<i8") + bytes(200), r"has int64 \(1, 5, 5\); allowed are uint8 and uint16"),
+    "uint32": (header((1, 5, 5), "<u4") + bytes(100), "allowed are uint8 and uint16"),
+    "record": (header((1, 5, 5), [("a", "|u1")]) + bytes(25), "allowed are uint8 and uint16"),
+    "objects": (header((2,), "|O") + pickle.dumps([1, 2]), r"Python objects, which are a pickle.*np\.stack"),
+    "Fortran": (header((2, 5, 5), "|u1", True) + bytes(50), "Fortran order; save it in C order"),
+    "cut": (header((2, 5, 5)) + bytes(49), "does not fit into .*; it is damaged or cut"),
+    "absurd": (header((HUGE, HUGE, HUGE)) + bytes(50), "does not fit into"),
+    "negative": (header((-2, -5, 5)) + bytes(50), "does not fit into"),
+    "no images": (header((0, 5, 5)), "no image at all; give an array with images"),
+    "no rows": (header((3, 0, 5)), "no image at all"),
+    "flat": (header((2, 25)) + bytes(50), r"allowed are \(N, H, W\), \(N, H, W, C\) and \(N, C, H, W\)"),
+    "scalar": (header(()) + bytes(50), r"allowed are \(N, H, W\)"),
+    "5 channels": (header((1, 5, 5, 5)) + bytes(125), "C being 1, 3 or 4"),
+    "either": (header((1, 3, 5, 3)) + bytes(45), "channels could be first or last"),
+    "deep alpha": (header((1, 5, 5, 4), "<u2") + bytes(200), "alpha goes with uint8 alone"),
+    "no header": (b"\x93NUMPY\x01\x00\xff\xff", r"no \.npy that can be read"),
+    "version 9": (header((1, 5, 5)).replace(b"\x01\x00", b"\x09\x00", 1), r"no \.npy that can be read"),
+    "a program": (header("__import__('os')") + bytes(9), r"no \.npy that can be read"),
+    "unclosed": (b"\x93NUMPY\x01\x00\x05\x00{'a':", r"no \.npy that can be read"),
+    "text": (b"This is no array.", r"no \.npy that can be read"),
+    "empty": (b"", r"no \.npy that can be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_bad_arrays_are_refused_with_what_is_allowed(tmp_path: Path, what: str, packed: bool) -> None:
+    data, message = BAD_ARRAYS[what]
+    path = tmp_path / ("a.npz" if packed else "a.npy")
+    if packed:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images.npy", data)
+    else:
+        path.write_bytes(data)
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(f"{path}/images.npy" if packed else str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_an_image_larger_than_any_should_be_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    path.write_bytes(header((1, 1 << 15, 1 << 15)))
+    os.truncate(path, (1 << 30) + 500)  # which takes no space on the disk
+    with pytest.raises(SourceError, match="images of 1073741824 bytes; at most 536870911 are allowed"):
+        open_source(str(path))
+
+
+def test_labels_that_are_no_npy_or_are_a_pickle_are_refused(tmp_path: Path) -> None:
+    images = save(tmp_path / "a.npy", RGB)
+    np.savez(tmp_path / "l.npz", y=LABELS)
+    os.rename(tmp_path / "l.npz", tmp_path / "l.npy")
+    with pytest.raises(SourceError, match=r"is an \.npz; give an \.npy"):
+        open_source(images, BuildConfig(labels=str(tmp_path / "l.npy")))
+    np.save(tmp_path / "l.npy", np.array([None] * 6, object))
+    with pytest.raises(SourceError, match="never loaded"):
+        open_source(images, BuildConfig(labels=str(tmp_path / "l.npy")))
+
+
+def test_what_is_wrong_with_other_arrays_does_not_matter(tmp_path: Path) -> None:
+    fortran = np.asfortranarray(LABELS.reshape(2, 3))
+    arrays = {"images": RGB, "labels": LABELS, "notes": np.array([{}], object), "fortran": fortran}
+    assert labels_of(open_source(save(tmp_path / "a.npz", arrays))) == LABELS.tolist()
+    for labels, message in ((LABELS.astype(object), "Python objects"), (LABELS.astype("M8[s]"), "numbers or texts")):
+        location = save(tmp_path / "a.npz", {"images": RGB, "labels": labels})
+        with pytest.raises(SourceError, match=rf"array 'labels' .*{message}"):
+            open_source(location)
+        assert labels_of(open_source(location, BuildConfig(labels="none"))) == [None] * 6
+
+
+def test_damaged_npz_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    save(path, {"images": RGB})
+    whole = path.read_bytes()
+    central = whole.index(b"PK\1\2")
+    bomb = bytearray(whole)
+    bomb[central + 20 : central + 28] = struct.pack("<II", 9, 1 << 30)  # its sizes, deflated and inflated
+    bomb[central + 10] = zipfile.ZIP_DEFLATED
+    strange, encrypted = bytearray(whole), bytearray(whole)
+    strange[central + 10] = zipfile.ZIP_LZMA
+    encrypted[central + 8] |= 1
+    for data, message in (
+        (whole[: len(whole) // 2], r"is no \.npz, damaged or cut"),
+        (bytes(bomb), "1073741824 bytes from 9"),
+        (bytes(strange), "compressed in another way"),
+        (bytes(encrypted), "is encrypted"),
+        (b"PK\5\6", r"is no \.npz"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match=message):
+            open_source(str(path))
+    save(tmp_path / "b.npz", {"images": RGB})
+    with pytest.raises(SourceError, match=r"are 2 files; give one \.npy or \.npz"):
+        open_source(f"{tmp_path}/*.npz", BuildConfig(source="numpy"))
+    with pytest.raises(SourceError, match=r"c\.npz.*No such file"):
+        open_source(str(tmp_path / "c.npz"))
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "deflated.npz"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_build_from_an_array_is_one_from_the_same_images(
+    tmp_path: Path, make_dataset: MakeDataset, read_shards: ReadShards, name: str, bits: int
+) -> None:
+    deep = bits == 16
+    array = GRAY.astype(np.uint16) * 257 - 3 if deep else RGB
+    labels: Any = "labels"
+    if name == "a.npy":
+        save(tmp_path / name, array)
+        labels = save(tmp_path / "labels.npy", LABELS)
+    else:
+        (np.savez_compressed if name == "deflated.npz" else np.savez)(tmp_path / name, images=array, labels=LABELS)
+    folder = tmp_path / "folder"
+    for row, label in enumerate(LABELS):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array[row]).save(folder / f"{label}/{row}.png")
+    settings = {"bit_depth": bits, "dtype": f"uint{bits}"}
+    ours = make_dataset(tmp_path / name, labels=labels, **settings)
+    theirs = make_dataset(folder, **settings)
+    order = np.argsort(LABELS, kind="stable")
+    assert (read_shards(ours)[order] == read_shards(theirs)).all()
+    assert read_shards(ours, "labels").tolist() == LABELS.tolist()
+    assert read_shards(ours).std() > 0
+
+
+# CIFAR
+
+ROWS = RANDOM.integers(0, 256, (6, 3, 32, 32), np.uint8)
+
+
+def dumped(content: dict[str, Any], protocol: int = 4) -> bytes:
+    return pickle.dumps(content, protocol)
+
+
+def batch(rows: Any = ROWS, labels: Any = LABELS, protocol: int = 4, **more: Any) -> bytes:
+    return dumped({"labels": list(map(int, labels)), "data": rows.reshape(-1, 3072), **more}, protocol)
+
+
+@pytest.fixture
+def cifar10(tmp_path: Path) -> Path:
+    """A CIFAR-10 whose batches differ: batch n begins with image n - 1, the test batch with image 5."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "batches.meta").write_bytes(dumped({"label_names": list(NAMES)}))
+    for number, name in enumerate([*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]):
+        (folder / name).write_bytes(batch(np.roll(ROWS, -number, 0), np.roll(LABELS, -number)))
+    return folder
+
+
+@pytest.fixture
+def cifar100(tmp_path: Path) -> Path:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    (folder / "meta").write_bytes(dumped({"fine_label_names": list(NAMES), "coarse_label_names": ["fly", "nest"]}))
+    for name, rows in (("train", ROWS), ("test", ROWS[::-1].copy())):
+        content = {"fine_labels": LABELS.tolist(), "coarse_labels": [0, 1, 0, 1, 0, 1], "data": rows.reshape(6, 3072)}
+        (folder / name).write_bytes(dumped(content))
+    return folder
+
+
+def test_cifar_10_is_read_in_place_and_the_test_batch_as_a_file(cifar10: Path) -> None:
+    source = open_source(cifar10)
+    assert (source.kind, source.class_names) == ("cifar", NAMES)
+    found = items(source)
+    assert [found[0].path, found[29].path] == ["data_batch_1/00000", "data_batch_5/00005"]
+    assert labels_of(source) == [label for number in range(5) for label in np.roll(LABELS, -number).tolist()]
+    rows = np.concatenate([np.roll(ROWS, -number, 0) for number in range(5)]).transpose(0, 2, 3, 1)
+    copy = pickle.loads(pickle.dumps(source))
+    assert (np.stack([np.asarray(picture) for picture in pictures(copy)]) == rows).all()
+    assert [name for name, _ in source.files] == [f"data_batch_{number}" for number in range(1, 6)]
+    test = open_source(cifar10 / "test_batch")
+    assert items(test)[0].path == "test_batch/00000"
+    assert (np.asarray(pictures(test)[0]) == ROWS[5].transpose(1, 2, 0)).all()
+    with pytest.raises(BadItem, match="does not exist"):
+        source.read(Item(0, "x", None, (5, 0)))
+
+
+def test_cifar_100_has_fine_labels_coarse_ones_or_none(cifar100: Path, cifar10: Path) -> None:
+    def labelled(src: Path, labels: str | None, classes: Any = None) -> tuple[list[Any], Any]:
+        source = open_source(src, BuildConfig(labels=labels), classes)
+        return labels_of(source), source.class_names
+
+    assert labelled(cifar100, None) == (LABELS.tolist(), NAMES)
+    assert labelled(cifar100, "coarse") == ([0, 1, 0, 1, 0, 1], ("fly", "nest"))
+    assert labelled(cifar100, "none") == ([None] * 6, None)
+    assert labelled(cifar100, None, NAMES[::-1]) == ((2 - LABELS).tolist(), NAMES[::-1])
+    test = open_source(cifar100 / "test")
+    assert (np.asarray(pictures(test)[0]) == ROWS[5].transpose(1, 2, 0)).all()
+    with pytest.raises(UsageError, match=r"--labels coarse: .* has none, or its own"):
+        labelled(cifar10, "coarse")
+    with pytest.raises(UsageError, match=r"--labels x: .* has coarse or none"):
+        labelled(cifar100, "x")
+    with pytest.raises(UsageError, match="contradict"):
+        labelled(cifar100, "none", NAMES)
+
+
+def test_bad_cifar_is_refused(cifar10: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no file of CIFAR with images; give the folder, or one of data_batch_1"):
+        open_source(cifar10 / "batches.meta")
+    with pytest.raises(SourceError, match="download and unpack it"):
+        open_source("s3://bucket/cifar", BuildConfig(source="cifar"))
+    for data, message in (
+        (batch(protocol=2), "does not have its pixels as one piece; unpack the original archive again"),
+        (batch(ROWS[:0], []), "has no images"),
+        (batch(labels=[0]), "labels is not a list of 6 numbers"),
+        (batch()[:9000], "unpack it again"),
+        (dumped({"data": ROWS.reshape(-1, 3072), "labels": print}), "which is not allowed and was not loaded"),
+    ):
+        (cifar10 / "data_batch_3").write_bytes(data)
+        with pytest.raises(SourceError, match=message) as caught:
+            open_source(cifar10)
+        assert "data_batch_3" in str(caught.value)
+    (cifar10 / "data_batch_3").unlink()
+    with pytest.raises(SourceError, match=r"data_batch_3.*No such file"):
+        open_source(cifar10)
+    with pytest.raises(SourceError, match="neither batches"):
+        open_source(tmp_path, BuildConfig(source="cifar"))
+
+
+def test_a_build_from_cifar_is_one_from_the_same_images(
+    cifar10: Path, tmp_path: Path, make_dataset: MakeDataset, read_shards: ReadShards
+) -> None:
+    folder = tmp_path / "folder"
+    for row, label in enumerate(LABELS):
+        (folder / NAMES[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ROWS[row].transpose(1, 2, 0)).save(folder / f"{NAMES[label]}/{row}.png")
+    ours = make_dataset(cifar10 / "data_batch_1", dtype="uint8", workers=1)
+    theirs = make_dataset(folder, dtype="uint8")
+    order = np.argsort(LABELS, kind="stable")
+    assert (read_shards(ours)[order] == read_shards(theirs)).all()
+    assert (read_shards(ours, "labels")[order] == read_shards(theirs, "labels")).all()
+    assert gpu_npz.open_dataset(ours).class_names == gpu_npz.open_dataset(theirs).class_names
