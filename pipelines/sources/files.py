@@ -29,8 +29,7 @@ READS_AT_ONCE = 16  # of a store far away
 _OPEN_FILES = 64
 _BLOCK_BYTES = 8 << 20  # read ahead where a remote file is read from its beginning to its end
 _MAX_FILES = 1_000_000
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _GLOB = re.compile(r"[*?\[]")
 _WEB = ("http", "https")
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")  # RFC 9110, section 14.4
@@ -464,18 +463,19 @@ def _expanded(pattern: str) -> Iterable[str]:
 
 
 def _each(pattern: str) -> Iterator[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, choice = match.groups()
     parts: Iterable[str]
-    if match := _RANGE.search(pattern):
-        first, last = match.groups()
+    if choice is not None:
+        parts = choice.split(",")
+    else:
         padded = any(len(text) > 1 and text.startswith("0") for text in (first, last))
         width = max(len(first), len(last)) if padded else 0
         step = 1 if int(last) >= int(first) else -1
         parts = (f"{number:0{width}}" for number in range(int(first), int(last) + step, step))
-    elif match := _CHOICE.search(pattern):
-        parts = match[1].split(",")
-    else:
-        yield pattern
-        return
     head, tail = pattern[: match.start()], pattern[match.end() :]
     for part in parts:
         yield from _each(head + part + tail)
