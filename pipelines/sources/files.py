@@ -29,8 +29,7 @@ READS_AT_ONCE = 16  # of a store far away
 _OPEN_FILES = 64
 _BLOCK_BYTES = 8 << 20  # read ahead where a remote file is read from its beginning to its end
 _MAX_FILES = 1_000_000
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _GLOB = re.compile(r"[*?\[]")
 _WEB = ("http", "https")
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")  # RFC 9110, section 14.4
@@ -100,8 +99,8 @@ class Files:
         """`size` bytes of a file from `start` on; fewer only where the file, as it was when it was found, ends.
 
         Raises:
-            OSError: with an errno, as the system says; of a remote store ENOENT, EACCES, or EIO for all else. EIO, too,
-                where the file has become shorter.
+            OSError: with an errno, as the system says; of a remote store ENOENT, EACCES, ENOTSUP from a web server that
+                gives no parts of files, or EIO for all else. EIO, too, where the file has become shorter.
         """
         if not 0 <= number < len(self._paths) or start < 0:
             raise OSError(errno.EINVAL, f"no byte {start} of a file {number}")
@@ -119,7 +118,10 @@ class Files:
         path = self._paths[number]
         with as_system_errors():
             if is_web(path):
-                return _from_web(self._store, path, start, size)[0]
+                data, total = _from_web(self._store, path, start, size)
+                if total not in (None, self.stamps[number][1]):
+                    raise OSError(errno.EIO, f"its size is now {total} bytes; the file has changed")
+                return data
             return bytes(self._store.cat_file(path, start=start, end=start + size))
 
     def _read_local(self, number: int, start: int, size: int) -> bytes:
@@ -331,6 +333,7 @@ def _from_web(
     """`size` bytes of a file on a web server from `start` on, or all, and the file's size if the server tells it.
 
     fsspec's own `cat_file` takes what a server sends for what was asked. Redirects lead to http(s) alone, by aiohttp.
+    A server that knows no ranges may send a small file whole, of which the part is taken.
     """
     from fsspec.asyn import sync
 
@@ -359,19 +362,28 @@ async def _asked_web(store: Any, url: str, start: int | None, size: int) -> tupl
         elif answer.status == 416 and total is not None and total <= start:
             return b"", total
         elif answer.status == 200:
-            if length == "0":
-                return b"", 0
-            raise OSError(errno.ENOTSUP, "the server does not give parts of a file (no Range); download it first")
+            if not length.isdecimal() or int(length) > _BLOCK_BYTES:
+                raise OSError(errno.ENOTSUP, "the server does not give parts of a file (no Range); download it first")
+            whole = await _body(answer, int(length))
+            if len(whole) != int(length):
+                raise OSError(errno.EIO, f"{len(whole)} bytes came where the server said {length}")
+            return whole[start : start + size], len(whole)
         elif answer.status != 206 or found is None or found[1] is None or int(found[1]) != start:
-            raise OSError(errno.EIO, f"HTTP status {answer.status}")
-        data = bytearray()
-        async for piece in answer.content.iter_chunked(1 << 20):
-            data += piece
-            if len(data) > size:
-                if start is None:
-                    raise BadItem("read", "too-large", f"more than {size} bytes")
-                raise OSError(errno.EIO, f"more than the {size} bytes asked for came")
-        return bytes(data), total
+            raise OSError(errno.EIO, f"HTTP status {answer.status}, Content-Range {found and found[0]!r}")
+        data = await _body(answer, size)
+        if start is None and len(data) > size:
+            raise BadItem("read", "too-large", f"more than {size} bytes")
+        return data, total
+
+
+async def _body(answer: Any, size: int) -> bytes:
+    """The body of an answer, which the server cut off if that says so; a little more than `size` bytes at most."""
+    data = bytearray()
+    async for piece in answer.content.iter_chunked(1 << 20):
+        data += piece
+        if len(data) > size:
+            break
+    return bytes(data)
 
 
 def patiently(action: Callable[[], Answer]) -> Answer:
@@ -451,18 +463,19 @@ def _expanded(pattern: str) -> Iterable[str]:
 
 
 def _each(pattern: str) -> Iterator[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, choice = match.groups()
     parts: Iterable[str]
-    if match := _RANGE.search(pattern):
-        first, last = match.groups()
+    if choice is not None:
+        parts = choice.split(",")
+    else:
         padded = any(len(text) > 1 and text.startswith("0") for text in (first, last))
         width = max(len(first), len(last)) if padded else 0
         step = 1 if int(last) >= int(first) else -1
         parts = (f"{number:0{width}}" for number in range(int(first), int(last) + step, step))
-    elif match := _CHOICE.search(pattern):
-        parts = match[1].split(",")
-    else:
-        yield pattern
-        return
     head, tail = pattern[: match.start()], pattern[match.end() :]
     for part in parts:
         yield from _each(head + part + tail)

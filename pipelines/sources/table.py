@@ -13,7 +13,7 @@ from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from ..storage import is_remote
 from .base import Group, Item, Source
-from .files import READS_AT_ONCE, as_system_errors, store_of
+from .files import READS_AT_ONCE, as_system_errors, fetch, is_web, store_of
 from .folder import read_file
 from .rows import Listing, Table, below, key_column, label_columns, path_column
 
@@ -82,6 +82,8 @@ class TableSource(Source):
             raise SourceError(f"{self._root!r} is gone; bring it back, then run the same command to resume")
 
     def _read_url(self, url: str) -> bytes:
+        if is_web(url):
+            return fetch(self._store, url)
         try:
             with as_system_errors():
                 data = bytes(self._store.cat_file(url, start=0, end=MAX_ENCODED_BYTES + 1))
