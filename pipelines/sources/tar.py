@@ -102,7 +102,8 @@ def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Memb
     while True:
         block = _read(file, position, min(_BLOCK, end - position), archive)
         if len(block) < _BLOCK:
-            raise _cut(archive, f"after {last}, at byte {end}, without the end mark of a tar")
+            where = f"after {last}, at byte {end}, without the end mark of a tar"
+            raise (position == start and _compressed(file, start, archive)) or _cut(archive, where)
         if block == _ZEROS:
             if end - position > _MAX_PADDING:
                 log.warning(
@@ -200,17 +201,23 @@ def _records(content: bytes) -> dict[bytes, bytes]:
 
 def _damaged(file: BinaryIO, start: int, archive: str, position: int, last: str) -> SourceError:
     if position == start:
-        first = _read(file, start, 8, archive)
-        for magic, command in _COMPRESSED.items():
-            if first.startswith(magic):
-                return SourceError(
-                    f"{archive!r} is compressed, so that nothing in it can be read alone; run: {command} "
-                    f"{os.path.basename(archive)!r} and give the .tar"
-                )
-        return SourceError(f"{archive!r} is no tar; give a .tar, or --source KIND if it is something else")
+        return _compressed(file, start, archive) or SourceError(
+            f"{archive!r} is no tar; give a .tar, or --source KIND if it is something else"
+        )
     return SourceError(
         f"{archive!r} is damaged at byte {position}, after {last}: there is no header of a tar; download or "
         "make it again"
+    )
+
+
+def _compressed(file: BinaryIO, start: int, archive: str) -> SourceError | None:
+    first = _read(file, start, 8, archive)
+    command = next((command for magic, command in _COMPRESSED.items() if first.startswith(magic)), None)
+    if command is None:
+        return None
+    return SourceError(
+        f"{archive!r} is compressed, so that nothing in it can be read alone; run: {command} "
+        f"{os.path.basename(archive)!r} and give the .tar"
     )
 
 
