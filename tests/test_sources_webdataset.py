@@ -89,7 +89,7 @@ def test_labels_stand_in_other_files(samples: Path, labels: str, classes: Any, v
 def test_numbers_are_classes_where_names_are_given(samples: Path) -> None:
     names = [f"class {number}" for number in range(8)]
     assert opened(samples, None, names).class_names == tuple(names)
-    with pytest.raises(SourceError, match=r"has 7 for 'a\.b/1\.jpg'; --classes-from names 3 classes"):
+    with pytest.raises(SourceError, match=r"has 7 for 'a\.b/1\.jpg'; there are names for 3 classes"):
         opened(samples, None, names[:3])
     with pytest.raises(UsageError, match="contradict"):
         opened(samples, "none", names)
