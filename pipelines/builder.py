@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from .config import TRAIN, BuildConfig
 from .engines import local, ray
 from .environment import Choice
@@ -250,8 +252,8 @@ def run(
                 "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
             )
         if config.preflight and job.settings.deflate_level is None:  # how far images shrink is not known
-            shards = len(todo)
-            require_space(storage.root, rows=built_items, row_bytes=row_bytes, shards=shards, dtype=job.settings.dtype)
+            need = {"rows": built_items, "row_bytes": row_bytes, "shards": len(todo)}
+            require_space(storage.root, **need, dtype=job.settings.dtype, pixel_dtype=job.settings.pixel_dtype)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
         task = Task(storage.root, source, None, tuning, _environment(records, config))
         with contextlib.closing(_events(task, todo, choice, config)) as events:
@@ -363,11 +365,11 @@ def _bottleneck(stages: Counter[str], tuning: Tuning) -> str | None:
 
 def _hints(job: Job, records: Sequence[CommitRecord]) -> tuple[str, ...]:
     hints = []
-    total = sum(record.bytes for record in records)
+    total, pixel = sum(record.bytes for record in records), job.settings.pixel_dtype
     if job.settings.dtype == "float32" and total > 10**9:
         hints.append(
-            f"--dtype uint8 would take {total / 4e9:.1f} GB instead of {total / 1e9:.1f} GB; readers then normalize, "
-            "with equal values"
+            f"--dtype {pixel} would take {total * np.dtype(pixel).itemsize / 4e9:.1f} GB instead of {total / 1e9:.1f} "
+            "GB; readers then normalize, with equal values"
         )
     if job.labelled and job.settings.shuffle is None and len(records) > 1:
         hints.append(

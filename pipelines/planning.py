@@ -40,10 +40,15 @@ class Measuring:
 
 def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
     """Raises UsageError where OUT lies inside SRC, whose next listing would find it."""
-    if is_remote(storage.root):
+    source, out = os.fspath(src), storage.root
+    if is_remote(source) != is_remote(out):
         return
-    source, out = os.path.realpath(src), os.path.realpath(storage.root)
-    if os.path.commonpath([source, out]) == source and os.path.isdir(source):
+    if is_remote(source):
+        inside = f"{out.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")
+    else:
+        source, out = os.path.realpath(source), os.path.realpath(out)
+        inside = os.path.commonpath([source, out]) == source and os.path.isdir(source)
+    if inside:
         raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")
 
 

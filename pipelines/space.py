@@ -26,7 +26,15 @@ _SHARD_BYTES = 7 * 4096 + _COMMIT_BYTES  # six members, each padded, the end rec
 _OTHER_BYTES = 1 << 16
 
 
-def require_space(storage_root: str, *, rows: int, row_bytes: int, shards: int, dtype: str | None = None) -> None:
+def require_space(
+    storage_root: str,
+    *,
+    rows: int,
+    row_bytes: int,
+    shards: int,
+    dtype: str = "float32",
+    pixel_dtype: str = "uint8",
+) -> None:
     """Raises StorageError if what is still to be written does not fit on OUT's filesystem.
 
     The need is over-estimated: by 0.2% for pixels of 224 x 224, and by less for larger rows. A filesystem that does not
@@ -37,17 +45,17 @@ def require_space(storage_root: str, *, rows: int, row_bytes: int, shards: int, 
         rows: the items of the shards that are not built yet.
         row_bytes: the size of a stored image.
         shards: how many are not built yet.
-        dtype: of stored images, to say what another one would take.
+        dtype: of stored images.
+        pixel_dtype: of pixels, to say what these would take.
     """
     lack = lack_of_space(storage_root, _at_most(rows, row_bytes, shards), shards)
     if lack is None:
         return
-    item_bytes = np.dtype(dtype or "float32").itemsize
-    pixels = gigabytes(_at_most(rows, row_bytes // item_bytes, shards))
-    smaller = f"--dtype uint8 would take {pixels}; " if dtype else "--dtype uint8 takes a quarter of float32; "
+    item_bytes, pixel_bytes = np.dtype(dtype).itemsize, np.dtype(pixel_dtype).itemsize
+    pixels = gigabytes(_at_most(rows, row_bytes * pixel_bytes // item_bytes, shards))
+    smaller = f"--dtype {pixel_dtype} would take {pixels}; " if item_bytes > pixel_bytes else ""
     raise StorageError(
-        f"{lack}. {smaller if item_bytes > 1 else ''}free some space, choose another OUT, or start all the same with "
-        "--no-preflight"
+        f"{lack}. {smaller}free some space, choose another OUT, or start all the same with --no-preflight"
     )
 
 

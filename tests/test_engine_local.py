@@ -27,7 +27,7 @@ SABOTAGE = """
 import ctypes, os, signal, time
 from gpu_npz.decode.pillow import PillowDecoder
 whole = PillowDecoder.decode_image
-def decode_image(self, data, path):
+def decode_image(self, data, path, frame=None):
     name = os.path.basename(path)
     if name.startswith("crash"):
         ctypes.string_at(0)
@@ -42,7 +42,7 @@ def decode_image(self, data, path):
         if not os.path.exists(marker):
             open(marker, "w").close()
             os.kill(os.getpid(), signal.SIGSEGV)
-    return whole(self, data, path)
+    return whole(self, data, path, frame)
 PillowDecoder.decode_image = decode_image
 """
 

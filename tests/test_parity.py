@@ -49,8 +49,8 @@ def test_a_decoder_that_gives_other_pixels_is_noticed_with_its_kind_and_worst_fi
     src = make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "gray", "a/3.jpg": "jpeg"})
     real = PillowDecoder.decode_image
 
-    def brighter(self: PillowDecoder, data: bytes, path: str) -> np.ndarray:
-        pixels = real(self, data, path)
+    def brighter(self: PillowDecoder, data: bytes, path: str, frame: int | None) -> np.ndarray:
+        pixels = real(self, data, path, frame)
         return np.clip(pixels.astype(np.int16) + 40 * (path == "a/2.jpg"), 0, 255).astype(np.uint8)
 
     monkeypatch.setattr(PillowDecoder, "decode_image", brighter)
@@ -71,10 +71,10 @@ def test_verdicts_that_differ_are_counted_and_named(
     src = make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "jpeg", "a/3.jpg": "half"})
     real = PillowDecoder.decode_image
 
-    def strict(self: PillowDecoder, data: bytes, path: str) -> np.ndarray:
+    def strict(self: PillowDecoder, data: bytes, path: str, frame: int | None) -> np.ndarray:
         if path == "a/2.jpg":
             raise BadItem("decode", "undecodable", "not this one")
-        return real(self, data, path)
+        return real(self, data, path, frame)
 
     monkeypatch.setattr(PillowDecoder, "decode_image", strict)
     found = compare(src)

@@ -312,8 +312,8 @@ def test_a_disk_that_is_too_small_stops_the_build_with_figures_and_ways_out(tmp_
     assert "--dtype uint8 would take 0.002 GB; free some space, choose another OUT, or start all the same with" in text
     assert text.endswith("--no-preflight")
     assert asked == [os.fspath(tmp_path)]
-    with pytest.raises(StorageError, match="--dtype uint8 takes a quarter of float32"):
-        require_space(os.fspath(tmp_path), **NEEDS)
+    with pytest.raises(StorageError, match=r"--dtype uint16 would take 0\.003 GB"):
+        require_space(os.fspath(tmp_path), **NEEDS, pixel_dtype="uint16")
     with pytest.raises(StorageError, match=r"GB free\. free some space"):
         require_space(os.fspath(tmp_path), **NEEDS, dtype="uint8")
 

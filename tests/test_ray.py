@@ -44,10 +44,10 @@ from gpu_npz.decode.pillow import PillowDecoder
 from gpu_npz.sources.folder import FolderSource
 traps = ""
 decode_image = PillowDecoder.decode_image
-def trapped(self, data, path):
+def trapped(self, data, path, frame=None):
     if os.path.exists(f"{traps}/crash-{os.path.basename(path)}"):
         ctypes.string_at(0)
-    return decode_image(self, data, path)
+    return decode_image(self, data, path, frame)
 PillowDecoder.decode_image = trapped
 class TrappedSource(FolderSource):
     def read(self, item):

@@ -24,12 +24,14 @@ from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import ShardError, SourceError
+from gpu_npz.errors import ShardError, SourceError, UsageError
+from gpu_npz.planning import check_places
 from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, Source, read_item
 from gpu_npz.sources.folder import FolderSource
 from gpu_npz.sources.remote import RemoteSource
+from gpu_npz.storage import open_storage
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:datetime\.datetime\.utcnow:DeprecationWarning:(boto|moto)")
 _number = itertools.count()
@@ -302,3 +304,10 @@ def test_a_source_is_opened_again_by_its_own_settings(put: Put) -> None:
     source = open_source(put({"a/1.jpg": b"x"}))
     again = open_source(source.location, BuildConfig(source="folder"), source.class_names)
     assert listed(again) == listed(source)
+
+
+def test_out_inside_of_a_remote_src_is_refused() -> None:
+    with pytest.raises(UsageError, match="lies inside SRC"):
+        check_places("memory://images", open_storage("memory://images/out"))
+    check_places("memory://images", open_storage("memory://images-out"))
+    check_places("memory://images", open_storage("/tmp/out"))

@@ -157,6 +157,6 @@ def numbered(class_names: list[str], found: list[str], location: str) -> dict[st
         shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise SourceError(
             f"{location!r} has {len(unknown)} classes that --classes-from does not name: {shown}; "
-            "remove these folders or give a list that names them"
+            "leave these items out, or give a list that names them"
         )
     return {name: numbers[name] for name in found}

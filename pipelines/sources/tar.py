@@ -223,6 +223,6 @@ def _compressed(file: BinaryIO, start: int, archive: str) -> SourceError | None:
 
 def _cut(archive: str, where: str) -> SourceError:
     return SourceError(
-        f"{archive!r} is cut: it ends {where}; download or make it again (if it is whole but for its end mark: "
-        "head -c 1024 /dev/zero >> it)"
+        f"{archive!r} is cut: it ends {where}; download or make it again, or, if it is whole but for its end mark, add "
+        "1,024 zero bytes"
     )
