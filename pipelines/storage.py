@@ -167,7 +167,7 @@ class LocalStorage:
 
     def names(self, folder: str = "") -> list[str]:
         """The names of the files and folders in a folder, sorted; empty if there is no such folder."""
-        with self.explained(folder), contextlib.suppress(FileNotFoundError):
+        with self.explained(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return sorted(os.listdir(self.path(folder)))
         return []
 

@@ -38,7 +38,7 @@ def corpus(
     """
     chance = random.Random(seed)
     for kind, (form, options) in KINDS.items():
-        if form == "WEBP" and not features.check("webp"):
+        if not _can_be_made(form, **options):
             continue
         whole = encoded(form, seed, **options)
         extension = EXTENSIONS[form]
@@ -49,14 +49,24 @@ def corpus(
             for _ in range(chance.choice((1, 1, 2, 8))):
                 data[chance.randrange(len(data))] = chance.randrange(256)
             yield kind, "flipped", f"{number:04}.{extension}", bytes(data)
-        others = [encoded(form, seed, **options) for form, options in KINDS.values() if form != "WEBP"]
+        plain = [each for each in KINDS.values() if each[0] != "WEBP" and _can_be_made(each[0], **each[1])]
+        others = [encoded(form, seed, **options) for form, options in plain]
         for number, other in enumerate(others):
             for at, length in enumerate((2, 4, 16, 64, 256)):
                 yield kind, "spliced", f"{number}-{at}.{extension}", other[:length] + whole[length:]
     for kind, damage, make in CRAFTED:
         form = KINDS[kind][0]
-        if form != "WEBP" or features.check("webp"):
+        if _can_be_made(form):
             yield kind, damage, f"0.{EXTENSIONS[form]}", make(encoded(form, seed, **KINDS[kind][1]))
+
+
+def _can_be_made(form: str, **options: object) -> bool:
+    """Not every build of Pillow has every codec."""
+    return (
+        features.check({"WEBP": "webp", "TIFF": "libtiff"}[form])
+        if form == "WEBP" or "compression" in options
+        else True
+    )
 
 
 def encoded(form: str, seed: int, **options: object) -> bytes:
