@@ -135,7 +135,7 @@ def in_a_fork(action: Callable[[], bytes]) -> bytes:
     child.start()
     its.close()
     try:
-        assert ours.poll(60), "the child waits for ever"
+        assert ours.poll(30), "the child waits for ever"
         return ours.recv_bytes()
     finally:
         child.kill()
