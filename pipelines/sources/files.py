@@ -34,6 +34,7 @@ _GLOB = re.compile(r"[*?\[]")
 _WEB = ("http", "https")
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")  # RFC 9110, section 14.4
 _ANONYMOUS = re.compile(r"Credential|TokenRetrieval|SSOToken|RefreshError|ProfileNotFound")
+_LIVE: weakref.WeakSet[Files] = weakref.WeakSet()
 Answer = TypeVar("Answer")
 
 
@@ -69,18 +70,18 @@ class Files:
         return len(self._paths)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock", "_fs", "_pid")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock", "_fs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._pid = os.getpid()
         self._fs: Any = None
         self._lock = threading.Lock()
         self._open: dict[int, int] = {}
         weakref.finalize(self, _close, self._open)
+        _LIVE.add(self)
 
     @property
     def reads_at_once(self) -> int:
@@ -107,8 +108,6 @@ class Files:
         size = min(size, self.stamps[number][1] - start)
         if size <= 0:
             return b""
-        if self._pid != os.getpid():  # forked: the lock may be held by a thread that is not there any more
-            self._start_anew()
         data = self._read_remote(number, start, size) if self._remote else self._read_local(number, start, size)
         if len(data) != size:
             raise OSError(errno.EIO, f"{len(data)} of {size} bytes came; the file has changed or was cut off")
@@ -239,6 +238,14 @@ class Files:
     @staticmethod
     def _gone(path: str, exc: OSError) -> SourceError:
         return SourceError(f"{path!r}: {exc.strerror or exc}; give a file, a pattern in quotes, or a URL")
+
+
+def _start_all_anew() -> None:
+    for files in list(_LIVE):
+        files._start_anew()
+
+
+os.register_at_fork(after_in_child=_start_all_anew)  # a thread that the child does not have may hold a lock for ever
 
 
 class _Opened(io.RawIOBase):
