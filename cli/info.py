@@ -26,7 +26,7 @@ def command(out: str, as_json: bool) -> None:
         "images": f"{counts.rows} of shape {images.shape}, {images.dtype}, {images.layout}, {images.channels}",
         "shards": f"{counts.shards} of {manifest.shard_items} items",
         "rejects": f"{counts.rejects} of {counts.items} items" + (f" ({codes})" if codes else ""),
-        "classes": _classes(manifest.classes),
+        "labels" if manifest.columns else "classes": _labels(manifest),
         "made with": "; ".join(", ".join(f"{k} {v}" for k, v in made.items()) for made in manifest.environments),
         **{name.replace("_", "-"): value for name, value in manifest.settings.items() if value is not None},
     }
@@ -34,7 +34,10 @@ def command(out: str, as_json: bool) -> None:
     click.echo("\n".join(f"{name:{width}}  {printable(str(value))}" for name, value in rows.items()))
 
 
-def _classes(names: tuple[str, ...] | None) -> str:
+def _labels(manifest: Manifest) -> str:
+    if manifest.columns:
+        return ", ".join(f"{column.name} ({column.kind})" for column in manifest.columns)
+    names = manifest.classes
     if names is None:
         return "no labels"
     return f"{len(names)}: " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
