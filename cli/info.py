@@ -26,7 +26,7 @@ def command(out: str, as_json: bool) -> None:
         "images": f"{counts.rows} of shape {images.shape}, {images.dtype}, {images.layout}, {images.channels}",
         "shards": f"{counts.shards} of {manifest.shard_items} items",
         "rejects": f"{counts.rejects} of {counts.items} items" + (f" ({codes})" if codes else ""),
-        "labels" if manifest.columns else "classes": _labels(manifest),
+        "label columns" if manifest.columns else "classes": _labels(manifest),
         "made with": "; ".join(", ".join(f"{k} {v}" for k, v in made.items()) for made in manifest.environments),
         **{name.replace("_", "-"): value for name, value in manifest.settings.items() if value is not None},
     }
