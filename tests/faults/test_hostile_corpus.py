@@ -18,7 +18,7 @@ def test_no_file_harms_the_process_its_neighbours_or_the_agreement_of_the_backen
     assert result.returncode == 0, result.stdout
     summary = json.loads((tmp_path / "result.json").read_text())["summary"]
     for found in summary.values():
-        assert found["files"] > 500
-        assert found["unchanged"] == found["good neighbours"] > 60
+        assert found["files"] > 400
+        assert found["unchanged"] == found["good neighbours"] > 50
         assert found["crashed"] == found["timed out"] == 0
         assert found["worker memory MB"] < 400
