@@ -20,7 +20,7 @@ from .job import Job, from_json, index_comment, store_arrays, to_json
 from .normalize import statistics
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, shard_name
 from .rejects import Reject
-from .sources.base import LabelColumn
+from .sources.base import LabelColumn, as_text
 from .storage import Storage, is_remote, open_storage
 
 FORMAT_VERSION = 1
@@ -167,7 +167,7 @@ def class_list(classes_from: str | None) -> tuple[str, ...] | None:
             raise UsageError(f"{option}: that dataset has no labels; leave the option out")
         return classes
     try:
-        lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+        lines = as_text(path.read_bytes()).split("\n")
     except OSError as exc:
         raise UsageError(
             f"{option}: {exc.strerror}; give a finished dataset or a text file with a name a line"

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError
-from .sources.base import Group, Item
+from .sources.base import Group, Item, as_text
 
 _ARRAYS = (
     "names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "labels", "places", "order",
@@ -88,7 +88,7 @@ class Plan:
             path = folders[folder_start:folder_end].tobytes() + names[name_start:name_end].tobytes()
             label = tuple(labels[index - start]) if several else labels[index - start]
             place = () if places is None else tuple(places[index - start])
-            text = path.decode("utf-8", "surrogateescape")
+            text = as_text(path)
             items.append(Item(index, text, None if label == unlabelled else label, place))
         return items
 

@@ -27,7 +27,7 @@ from .plan import Plan, collect
 from .planning import check_places, inspect
 from .selection import listed
 from .sources import open_source
-from .sources.base import Group, Source
+from .sources.base import Group, Source, as_bytes
 from .space import free_space, gigabytes, held_bytes, lack_of_space, output_bytes
 from .storage import LocalStorage, open_storage
 from .tuning import Tuning
@@ -240,7 +240,7 @@ def _measure(
     """Lets one worker build shards of items spread over the plan, in a temporary folder, until the time is over."""
     groups = []
     for item in spread(plan, _MEASURED_ITEMS, 0.5):
-        parent, slash, name = item.path.encode("utf-8", "surrogateescape").rpartition(b"/")
+        parent, slash, name = as_bytes(item.path).rpartition(b"/")
         own = None if plan.arrays.get("labels") is None else np.array([item.label])
         places = np.array([item.place], np.int64) if item.place else None
         label = item.label if isinstance(item.label, int) and own is None else -1

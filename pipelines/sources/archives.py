@@ -17,7 +17,8 @@ import numpy as np
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from .base import IMAGE_EXTENSIONS, Group, Item, Source, numbered
+from .base import Group, Item, Source, as_bytes, as_text, extensions, numbered
+from .base import is_image as has_extension
 from .files import Files
 
 log = logging.getLogger(__name__)
@@ -88,17 +89,17 @@ class ArchiveSource(Source):
             return
         if survey.loose is not None and survey.filed is not None:
             raise SourceError(
-                f"{self.location!r} holds both images in no folder ({_text(survey.loose)!r}, ...) and images in "
-                f"folders ({_text(survey.filed)!r}, ...); move those into a folder of their class, or say --labels none"
+                f"{self.location!r} holds both images in no folder ({as_text(survey.loose)!r}, ...) and images in "
+                f"folders ({as_text(survey.filed)!r}, ...); move those into a folder of their class, or say --labels none"
             )
         if survey.loose is not None:
             if classes is not None:
                 raise SourceError(f"{self.location!r} has no class folders; leave --classes-from out")
             return
-        found = [_text(folder) for folder in sorted(survey.folders)]
+        found = [as_text(folder) for folder in sorted(survey.folders)]
         self.class_names = tuple(found if classes is None else classes)
         numbers = numbered(list(self.class_names), found, self.location)
-        self._numbers = {name.encode("utf-8", "surrogateescape"): number for name, number in numbers.items()}
+        self._numbers = {as_bytes(name): number for name, number in numbers.items()}
 
     @abc.abstractmethod
     def _members(self, number: int) -> Iterator[Member]:
@@ -130,7 +131,7 @@ class ArchiveSource(Source):
     def _known_label(self, path: bytes) -> int:
         label = self._label(path)
         if label is None:
-            raise SourceError(f"{_text(path)!r} of {self.location!r} has no label; give one that knows it")
+            raise SourceError(f"{as_text(path)!r} of {self.location!r} has no label; give one that knows it")
         return label
 
     def _images(self, number: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:
@@ -145,8 +146,7 @@ class ArchiveSource(Source):
         for number in range(len(self._files)):
             self._survey_archive(number, survey)
         if not survey.images:
-            extensions = " ".join(sorted(extension.decode() for extension in IMAGE_EXTENSIONS))
-            raise SourceError(f"{self.location!r} holds no images ({extensions}); give an archive of images")
+            raise SourceError(f"{self.location!r} holds no images ({extensions()}); give an archive of images")
         return survey
 
     def _survey_archive(self, number: int, survey: Survey) -> None:
@@ -191,7 +191,7 @@ class Names:
             if hash(path) in repeated:
                 if path in seen:
                     raise SourceError(
-                        f"{self._archive!r} holds {_text(path)!r} twice; make it again with one of them, from what "
+                        f"{self._archive!r} holds {as_text(path)!r} twice; make it again with one of them, from what "
                         "it unpacks to"
                     )
                 seen.add(path)
@@ -212,14 +212,12 @@ def path_of(name: bytes, archive: str) -> bytes:
         what = "has a zero byte in its name"
     else:
         return b"/".join(parts)
-    raise SourceError(f"{archive!r}: member {_text(name[:200])!r} {what}; make the archive again without it")
+    raise SourceError(f"{archive!r}: member {as_text(name[:200])!r} {what}; make the archive again without it")
 
 
 def is_image(path: bytes) -> bool:
     """Whether a path is an item: by its extension, and unless a part of it is hidden."""
-    if path.startswith(b".") or b"/." in path:
-        return False
-    return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
+    return has_extension(path) and not path.startswith(b".") and b"/." not in path
 
 
 def warn_of_others(archive: str, count: int, first: bytes) -> None:
@@ -228,7 +226,7 @@ def warn_of_others(archive: str, count: int, first: bytes) -> None:
         "%r: %d links, devices or sparse files (%r, ...) are left out; unpack it and give the folder to have them",
         archive,
         count,
-        _text(first[:200]),
+        as_text(first[:200]),
     )
 
 
@@ -254,7 +252,3 @@ def place_of(item: Item, numbers: int) -> tuple[int, ...]:
     if len(item.place) != numbers:
         raise BadItem("read", "missing", "its place in the archives is not known")
     return item.place
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")

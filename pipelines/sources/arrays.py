@@ -31,7 +31,7 @@ from ..rejects import MAX_ENCODED_BYTES
 from ..storage import is_remote
 from . import cifar
 from .archives import GROUP_ITEMS, place_of, read_piece
-from .base import Group, Item, Source
+from .base import Group, Item, Source, as_text
 from .files import Files
 from .labels import Labels, read_labels
 
@@ -358,7 +358,7 @@ def _numbered(
 ) -> Labels:
     """One label an image, as `read_labels` has them; `names` of whole numbers, if the source has such."""
     if values.dtype.kind == "S":
-        entries = [entry.decode("utf-8", "surrogateescape") for entry in values.tolist()]
+        entries = [as_text(entry) for entry in values.tolist()]
     else:
         entries = (values.astype(np.int64) if values.dtype.kind == "b" else values).tolist()
     known = None if names is None else {name: names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import errno
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,26 @@ def read_item(source: Source, item: Item) -> bytes:
                 raise BadItem("read", "empty", "zero bytes")
             return data
     raise AssertionError("unreachable")
+
+
+def as_text(name: bytes) -> str:
+    """A name's bytes as text, PEP 383 text where they are not UTF-8."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def as_bytes(text: str) -> bytes:
+    """The bytes that `as_text` made a text of."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def is_image(name: bytes) -> bool:
+    """Whether a file of this name is an item."""
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def extensions() -> str:
+    """Those of images, for messages."""
+    return " ".join(sorted(map(as_text, IMAGE_EXTENSIONS)))
 
 
 def numbered(class_names: list[str], found: list[str], location: str) -> dict[str, int]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError
+from .base import as_text
 
 SIDE = 32
 ROW_BYTES = 3 * SIDE * SIDE
@@ -148,7 +149,7 @@ def _list(path: Path, found: dict[str, Any], key: str) -> list[Any]:
 
 
 def _text(name: bytes | str) -> str:
-    return name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
+    return as_text(name) if isinstance(name, bytes) else name
 
 
 def _damaged(path: Path, what: str) -> SourceError:

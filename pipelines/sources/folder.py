@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from ..storage import open_regular
-from .base import IMAGE_EXTENSIONS, Group, Item, Source, numbered
+from .base import Group, Item, Source, as_bytes, as_text, extensions, is_image, numbered
 from .beside import list_tables
 from .dicom import EXTENSIONS as DICOM
 from .dicom import frame_count
@@ -64,7 +64,7 @@ class TreeSource(Source):
         if not top.names and not top.folders:
             raise SourceError(
                 f"{self.location!r} holds no images and no folders; SRC is a folder of class folders or of images "
-                f"({_extensions()})"
+                f"({extensions()})"
             )
         if self._labels not in ("class-dir", "none"):
             self._take_tables()
@@ -269,7 +269,7 @@ class FolderSource(TreeSource):
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""
         path = item.path if not item.place or item.place[0] == _WHOLE else item.path.rpartition("/")[0]
-        return self._root + b"/" + path.encode("utf-8", "surrogateescape")
+        return self._root + b"/" + as_bytes(path)
 
     def check(self) -> None:
         """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
@@ -308,11 +308,6 @@ def read_file(path: bytes) -> bytes:
 def _group(folder: bytes, found: Scan, label: int) -> Group:
     places = np.array(found.sizes, np.int64).reshape(-1, 1) if found.sizes else None
     return Group(folder, found.names, label, places=places)
-
-
-def is_image(name: bytes) -> bool:
-    """Whether a file of this name is an item."""
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
 def _scan(root: bytes, folder: bytes) -> Scan:
@@ -359,11 +354,3 @@ def _identity(path: bytes) -> tuple[int, int]:
     except OSError as exc:
         raise SourceError(f"{as_text(path)!r}: {exc.strerror}; make it readable or move it away") from exc
     return status.st_dev, status.st_ino
-
-
-def as_text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _extensions() -> str:
-    return " ".join(sorted(extension.decode() for extension in IMAGE_EXTENSIONS))

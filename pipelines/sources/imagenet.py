@@ -12,7 +12,7 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from .archives import Member, log
-from .base import numbered
+from .base import as_text, numbered
 from .tar import TarSource, members
 
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 1000, 1_281_167, 50_000
@@ -55,7 +55,7 @@ class ImageNetSource(TarSource):
         if not first or not _VAL_IMAGE.fullmatch(first[0]):
             if first and not re.match(rb"n\d{8}(/|$)", first[0]):
                 raise SourceError(
-                    f"{self.location!r} begins with {first[0][:200].decode('utf-8', 'surrogateescape')!r}; "
+                    f"{self.location!r} begins with {as_text(first[0][:200])!r}; "
                     "ILSVRC2012's train tar has n01440764.tar and so on, its val tar ILSVRC2012_val_00000001.JPEG; "
                     "for others say --source tar"
                 )

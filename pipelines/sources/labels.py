@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError, UsageError
-from .base import LabelColumn, numbered
+from .base import LabelColumn, as_bytes, numbered
 
 Kind = Literal["class", "integer", "float"]
 Asked = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
@@ -91,7 +91,7 @@ def read_labels(
         names: tuple[str, ...] | None = None
         if kind == "class":
             texts = [str(entry) for entry in entries]
-            found = sorted({*texts}, key=lambda text: text.encode("utf-8", "surrogateescape"))
+            found = sorted({*texts}, key=as_bytes)
             names = tuple(found if given is None else given)
             by_name = numbered(list(names), found, location)
             numbers.append(np.array([by_name[text] for text in texts], np.int64))

@@ -25,7 +25,7 @@ from ..config import BuildConfig
 from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .arrow import explained, open_parquet, rows
-from .base import Group, Item, Source
+from .base import Group, Item, Source, as_bytes
 from .files import Files
 from .labels import Labels, is_missing, read_labels
 from .rows import key_column, label_columns, require
@@ -104,7 +104,7 @@ class ParquetSource(Source):
             raise SourceError(f"{self.location!r} has changed meanwhile; run the command again")
         start = 0
         for number, counts in enumerate(listing.counts):
-            folder = self._files.names[number].encode("utf-8", "surrogateescape") + b"/"
+            folder = as_bytes(self._files.names[number]) + b"/"
             row = 0
             for group, count in enumerate(counts):
                 for first in range(0, count, _GROUP_ITEMS):
@@ -143,7 +143,7 @@ class ParquetSource(Source):
                 if self._key is not None:
                     if is_missing(key := entries.pop()):
                         raise SourceError(f"{path!r}: row {row} has no {self._key}, which --split-by needs; fill it in")
-                    keys.append(str(key).encode("utf-8", "surrogateescape"))
+                    keys.append(as_bytes(str(key)))
                 for column, entry in zip(values, entries, strict=True):
                     column.append(entry)
             counts.append([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..config import BuildConfig
 from ..errors import SourceError
-from .base import Item
+from .base import Item, as_bytes, as_text, is_image
 from .files import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
-from .folder import Scan, TreeSource, as_text, is_image
+from .folder import Scan, TreeSource
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class RemoteSource(TreeSource):
                 if entry["type"] == "file" and len(entries) == 1:
                     raise SourceError(f"{url!r} is a file; give SRC as a folder of class folders or of images")
                 continue
-            name = path.removeprefix(start).encode("utf-8", "surrogateescape")
+            name = as_bytes(path.removeprefix(start))
             if not name or b"/" in name:
                 log.warning("%r has a name that no folder could have and is left out", entry["name"])
             elif name.startswith(b"."):

@@ -24,7 +24,7 @@ from ..errors import SourceError
 from ..rejects import BadItem
 from ..storage import is_remote
 from . import arrow
-from .base import Group
+from .base import Group, as_bytes, as_text
 from .files import Files, as_source_errors, as_system_errors, fetch, is_web, patiently, store_of
 from .labels import Asked, Labels, asked_columns, is_missing, read_labels
 
@@ -130,7 +130,7 @@ class Table:
                 raise self._damaged(number, f"is longer than {_MAX_LINE_BYTES} bytes", "leave long columns out")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            yield line.decode("utf-8", "surrogateescape")
+            yield as_text(line)
 
     def _line(self, file: BinaryIO) -> bytes:
         try:
@@ -300,7 +300,7 @@ class Listing:
     def _key_of(self, value: Any) -> bytes:
         if is_missing(value):
             raise ValueError(f"has no {self._key}, by which --split-by tells what belongs together; fill it in")
-        return str(self._value_of(value)).encode("utf-8", "surrogateescape")
+        return as_bytes(str(self._value_of(value)))
 
 
 def require(name: str, columns: Sequence[str], location: str) -> str:
@@ -362,7 +362,7 @@ def below(text: str, root: str) -> bytes:
     if path in (".", "..") or path.startswith(("../", "/")):
         raise ValueError(f"has the path {text!r}, which leads out of {root!r}; --root says what paths are relative to")
     try:
-        return path.encode("utf-8", "surrogateescape")
+        return as_bytes(path)
     except UnicodeEncodeError as exc:
         raise ValueError(f"has the path {text!r}, which is no text; mend it") from exc
 

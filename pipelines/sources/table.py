@@ -12,7 +12,7 @@ from ..config import BuildConfig
 from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from ..storage import is_remote
-from .base import Group, Item, Source
+from .base import Group, Item, Source, as_bytes
 from .files import READS_AT_ONCE, as_system_errors, fetch, is_web, store_of
 from .folder import read_file
 from .rows import Listing, Table, below, key_column, label_columns, path_column
@@ -74,7 +74,7 @@ class TableSource(Source):
 
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""
-        return os.path.join(os.fsencode(self._root), item.path.encode("utf-8", "surrogateescape"))
+        return os.path.join(os.fsencode(self._root), as_bytes(item.path))
 
     def check(self) -> None:
         """Raises SourceError if the folder that paths are relative to is gone."""

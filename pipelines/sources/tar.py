@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from ..errors import SourceError
 from .archives import ArchiveSource, Member, place_of, read_piece
-from .base import IMAGE_EXTENSIONS, Item
+from .base import IMAGE_EXTENSIONS, Item, as_text
 from .files import Files
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Memb
             data += _BLOCK
             more = block[504] if len(block) == _BLOCK else 0
         if data + size > end:
-            shown = repr(name[:200].decode("utf-8", "surrogateescape")) if name else "a header"
+            shown = repr(as_text(name[:200])) if name else "a header"
             raise _cut(archive, f"at byte {end}, within {shown}, which has {size} bytes from byte {data} on")
         position = data + -(-size // _BLOCK) * _BLOCK
         if extended:
@@ -150,7 +150,7 @@ def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Memb
             continue
         sparse = any(key.startswith(b"GNU.sparse.") for key in pax)
         long_name, pax = None, {}
-        last = repr(name[:200].decode("utf-8", "surrogateescape"))
+        last = repr(as_text(name[:200]))
         if kind == b"5" or (kind == b"\0" and name.endswith(b"/")):
             yield Member(name, "folder", (data, 0))
         elif kind in _FILES and not sparse:

@@ -16,7 +16,7 @@ import numpy as np
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from .archives import GROUP_ITEMS, Names, log, path_of, place_of, read_piece, warn_of_others
-from .base import IMAGE_EXTENSIONS, Group, Item, Source
+from .base import IMAGE_EXTENSIONS, Group, Item, Source, as_text
 from .files import Files
 from .labels import Kind, asked_columns, read_labels
 from .tar import members, split_key
@@ -103,7 +103,7 @@ class WebDatasetSource(Source):
                 names.add(image[0])
                 yield [_label(file, key, sample, name, archive) for name in labels]
         if without:
-            log.warning("%r: %d samples without an image (%r, ...) are left out", archive, without, _text(first))
+            log.warning("%r: %d samples without an image (%r, ...) are left out", archive, without, as_text(first))
         names.require_unique(path for path, _ in self._images(number))
 
     def _images(self, number: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:
@@ -116,7 +116,7 @@ class WebDatasetSource(Source):
 
     def _sample(self, row: int) -> str:
         images = itertools.chain.from_iterable(self._images(number) for number in range(len(self._files)))
-        return repr(_text(next(itertools.islice(images, row, None))[0]))
+        return repr(as_text(next(itertools.islice(images, row, None))[0]))
 
 
 Sample = dict[bytes, tuple[bytes, tuple[int, ...]]]  # path, offset and size by extension
@@ -139,7 +139,9 @@ def _samples(file: BinaryIO, size: int, archive: str, *, warn: bool = False) -> 
                 yield current, sample
             current, sample = key, {}
         if extension in sample:
-            raise SourceError(f"{archive!r}: sample {_text(key)!r} has {_text(extension)!r} twice; make the tar again")
+            raise SourceError(
+                f"{archive!r}: sample {as_text(key)!r} has {as_text(extension)!r} twice; make the tar again"
+            )
         sample[extension] = path, place
     if sample:
         yield current, sample
@@ -151,7 +153,7 @@ def _image(key: bytes, sample: Sample, archive: str) -> tuple[bytes, tuple[int, 
     found = [extension for extension in sample if b"." + extension in IMAGE_EXTENSIONS]
     if len(found) > 1:
         raise SourceError(
-            f"{archive!r}: sample {_text(key)!r} has {len(found)} images ({', '.join(map(_text, found))}); leave one, "
+            f"{archive!r}: sample {as_text(key)!r} has {len(found)} images ({', '.join(map(as_text, found))}); leave one, "
             "or say --source tar to take each"
         )
     return sample[found[0]] if found else None
@@ -169,10 +171,10 @@ def _label_column(name: str, kind: Kind | None) -> tuple[str, Kind | None]:
 
 def _label(file: BinaryIO, key: bytes, sample: Sample, label: str, archive: str) -> Any:
     extension, _, field = label.partition(":")
-    where = f"{archive!r}: sample {_text(key)!r}"
+    where = f"{archive!r}: sample {as_text(key)!r}"
     if extension.encode() not in sample:
         raise SourceError(
-            f"{where} has no .{extension} beside it, only {', '.join(map(_text, sample))}; --labels cls, txt, "
+            f"{where} has no .{extension} beside it, only {', '.join(map(as_text, sample))}; --labels cls, txt, "
             "json:FIELD or none says where labels are (the files of a sample must follow each other in the tar)"
         )
     path, (offset, size) = sample[extension.encode()]
@@ -187,13 +189,9 @@ def _label(file: BinaryIO, key: bytes, sample: Sample, label: str, archive: str)
         for part in field.split("."):
             value = value[part]
     except (ValueError, RecursionError) as exc:
-        raise SourceError(f"{where}: {_text(path)!r} cannot be read ({exc}); mend it") from exc
+        raise SourceError(f"{where}: {as_text(path)!r} cannot be read ({exc}); mend it") from exc
     except (KeyError, TypeError, IndexError) as exc:
-        raise SourceError(f"{where} has no field {field!r} in {_text(path)!r}; fill it in, or give another") from exc
+        raise SourceError(f"{where} has no field {field!r} in {as_text(path)!r}; fill it in, or give another") from exc
     if isinstance(value, (dict, list)):
         raise SourceError(f"{where}: field {field!r} is no single value; name one within it, as in json:a.b")
     return value
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
