@@ -392,7 +392,7 @@ def test_a_file_that_cannot_be_read_by_parts_is_refused_at_once(server: Server, 
 
 
 def test_a_large_file_of_a_server_without_ranges_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_module, "_BLOCK_BYTES", 2999)
+    monkeypatch.setattr("gpu_npz.sources.stores.BLOCK_BYTES", 2999)
     with pytest.raises(SourceError, match="no Range"):
         Files(f"{server.url}/no-range/f")
 

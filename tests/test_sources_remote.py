@@ -150,7 +150,7 @@ def test_objects_that_are_gone_empty_or_too_large_are_rejects(put: Put, monkeypa
     source = open_source(url)
     gone, empty, large = items(source)
     fsspec.filesystem(url.partition(":")[0]).rm(f"{url}/a/1.jpg")
-    monkeypatch.setattr("gpu_npz.sources.files.MAX_ENCODED_BYTES", 99)
+    monkeypatch.setattr("gpu_npz.sources.stores.MAX_ENCODED_BYTES", 99)
     for item, code in ((gone, "missing"), (empty, "empty"), (large, "too-large")):
         with pytest.raises(BadItem) as caught:
             read_item(source, item)

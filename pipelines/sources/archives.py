@@ -90,7 +90,8 @@ class ArchiveSource(Source):
         if survey.loose is not None and survey.filed is not None:
             raise SourceError(
                 f"{self.location!r} holds both images in no folder ({as_text(survey.loose)!r}, ...) and images in "
-                f"folders ({as_text(survey.filed)!r}, ...); move those into a folder of their class, or say --labels none"
+                f"folders ({as_text(survey.filed)!r}, ...); move those into a folder of their class, or say "
+                "--labels none"
             )
         if survey.loose is not None:
             if classes is not None:

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import SourceError
-from .files import Files
+from .files import FileOf, Files
+from .stores import BLOCK_BYTES
 
 _BUFFER_BYTES = 1 << 20  # without one, Arrow reads the whole column of a row group at once
-_REMOTE_BUFFER_BYTES = 8 << 20
 _BATCH_ROWS = 4096
-
-
-class _File(io.RawIOBase):
-    """One of some files, as Arrow reads it."""
-
-    def __init__(self, files: Files, number: int) -> None:
-        self._files = files
-        self._number = number
-        self._size = files.stamps[number][1]
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._files.read(self._number, self._at, len(buffer))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 def open_parquet(files: Files, number: int) -> Any:
@@ -54,12 +24,12 @@ def open_parquet(files: Files, number: int) -> Any:
         from pyarrow import parquet
     except ImportError as exc:
         raise SourceError(f"{files.path(number)!r} needs pyarrow; run: pip install 'gpu-npz[parquet]'") from exc
-    buffer_bytes = _BUFFER_BYTES if files.reads_at_once == 1 else _REMOTE_BUFFER_BYTES
+    buffer_bytes = _BUFFER_BYTES if files.reads_at_once == 1 else BLOCK_BYTES
     with explained(files.path(number)):
-        file = parquet.ParquetFile(_File(files, number), buffer_size=buffer_bytes)
+        file = parquet.ParquetFile(FileOf(files, number), buffer_size=buffer_bytes)
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         names = file.schema_arrow.names
-    claimed, size = file.metadata.num_rows, files.stamps[number][1]
+    claimed, size = file.metadata.num_rows, files.size(number)
     if min(rows, default=0) < 0 or sum(rows) != claimed or claimed > size:
         raise SourceError(
             f"{files.path(number)!r} says that it has {claimed} rows, {sum(rows)} in its row groups, in {size} bytes; "

@@ -9,8 +9,8 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError
 from .base import Item, as_bytes, as_text, is_image
-from .files import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
 from .folder import Scan, TreeSource
+from .stores import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
 
 log = logging.getLogger(__name__)
 

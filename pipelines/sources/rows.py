@@ -25,8 +25,9 @@ from ..rejects import BadItem
 from ..storage import is_remote
 from . import arrow
 from .base import Group, as_bytes, as_text
-from .files import Files, as_source_errors, as_system_errors, fetch, is_web, patiently, store_of
+from .files import Files
 from .labels import Asked, Labels, asked_columns, is_missing, read_labels
+from .stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -10,12 +9,11 @@ from typing import Any
 
 from ..config import BuildConfig
 from ..errors import SourceError
-from ..rejects import MAX_ENCODED_BYTES, BadItem
 from ..storage import is_remote
 from .base import Group, Item, Source, as_bytes
-from .files import READS_AT_ONCE, as_system_errors, fetch, is_web, store_of
 from .folder import read_file
 from .rows import Listing, Table, below, key_column, label_columns, path_column
+from .stores import READS_AT_ONCE, fetch, store_of
 
 
 class TableSource(Source):
@@ -70,7 +68,9 @@ class TableSource(Source):
 
     def read(self, item: Item) -> bytes:
         """The bytes of the file; raises OSError or BadItem."""
-        return read_file(self.local_path(item)) if self.file_per_item else self._read_url(f"{self._root}/{item.path}")
+        return (
+            read_file(self.local_path(item)) if self.file_per_item else fetch(self._store, f"{self._root}/{item.path}")
+        )
 
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""
@@ -80,25 +80,6 @@ class TableSource(Source):
         """Raises SourceError if the folder that paths are relative to is gone."""
         if self.file_per_item and not os.path.isdir(self._root):
             raise SourceError(f"{self._root!r} is gone; bring it back, then run the same command to resume")
-
-    def _read_url(self, url: str) -> bytes:
-        if is_web(url):
-            return fetch(self._store, url)
-        try:
-            with as_system_errors():
-                data = bytes(self._store.cat_file(url, start=0, end=MAX_ENCODED_BYTES + 1))
-        except OSError as exc:
-            if exc.errno != errno.EIO or not self._is_empty(url):
-                raise
-            return b""
-        if len(data) > MAX_ENCODED_BYTES:
-            raise BadItem("read", "too-large", f"more than {MAX_ENCODED_BYTES} bytes")
-        return data
-
-    def _is_empty(self, url: str) -> bool:
-        """Stores refuse to give a range of nothing."""
-        with as_system_errors():
-            return bool(self._store.info(url).get("size") == 0)
 
     @functools.cached_property
     def _store(self) -> Any:

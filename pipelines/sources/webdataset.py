@@ -153,8 +153,8 @@ def _image(key: bytes, sample: Sample, archive: str) -> tuple[bytes, tuple[int, 
     found = [extension for extension in sample if b"." + extension in IMAGE_EXTENSIONS]
     if len(found) > 1:
         raise SourceError(
-            f"{archive!r}: sample {as_text(key)!r} has {len(found)} images ({', '.join(map(as_text, found))}); leave one, "
-            "or say --source tar to take each"
+            f"{archive!r}: sample {as_text(key)!r} has {len(found)} images ({', '.join(map(as_text, found))}); "
+            "leave one, or say --source tar to take each"
         )
     return sample[found[0]] if found else None
 

@@ -1,0 +1,194 @@
+"""What lies far away, by fsspec: S3 and its like, and web servers; their errors as those of a disk, tried again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+from ..errors import SourceError
+from ..rejects import MAX_ENCODED_BYTES, BadItem
+from . import base
+
+READS_AT_ONCE = 16
+BLOCK_BYTES = 8 << 20  # of a file that is read from its beginning to its end
+_WEB = ("http", "https")
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")  # RFC 9110, section 14.4
+_ANONYMOUS = re.compile(r"Credential|TokenRetrieval|SSOToken|RefreshError|ProfileNotFound")
+Answer = TypeVar("Answer")
+
+
+def store_of(url: str) -> Any:
+    """The filesystem of fsspec for a URL. Raises SourceError if what it needs is not installed."""
+    protocol = url.partition("://")[0]
+    try:
+        import fsspec
+
+        options: dict[str, Any] = {"use_listings_cache": False}  # it would hold every name of a collection
+        if protocol in ("s3", "s3a"):  # we try again by ourselves: see `base.read_item`
+            given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **given}
+        store = fsspec.filesystem(protocol, **options)
+        if "config_kwargs" in options:
+            store.retries = 1
+        return store
+    except ImportError as exc:
+        extra = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}.get(protocol, "http")
+        raise SourceError(f"{url!r} needs {exc.name or 'fsspec'}; run: pip install 'gpu-npz[{extra}]'") from exc
+    except ValueError as exc:
+        raise SourceError(f"{url!r}: {exc}; give a path, s3://, gs:// or https://") from exc
+
+
+def fetch(store: Any, url: str, size: int | None = None) -> bytes:
+    """All bytes of a remote file that is one item.
+
+    Args:
+        store: as `store_of` gives it.
+        url: the file's.
+        size: in bytes, if that is known; saves a request.
+
+    Raises:
+        OSError: ENOENT, EACCES, or EIO for all else, a body that was cut off among it.
+        BadItem: larger than any image should be.
+    """
+    with as_system_errors():
+        if is_web(url):
+            return from_web(store, url)[0]
+        if size and size <= MAX_ENCODED_BYTES:
+            data = _some(store, url, size)
+            if len(data) == size:
+                return data
+        size = int(store.info(url)["size"])  # it may have been replaced since it was listed
+        if size > MAX_ENCODED_BYTES:
+            raise BadItem("read", "too-large", f"{size} bytes; at most {MAX_ENCODED_BYTES}")
+        data = _some(store, url, size)
+        if len(data) != size:
+            raise OSError(errno.EIO, f"{len(data)} of {size} bytes came")
+        return data
+
+
+def _some(store: Any, url: str, size: int) -> bytes:
+    """A byte more than `size`, if there is one. Of an empty object, a store gives no range."""
+    return bytes(store.cat_file(url, start=0, end=size + 1)) if size else b""
+
+
+def from_web(store: Any, url: str, start: int | None = None, size: int = MAX_ENCODED_BYTES) -> tuple[bytes, int | None]:
+    """`size` bytes of a file on a web server from `start` on, or all, and the file's size if the server tells it.
+
+    fsspec's own `cat_file` takes what a server sends for what was asked. Redirects lead to http(s) alone, by aiohttp.
+    A server that knows no ranges may send a small file whole, of which the part is taken.
+    """
+    from fsspec.asyn import sync
+
+    return cast("tuple[bytes, int | None]", sync(store.loop, _asked_web, store, url, start, size))
+
+
+async def _asked_web(store: Any, url: str, start: int | None, size: int) -> tuple[bytes, int | None]:
+    session = await store.set_session()
+    options = dict(store.kwargs)
+    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+    if start is not None:
+        headers["Range"] = f"bytes={start}-{start + size - 1}"
+    async with session.get(store.encode_url(url), headers=headers, **options) as answer:
+        if answer.status in (404, 410):
+            raise FileNotFoundError(url)
+        if answer.status in (401, 403, 407, 451):
+            raise PermissionError(url)
+        found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        total = int(found[2]) if found and found[2] != "*" else None
+        length = answer.headers.get("Content-Length", "")
+        if start is None:
+            if answer.status != 200:
+                raise OSError(errno.EIO, f"HTTP status {answer.status}")
+            if length.isdecimal() and int(length) > size:
+                raise BadItem("read", "too-large", f"{length} bytes; at most {size}")
+        elif answer.status == 416 and total is not None and total <= start:
+            return b"", total
+        elif answer.status == 200:
+            if not length.isdecimal() or int(length) > BLOCK_BYTES:
+                raise OSError(errno.ENOTSUP, "the server does not give parts of a file (no Range); download it first")
+            whole = await _body(answer, int(length))
+            if len(whole) != int(length):
+                raise OSError(errno.EIO, f"{len(whole)} bytes came where the server said {length}")
+            return whole[start : start + size], len(whole)
+        elif answer.status != 206 or found is None or found[1] is None or int(found[1]) != start:
+            raise OSError(errno.EIO, f"HTTP status {answer.status}, Content-Range {found and found[0]!r}")
+        data = await _body(answer, size)
+        if start is None and len(data) > size:
+            raise BadItem("read", "too-large", f"more than {size} bytes")
+        return data, total
+
+
+async def _body(answer: Any, size: int) -> bytes:
+    """The body of an answer, which the server cut off if that says so; a little more than `size` bytes at most."""
+    data = bytearray()
+    async for piece in answer.content.iter_chunked(1 << 20):
+        data += piece
+        if len(data) > size:
+            break
+    return bytes(data)
+
+
+def patiently(action: Callable[[], Answer]) -> Answer:
+    """What an action gives, tried again where a store fails for a moment. Raises OSError as `Files.read`."""
+    for delay_s in (*base.RETRY_DELAYS_S, None):
+        try:
+            with as_system_errors():
+                return action()
+        except OSError as exc:
+            if exc.errno != errno.EIO or delay_s is None:
+                raise
+            time.sleep(delay_s)
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def as_system_errors() -> Iterator[None]:
+    """Gives what a store raises the errno that tells a file's own trouble from the store's."""
+    try:
+        yield
+    except FileNotFoundError as exc:
+        raise OSError(errno.ENOENT, "not there") from exc
+    except PermissionError as exc:
+        raise OSError(errno.EACCES, "no permission") from exc
+    except (BadItem, MemoryError, SourceError):
+        raise
+    except Exception as exc:  # aiohttp's, botocore's: no closed list, and all of them may go away
+        if isinstance(exc, OSError) and exc.errno in (errno.EIO, errno.ENOTSUP) and exc.strerror:
+            raise
+        text = f"{type(exc).__name__}: {exc}".rstrip(": ")
+        raise OSError(errno.EIO, text[:200]) from exc
+
+
+@contextlib.contextmanager
+def as_source_errors(url: str) -> Iterator[None]:
+    """Raises what goes wrong with a store in its body as a SourceError that says what to do."""
+    try:
+        with as_system_errors():
+            yield
+    except OSError as exc:
+        raise SourceError(f"{url!r}: {exc.strerror}; {_advice(exc)}") from exc
+
+
+def _advice(exc: OSError) -> str:
+    causes: list[BaseException] = [exc]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    if any(_ANONYMOUS.search(type(each).__name__) for each in causes):
+        return (
+            "log in (for S3: `aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
+            "FSSPEC_S3_ANON=true for a public bucket)"
+        )
+    if exc.errno == errno.EACCES:
+        return "ask for the right to list and to get what is there, or log in as another user"
+    if exc.errno == errno.ENOENT:
+        return "see to the names of bucket and folder in SRC"
+    return "see to the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL), then run the command again"
+
+
+def is_web(url: str) -> bool:
+    """Whether a web server has it."""
+    return url.partition("://")[0] in _WEB
