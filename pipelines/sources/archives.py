@@ -20,6 +20,7 @@ from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .base import Group, Item, Source, as_bytes, as_text, extensions, numbered
 from .base import is_image as has_extension
 from .files import Files
+from .labels import refuse_classes_without_labels
 
 log = logging.getLogger(__name__)
 GROUP_ITEMS = 8192
@@ -73,8 +74,7 @@ class ArchiveSource(Source):
         self.reads_at_once = self._files.reads_at_once
         self._prefixes = [os.fsencode(name) + b"/" for name in self._files.names] if len(self._files) > 1 else [b""]
         self._numbers: dict[bytes, int] = {}
-        if config.labels == "none" and classes is not None:
-            raise UsageError("--labels none and --classes-from contradict each other; leave one out")
+        refuse_classes_without_labels(config.labels, classes)
         self._number_classes(config, classes)
 
     def _number_classes(self, config: BuildConfig, classes: Sequence[str] | None) -> None:

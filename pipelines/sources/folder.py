@@ -5,13 +5,11 @@ from __future__ import annotations
 import abc
 import copy
 import errno
-import functools
 import logging
 import os
 import stat
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -22,9 +20,11 @@ from .base import Group, Item, Source, as_bytes, as_text, extensions, is_image, 
 from .beside import list_tables
 from .dicom import EXTENSIONS as DICOM
 from .dicom import frame_count
+from .labels import Listed
 from .rows import Listing
 
 log = logging.getLogger(__name__)
+LABELS = ("class-dir", "none")
 _WHOLE = -1  # the place of an item that is a whole file, beside others that are frames
 
 
@@ -58,7 +58,8 @@ class TreeSource(Source):
     def __init__(self, location: str, classes: Sequence[str] | None = None, labels: str | None = None) -> None:
         self.location = location
         self._labels = labels or "class-dir"
-        self._classes = classes
+        if self._labels not in LABELS:
+            raise UsageError(f"--labels {labels} of {location!r}; allowed here: {', '.join(LABELS)}")
         top = self._scan(b"")
         self._root_identity = self._identity(b"")
         if not top.names and not top.folders:
@@ -66,9 +67,6 @@ class TreeSource(Source):
                 f"{self.location!r} holds no images and no folders; SRC is a folder of class folders or of images "
                 f"({extensions()})"
             )
-        if self._labels not in ("class-dir", "none"):
-            self._take_tables()
-            return
         self._flat = bool(top.names) or self._labels == "none"
         if self._flat:
             if self._labels == "class-dir":
@@ -88,18 +86,6 @@ class TreeSource(Source):
     def _identity(self, folder: bytes) -> Hashable:
         """The same for the same folder, whichever way leads to it. Raises SourceError if it is not there."""
 
-    def _take_tables(self) -> None:
-        """Finds labels in tables."""
-        raise UsageError(f"--labels {self._labels} of {self.location!r}; allowed here: class-dir, none")
-
-    def _tabled(self) -> Iterator[Group]:
-        """What the tables name."""
-        raise NotImplementedError
-
-    def _has(self, folder: bytes, name: str) -> bool:
-        """Whether a folder has a file of that name."""
-        raise NotImplementedError
-
     def groups(self) -> Iterator[Group]:
         """The images, one folder at a time; each folder is read once, and no file is looked at.
 
@@ -108,8 +94,6 @@ class TreeSource(Source):
         """
         if self._labels == "none":
             yield from self._walk(b"", -1)
-        elif self._labels != "class-dir":
-            yield from self._tabled()
         elif self._flat:
             yield _group(b"", self._scan(b""), -1)
         else:
@@ -121,8 +105,8 @@ class TreeSource(Source):
                     )
                 yield from self._walk(folder + b"/", label)
 
-    def _walk(self, top: bytes, label: int, table: str | None = None) -> Iterator[Group]:
-        """A class's folders that have images or a file `table`, each once: links may lead in several ways to one."""
+    def _walk(self, top: bytes, label: int, also: Callable[[bytes], bool] = lambda folder: False) -> Iterator[Group]:
+        """The folders that have images or are wanted `also`, each once: links may lead in several ways to one."""
         seen = {self._root_identity} if top else set()
         waiting = [top]
         while waiting:
@@ -133,7 +117,7 @@ class TreeSource(Source):
                 continue
             seen.add(identity)
             found = self._scan(folder)
-            if found.names or (table is not None and self._has(folder, table)):
+            if found.names or also(folder):
                 yield _group(folder, found, label)
             waiting += [folder + name + b"/" for name in reversed(found.folders)]
 
@@ -147,7 +131,7 @@ class TreeSource(Source):
                 )
 
 
-class FolderSource(TreeSource):
+class FolderSource(TreeSource, Listed[Listing]):
     """The images below a folder on a disk; see `TreeSource`.
 
     Each frame of a DICOM file that has several is an item, `scan.dcm/0003`; its place is the frame's number. Such files
@@ -178,12 +162,13 @@ class FolderSource(TreeSource):
         key: str | None = None,
     ) -> None:
         self._root = os.path.abspath(os.fsencode(location))
-        self._key = key
-        self._listing: Listing | None = None
-        super().__init__(os.path.abspath(location), classes, labels)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listing": None}
+        self._key, self._classes = key, classes
+        self._tables = None if labels is None or labels in LABELS else labels
+        if self._tables is None:
+            super().__init__(os.path.abspath(location), classes, labels)
+        else:
+            super().__init__(os.path.abspath(location), None, "none")
+            self._take_labels()
 
     def anew(self) -> FolderSource:
         """The same folder as another machine sees it, where a shared filesystem has another device number."""
@@ -192,31 +177,26 @@ class FolderSource(TreeSource):
         other._root_identity = other._identity(b"")
         return other
 
-    def _take_tables(self) -> None:
-        self._listing = self._list()
-        if found := self._listing.labels:
-            self.class_names, self.columns = found.class_names, found.columns
+    def _list(self) -> Listing:
+        assert self._tables is not None
+
+        def folders(name: str) -> Iterator[Group]:
+            table = os.fsencode(name)
+            return self._walk(b"", -1, lambda folder: os.path.lexists(os.path.join(self._root, folder, table)))
+
+        return list_tables(self._tables, self.location, folders, key=self._key, classes=self._classes)
 
     def _tabled(self) -> Iterator[Group]:
-        listing, self._listing = self._list() if self._listing is None else self._listing, None
-        found = listing.labels
-        if found and (found.class_names, found.columns) != (self.class_names, self.columns):
-            raise SourceError(f"the labels of {self.location!r} have changed meanwhile; run the command again")
+        """What the tables name, after a look whether they name every image."""
+        listing = self._listed()
         paths = (group.folder + name for group in self._walk(b"", -1) for name in group.names)
         count, example = listing.lacking(paths)
         if count:
             raise SourceError(
-                f"{self.location!r}: {count} images have no row in {self._labels!r}, {as_text(example)!r} for one; add "
+                f"{self.location!r}: {count} images have no row in {self._tables!r}, {as_text(example)!r} for one; add "
                 "rows, or move the images away"
             )
         yield from listing.groups()
-
-    def _list(self) -> Listing:
-        folders = functools.partial(self._walk, b"", -1)
-        return list_tables(self._labels, self.location, folders, key=self._key, classes=self._classes)
-
-    def _has(self, folder: bytes, name: str) -> bool:
-        return os.path.lexists(os.path.join(self._root, folder, os.fsencode(name)))
 
     def _scan(self, folder: bytes) -> Scan:
         return _scan(self._root, folder)
@@ -226,7 +206,7 @@ class FolderSource(TreeSource):
 
     def groups(self) -> Iterator[Group]:
         """As `TreeSource`; but of DICOM files the header is read."""
-        return map(self._framed, super().groups())
+        return map(self._framed, super().groups() if self._tables is None else self._tabled())
 
     def _framed(self, group: Group) -> Group:
         if group.places is not None or not any(name.lower().endswith(DICOM) for name in group.names):
@@ -255,7 +235,7 @@ class FolderSource(TreeSource):
 
     def frame(self, item: Item) -> int:
         """The number of the frame in its file."""
-        return max(0, *item.place, 0)
+        return max(0, item.place[0]) if item.place else 0
 
     def read(self, item: Item) -> bytes:
         """The bytes of the file, read in full.

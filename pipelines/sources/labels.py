@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError, UsageError
-from .base import LabelColumn, as_bytes, numbered
+from .base import LabelColumn, Source, as_bytes, numbered
 
 Kind = Literal["class", "integer", "float"]
 Asked = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
@@ -30,6 +31,58 @@ class Labels:
     class_names: tuple[str, ...] | None
     columns: tuple[LabelColumn, ...]
     values: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `Listed._list` gives at least: labels, or None if there are none."""
+
+    labels: Labels | None
+
+
+class _HasLabels(Protocol):
+    @property
+    def labels(self) -> Labels | None: ...
+
+
+L = TypeVar("L", bound=_HasLabels)
+
+
+class Listed(Source, Generic[L]):
+    """A source that has to read all labels to know its classes.
+
+    What the constructor read serves the first listing, and is let go then. It may be large, and never travels to
+    another process.
+    """
+
+    _listing: L | None = None
+
+    @abc.abstractmethod
+    def _list(self) -> L:
+        """Labels, and what else was read on the way."""
+
+    def _take_labels(self) -> None:
+        """For the constructor: reads, and finds the classes."""
+        self._listing = self._list()
+        if labels := self._listing.labels:
+            self.class_names, self.columns = labels.class_names, labels.columns
+
+    def _listed(self) -> L:
+        """For `groups`: what was read, or is read anew. Raises SourceError if there are other classes by now."""
+        listing, self._listing = self._listing or self._list(), None
+        labels = listing.labels
+        if labels and (labels.class_names, labels.columns) != (self.class_names, self.columns):
+            raise SourceError(f"{self.location!r} has changed meanwhile; run the command again")
+        return listing
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listing": None}
+
+
+def refuse_classes_without_labels(labels: str | None, classes: Sequence[str] | None) -> None:
+    """Raises UsageError for `--labels none` with `--classes-from`."""
+    if labels == "none" and classes is not None:
+        raise UsageError("--labels none and --classes-from contradict each other; leave one out")
 
 
 def asked_columns(text: str) -> Asked:

@@ -25,9 +25,9 @@ from ..config import BuildConfig
 from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .arrow import explained, open_parquet, rows
-from .base import Group, Item, Source, as_bytes
+from .base import Group, Item, as_bytes
 from .files import Files
-from .labels import Labels, is_missing, read_labels
+from .labels import Found, Listed, is_missing, read_labels
 from .rows import key_column, label_columns, require
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,15 @@ _OPEN_FILES = 8
 _LARGE_GROUP_BYTES = _WINDOW_BYTES
 
 
-class ParquetSource(Source):
+@dataclass(frozen=True)
+class _Listing(Found):
+    """Also: the rows of each row group of each file, and the key of each row."""
+
+    counts: list[list[int]]
+    keys: list[bytes]
+
+
+class ParquetSource(Listed[_Listing]):
     """The images in Parquet files, in the order of files and rows; an item's path is `FILE.parquet/000123`.
 
     Raises:
@@ -67,9 +75,7 @@ class ParquetSource(Source):
         if self._key is not None:
             require(self._key, columns, self._files.path(0))
         self._known = {name: names for name, names in _class_names(first).items() if name in dict(self._asked)}
-        self._listing: _Listing | None = self._list()
-        if labels := self._listing.labels:
-            self.class_names, self.columns = labels.class_names, labels.columns
+        self._take_labels()
         sizes = (first.metadata.row_group(group).total_byte_size for group in range(first.num_row_groups))
         if config.shuffle is not None and max(sizes, default=0) > _LARGE_GROUP_BYTES:
             log.warning(
@@ -86,7 +92,7 @@ class ParquetSource(Source):
         self._windows: collections.OrderedDict[tuple[int, int], _Window] = collections.OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listing": None, "_lock": None, "_opened": None, "_windows": None}
+        return {**super().__getstate__(), "_lock": None, "_opened": None, "_windows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -98,10 +104,8 @@ class ParquetSource(Source):
         Raises:
             SourceError: as the constructor, or the labels have changed meanwhile.
         """
-        listing, self._listing = self._list() if self._listing is None else self._listing, None
+        listing = self._listed()
         labels = listing.labels
-        if labels and (labels.class_names, labels.columns) != (self.class_names, self.columns):
-            raise SourceError(f"{self.location!r} has changed meanwhile; run the command again")
         start = 0
         for number, counts in enumerate(listing.counts):
             folder = as_bytes(self._files.names[number]) + b"/"
@@ -156,11 +160,11 @@ class ParquetSource(Source):
         if not self._asked:
             if self._classes is not None:
                 raise SourceError(f"{self.location!r} is taken without labels; leave --classes-from out")
-            return _Listing(counts, keys, None)
+            return _Listing(None, counts, keys)
         labels = read_labels(
             self._asked, values, location=self.location, where=where, classes=self._classes, known=self._known
         )
-        return _Listing(counts, keys, labels)
+        return _Listing(labels, counts, keys)
 
     def read(self, item: Item) -> bytes:
         """The bytes that the row has.
@@ -203,13 +207,6 @@ class ParquetSource(Source):
         if len(self._windows) > _OPEN_GROUPS:
             self._windows.popitem(last=False)
         return data
-
-
-@dataclass(frozen=True)
-class _Listing:
-    counts: list[list[int]]
-    keys: list[bytes]
-    labels: Labels | None
 
 
 class _Window:

@@ -10,13 +10,14 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError
 from ..storage import is_remote
-from .base import Group, Item, Source, as_bytes
+from .base import Group, Item, as_bytes
 from .folder import read_file
+from .labels import Listed
 from .rows import Listing, Table, below, key_column, label_columns, path_column
 from .stores import READS_AT_ONCE, fetch, store_of
 
 
-class TableSource(Source):
+class TableSource(Listed[Listing]):
     """The images that a table names, in the order of its rows.
 
     Paths are relative to the table's folder, or to `config.root`; either may be a URL. A full path or URL is taken if
@@ -40,12 +41,10 @@ class TableSource(Source):
         self._asked = label_columns(config.labels, self._table.columns, self.location)
         self._key = key_column(config)
         self._classes = classes
-        self._listing: Listing | None = self._list()
-        if labels := self._listing.labels:
-            self.class_names, self.columns = labels.class_names, labels.columns
+        self._take_labels()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_listing": None}
+        state = super().__getstate__()
         state.pop("_store", None)
         return state
 
@@ -55,11 +54,7 @@ class TableSource(Source):
         Raises:
             SourceError: as the constructor, or the labels have changed meanwhile.
         """
-        listing, self._listing = self._list() if self._listing is None else self._listing, None
-        labels = listing.labels
-        if labels and (labels.class_names, labels.columns) != (self.class_names, self.columns):
-            raise SourceError(f"{self.location!r} has changed meanwhile; run the command again")
-        yield from listing.groups()
+        yield from self._listed().groups()
 
     def _list(self) -> Listing:
         listing = Listing(self.location, self._asked, self._key)
@@ -68,9 +63,9 @@ class TableSource(Source):
 
     def read(self, item: Item) -> bytes:
         """The bytes of the file; raises OSError or BadItem."""
-        return (
-            read_file(self.local_path(item)) if self.file_per_item else fetch(self._store, f"{self._root}/{item.path}")
-        )
+        if not self.file_per_item:
+            return fetch(self._store, f"{self._root}/{item.path}")
+        return read_file(self.local_path(item))
 
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -15,16 +14,15 @@ import numpy as np
 
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
-from .archives import GROUP_ITEMS, Names, log, path_of, place_of, read_piece, warn_of_others
-from .base import IMAGE_EXTENSIONS, Group, Item, Source, as_text
-from .files import Files
-from .labels import Kind, asked_columns, read_labels
-from .tar import members, split_key
+from .archives import GROUP_ITEMS, Names, log, path_of, warn_of_others
+from .base import IMAGE_EXTENSIONS, Group, as_text
+from .labels import Found, Kind, Listed, asked_columns, read_labels
+from .tar import TarSource, members, split_key
 
 _MAX_LABEL_BYTES = 1 << 20
 
 
-class WebDatasetSource(Source):
+class WebDatasetSource(TarSource, Listed[Found]):
     """The images of samples in tars, which are not unpacked.
 
     The image of a sample is its file with an image's extension (`a.jpg`; `a.mask.png` is none). `--labels` names its
@@ -38,59 +36,38 @@ class WebDatasetSource(Source):
 
     kind = "webdataset"
 
-    def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        self._files = Files(location, "*.tar")
-        self.location = self._files.location
-        self.files = self._files.stamps
-        self.reads_at_once = self._files.reads_at_once
-        self._labels: Any = None
-        asked = (
-            [] if config.labels == "none" else [_label_column(*each) for each in asked_columns(config.labels or "cls")]
-        )
-        if not asked and classes is not None:
-            raise UsageError("--labels none and --classes-from contradict each other; leave one out")
-        values: list[list[Any]] = [[] for _ in asked]
+    def _number_classes(self, config: BuildConfig, classes: Sequence[str] | None) -> None:
+        named = [] if config.labels == "none" else asked_columns(config.labels or "cls")
+        self._asked, self._classes = [_label_column(*each) for each in named], classes
+        self._take_labels()
+
+    def _list(self) -> Found:
+        values: list[list[Any]] = [[] for _ in self._asked]
         same: dict[Any, Any] = {}  # one object for equal texts: there may be millions
         for number in range(len(self._files)):
-            for row in self._survey(number, [name for name, _ in asked]):
+            for row in self._survey_samples(number):
                 for column, value in zip(values, row, strict=True):
                     column.append(same.setdefault(value, value) if isinstance(value, str) else value)
-        if asked:
-            columns = [(name.removeprefix("json:"), kind) for name, kind in asked]
-            found = read_labels(columns, values, location=self.location, where=self._sample, classes=classes)
-            self.class_names, self.columns, self._labels = found.class_names, found.columns, found.values
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_labels": None}  # they are for listing alone, and large
+        columns = [(name.removeprefix("json:"), kind) for name, kind in self._asked]
+        if not columns:
+            return Found(None)
+        where = self._sample
+        return Found(read_labels(columns, values, location=self.location, where=where, classes=self._classes))
 
     def groups(self) -> Iterator[Group]:
         """The images, some thousand at a time. Raises SourceError if a tar has changed meanwhile."""
-        done = 0
-        for number, name in enumerate(self._files.names):
+        found, done = self._listed().labels, 0
+        for number, prefix in enumerate(self._prefixes):
             images = self._images(number)
-            prefix = os.fsencode(name) + b"/" if len(self._files) > 1 else b""
             while chunk := list(itertools.islice(images, GROUP_ITEMS)):
-                labels = None if self._labels is None else self._labels[done : done + len(chunk)]
+                labels = None if found is None else found.values[done : done + len(chunk)]
                 if labels is not None and len(labels) < len(chunk):
                     raise SourceError(f"{self._files.path(number)!r} has changed meanwhile; run the command again")
                 done += len(chunk)
-                yield Group(
-                    prefix,
-                    [path for path, _ in chunk],
-                    labels=labels,
-                    places=np.array([place for _, place in chunk], np.int64),
-                )
+                places = np.array([place for _, place in chunk], np.int64)
+                yield Group(prefix, [path for path, _ in chunk], labels=labels, places=places)
 
-    def read(self, item: Item) -> bytes:
-        """The bytes of a member. Raises as `read_piece`."""
-        number, offset, size = place_of(item, 3)
-        return read_piece(self._files, number, offset, size)
-
-    def check(self) -> None:
-        """Raises SourceError if a tar is gone."""
-        self._files.check()
-
-    def _survey(self, number: int, labels: Sequence[str]) -> Iterator[list[Any]]:
+    def _survey_samples(self, number: int) -> Iterator[list[Any]]:
         """Looks through a tar; the labels of each sample that has an image."""
         archive = self._files.path(number)
         names, without, first = Names(archive), 0, b""
@@ -101,7 +78,7 @@ class WebDatasetSource(Source):
                     without, first = without + 1, first or key
                     continue
                 names.add(image[0])
-                yield [_label(file, key, sample, name, archive) for name in labels]
+                yield [_label(file, key, sample, name, archive) for name, _ in self._asked]
         if without:
             log.warning("%r: %d samples without an image (%r, ...) are left out", archive, without, as_text(first))
         names.require_unique(path for path, _ in self._images(number))
