@@ -112,10 +112,11 @@ def test_a_deflated_array_is_inflated_once_with_a_warning(
     copy = pickle.loads(pickle.dumps(source))
     for each in (source, copy):
         assert (np.stack([np.asarray(picture) for picture in pictures(each)]) == RGB).all()
+    assert labels_of(source) == labels_of(copy) == LABELS.tolist()
+    item = items(source)[5]
     os.rename(tmp_path / "a.npz", tmp_path / "b.npz")
-    assert (np.asarray(pictures(source)[5]) == RGB[5]).all()  # from what was inflated
+    assert (np.asarray(Image.open(io.BytesIO(source.read(item)))) == RGB[5]).all()  # from what was inflated
     assert os.listdir(tmp_path) == ["b.npz"]
-    assert labels_of(source) == LABELS.tolist()
 
 
 def test_a_deflated_array_that_is_damaged_is_an_error_of_reading(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ _SOURCES = {
     "zip": ("zip", "ZipSource"),
     "table": ("table", "TableSource"),
     "parquet": ("parquet", "ParquetSource"),
-    "cifar": ("arrays", "CifarSource"),
+    "cifar": ("cifar", "CifarSource"),
     "numpy": ("arrays", "NumpySource"),
 }
 

@@ -1,7 +1,4 @@
-"""Images as raw pixels in files that hold many: CIFAR's batches, and NumPy's .npy and .npz; read in place, each alone.
-
-What is read becomes a binary PGM or PPM (https://netpbm.sourceforge.net/doc/ppm.html), or a PNG where there is alpha.
-"""
+"""Images as one array in NumPy's .npy or .npz, read in place, each alone."""
 
 from __future__ import annotations
 
@@ -28,113 +25,20 @@ from numpy.typing import NDArray
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES
-from ..storage import is_remote
-from . import cifar
 from .archives import GROUP_ITEMS, place_of, read_piece
-from .base import Group, Item, Source, as_text
+from .base import Group, Item
 from .files import Files
-from .labels import Labels, read_labels
+from .labels import Found, Listed, number_array, refuse_classes_without_labels
+from .netpbm import encoded
+from .zip import LOCAL_HEADER_BYTES, data_offset
 
 log = logging.getLogger(__name__)
 _CHANNELS = (1, 3, 4)
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_LABEL_BYTES = 1 << 30
 _MOST_DEFLATED = 1032  # bytes that one byte of deflate data can become (https://zlib.net/zlib_tech.html)
-_LOCAL = struct.Struct("<4s22xHH")  # APPNOTE.TXT, section 4.3.7: a zip member's header as far as its name's length
 _IMAGES = ("images", "x", "X", "x_train", "X_train", "train_images", "data", "arr_0")
 _LABELS = ("labels", "y", "y_train", "targets")
-
-
-def encoded(pixels: NDArray[Any]) -> bytes:
-    """Pixels as the bytes of a file that every decoder takes.
-
-    Args:
-        pixels: uint8 or uint16 (H, W, 1) or (H, W, 3), which become PGM or PPM; uint8 (H, W, 4), which becomes PNG.
-    """
-    height, width, channels = pixels.shape
-    if channels == 4:
-        from PIL import Image
-
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=0)
-        return buffer.getvalue()
-    wide = pixels.dtype.itemsize == 2
-    header = b"P%d\n%d %d\n%d\n" % (5 if channels == 1 else 6, width, height, 65_535 if wide else 255)
-    return header + (pixels.astype(">u2") if wide else pixels).tobytes()
-
-
-class CifarSource(Source):
-    """CIFAR-10 or CIFAR-100 as the Python archive unpacks: its folder for the training images, or one file in it.
-
-    `cifar-10-batches-py` takes data_batch_1 to 5, `cifar-10-batches-py/test_batch` the test images; so do
-    `cifar-100-python` and `cifar-100-python/test`. `--labels` is `coarse` for the 20 classes of CIFAR-100, or `none`.
-
-    Items are `data_batch_1/00000` and so on. An item's place: number of the file, offset of its pixels.
-
-    Raises:
-        SourceError: it is neither, a file is missing, damaged, or has its pixels in another form than as one piece.
-        UsageError: `--labels` is for another form.
-    """
-
-    kind = "cifar"
-
-    def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        if is_remote(location):
-            raise SourceError(f"{location!r}: CIFAR is read from a local folder; download and unpack it")
-        self.location = os.path.abspath(location)
-        folder, name = (self.location, "") if os.path.isdir(self.location) else os.path.split(self.location)
-        parts = cifar.parts(folder)
-        known = [file for files in parts.values() for file in files]
-        if name and name not in known:
-            raise SourceError(
-                f"{location!r} is no file of CIFAR with images; give the folder, or one of {', '.join(known)} in it"
-            )
-        allowed = ("coarse", "none") if "train" in known else ("none",)
-        if config.labels not in (None, *allowed):
-            raise UsageError(
-                f"--labels {config.labels}: {location!r} has {' or '.join(allowed)}, or its own where it is left out"
-            )
-        _refuse_classes_without_labels(config.labels, classes)
-        coarse = config.labels == "coarse"
-        names = cifar.class_names(folder, coarse=coarse)
-        pieces = []
-        for file in (name,) if name else parts["train"]:
-            batch = cifar.read_batch(folder, file, len(names), coarse=coarse)
-            if not len(batch.labels) or batch.offset < 0:
-                what = "has no images" if not len(batch.labels) else "does not have its pixels as one piece"
-                raise SourceError(f"{os.path.join(folder, file)!r} {what}; unpack the original archive again")
-            pieces.append((file, batch.offset, batch.labels))
-        # Of the folder of CIFAR-100, `train` alone; a pattern finds files in the order of `parts`.
-        self._files = Files(self.location, "data_batch_[1-5]" if len(pieces) > 1 else "train")
-        self.files = self._files.stamps
-        self._pieces = [(file, offset, len(labels)) for file, offset, labels in pieces]
-        self._labels: NDArray[Any] | None = None
-        if config.labels != "none":
-            labels = np.concatenate([labels for _, _, labels in pieces])
-            found = _numbered("labels", labels, self.location, classes, names)
-            self._labels, self.class_names, self.columns = found.values, found.class_names, found.columns
-
-    def groups(self) -> Iterator[Group]:
-        """The images, a group a file."""
-        done = 0
-        for number, (file, offset, count) in enumerate(self._pieces):
-            offsets = offset + cifar.ROW_BYTES * np.arange(count, dtype=np.int64)
-            yield Group(
-                os.fsencode(file) + b"/",
-                [b"%05d" % row for row in range(count)],
-                labels=None if self._labels is None else self._labels[done : done + count],
-                places=np.stack([np.full(count, number, np.int64), offsets], axis=1),
-            )
-            done += count
-
-    def read(self, item: Item) -> bytes:
-        """The image as a PPM of 32 x 32. Raises OSError or BadItem as `read_piece`."""
-        number, offset = place_of(item, 2)
-        return encoded(cifar.interleaved(read_piece(self._files, number, offset, cifar.ROW_BYTES))[0])
-
-    def check(self) -> None:
-        """Raises SourceError if a file is gone or may not be read any more."""
-        self._files.check()
 
 
 @dataclass(frozen=True)
@@ -181,7 +85,7 @@ class _Array:
         return self
 
 
-class NumpySource(Source):
+class NumpySource(Listed[Found]):
     """The images of one array in an .npy, or in an .npz (`a.npz`, or `a.npz/x_test.npy` for a certain one).
 
     The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 (R,G,B) or 4 (uint8 with alpha).
@@ -203,7 +107,8 @@ class NumpySource(Source):
     kind = "numpy"
 
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        _refuse_classes_without_labels(config.labels, classes)
+        refuse_classes_without_labels(config.labels, classes)
+        self._asked, self._classes = config.labels, classes
         path, wanted = location, ""
         if match := re.fullmatch(r"(.+\.npz)/([^/]+)\.npy", location, re.IGNORECASE | re.DOTALL):
             path, wanted = match.groups()
@@ -215,8 +120,8 @@ class NumpySource(Source):
         self.reads_at_once = self._files.reads_at_once
         self._start_anew()
         arrays = _arrays(self._files)
-        name = _choose(arrays, wanted, self.location)
-        self._array = arrays[name].checked()
+        self._name = _choose(arrays, wanted, self.location)
+        self._array = arrays[self._name].checked()
         self._planar, self._channels = _layout(self._array)
         self._count, *self._row_shape = self._array.shape
         self._row_bytes = self._array.dtype.itemsize * math.prod(self._row_shape)
@@ -236,15 +141,13 @@ class NumpySource(Source):
                 "does not compress, spares that",
                 self._array.where, self._array.size >> 20, tempfile.gettempdir(),
             )  # fmt: skip
-        self._labels: NDArray[Any] | None = None
-        if (given := self._given_labels(arrays, name, config.labels)) is not None:
-            found = _numbered(*given, self.location, classes)
-            self._labels, self.class_names, self.columns = found.values, found.class_names, found.columns
-        elif classes is not None:
+        self._take_labels()
+        if self.class_names is None and not self.columns and classes is not None:
             raise SourceError(f"{self.location!r} has no labels; leave --classes-from out, or give --labels")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_inflated", "_pid")}
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("_lock", "_inflated", "_pid")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -256,13 +159,14 @@ class NumpySource(Source):
         self._inflated: BinaryIO | None = None
 
     def groups(self) -> Iterator[Group]:
-        """The images in the order of their rows."""
+        """The images in the order of their rows. Raises SourceError if the labels have changed meanwhile."""
+        found = self._listed().labels
         for start in range(0, self._count, GROUP_ITEMS):
             rows = np.arange(start, min(start + GROUP_ITEMS, self._count), dtype=np.int64)
             yield Group(
                 b"",
                 [b"%05d" % row for row in rows.tolist()],
-                labels=None if self._labels is None else self._labels[rows],
+                labels=None if found is None else found.values[rows],
                 places=rows[:, None],
             )
 
@@ -321,10 +225,13 @@ class NumpySource(Source):
         made: BinaryIO = file
         return made
 
-    def _given_labels(
-        self, arrays: dict[str, _Array], images: str, labels: str | None
-    ) -> tuple[str, NDArray[Any]] | None:
+    def _list(self) -> Found:
+        given = self._given_labels(_arrays(self._files))
+        return Found(None if given is None else number_array(*given, self.location, self._classes))
+
+    def _given_labels(self, arrays: dict[str, _Array]) -> tuple[str, NDArray[Any]] | None:
         """The array that has the labels, and what it is called as a column: by `--labels`, or by its name."""
+        labels, images = self._asked, self._name
         if labels == "none":
             return None
         if labels is None:
@@ -351,25 +258,6 @@ class NumpySource(Source):
 
     def _fits(self, array: _Array) -> bool:
         return array.shape in ((self._count,), (self._count, 1))
-
-
-def _numbered(
-    name: str, values: NDArray[Any], location: str, classes: Sequence[str] | None, names: Sequence[str] | None = None
-) -> Labels:
-    """One label an image, as `read_labels` has them; `names` of whole numbers, if the source has such."""
-    if values.dtype.kind == "S":
-        entries = [as_text(entry) for entry in values.tolist()]
-    else:
-        entries = (values.astype(np.int64) if values.dtype.kind == "b" else values).tolist()
-    known = None if names is None else {name: names}
-    return read_labels(
-        [(name, None)], [entries], location=location, where=lambda row: f"image {row}", classes=classes, known=known
-    )
-
-
-def _refuse_classes_without_labels(labels: str | None, classes: Sequence[str] | None) -> None:
-    if labels == "none" and classes is not None:
-        raise UsageError("--labels none and --classes-from contradict each other; leave one out")
 
 
 def _arrays(files: Files) -> dict[str, _Array]:
@@ -478,11 +366,10 @@ def _layout(array: _Array) -> tuple[bool, int]:
 
 def _member_start(files: Files, member: zipfile.ZipInfo) -> int:
     """Where the bytes of a stored member begin."""
-    magic, name, extra = _LOCAL.unpack(files.read(0, member.header_offset, _LOCAL.size))
-    start = int(member.header_offset + _LOCAL.size + name + extra)
-    if magic != b"PK\3\4" or start + member.file_size > files.size(0):
+    offset = data_offset(files.read(0, member.header_offset, LOCAL_HEADER_BYTES))
+    if offset is None or member.header_offset + offset + member.file_size > files.size(0):
         raise SourceError(f"{files.path(0)!r} is damaged or cut; copy or make it again")
-    return start
+    return member.header_offset + offset
 
 
 def _values(files: Files, array: _Array) -> NDArray[Any]:

@@ -1,16 +1,9 @@
-"""CIFAR-10 and CIFAR-100 as Python 2 pickled them (https://www.cs.toronto.edu/~kriz/cifar.html).
-
-A pickle is a program, and these files come from a download. So theirs is looked through before it runs: only opcodes
-that such files have, no length that the file does not hold. Where it names a function or a class, it gets a stand-in of
-ours, for the four that arrays need; whatever else it names is refused. No array is made before its parts were checked.
-"""
+"""CIFAR-10 and CIFAR-100 as Python 2 pickled them (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
-import pickletools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +11,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SourceError
-from .base import as_text
+from ..config import BuildConfig
+from ..errors import SourceError, UsageError
+from ..storage import is_remote
+from . import pickles
+from .archives import place_of, read_piece
+from .base import Group, Item, as_text
+from .files import Files
+from .labels import Found, Listed, number_array, refuse_classes_without_labels
+from .netpbm import encoded
 
 SIDE = 32
 ROW_BYTES = 3 * SIDE * SIDE
@@ -28,14 +28,6 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "meta": {"train": ("train",), "test": ("test",)},
 }
 _MAX_BYTES = 1 << 30  # the largest of the real files has 155 MB
-_OPCODES = frozenset(
-    ["PROTO", "FRAME", "STOP", "MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "NONE", "NEWTRUE", "NEWFALSE",
-     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "STRING", "BINSTRING", "SHORT_BINSTRING",
-     "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
-     "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT",
-     "DICT", "SETITEM", "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"]
-)  # fmt: skip
-_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 @dataclass(frozen=True)
@@ -112,9 +104,12 @@ def read_batch(folder: str | os.PathLike[str], name: str, classes: int, *, coars
     raw = _bytes(path)
     found = _load(path, raw)
     array, labels = found.get("data"), _list(path, found, key)
-    if not isinstance(array, _Array):
+    if not isinstance(array, pickles.Array):
         raise _damaged(path, "data is not an array")
-    data = array.data(path)
+    try:
+        data = array.data(ROW_BYTES)
+    except ValueError as exc:
+        raise _damaged(path, str(exc)) from exc
     rows = len(data) // ROW_BYTES
     if len(labels) != rows or not all(type(label) is int and 0 <= label < classes for label in labels):
         raise _damaged(path, f"{key} is not a list of {rows} numbers from 0 to {classes - 1}")
@@ -168,119 +163,95 @@ def _bytes(path: Path) -> bytes:
 
 
 def _load(path: Path, data: bytes) -> dict[str, Any]:
-    """The dictionary in the bytes of a file, keys as text; arrays are `_Array`."""
+    """The dictionary in the bytes of a file, keys as text."""
     try:
-        _look_through(path, data)
-        found = _Unpickler(path, data).load()
-    # What pickle raises for nonsense is no closed list; nothing of the file has run that could raise anything else.
-    except (
-        pickle.UnpicklingError,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as exc:
-        raise _damaged(path, f"no pickle that can be read ({type(exc).__name__}: {exc})"[:300]) from exc
+        found = pickles.load(data)
+    except ValueError as exc:
+        raise _damaged(path, f"no pickle that can be read ({exc})") from exc
     if not isinstance(found, dict) or not all(isinstance(key, (bytes, str)) for key in found):
         raise _damaged(path, "it holds no dictionary of names")
     return {_text(key): value for key, value in found.items()}
 
 
-def _look_through(path: Path, data: bytes) -> None:
-    """Reads all opcodes, none of which runs. Raises ValueError where the file ends before what it announces."""
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
-        if opcode.name not in _OPCODES:
-            raise _damaged(path, f"opcode {opcode.name} is not allowed")
-        if opcode.name in _PUTS and not 0 <= int(argument or 0) <= number:  # the memo is an array of that length
-            raise _damaged(path, f"a memo entry {argument} after {number} opcodes")
+@dataclass(frozen=True)
+class _Listing(Found):
+    """Also: name, offset of the pixels, and number of images of each file."""
+
+    files: list[tuple[str, int, int]]
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, path: Path, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="bytes")
-        self._path = path
+class CifarSource(Listed[_Listing]):
+    """CIFAR-10 or CIFAR-100 as the Python archive unpacks: its folder for the training images, or one file in it.
 
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _STAND_INS[module.replace("numpy._core", "numpy.core"), name]
-        except KeyError:
-            raise _damaged(
-                self._path, f"it names {module}.{name}"[:200] + ", which is not allowed and was not loaded"
-            ) from None
+    `cifar-10-batches-py` takes data_batch_1 to 5, `cifar-10-batches-py/test_batch` the test images; so do
+    `cifar-100-python` and `cifar-100-python/test`. `--labels` is `coarse` for the 20 classes of CIFAR-100, or `none`.
 
+    Items are `data_batch_1/00000` and so on. An item's place: number of the file, offset of its pixels.
 
-class _Name:
-    """Stands for a class that is named and never called. No stand-in has attributes that a pickle could set."""
+    Raises:
+        SourceError: it is neither, a file is missing, damaged, or has its pixels in another form than as one piece.
+        UsageError: `--labels` is for another form.
+    """
 
-    __slots__ = ()
+    kind = "cifar"
 
+    def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
+        if is_remote(location):
+            raise SourceError(f"{location!r}: CIFAR is read from a local folder; download and unpack it")
+        self.location = os.path.abspath(location)
+        folder, name = (self.location, "") if os.path.isdir(self.location) else os.path.split(self.location)
+        collection = parts(folder)
+        known = [file for files in collection.values() for file in files]
+        if name and name not in known:
+            raise SourceError(
+                f"{location!r} is no file of CIFAR with images; give the folder, or one of {', '.join(known)} in it"
+            )
+        allowed = ("coarse", "none") if "train" in known else ("none",)
+        if config.labels not in (None, *allowed):
+            raise UsageError(
+                f"--labels {config.labels}: {location!r} has {' or '.join(allowed)}, or its own where it is left out"
+            )
+        refuse_classes_without_labels(config.labels, classes)
+        self._folder, self._asked, self._classes = folder, config.labels, classes
+        self._names = (name,) if name else collection["train"]
+        # Of the folder of CIFAR-100, `train` alone; a pattern finds files in the order of `parts`.
+        self._files = Files(self.location, "data_batch_[1-5]" if len(self._names) > 1 else "train")
+        self.files = self._files.stamps
+        self._take_labels()
 
-class _Dtype:
-    """Stands for numpy.dtype: what is called, and what comes of it. Its name and no more."""
+    def _list(self) -> _Listing:
+        coarse = self._asked == "coarse"
+        names = class_names(self._folder, coarse=coarse)
+        files, labels = [], []
+        for file in self._names:
+            batch = read_batch(self._folder, file, len(names), coarse=coarse)
+            if not len(batch.labels) or batch.offset < 0:
+                what = "has no images" if not len(batch.labels) else "does not have its pixels as one piece"
+                raise SourceError(f"{os.path.join(self._folder, file)!r} {what}; unpack the original archive again")
+            files.append((file, batch.offset, len(batch.labels)))
+            labels.append(batch.labels)
+        if self._asked == "none":
+            return _Listing(None, files)
+        return _Listing(number_array("labels", np.concatenate(labels), self.location, self._classes, names), files)
 
-    __slots__ = ("code",)
+    def groups(self) -> Iterator[Group]:
+        """The images, a group a file. Raises SourceError as the constructor, or the classes have changed meanwhile."""
+        listing, done = self._listed(), 0
+        for number, (file, offset, count) in enumerate(listing.files):
+            offsets = offset + ROW_BYTES * np.arange(count, dtype=np.int64)
+            yield Group(
+                os.fsencode(file) + b"/",
+                [b"%05d" % row for row in range(count)],
+                labels=None if listing.labels is None else listing.labels.values[done : done + count],
+                places=np.stack([np.full(count, number, np.int64), offsets], axis=1),
+            )
+            done += count
 
-    def __init__(self, code: str = "") -> None:
-        self.code = code
+    def read(self, item: Item) -> bytes:
+        """The image as a PPM of 32 x 32. Raises OSError or BadItem as `read_piece`."""
+        number, offset = place_of(item, 2)
+        return encoded(interleaved(read_piece(self._files, number, offset, ROW_BYTES))[0])
 
-    def __call__(self, code: bytes | str, *flags: Any) -> _Dtype:
-        return _Dtype(_text(code))
-
-    def __setstate__(self, state: Any) -> None:
-        """Takes byte order and fields, of which bytes have none."""
-
-
-class _Array:
-    """Stands for an array: what its state says, unchecked."""
-
-    __slots__ = ("_state",)
-
-    def __init__(self) -> None:
-        self._state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self._state = state
-
-    def data(self, path: Path) -> bytes:
-        """The bytes of its elements. Raises SourceError for any other array than uint8 (N, 3072) in C order."""
-        state = self._state
-        if not isinstance(state, tuple) or len(state) != 5:
-            raise _damaged(path, "an array without a state")
-        _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _Dtype) or dtype.code not in ("u1", "|u1", "B", "uint8"):
-            raise _damaged(path, f"an array of type {getattr(dtype, 'code', '?')!r}"[:200] + ", not uint8")
-        if not isinstance(shape, tuple) or len(shape) != 2 or shape[1] != ROW_BYTES or fortran:
-            raise _damaged(path, f"an array of shape {shape!r}"[:200] + f", not (N, {ROW_BYTES}) in C order")
-        if not isinstance(data, bytes) or type(shape[0]) is not int or len(data) != shape[0] * ROW_BYTES:
-            raise _damaged(path, f"an array of shape {shape!r}"[:200] + " with data of another length")
-        return data
-
-
-class _Reconstruct:
-    """Stands for numpy.core.multiarray._reconstruct(ndarray, (0,), b"b"): an array before it has its state."""
-
-    __slots__ = ()
-
-    def __call__(self, kind: Any, shape: Any, code: Any) -> _Array:
-        return _Array()
-
-
-class _Encode:
-    """Stands for _codecs.encode, as Python 3 pickles bytes for Python 2."""
-
-    __slots__ = ()
-
-    def __call__(self, text: str, encoding: str | bytes = "latin1") -> bytes:
-        if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
-            raise ValueError(f"encoded text by {encoding!r}"[:200])
-        return text.encode("latin1")
-
-
-_STAND_INS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
-    ("numpy", "ndarray"): _Name(),
-    ("numpy", "dtype"): _Dtype(),
-    ("_codecs", "encode"): _Encode(),
-}
+    def check(self) -> None:
+        """Raises SourceError if a file is gone or may not be read any more."""
+        self._files.check()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError, UsageError
-from .base import LabelColumn, Source, as_bytes, numbered
+from .base import LabelColumn, Source, as_bytes, as_text, numbered
 
 Kind = Literal["class", "integer", "float"]
 Asked = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
@@ -160,6 +160,20 @@ def read_labels(
     if len(columns) == 1 and columns[0].classes is not None:
         return Labels(columns[0].classes, (), stacked)
     return Labels(None, tuple(columns), stacked)
+
+
+def number_array(
+    name: str, values: NDArray[Any], location: str, classes: Sequence[str] | None, names: Sequence[str] | None = None
+) -> Labels:
+    """As `read_labels`, for a source with its labels in one array (N,), and maybe `names` for its whole numbers."""
+    if values.dtype.kind == "S":
+        entries = [as_text(entry) for entry in values.tolist()]
+    else:
+        entries = (values.astype(np.int64) if values.dtype.kind == "b" else values).tolist()
+    known = None if names is None else {name: names}
+    return read_labels(
+        [(name, None)], [entries], location=location, where=lambda row: f"image {row}", classes=classes, known=known
+    )
 
 
 _DTYPES = {"integer": np.int64, "float": np.float64}

@@ -13,7 +13,8 @@ from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .archives import ArchiveSource, Member, is_image, place_of, read_piece
 from .base import Item
 
-_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_LOCAL = struct.Struct("<4s2xHH16xHH")  # a member's header, section 4.3.7: magic, flags, method, lengths behind it
+LOCAL_HEADER_BYTES = _LOCAL.size
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _UNIX = 3
 _HUGE = 1 << 62  # more than any size that is read, and an int64
@@ -62,13 +63,13 @@ class ZipSource(ArchiveSource):
         number, offset, stored, size, crc = place_of(item, 5)
         if size > MAX_ENCODED_BYTES:
             raise BadItem("read", "too-large", f"{size} bytes; at most {MAX_ENCODED_BYTES}")
-        header = read_piece(self._files, number, offset, _LOCAL.size)
-        magic, _, flags, method, *_, name_length, extra_length = _LOCAL.unpack(header)
-        if magic != b"PK\3\4":
+        header = read_piece(self._files, number, offset, LOCAL_HEADER_BYTES)
+        if (begin := data_offset(header)) is None:
             raise BadItem("read", "undecodable", "no zip member where the directory has one")
+        _, flags, method, *_ = _LOCAL.unpack(header)
         if flags & _ENCRYPTED or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BadItem("read", "unreadable", f"encrypted or compressed by method {method}")
-        data = read_piece(self._files, number, offset + _LOCAL.size + name_length + extra_length, stored)
+        data = read_piece(self._files, number, offset + begin, stored)
         if method == zipfile.ZIP_DEFLATED:
             data = _inflated(data, size)
         if len(data) != size:
@@ -76,6 +77,12 @@ class ZipSource(ArchiveSource):
         if zlib.crc32(data) != crc:
             raise BadItem("read", "undecodable", "its CRC-32 is another: it is damaged")
         return data
+
+
+def data_offset(header: bytes) -> int | None:
+    """How far behind the beginning of its local header a member's data begin; None if it is no header."""
+    magic, _, _, name_bytes, extra_bytes = _LOCAL.unpack(header)
+    return int(LOCAL_HEADER_BYTES + name_bytes + extra_bytes) if magic == b"PK\3\4" else None
 
 
 def _inflated(data: bytes, size: int) -> bytes:
@@ -93,7 +100,7 @@ def _refuse_overlaps(infos: list[zipfile.ZipInfo], archive: str, end: int) -> No
     """Members that share bytes are how a small zip claims to hold much (https://www.bamsoftware.com/hacks/zipbomb/)."""
     inside = sorted(infos, key=lambda info: info.header_offset)
     for info, following in zip(inside, [*(each.header_offset for each in inside[1:]), end], strict=True):
-        if info.header_offset < 0 or info.header_offset + _LOCAL.size + info.compress_size > following:
+        if info.header_offset < 0 or info.header_offset + LOCAL_HEADER_BYTES + info.compress_size > following:
             raise SourceError(
                 f"{archive!r}: member {info.filename[:200]!r} has {info.compress_size} bytes from byte "
                 f"{info.header_offset} on, which reaches into byte {following}, where the next one begins or the zip "

@@ -1,0 +1,26 @@
+"""Raw pixels as a file that every decoder takes."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def encoded(pixels: NDArray[Any]) -> bytes:
+    """A binary PGM or PPM (https://netpbm.sourceforge.net/doc/ppm.html), or a PNG where there is alpha.
+
+    Args:
+        pixels: uint8 or uint16 (H, W, 1) or (H, W, 3), which become PGM or PPM; uint8 (H, W, 4), which becomes PNG.
+    """
+    height, width, channels = pixels.shape
+    if channels == 4:
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=0)
+        return buffer.getvalue()
+    wide = pixels.dtype.itemsize == 2
+    header = b"P%d\n%d %d\n%d\n" % (5 if channels == 1 else 6, width, height, 65_535 if wide else 255)
+    return header + (pixels.astype(">u2") if wide else pixels).tobytes()
