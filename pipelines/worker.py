@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .cuda import CudaNormalizer
 from .decode import make_decoder
 from .decode.base import Decoded, Decoder
 from .errors import MismatchError, RejectedError, ShardError
 from .geometry import Geometry
 from .job import Job
 from .manifest import CommitRecord
-from .normalize import CudaNormalizer, Normalizer
+from .normalize import Normalizer
 from .plan import Batch, Plan
 from .rejects import BadItem, Code, Reject, clean
 from .sink import Rows, ShardSink

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_npz import normalize
+from gpu_npz import cuda, normalize
 from gpu_npz.config import BuildConfig
+from gpu_npz.cuda import CudaNormalizer
 from gpu_npz.errors import UsageError
 from gpu_npz.normalize import (
-    CudaNormalizer,
     Normalizer,
     Sums,
     apply_table,
@@ -536,9 +536,7 @@ def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
     kind: str, dtype: str, channels: str, layout: str, tmp_path: Path
 ) -> None:
     # What a GPU's threads do, one after the other: no GPU is needed to see a wrong index.
-    kernel = normalize._KERNEL.replace('extern "C" __global__', "").replace(
-        "VALUE", normalize._BITS[np.dtype(dtype).itemsize]
-    )
+    kernel = cuda._KERNEL.replace('extern "C" __global__', "").replace("VALUE", cuda._BITS[np.dtype(dtype).itemsize])
     grid = "static struct { int x, y; } blockIdx, threadIdx, blockDim;\n"
     launch = """
     void launch(int blocks, int images, int threads, void *pixels, void *kept, void *table, void *out, int plane,

@@ -16,12 +16,13 @@ from isal.isal_zlib import crc32
 
 from ..builder import build
 from ..config import BuildConfig
+from ..cuda import CudaNormalizer
 from ..decode import make_decoder
 from ..decode.base import Decoder, Stage
 from ..environment import Choice
 from ..geometry import Geometry
 from ..job import Job
-from ..normalize import CudaNormalizer, Normalizer, row_shape
+from ..normalize import Normalizer, row_shape
 from ..plan import Batch, Plan, collect
 from ..sources.base import Source
 from ..storage import LocalStorage
