@@ -64,8 +64,9 @@ Tell = Callable[[Started | Measuring | Event], None]
 class BuildReport:
     """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset.
 
-    `timeline` shows how this run went: items done by then, and what a worker held. `worker_memory_bytes` and
-    `gpu_memory_bytes` are the most that a worker of it has held (see `WorkerEnded`).
+    `timeline` shows how this run went: items done by then, and what a worker held. `changed_files` were written to, or
+    went, while this run read them. `worker_memory_bytes` and `gpu_memory_bytes` are the most that a worker of it has
+    held (see `WorkerEnded`).
     """
 
     out: str
@@ -89,6 +90,7 @@ class BuildReport:
     bottleneck: str | None
     worker_memory_bytes: int
     gpu_memory_bytes: int
+    changed_files: int
     hints: tuple[str, ...]
     timeline: tuple[Moment, ...]
 
@@ -300,7 +302,8 @@ def run(
         bottleneck=_bottleneck(stages, tuning),
         worker_memory_bytes=max((each.memory_bytes for each in ended), default=0),
         gpu_memory_bytes=max((each.gpu_memory_bytes for each in ended), default=0),
-        hints=_hints(job, list(records.values())),
+        changed_files=watch.changed,
+        hints=_hints(job, list(records.values()), watch.changed),
         timeline=watch.timeline,
     )
     if todo:
@@ -363,8 +366,14 @@ def _bottleneck(stages: Counter[str], tuning: Tuning) -> str | None:
     return max(busiest, key=lambda name: stages[name])
 
 
-def _hints(job: Job, records: Sequence[CommitRecord]) -> tuple[str, ...]:
+def _hints(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[str, ...]:
     hints = []
+    if changed:
+        rows = sum(record.rows for record in records)
+        hints.append(
+            f"{changed} files were written to, or went, while the build read them, so rows may be of parts of them; "
+            f"when nothing writes to SRC any more, `gpu-npz verify OUT --deep {rows}` names those that differ"
+        )
     total, pixel = sum(record.bytes for record in records), job.settings.pixel_dtype
     if job.settings.dtype == "float32" and total > 10**9:
         hints.append(

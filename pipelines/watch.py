@@ -43,10 +43,11 @@ class Watch:
 
     Attributes:
         items, rejects: of this run so far.
+        changed: files of SRC that were written to while this run read them.
     """
 
     def __init__(self, reject_limit: int, storage_root: str | None) -> None:
-        self.items = self.rejects = 0
+        self.items = self.rejects = self.changed = 0
         self._limit = reject_limit
         self._root = storage_root
         free_bytes = free_space(storage_root)[0] if storage_root else None
@@ -64,6 +65,7 @@ class Watch:
         if isinstance(event, Progress):
             self.items += event.items
             self.rejects += event.rejects
+            self.changed += event.changed
             self._look()
         elif isinstance(event, Pulse):
             now = time.monotonic() - self._begin

@@ -37,12 +37,16 @@ _PULSE_S = 1.0
 
 @dataclass(frozen=True)
 class Progress:
-    """A batch of a shard has been decoded and goes to the disk. Negative numbers take back what was lost."""
+    """A batch of a shard has been decoded and goes to the disk. Negative numbers take back what was lost.
+
+    `changed` counts files that were written to, or went, since the worker began: what was read of them may be a part.
+    """
 
     shard: int
     items: int
     rejects: int
     source_bytes: int
+    changed: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
     """
     storage = open_storage(task.out)
     job = Job.open(storage)
+    began_ns = time.time_ns()
     with _explained(task), contextlib.ExitStack() as stack:
         normalizer = Normalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)
         decoder = make_decoder(
@@ -156,7 +161,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             seconds["normalize"] += time.perf_counter() - start
             sink.put(rows)
             counts = len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum())
-            yield Progress(decoded.batch.shard, *counts)
+            yield Progress(decoded.batch.shard, *counts, _changed(task.source, decoded, began_ns))
             yield from map(Committed, sink.committed())
             if time.monotonic() >= pulse_s:
                 yield _pulse()
@@ -225,6 +230,20 @@ def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaN
         ready=ready,
         buffer=buffer,
     )
+
+
+def _changed(source: Source, decoded: Decoded, since_ns: int) -> int:
+    """How many files that a batch has read are gone, have another size, or were written to since then."""
+    changed = 0
+    for item, size in zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True):
+        if size and source.file_per_item:
+            try:
+                status = os.stat(source.local_path(item))
+            except OSError:
+                changed += 1
+            else:
+                changed += status.st_size != size or status.st_mtime_ns > since_ns
+    return changed
 
 
 @contextlib.contextmanager

@@ -166,6 +166,28 @@ def test_rejects_are_listed_with_place_stage_code_and_detail(whole: Path) -> Non
     assert (manifest.counts.items, manifest.counts.rows, manifest.counts.shards) == (ITEMS, ITEMS - len(REJECTS), 6)
 
 
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
+def test_files_that_are_written_to_while_a_build_reads_them_are_reported(
+    make_tree: MakeTree, out: Path, backend: str
+) -> None:
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(8)})
+    config = settings(backend=backend, batch_size=1, max_rejects="100%")
+    assert build(src, out, config).changed_files == 0
+
+    def disturb(event: Started | worker.Event) -> None:
+        if isinstance(event, worker.Progress):
+            (src / "a/6.jpg").unlink(missing_ok=True)
+            (src / "a/7.jpg").write_bytes(whole[:-40])  # a download that goes on
+
+    whole = (src / "a/7.jpg").read_bytes()
+    report = build(src, out.with_name("disturbed"), config, progress=disturb)
+    assert (report.rejects_by_code, report.changed_files) == ({"missing": 1, "truncated": 1}, 1)
+    assert report.hints[0].startswith("1 files were written to, or went, while the build read them")
+    assert "`gpu-npz verify OUT --deep 6` names those that differ" in report.hints[0]
+
+
 def test_the_report_says_what_was_built(mixed: Path, out: Path) -> None:
     report = build(mixed, out, settings(batch_size=3))
     values = report.to_json()

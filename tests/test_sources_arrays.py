@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import items
 from PIL import Image
 
 import gpu_npz
@@ -29,18 +30,6 @@ RANDOM = np.random.default_rng(0)
 GRAY, RGB, RGBA = (RANDOM.integers(0, 256, (6, 9, 7, *more), np.uint8) for more in ((), (3,), (4,)))
 LABELS = np.array([2, 0, 1, 1, 0, 2])
 NAMES = ("airplane", "automobile", "bird")
-
-
-def items(source: Source) -> list[Item]:
-    """All items, each with its label."""
-    found: list[Item] = []
-    for group in source.groups():
-        assert group.places is not None
-        for position, name in enumerate(group.names):
-            label = None if group.labels is None else group.labels[position].item()
-            place = tuple(group.places[position].tolist())
-            found.append(Item(len(found), os.fsdecode(group.folder + name), label, place))
-    return found
 
 
 def pictures(source: Source) -> list[Image.Image]:

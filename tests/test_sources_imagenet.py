@@ -10,14 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import items, labelled, opened, refusal
 
 import gpu_npz
-from gpu_npz.config import BuildConfig
-from gpu_npz.errors import SourceError, UsageError
-from gpu_npz.plan import Plan
-from gpu_npz.selection import listed
-from gpu_npz.sources import open_source
-from gpu_npz.sources.base import Item, Source
 
 Files = dict[str, bytes]
 
@@ -36,25 +31,6 @@ def tarred(files: Files) -> bytes:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return file.getvalue()
-
-
-def opened(path: Path | str, classes: list[str] | None = None, **settings: Any) -> Source:
-    return open_source(path, BuildConfig(**settings), classes)
-
-
-def items(source: Source) -> list[Item]:
-    plan = Plan(listed(source, BuildConfig()), 1024)
-    return plan.items(0, plan.item_count)
-
-
-def labelled(source: Source) -> list[tuple[str, Any]]:
-    return [(item.path, item.label) for item in items(source)]
-
-
-def refusal(path: Path | str, **settings: Any) -> str:
-    with pytest.raises((SourceError, UsageError)) as caught:
-        list(opened(path, **settings).groups())
-    return str(caught.value)
 
 
 WNIDS = ("n01440764", "n01443537", "n02119789")

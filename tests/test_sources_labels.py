@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import labelled, opened, refusal
 
 import gpu_npz
-from gpu_npz.config import BuildConfig
-from gpu_npz.errors import GpuNpzError, SourceError, UsageError
+from gpu_npz.errors import SourceError
 from gpu_npz.rejects import BadItem
-from gpu_npz.sources import open_source
-from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.folder import FolderSource
 
 
@@ -33,25 +31,6 @@ def table(path: Path, *lines: str) -> Path:
     return path
 
 
-def opened(root: Path, classes: list[str] | None = None, **settings: Any) -> Source:
-    return open_source(root, BuildConfig(**settings), classes)
-
-
-def listed(source: Source) -> list[tuple[str, Any]]:
-    return [
-        (os.fsdecode(group.folder + name), group.label if group.labels is None else group.labels[row].tolist())
-        for group in source.groups()
-        for row, name in enumerate(group.names)
-    ]
-
-
-def refusal(root: Path, classes: list[str] | None = None, **settings: Any) -> str:
-    with pytest.raises(GpuNpzError) as caught:
-        listed(opened(root, classes, **settings))
-    assert isinstance(caught.value, (SourceError, UsageError))
-    return str(caught.value)
-
-
 # Folders
 
 
@@ -59,7 +38,7 @@ def test_folders_are_just_folders_where_there_are_no_labels(tmp_path: Path) -> N
     root = touch(tmp_path, "z.jpg", "b/1.jpg", "a/deep/2.jpg", "a/notes.txt")
     source = opened(root, labels="none")
     assert (source.class_names, source.columns, source.kind) == (None, (), "folder")
-    assert listed(source) == [("z.jpg", -1), ("a/deep/2.jpg", -1), ("b/1.jpg", -1)]
+    assert labelled(source) == [("z.jpg", None), ("a/deep/2.jpg", None), ("b/1.jpg", None)]
     assert "or say --labels none" in refusal(root)
     assert "leave --classes-from out" in refusal(root, ["a"], labels="none")
 
@@ -67,7 +46,7 @@ def test_folders_are_just_folders_where_there_are_no_labels(tmp_path: Path) -> N
 def test_class_folders_are_what_is_meant_without_a_word(tmp_path: Path) -> None:
     root = touch(tmp_path, "b/1.jpg", "a/2.jpg")
     for source in (FolderSource(root), FolderSource(root, None, "class-dir"), opened(root, labels="class-dir")):
-        assert (source.class_names, listed(source)) == (("a", "b"), [("a/2.jpg", 0), ("b/1.jpg", 1)])
+        assert (source.class_names, labelled(source)) == (("a", "b"), [("a/2.jpg", 0), ("b/1.jpg", 1)])
 
 
 def test_a_build_without_labels_has_the_pixels_of_one_with_labels(
@@ -106,15 +85,15 @@ def test_a_build_by_a_table_has_the_pixels_of_one_by_folders_in_the_tables_order
 def test_a_table_has_the_usual_columns_or_those_that_are_named_with_their_kinds(tmp_path: Path) -> None:
     root = touch(tmp_path / "images", "z.jpg", "a/1.jpg")
     path = table(tmp_path / "l.tsv", "path\tlabel\tage\tsite", "z.jpg\tx\t30\ts1", "a/1.jpg\ty\t40\ts2")
-    assert listed(opened(root, labels=str(path))) == [("z.jpg", 0), ("a/1.jpg", 1)]
-    assert listed(opened(root, labels=f"{path}:age")) == [("z.jpg", 30), ("a/1.jpg", 40)]
+    assert labelled(opened(root, labels=str(path))) == [("z.jpg", 0), ("a/1.jpg", 1)]
+    assert labelled(opened(root, labels=f"{path}:age")) == [("z.jpg", 30), ("a/1.jpg", 40)]
     source = opened(root, labels=f"{path}:age:class,label")
     assert [(each.name, each.kind) for each in source.columns] == [("age", "class"), ("label", "class")]
-    assert listed(opened(root, ["y", "x"], labels=str(path))) == [("z.jpg", 1), ("a/1.jpg", 0)]
+    assert labelled(opened(root, ["y", "x"], labels=str(path))) == [("z.jpg", 1), ("a/1.jpg", 0)]
     (group,) = opened(root, labels=str(path), split="v=0.5/v", split_by="site").groups()
     assert group.keys == [b"s1", b"s2"]
     copy = pickle.loads(pickle.dumps(source))
-    assert listed(copy) == listed(source) == listed(source)
+    assert labelled(copy) == labelled(source) == labelled(source)
     assert read_item(copy, Item(0, "a/1.jpg", None)) == b"a/1.jpg"
 
 
@@ -126,7 +105,7 @@ def test_images_without_a_row_are_counted_and_rows_without_an_image_are_rejects(
     assert "'1.jpg' for one; add rows, or move the images away" in message
     table(path, "path,label", "gone.jpg,1", "2.jpg,2", "a/3.jpg,3", "1.jpg,4")
     source = opened(root, labels=str(path))
-    assert listed(source) == [("gone.jpg", 1), ("2.jpg", 2), ("a/3.jpg", 3), ("1.jpg", 4)]
+    assert labelled(source) == [("gone.jpg", 1), ("2.jpg", 2), ("a/3.jpg", 3), ("1.jpg", 4)]
     with pytest.raises(BadItem) as caught:
         read_item(source, Item(0, "gone.jpg", None))
     assert caught.value.code == "missing"
@@ -152,10 +131,10 @@ def test_labels_that_change_while_the_folder_is_in_use_are_an_error(tmp_path: Pa
     root = touch(tmp_path / "images", "1.jpg")
     path = table(tmp_path / "l.csv", "path,label", "1.jpg,a")
     source = opened(root, labels=str(path))
-    listed(source)
+    labelled(source)
     table(path, "path,label", "1.jpg,b")
     with pytest.raises(SourceError, match=r"has changed meanwhile; run the command again"):
-        listed(source)
+        labelled(source)
 
 
 # A table in every folder
@@ -168,13 +147,13 @@ def test_a_table_in_every_folder_has_names_of_its_files_and_labels(tmp_path: Pat
     table(root / "a" / "{deep}" / "labels.csv", "picture,age,w", "1.jpg,7,7")
     table(root / "bare" / "labels.csv", "picture,age,w", "gone.jpg,8,8")
     source = opened(root, labels="csv:labels.csv")
-    assert listed(source) == [
+    assert labelled(source) == [
         ("z.jpg", [3, 0.5]), ("a/{deep}/1.jpg", [7, 7]), ("b/2.jpg", [1, 2.5]), ("b/1.jpg", [2, 3]),
         ("b/gone.jpg", [9, 9]), ("bare/gone.jpg", [8, 8]),
     ]  # fmt: skip
     assert [(each.name, each.kind) for each in source.columns] == [("age", "integer"), ("w", "float")]
     assert read_item(source, Item(0, "b/2.jpg", None)) == b"b/2.jpg"
-    assert listed(pickle.loads(pickle.dumps(source))) == listed(source)
+    assert labelled(pickle.loads(pickle.dumps(source))) == labelled(source)
 
 
 def test_one_column_of_texts_in_every_folder_is_classes_over_all_of_them(tmp_path: Path) -> None:
@@ -182,7 +161,7 @@ def test_one_column_of_texts_in_every_folder_is_classes_over_all_of_them(tmp_pat
     for folder, label in (("a", "dog"), ("b", "cat")):
         table(root / folder / "l.jsonl", f'{{"path": "1.jpg", "label": "{label}"}}')
     source = opened(root, labels="csv:l.jsonl")
-    assert (source.class_names, listed(source)) == (("cat", "dog"), [("a/1.jpg", 1), ("b/1.jpg", 0)])
+    assert (source.class_names, labelled(source)) == (("cat", "dog"), [("a/1.jpg", 1), ("b/1.jpg", 0)])
 
 
 def test_tables_that_do_not_fit_are_refused_with_the_folder(tmp_path: Path) -> None:
@@ -219,7 +198,7 @@ def test_another_machine_sees_the_same_folder_and_its_labels(tmp_path: Path) -> 
         source.check()
     other = source.anew()
     other.check()
-    assert listed(other) == [("1.jpg", -1), ("a/2.jpg", -1)]
+    assert labelled(other) == [("1.jpg", None), ("a/2.jpg", None)]
     source.location = str(tmp_path / "gone")
     with pytest.raises(SourceError, match="gone/': No such file or directory"):
         source.anew()

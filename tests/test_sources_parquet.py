@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import items, opened, refusal, reject
 
 import gpu_npz
-from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.rejects import BadItem
-from gpu_npz.sources import open_source, parquet
-from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources import parquet
+from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.parquet import ParquetSource
 
 arrow = pytest.importorskip("pyarrow")
@@ -42,33 +42,6 @@ def write(
         table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
     pq.write_table(table, path, row_group_size=rows)
     return path
-
-
-def items(source: Source) -> list[Item]:
-    found: list[Item] = []
-    for group in source.groups():
-        assert group.places is not None
-        for row, name in enumerate(group.names):
-            label = None if group.labels is None else group.labels[row].tolist()
-            path = os.fsdecode(group.folder + name)
-            found.append(Item(len(found), path, label, tuple(group.places[row].tolist())))
-    return found
-
-
-def opened(path: Path | str, classes: list[str] | None = None, **settings: Any) -> Source:
-    return open_source(path, BuildConfig(**settings), classes)
-
-
-def refusal(path: Path | str, classes: list[str] | None = None, **settings: Any) -> str:
-    with pytest.raises((SourceError, UsageError)) as caught:
-        items(opened(path, classes, **settings))
-    return str(caught.value)
-
-
-def reject(source: Source, item: Item) -> tuple[str, str]:
-    with pytest.raises(BadItem) as caught:
-        read_item(source, item)
-    return caught.value.code, caught.value.detail
 
 
 @pytest.fixture

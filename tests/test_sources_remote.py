@@ -19,6 +19,7 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
 import fsspec
+from listing import items, labelled
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
@@ -28,7 +29,7 @@ from gpu_npz.errors import ShardError, SourceError, UsageError
 from gpu_npz.planning import check_places
 from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
 from gpu_npz.sources import open_source
-from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.folder import FolderSource
 from gpu_npz.sources.remote import RemoteSource
 from gpu_npz.storage import open_storage
@@ -86,24 +87,11 @@ def tree_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def listed(source: Source) -> list[tuple[str, int]]:
-    return [(os.fsdecode(group.folder + name), group.label) for group in source.groups() for name in group.names]
-
-
-def items(source: Source) -> list[Item]:
-    found = []
-    for group in source.groups():
-        assert group.places is not None
-        for name, place in zip(group.names, group.places.tolist(), strict=True):
-            found.append(Item(len(found), os.fsdecode(group.folder + name), None, tuple(place)))
-    return found
-
-
 def test_a_remote_folder_lists_and_reads_what_a_local_one_does(put: Put, tree: Path) -> None:
     remote, local = open_source(put(tree_of(tree))), FolderSource(tree)
     assert isinstance(remote, RemoteSource)
     assert (remote.kind, remote.class_names, remote.files) == ("folder", local.class_names, ())
-    assert listed(remote) == listed(local) == listed(pickle.loads(pickle.dumps(remote)))
+    assert labelled(remote) == labelled(local) == labelled(pickle.loads(pickle.dumps(remote)))
     copy = pickle.loads(pickle.dumps(remote))
     for item in items(remote):
         content = (tree / item.path).read_bytes()
@@ -115,24 +103,24 @@ def test_names_are_taken_as_from_a_disk(put: Put) -> None:
     names = ["b/2.jpg", "b/deep/1.PNG", "a/z z.jpg", "a/ü+%20&?.jpg", "a/notes.txt", ".hidden/1.jpg", "a/.1.jpg"]
     source = open_source(put(dict.fromkeys(names, b"x")))
     assert source.class_names == ("a", "b")
-    assert listed(source) == [("a/z z.jpg", 0), ("a/ü+%20&?.jpg", 0), ("b/2.jpg", 1), ("b/deep/1.PNG", 1)]
+    assert labelled(source) == [("a/z z.jpg", 0), ("a/ü+%20&?.jpg", 0), ("b/2.jpg", 1), ("b/deep/1.PNG", 1)]
     assert {read_item(source, item) for item in items(source)} == {b"x"}
 
 
 def test_classes_flat_folders_and_mixtures_follow_the_rules_of_folders(put: Put) -> None:
     url = put({"a/1.jpg": b"x", "c/2.jpg": b"x"})
-    assert listed(open_source(url + "/", classes=["c", "b", "a"])) == [("a/1.jpg", 2), ("c/2.jpg", 0)]
+    assert labelled(open_source(url + "/", classes=["c", "b", "a"])) == [("a/1.jpg", 2), ("c/2.jpg", 0)]
     with pytest.raises(SourceError, match="1 classes that --classes-from does not name: 'c'"):
         open_source(url, classes=["a"])
     flat = open_source(put({"2.jpg": b"x", "1.jpg": b"x"}))
-    assert (flat.class_names, listed(flat)) == (None, [("1.jpg", -1), ("2.jpg", -1)])
+    assert (flat.class_names, labelled(flat)) == (None, [("1.jpg", None), ("2.jpg", None)])
     with pytest.raises(SourceError, match=r"both images .* and folders of images"):
         open_source(put({"1.jpg": b"x", "a/2.jpg": b"x"}))
 
 
 def test_what_consoles_leave_and_names_that_no_folder_has_are_no_items(put_s3: Put) -> None:
     source = open_source(put_s3({"": b"", "a/": b"", "a/1.jpg": b"x", "a//2.jpg": b"x", "a/../3.jpg": b"x"}))
-    assert (source.class_names, listed(source)) == (("a",), [("a/1.jpg", 0)])
+    assert (source.class_names, labelled(source)) == (("a",), [("a/1.jpg", 0)])
 
 
 def test_a_listing_of_many_pages_is_whole(put_s3: Put) -> None:
@@ -142,7 +130,7 @@ def test_a_listing_of_many_pages_is_whole(put_s3: Put) -> None:
     held = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
     for name in names[1:]:
         held.put_object(bucket, f"{folder}/{name}", b"x")
-    assert [path for path, _ in listed(open_source(url))] == names
+    assert [path for path, _ in labelled(open_source(url))] == names
 
 
 def test_objects_that_are_gone_empty_or_too_large_are_rejects(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +291,7 @@ def test_a_build_with_workers_inside_reads_ahead_and_gives_the_same(
 def test_a_source_is_opened_again_by_its_own_settings(put: Put) -> None:
     source = open_source(put({"a/1.jpg": b"x"}))
     again = open_source(source.location, BuildConfig(source="folder"), source.class_names)
-    assert listed(again) == listed(source)
+    assert labelled(again) == labelled(source)
 
 
 def test_out_inside_of_a_remote_src_is_refused() -> None:

@@ -12,24 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import items, labelled, pack
 
 import gpu_npz
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import MismatchError, ShardError, SourceError, UsageError
 from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
 from gpu_npz.sources import open_source
-from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.tar import TarSource, kind_of
-
-
-def pack(path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> Path:
-    """A tar with these files, in this order."""
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def raw(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
@@ -52,22 +43,6 @@ def info_of(name: str, **fields: Any) -> tarfile.TarInfo:
 
 def opened(path: Path | str, **settings: Any) -> TarSource:
     return TarSource(os.fspath(path), BuildConfig(**settings), settings.pop("classes", None))
-
-
-def items(source: Source) -> list[Item]:
-    """All items, each with its label."""
-    found = []
-    for group in source.groups():
-        assert group.places is not None
-        for position, name in enumerate(group.names):
-            label = None if group.labels is None else group.labels[position].item()
-            place = tuple(group.places[position].tolist())
-            found.append(Item(len(found), os.fsdecode(group.folder + name), label, place))
-    return found
-
-
-def labelled(source: Source) -> list[tuple[str, Any]]:
-    return [(item.path, item.label) for item in items(source)]
 
 
 # Listing and reading

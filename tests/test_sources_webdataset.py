@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from listing import items, labelled, pack
 
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.sources import open_source
-from gpu_npz.sources.base import Item, Source
 from gpu_npz.sources.webdataset import WebDatasetSource
-
-
-def pack(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def opened(path: Path | str, labels: str | None = None, classes: list[str] | None = None) -> WebDatasetSource:
     return WebDatasetSource(os.fspath(path), BuildConfig(labels=labels), classes)
-
-
-def items(source: Source) -> list[Item]:
-    found = []
-    for group in source.groups():
-        assert group.places is not None
-        for position, name in enumerate(group.names):
-            label = None if group.labels is None else group.labels[position].tolist()
-            place = tuple(group.places[position].tolist())
-            found.append(Item(len(found), os.fsdecode(group.folder + name), label, place))
-    return found
-
-
-def labelled(source: Source) -> list[tuple[str, Any]]:
-    return [(item.path, item.label) for item in items(source)]
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import items, reject
 
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError
-from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
+from gpu_npz.rejects import MAX_ENCODED_BYTES
 from gpu_npz.sources import open_source
-from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources.base import Item
 from gpu_npz.sources.zip import ZipSource
 
 
@@ -31,29 +32,12 @@ def opened(path: Path, **settings: Any) -> ZipSource:
     return ZipSource(os.fspath(path), BuildConfig(**settings), None)
 
 
-def items(source: Source) -> list[Item]:
-    found = []
-    for group in source.groups():
-        assert group.places is not None
-        for position, name in enumerate(group.names):
-            label = None if group.labels is None else group.labels[position].item()
-            place = tuple(group.places[position].tolist())
-            found.append(Item(len(found), os.fsdecode(group.folder + name), label, place))
-    return found
-
-
 def central(data: bytearray, number: int) -> int:
     """Where the central directory's entry of a member begins."""
     position = -1
     for _ in range(number + 1):
         position = data.index(b"PK\1\2", position + 1)
     return position
-
-
-def reject(source: Source, item: Item) -> tuple[str, str]:
-    with pytest.raises(BadItem) as caught:
-        read_item(source, item)
-    return caught.value.code, caught.value.detail
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

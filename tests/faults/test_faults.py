@@ -5,28 +5,14 @@ Every call and every kind of fault takes an hour: `tests/faults/run` does that. 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import harness
 import pytest
 
 KINDS = ("kill", "power", "EIO", "ESTALE", "FROM:ENOSPC", "FROM:EROFS")
 POINTS = 6
-
-
-def _harness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("harness", Path(__file__).parent / "harness.py")
-    assert spec
-    assert spec.loader
-    module = sys.modules["harness"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-harness = _harness()
 
 
 @pytest.fixture(scope="module")
