@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 SHIM = Path(__file__).parent / "shim"
 OPTIONS = ["--size", "24", "--shard-size", "4", "--device", "cpu", "--max-rejects", "50%", "--shuffle", "1", "--quiet",
@@ -58,13 +61,16 @@ def build(src: Path, out: Path, place: Path, *, at: int = -1, kind: str = "kill"
     return Run(result.returncode, result.stderr, calls)
 
 
-def pictures(root: Path, file_bytes: Callable[..., bytes]) -> Path:
+def pictures(root: Path) -> Path:
     """24 files in six shards, of which one in seven is bad."""
     for number in range(24):
-        kind = ("half", "empty", "text")[number % 3] if number % 7 == 3 else "jpeg"
+        file = io.BytesIO()
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)).save(file, "JPEG")
+        whole = file.getvalue()
+        bad = (whole[: len(whole) // 2], b"", b"no image")[number % 3]
         path = root / f"class-{number % 3}" / f"{number:02}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file_bytes(kind, seed=number, size=(40, 50)))
+        path.write_bytes(bad if number % 7 == 3 else whole)
     return root
 
 

@@ -5,7 +5,6 @@ Every call and every kind of fault takes an hour: `tests/faults/run` does that. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import harness
@@ -16,8 +15,8 @@ POINTS = 6
 
 
 @pytest.fixture(scope="module")
-def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: Callable[..., bytes]) -> Path:
-    return harness.pictures(tmp_path_factory.mktemp("images"), file_bytes)
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return harness.pictures(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
