@@ -308,12 +308,12 @@ def run(
     )
     if todo:
         _store_report(storage, report)
-    if watch.hopeless and report.missing_shards:
+    if watch.hopeless and report.missing_shards and watch.reject is not None:
         raise RejectLimitError(
             f"stopped early: {watch.rejects} of the {watch.items} items of this run were rejected "
-            f"({_codes(report.rejects_by_code) or 'no shard is done yet'}); --max-rejects {config.max_rejects} allows "
-            f"{config.reject_limit(plan.item_count)} of {plan.item_count}. Look at some of the files; run the same "
-            "command with a higher --max-rejects to go on all the same",
+            f"({watch.reject.path!r} for one: {watch.reject.code}, {watch.reject.detail}); --max-rejects "
+            f"{config.max_rejects} allows {config.reject_limit(plan.item_count)} of {plan.item_count}. Look at some of "
+            "the files; run the same command with a higher --max-rejects to go on all the same",
             report,
         )
     if not complete and not report.missing_shards:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from .errors import StorageError
+from .rejects import Reject
 from .space import free_space, gigabytes
 from .worker import Event, Progress, Pulse
 
@@ -43,11 +44,13 @@ class Watch:
 
     Attributes:
         items, rejects: of this run so far.
+        reject: one of this run, None before there is any.
         changed: files of SRC that were written to while this run read them.
     """
 
     def __init__(self, reject_limit: int, storage_root: str | None) -> None:
         self.items = self.rejects = self.changed = 0
+        self.reject: Reject | None = None
         self._limit = reject_limit
         self._root = storage_root
         free_bytes = free_space(storage_root)[0] if storage_root else None
@@ -66,6 +69,7 @@ class Watch:
             self.items += event.items
             self.rejects += event.rejects
             self.changed += event.changed
+            self.reject = self.reject or event.reject
             self._look()
         elif isinstance(event, Pulse):
             now = time.monotonic() - self._begin

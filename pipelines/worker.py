@@ -40,6 +40,7 @@ class Progress:
     """A batch of a shard has been decoded and goes to the disk. Negative numbers take back what was lost.
 
     `changed` counts files that were written to, or went, since the worker began: what was read of them may be a part.
+    `reject` is one of the batch's.
     """
 
     shard: int
@@ -47,6 +48,7 @@ class Progress:
     rejects: int
     source_bytes: int
     changed: int = 0
+    reject: Reject | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             seconds["normalize"] += time.perf_counter() - start
             sink.put(rows)
             counts = len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum())
-            yield Progress(decoded.batch.shard, *counts, _changed(task.source, decoded, began_ns))
+            changed = _changed(task.source, decoded, began_ns)
+            yield Progress(decoded.batch.shard, *counts, changed, next(iter(decoded.rejects), None))
             yield from map(Committed, sink.committed())
             if time.monotonic() >= pulse_s:
                 yield _pulse()

@@ -1022,7 +1022,7 @@ def test_a_build_that_is_plainly_going_wrong_stops_early_and_goes_on_when_told(
     src = make_tree({f"a/{number:03}.jpg": good if number % 4 == 0 else "text" for number in range(100)})
     config = settings(max_rejects="10", shard_size="8", batch_size=4)
     with pytest.raises(
-        RejectLimitError, match=r"stopped early: 15 of the 20 items of this run were rejected"
+        RejectLimitError, match=r"15 of the 20 items of this run were rejected \('a/001.jpg' for one: not-an-image, "
     ) as caught:
         build(src, tmp_path / "out", config)
     assert caught.value.report.missing_shards > 5
