@@ -46,10 +46,10 @@ def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.
     numbers: dict[bytes, int] = {}
     for group in groups:
         names: list[bytes] | None = None
-        if split_by == "folder":
-            names = [(group.folder + name).rpartition(b"/")[0] for name in group.names]
-        elif group.keys is not None:
+        if group.keys is not None and split_by not in (None, "label", "random"):
             names = list(group.keys)
+        elif split_by == "folder":
+            names = [(group.folder + name).rpartition(b"/")[0] for name in group.names]
         if names is not None:
             keys.append(np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64))
         yield group

@@ -245,7 +245,7 @@ def _changed(source: Source, decoded: Decoded, since_ns: int) -> int:
             except OSError:
                 changed += 1
             else:
-                changed += status.st_size != size or status.st_mtime_ns > since_ns
+                changed += status.st_size != size or since_ns < status.st_mtime_ns <= time.time_ns()
     return changed
 
 

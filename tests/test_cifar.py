@@ -121,9 +121,13 @@ def hostile(path: Path) -> dict[str, tuple[bytes, str]]:
         "objects": (batch(object_array, [0]), "an array of type 'O', not uint8"),
         "no array": (batch(text(b"abc"), [0]), "data is not an array"),
         "no state": (batch(array(PLANES, SHAPE).partition(b"(K\x01" + SHAPE)[0], [0]), "an array without a state"),
-        "flat": (batch(array(PLANES, b"M\x00\x30\x85"), [0] * 4), "an array of shape (12288,)"),
+        "flat": (batch(array(PLANES, b"M\x00\x30\x85"), [0] * 4), "an array that is not (N, 3072) in C order"),
         "too large": (batch(array(PLANES, b"J\xff\xff\xff\x7fM\x00\x0c\x86"), [0]), "with data of another length"),
         "negative": (batch(array(PLANES, b"J\xff\xff\xff\xffM\x00\x0c\x86"), [0]), "with data of another length"),
+        "deep": (b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.", "tuples in tuples, more than 100 deep"),
+        "deep shape": (batch(array(PLANES, b"K\x01" + b"\x85" * 5000), [0]), "tuples in tuples"),
+        "again and again": (b"\x80\x02c_codecs\nencode\nq\x00X\x00\x01\x00\x00" + b"a" * 256 + b"q\x01]"
+                            + b"h\x00h\x01\x85Ra" * 1000 + b".", "a text that is encoded again and again"),
         "few labels": (batch(array(PLANES, SHAPE), [0]), "labels is not a list of 4 numbers from 0 to 2"),
         "label 3": (batch(array(PLANES, SHAPE), [0, 1, 2, 3]), "labels is not a list of 4 numbers"),
     }  # fmt: skip

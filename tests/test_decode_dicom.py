@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from gpu_npz.geometry import Geometry
 from gpu_npz.plan import Plan
 from gpu_npz.preflight import survey
 from gpu_npz.rejects import BadItem
-from gpu_npz.selection import listed
+from gpu_npz.selection import _noted, listed
 from gpu_npz.sources.dicom import frame_count
 from gpu_npz.sources.folder import FolderSource
 
@@ -342,6 +343,10 @@ def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path) -> None:
     assert (report.rejects, data.labels.tolist()) == (1, [0, 1, 1, 1, 1, 1])
     for row, image in zip(data[:], [stored[1], stored[2], *stored], strict=True):
         np.testing.assert_array_equal(row[0], np.rint(image / 65535 * 255))
+    keys: list[NDArray[np.int64]] = []
+    groups = [*_noted(FolderSource(os.fspath(tmp_path / "src")).groups(), "folder", keys)]
+    assert [group.folder for group in groups] == [b"a/", b"b/"]
+    assert [{*each.tolist()} for each in keys] == [{0}, {1}]  # a split by folder keeps a file's frames with the others
     with pytest.raises(BadItem, match="4 frames, which are items in a folder only"):
         decoder_of().decode_image(dicom(stored, NumberOfFrames=4), "scan.dcm")
     assert compare(tmp_path / "out", 6).problems == ()

@@ -156,6 +156,28 @@ def test_the_array_of_images_is_found_by_dimensions_name_or_path(tmp_path: Path)
         open_source(save(tmp_path / "b.npz", {}))
 
 
+def test_labels_of_other_images_are_not_taken(tmp_path: Path) -> None:
+    arrays = {"x_train": RGB, "y_train": LABELS, "x_val": RGB[::-1], "x_test": RGB, "y_test": LABELS[::-1],
+              "labels": LABELS}  # fmt: skip
+    location = save(tmp_path / "a.npz", arrays)
+    assert labels_of(open_source(f"{location}/x_train.npy")) == LABELS.tolist()
+    assert labels_of(open_source(f"{location}/x_test.npy")) == LABELS[::-1].tolist()
+    assert labels_of(open_source(f"{location}/x_val.npy")) == [None] * 6
+
+
+def test_labels_are_those_of_the_file_that_was_named_in_whatever_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    save(tmp_path / "y.npy", LABELS)
+    save(tmp_path / "other/y.npy", LABELS[::-1])
+    location = save(tmp_path / "x.npy", RGB)
+    monkeypatch.chdir(tmp_path)
+    copy = pickle.dumps(open_source(location, BuildConfig(labels="y.npy")))
+    monkeypatch.chdir(tmp_path / "other")
+    assert labels_of(pickle.loads(copy)) == LABELS.tolist()
+
+
 def test_labels_are_another_array_or_another_file_or_none(tmp_path: Path) -> None:
     texts = np.array(["b", "a", "c", "c", "a", "b"])
     arrays = {"images": RGB, "labels": LABELS, "texts": texts, "bytes": texts.astype("S"), "short": LABELS[:5],

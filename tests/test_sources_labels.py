@@ -127,6 +127,37 @@ def test_a_table_that_leads_out_of_the_folder_or_is_none_is_refused(tmp_path: Pa
     assert "leave --classes-from out" in refusal(root, ["x"], labels=f"{table(tmp_path / 'u.csv', 'path', '1.jpg')}")
 
 
+@pytest.mark.parametrize(
+    ("texts", "values"),
+    [
+        (("12345678901234567890", "12345678901234567891", "7"), [0, 1, 2]),  # identifiers, and no floats
+        (("1e3", "1e3", "2.5"), [1000.0, 1000.0, 2.5]),
+        (("\x1e5", "1", "2"), None),
+    ],
+)
+def test_texts_of_digits_are_numbers_where_they_fit(tmp_path: Path, texts: tuple[str, ...], values: Any) -> None:
+    root = touch(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
+    path = table(tmp_path / "l.csv", "path,label", *(f"{row}.jpg,{text}" for row, text in enumerate(texts)))
+    if values is None:
+        assert "mend it" in refusal(root, labels=str(path))
+    elif isinstance(values[0], float):
+        assert [label for _, label in labelled(opened(root, labels=str(path)))] == values
+    else:
+        assert "both texts" in refusal(root, labels=str(path))
+        found = labelled(opened(root, labels=f"{path}:label:class"))
+        assert len({label for _, label in found}) == 3
+
+
+def test_a_table_is_the_one_that_was_named_in_whatever_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = touch(tmp_path / "images", "1.jpg")
+    table(tmp_path / "l.csv", "path,label", "1.jpg,1")
+    table(tmp_path / "images" / "l.csv", "path,label", "1.jpg,2")
+    monkeypatch.chdir(tmp_path)
+    copy = pickle.dumps(opened(root, labels="l.csv"))
+    monkeypatch.chdir(root)
+    assert labelled(pickle.loads(copy)) == [("1.jpg", 1)]
+
+
 def test_labels_that_change_while_the_folder_is_in_use_are_an_error(tmp_path: Path) -> None:
     root = touch(tmp_path / "images", "1.jpg")
     path = table(tmp_path / "l.csv", "path,label", "1.jpg,a")

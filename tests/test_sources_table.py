@@ -375,7 +375,8 @@ def test_a_table_on_the_web_builds_what_the_tree_builds(
         np.testing.assert_array_equal(read_shards(ours, name), read_shards(plain, name))
     (root / "set" / paths[0]).unlink()
     (root / "set" / paths[1]).write_bytes(b"")
-    source = opened(f"{url}/set/t.csv")
+    source = pickle.loads(pickle.dumps(opened(f"{url}/set/t.csv")))
+    assert len(labelled(source)) == len(paths)
     for path, code in zip(paths, ("missing", "empty"), strict=False):
         with pytest.raises(BadItem) as caught:
             read_item(source, Item(0, path, None))

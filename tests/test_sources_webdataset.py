@@ -14,6 +14,7 @@ from listing import items, labelled, pack
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.sources import open_source
+from gpu_npz.sources.tar import kind_of
 from gpu_npz.sources.webdataset import WebDatasetSource
 
 
@@ -75,6 +76,21 @@ def test_several_tars_stand_before_the_paths(tmp_path: Path) -> None:
     source = open_source(f"{tmp_path}/s-{{0..1}}.tar")
     assert labelled(source) == [("s-0.tar/1.jpg", 0), ("s-1.tar/1.jpg", 1)]
     assert [source.read(item) for item in items(source)] == [b"0", b"1"]
+
+
+def test_a_tar_that_changes_between_the_look_for_classes_and_the_listing_is_refused(tmp_path: Path) -> None:
+    files = {f"{number}.{kind}": str(number).encode() for number in range(3) for kind in ("jpg", "cls")}
+    source = opened(pack(tmp_path / "t.tar", files))
+    pack(tmp_path / "t.tar", dict(reversed(files.items())))
+    with pytest.raises(SourceError, match="has changed meanwhile"):
+        items(source)
+
+
+@pytest.mark.parametrize(
+    "names", [("0.jpg", "0.mask.png", "0.cls"), ("0.cls", "0.depth.npy", "0.jpg"), ("./a/0.jpg", "./a/0.json")]
+)
+def test_a_tar_is_one_where_an_image_and_a_label_have_the_same_key(tmp_path: Path, names: tuple[str, ...]) -> None:
+    assert kind_of(str(pack(tmp_path / "t.tar", dict.fromkeys(names, b"1")))) == "webdataset"
 
 
 def test_a_sample_without_an_image_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

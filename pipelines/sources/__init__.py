@@ -14,6 +14,7 @@ from ..storage import is_remote
 from .base import Source
 from .folder import FolderSource
 from .rows import key_column
+from .stores import is_web
 
 _CIFAR_FILES = ("batches.meta", "meta")
 _BY_EXTENSION = {
@@ -67,7 +68,8 @@ def open_source(
 
 def _detected(location: str, image_column: str | None) -> str:
     """The form that a collection has, by its name; a folder's by what is in it, a tar's by its first members."""
-    extension = os.path.splitext(location.rstrip("/").partition("?")[0])[1].lower()
+    path = location.partition("?")[0] if is_web(location) else location
+    extension = os.path.splitext(path.rstrip("/"))[1].lower()
     kind = "tar" if _COMPRESSED_TAR.search(location) else _BY_EXTENSION.get(extension, "folder")
     if kind == "tar":
         from .tar import kind_of
@@ -89,8 +91,8 @@ def _detected(location: str, image_column: str | None) -> str:
             )
         return kind
     names = os.listdir(location)
-    if any(name in names for name in _CIFAR_FILES):
+    if any(os.path.isfile(os.path.join(location, name)) for name in _CIFAR_FILES):
         return "cifar"
-    if any(name.endswith(".parquet") for name in names):
-        return "parquet"
-    return kind
+    tables = [name for name in names if name.endswith(".parquet")]
+    folders = [name for name in names if not name.startswith(".") and os.path.isdir(os.path.join(location, name))]
+    return "parquet" if tables and not folders else kind

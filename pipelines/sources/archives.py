@@ -24,6 +24,7 @@ from .labels import refuse_classes_without_labels
 
 log = logging.getLogger(__name__)
 GROUP_ITEMS = 8192
+_FINDERS = b"__MACOSX"  # in its zips, a hidden file beside each
 _MAX_NAME_BYTES = 4096  # Linux's PATH_MAX
 
 
@@ -158,7 +159,8 @@ class ArchiveSource(Source):
                 continue
             path = path_of(member.name, self._files.path(number))
             folder, slash, _ = path.partition(b"/")
-            if (slash or member.kind == "folder") and folder and not folder.startswith(b"."):
+            hidden = path.startswith(b".") or (member.kind == "file" and b"/." in path)
+            if (slash or member.kind == "folder") and folder and folder != _FINDERS and not hidden:
                 survey.folders.add(folder)
             if member.kind == "file" and is_image(path):
                 names.add(path)

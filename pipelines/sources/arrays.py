@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES
+from ..storage import is_remote
 from .archives import GROUP_ITEMS, place_of, read_piece
 from .base import Group, Item
 from .files import Files
@@ -109,6 +110,8 @@ class NumpySource(Listed[Found]):
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
         refuse_classes_without_labels(config.labels, classes)
         self._asked, self._classes = config.labels, classes
+        # Where labels lie must not depend on the folder that another process works in.
+        self._beside = os.path.abspath(config.labels) if config.labels and not is_remote(config.labels) else None
         path, wanted = location, ""
         if match := re.fullmatch(r"(.+\.npz)/([^/]+)\.npy", location, re.IGNORECASE | re.DOTALL):
             path, wanted = match.groups()
@@ -235,14 +238,17 @@ class NumpySource(Listed[Found]):
         if labels == "none":
             return None
         if labels is None:
-            names = (images.replace("images", "labels"), re.sub("^x", "y", images, flags=re.IGNORECASE), *_LABELS)
+            # Of several arrays of images, each has its own labels: usual names say which only where there is one.
+            alone = sum(len(array.shape) in (3, 4) for array in arrays.values()) == 1
+            own = images.replace("images", "labels"), re.sub("^x", "y", images, flags=re.IGNORECASE)
+            names = (*own, *_LABELS) if alone or images in ("images", "x", "X") else own
             labels = next((name for name in names if name in arrays and self._fits(arrays[name])), None)
             return None if labels is None else (labels, _values(self._files, arrays[labels]))
         files = self._files
         if self._array.member is None:
             if not labels.lower().endswith(".npy"):
                 raise UsageError(f"--labels {labels}: labels of an .npy are another FILE.npy, or none")
-            files = Files(labels)
+            files = Files(self._beside or labels)
             found_there = _arrays(files)
             if "" not in found_there:
                 raise SourceError(f"--labels {labels} is an .npz; give an .npy, or an .npz as SRC with its images, too")

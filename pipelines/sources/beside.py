@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import SourceError, UsageError
+from ..storage import is_remote
 from .base import Group
 from .labels import Asked
 from .rows import EXTENSIONS, PATH_COLUMNS, Listing, Table, below, label_columns, path_column
@@ -51,6 +52,14 @@ def list_tables(
     listing = Listing(table.location, label_columns(match[2], table.columns, table.location), key)
     listing.add(table, path_column(None, table.columns, table.location), functools.partial(below, root=location))
     return listing.finish(classes)
+
+
+def absolute(labels: str) -> str:
+    """The same, with the full path of a FILE: another process may work in another folder."""
+    match = None if labels.startswith("csv:") else _TABLE.fullmatch(labels)
+    if match is None or is_remote(match[1]):
+        return labels
+    return os.path.abspath(match[1]) + (f":{match[2]}" if match[2] else "")
 
 
 def _in_folders(name: str, location: str, folders: Iterator[Group], key: str | None) -> Listing:

@@ -17,7 +17,7 @@ from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from ..storage import open_regular
 from .base import Group, Item, Source, as_bytes, as_text, extensions, is_image, numbered
-from .beside import list_tables
+from .beside import absolute, list_tables
 from .dicom import EXTENSIONS as DICOM
 from .dicom import frame_count
 from .labels import Listed
@@ -163,7 +163,7 @@ class FolderSource(TreeSource, Listed[Listing]):
     ) -> None:
         self._root = os.path.abspath(os.fsencode(location))
         self._key, self._classes = key, classes
-        self._tables = None if labels is None or labels in LABELS else labels
+        self._tables = None if labels is None or labels in LABELS else absolute(labels)
         if self._tables is None:
             super().__init__(os.path.abspath(location), classes, labels)
         else:
@@ -222,7 +222,9 @@ class FolderSource(TreeSource, Listed[Listing]):
         if len(rows) == len(group.names):
             return group
         labels = None if group.labels is None else group.labels[rows]
-        keys = None if group.keys is None else [group.keys[row] for row in rows]
+        # A split by folder must not take the file of several frames for one.
+        keys = group.keys or [(group.folder + name).rpartition(b"/")[0] for name in group.names]
+        keys = [keys[row] for row in rows]
         return replace(group, names=names, labels=labels, keys=keys, places=np.array(frames, np.int64).reshape(-1, 1))
 
     def _frames(self, path: bytes) -> int:

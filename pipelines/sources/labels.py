@@ -217,14 +217,19 @@ def is_missing(entry: Any) -> bool:
 
 
 def _kind_of(entry: Any) -> Kind:
+    if isinstance(entry, str) and not entry.isascii():
+        try:
+            entry.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as exc:
+            raise SourceError(f"the label {entry!r} is no text; mend it") from exc
     if isinstance(entry, (int, np.integer)):
         return "integer" if -(2**63) <= int(entry) < 2**63 else "class"
     if isinstance(entry, (float, np.floating)):
         return "float" if math.isfinite(entry) else "class"
-    text = str(entry).strip()
+    text = str(entry)
     try:
-        if -(2**63) <= int(text) < 2**63 and "_" not in text:
-            return "integer"
+        # An identifier of twenty digits is no float, which would be another's, too.
+        return "integer" if -(2**63) <= int(text) < 2**63 and "_" not in text else "class"
     except ValueError:
         pass
     try:

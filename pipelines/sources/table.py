@@ -31,20 +31,20 @@ class TableSource(Listed[Listing]):
     kind = "table"
 
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        self._table = Table(location)
-        self.location = self._table.location
+        self._table: Table | None = (table := Table(location))
+        self.location = table.location
         root = config.root or os.path.dirname(self.location.partition("?")[0])
         self._root = root.rstrip("/") if is_remote(root) else os.path.abspath(root.removeprefix("file://"))
         self.file_per_item = not is_remote(self._root)
         self.reads_at_once = 1 if self.file_per_item else READS_AT_ONCE
-        self._path_column = path_column(config.image_column, self._table.columns, self.location)
-        self._asked = label_columns(config.labels, self._table.columns, self.location)
+        self._path_column = path_column(config.image_column, table.columns, self.location)
+        self._asked = label_columns(config.labels, table.columns, self.location)
         self._key = key_column(config)
         self._classes = classes
         self._take_labels()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
+        state = {**super().__getstate__(), "_table": None}  # from the web, it has been downloaded
         state.pop("_store", None)
         return state
 
@@ -58,7 +58,7 @@ class TableSource(Listed[Listing]):
 
     def _list(self) -> Listing:
         listing = Listing(self.location, self._asked, self._key)
-        listing.add(self._table, self._path_column, functools.partial(below, root=self._root))
+        listing.add(self._table or Table(self.location), self._path_column, functools.partial(below, root=self._root))
         return listing.finish(self._classes)
 
     def read(self, item: Item) -> bytes:

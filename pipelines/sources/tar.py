@@ -33,7 +33,7 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": "unlz4", b"\x1f\x9d": "uncompress -k",
 }  # fmt: skip
 _LOOKED_AT = 100  # members that tell the kind of a tar
-_SIDECARS = (b"cls", b"json", b"txt")
+_SIDECARS = {b"cls", b"json", b"txt"}
 
 
 class TarSource(ArchiveSource):
@@ -61,15 +61,12 @@ def kind_of(location: str) -> str:
         names = [name.removeprefix(b"./") for name, kind, _ in itertools.islice(walk, _LOOKED_AT) if kind == "file"]
     if names and re.fullmatch(rb"n\d{8}\.tar|ILSVRC2012_val_\d{8}\.JPEG", names[0]):
         return "imagenet"
-    for first, second in itertools.pairwise(names):
-        (key, one), (other_key, other) = split_key(first), split_key(second)
-        if (
-            key
-            and key == other_key
-            and any(
-                b"." + image in IMAGE_EXTENSIONS and text in _SIDECARS for image, text in ((one, other), (other, one))
-            )
-        ):
+    samples: dict[bytes, set[bytes]] = {}
+    for name in names:
+        key, extension = split_key(name)
+        samples.setdefault(key, set()).add(extension)
+    for key, found in samples.items():
+        if key and found & _SIDECARS and any(b"." + extension in IMAGE_EXTENSIONS for extension in found):
             return "webdataset"
     return "tar"
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,7 +24,14 @@ from .tar import TarSource, members, split_key
 _MAX_LABEL_BYTES = 1 << 20
 
 
-class WebDatasetSource(TarSource, Listed[Found]):
+@dataclass(frozen=True)
+class _Listing(Found):
+    """Also: a hash of each image's path."""
+
+    paths: array[int]
+
+
+class WebDatasetSource(TarSource, Listed[_Listing]):
     """The images of samples in tars, which are not unpacked.
 
     The image of a sample is its file with an image's extension (`a.jpg`; `a.mask.png` is none). `--labels` names its
@@ -41,34 +50,39 @@ class WebDatasetSource(TarSource, Listed[Found]):
         self._asked, self._classes = [_label_column(*each) for each in named], classes
         self._take_labels()
 
-    def _list(self) -> Found:
+    def _list(self) -> _Listing:
         values: list[list[Any]] = [[] for _ in self._asked]
+        paths = array("q")
         same: dict[Any, Any] = {}  # one object for equal texts: there may be millions
         for number in range(len(self._files)):
-            for row in self._survey_samples(number):
+            for path, row in self._survey_samples(number):
+                paths.append(hash(path))
                 for column, value in zip(values, row, strict=True):
                     column.append(same.setdefault(value, value) if isinstance(value, str) else value)
         columns = [(name.removeprefix("json:"), kind) for name, kind in self._asked]
         if not columns:
-            return Found(None)
+            return _Listing(None, paths)
         where = self._sample
-        return Found(read_labels(columns, values, location=self.location, where=where, classes=self._classes))
+        labels = read_labels(columns, values, location=self.location, where=where, classes=self._classes)
+        return _Listing(labels, paths)
 
     def groups(self) -> Iterator[Group]:
         """The images, some thousand at a time. Raises SourceError if a tar has changed meanwhile."""
-        found, done = self._listed().labels, 0
+        listing, done = self._listed(), 0
+        found = listing.labels
         for number, prefix in enumerate(self._prefixes):
             images = self._images(number)
             while chunk := list(itertools.islice(images, GROUP_ITEMS)):
-                labels = None if found is None else found.values[done : done + len(chunk)]
-                if labels is not None and len(labels) < len(chunk):
+                # A label must never go to another image.
+                if listing.paths[done : done + len(chunk)] != array("q", [hash(path) for path, _ in chunk]):
                     raise SourceError(f"{self._files.path(number)!r} has changed meanwhile; run the command again")
+                labels = None if found is None else found.values[done : done + len(chunk)]
                 done += len(chunk)
                 places = np.array([place for _, place in chunk], np.int64)
                 yield Group(prefix, [path for path, _ in chunk], labels=labels, places=places)
 
-    def _survey_samples(self, number: int) -> Iterator[list[Any]]:
-        """Looks through a tar; the labels of each sample that has an image."""
+    def _survey_samples(self, number: int) -> Iterator[tuple[bytes, list[Any]]]:
+        """Looks through a tar; the image's path and the labels of each sample that has an image."""
         archive = self._files.path(number)
         names, without, first = Names(archive), 0, b""
         with self._files.opened(number) as file:
@@ -78,7 +92,7 @@ class WebDatasetSource(TarSource, Listed[Found]):
                     without, first = without + 1, first or key
                     continue
                 names.add(image[0])
-                yield [_label(file, key, sample, name, archive) for name, _ in self._asked]
+                yield image[0], [_label(file, key, sample, name, archive) for name, _ in self._asked]
         if without:
             log.warning("%r: %d samples without an image (%r, ...) are left out", archive, without, as_text(first))
         names.require_unique(path for path, _ in self._images(number))
