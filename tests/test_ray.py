@@ -316,7 +316,7 @@ def test_an_image_that_crashes_its_decoder_becomes_a_reject(
 
 
 def test_an_actors_error_ends_the_build_and_leaves_nothing_unfinished(pair: Any, built: Build, tmp_path: Path) -> None:
-    with pytest.raises(RejectedError, match=r"01\.jpg.*is rejected at decode: truncated"):
+    with pytest.raises(RejectedError, match=r"\.jpg.*is rejected at "):
         built(pair, on_reject="fail")
     left = contents(tmp_path / "out")
     assert "dataset.json" not in left

@@ -124,7 +124,8 @@ def test_a_table_that_leads_out_of_the_folder_or_is_none_is_refused(tmp_path: Pa
     assert "is a folder; give a table" in refusal(root, labels=f"{tmp_path}/folder.csv")
     for labels in ("folder", "labels", "json:x", ".csv"):
         assert f"--labels '{labels}' of a folder; allowed: class-dir, none, a table" in refusal(root, labels=labels)
-    assert "leave --classes-from out" in refusal(root, ["x"], labels=f"{table(tmp_path / 'u.csv', 'path', '1.jpg')}")
+    unnamed = table(tmp_path / "u.csv", "path,klass", "1.jpg,1")
+    assert f"none with a usual name of labels; say --labels {unnamed}:klass" in refusal(root, labels=str(unnamed))
 
 
 @pytest.mark.parametrize(

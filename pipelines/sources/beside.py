@@ -49,7 +49,13 @@ def list_tables(
             f"csv:NAME, a table in every folder; tables have one of {' '.join(EXTENSIONS)}"
         )
     table = Table(match[1])
-    listing = Listing(table.location, label_columns(match[2], table.columns, table.location), key)
+    asked = label_columns(match[2], table.columns, table.location)
+    if not asked:
+        raise SourceError(
+            f"--labels {labels}: it has the columns {', '.join(map(repr, table.columns))}, none with a usual name of "
+            f"labels; say --labels {match[1]}:{table.columns[-1]}"
+        )
+    listing = Listing(table.location, asked, key)
     listing.add(table, path_column(None, table.columns, table.location), functools.partial(below, root=location))
     return listing.finish(classes)
 

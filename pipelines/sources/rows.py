@@ -332,7 +332,11 @@ def label_columns(labels: str | None, columns: Sequence[str], location: str) -> 
         if len(found) > 1:
             raise SourceError(f"{location!r} has the columns {_shown(found)}; say --labels {found[0]}, or A,B, or none")
         if not found and len(columns) > 1:
-            log.warning("%r has no column with a usual name of labels; --labels A,B names them", location)
+            log.warning(
+                "%r has no column with a usual name of labels, but %s; it is built without labels unless --labels A,B "
+                "names columns",
+                location, ", ".join(map(repr, columns)),
+            )  # fmt: skip
         return [(name, None) for name in found]
     asked = asked_columns(labels)
     for name, _ in asked:
