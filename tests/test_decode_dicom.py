@@ -326,6 +326,14 @@ def test_odd_files_are_decoded_without_a_word(capfd: pytest.CaptureFixture[str])
 # Files among other items of a folder
 
 
+def test_a_header_that_claims_more_frames_than_the_file_has_bytes_makes_one_reject(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/1.dcm").write_bytes(dicom(values("uint16", 0), NumberOfFrames=2_000_000_000))
+    (tmp_path / "src/2.dcm").write_bytes(dicom(values("uint16", 0)))
+    report = gpu_npz.build(tmp_path / "src", tmp_path / "out", BuildConfig(device="cpu", size=24, max_rejects="100%"))
+    assert (report.items, report.rows, report.rejects) == (2, 1, 1)
+
+
 def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path) -> None:
     stored = np.stack([values("uint16", seed) for seed in range(4)])
     for name, data in {

@@ -228,10 +228,11 @@ class FolderSource(TreeSource, Listed[Listing]):
         return replace(group, names=names, labels=labels, keys=keys, places=np.array(frames, np.int64).reshape(-1, 1))
 
     def _frames(self, path: bytes) -> int:
-        """How many items a file is; one that cannot be read is one, which will be a reject."""
+        """How many items a file is; one that cannot be read, or claims more frames than bytes, is one: a reject."""
         try:
             with open(os.path.join(self._root, path), "rb", opener=open_regular) as file:
-                return frame_count(file)
+                count = frame_count(file)
+                return count if count <= os.fstat(file.fileno()).st_size else 1
         except (OSError, BadItem):
             return 1
 
