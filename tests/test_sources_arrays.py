@@ -267,6 +267,15 @@ def test_an_image_larger_than_any_should_be_is_refused(tmp_path: Path) -> None:
         open_source(str(path))
 
 
+@pytest.mark.parametrize(
+    "labels", [np.frombuffer(b"\xff" * 24, "<U1"), np.zeros(6, "<U1"), np.frombuffer(b"\0\xd8\0\0" * 6, "<U1")]
+)
+def test_labels_that_are_no_texts_are_refused(tmp_path: Path, labels: Any) -> None:
+    location = save(tmp_path / "a.npz", {"images": RGB, "labels": labels})
+    with pytest.raises(SourceError, match=r"no (text|label)"):
+        open_source(location)
+
+
 def test_labels_that_are_no_npy_or_are_a_pickle_are_refused(tmp_path: Path) -> None:
     images = save(tmp_path / "a.npy", RGB)
     np.savez(tmp_path / "l.npz", y=LABELS)

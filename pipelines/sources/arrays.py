@@ -380,7 +380,7 @@ def _member_start(files: Files, member: zipfile.ZipInfo) -> int:
 
 def _values(files: Files, array: _Array) -> NDArray[Any]:
     """All elements of an array of labels."""
-    if array.checked().dtype.kind not in "biufSU":
+    if array.checked().dtype.kind not in "biufSU" or not array.dtype.itemsize:
         raise SourceError(f"{array.where} has {array.dtype}; labels are numbers or texts: convert it, or --labels none")
     if array.size > _MAX_LABEL_BYTES:
         raise SourceError(f"{array.where}: {array.size} bytes of labels; at most {_MAX_LABEL_BYTES} are allowed")

@@ -166,13 +166,17 @@ def number_array(
     name: str, values: NDArray[Any], location: str, classes: Sequence[str] | None, names: Sequence[str] | None = None
 ) -> Labels:
     """As `read_labels`, for a source with its labels in one array (N,), and maybe `names` for its whole numbers."""
+    try:
+        listed = values.tolist()
+    except (SystemError, ValueError) as exc:  # code points that no text has
+        raise SourceError(f"{location!r}: {name!r} has labels that are no text; save them again") from exc
     if values.dtype.kind == "S":
-        entries = [as_text(entry) for entry in values.tolist()]
-    else:
-        entries = (values.astype(np.int64) if values.dtype.kind == "b" else values).tolist()
+        listed = [as_text(entry) for entry in listed]
+    elif values.dtype.kind == "b":
+        listed = [int(entry) for entry in listed]
     known = None if names is None else {name: names}
     return read_labels(
-        [(name, None)], [entries], location=location, where=lambda row: f"image {row}", classes=classes, known=known
+        [(name, None)], [listed], location=location, where=lambda row: f"image {row}", classes=classes, known=known
     )
 
 
