@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from listing import opened
 
 from gpu_npz.errors import ShardError, SourceError
 from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
@@ -77,6 +78,15 @@ def test_classes_are_numbered_as_torchvision_numbers_them(tmp_path: Path) -> Non
     source = FolderSource(tmp_path)
     assert source.class_names == tuple(classes)
     assert listed(source) == [(f"{name}/a.jpg", number) for number, name in enumerate(classes)]
+
+
+def test_class_folders_are_a_folder_whatever_else_stands_beside_them(tmp_path: Path) -> None:
+    for name in ("cats", "meta"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").touch()
+    (tmp_path / "embeddings.parquet").touch()
+    source = opened(tmp_path)
+    assert (source.kind, source.class_names) == ("folder", ("cats", "meta"))
 
 
 def test_images_deeper_in_a_class_belong_to_it_and_follow_its_own(tmp_path: Path) -> None:
