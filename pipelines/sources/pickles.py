@@ -58,7 +58,7 @@ def _look_through(data: bytes) -> None:
         elif opcode.name in (*_PUTS, "MEMOIZE"):
             memo[len(memo) if argument is None else int(argument)] = stack[-1]
         elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument)])
+            stack.append(memo[int(argument or 0)])
         elif opcode.name != "STOP":
             taken = _taken(stack, opcode)
             depth = max(taken, default=0) + ("TUPLE" in opcode.name)
