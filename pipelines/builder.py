@@ -308,7 +308,8 @@ def run(
     )
     if todo:
         _store_report(storage, report)
-    if watch.hopeless and report.missing_shards and watch.reject is not None:
+    if watch.hopeless and report.missing_shards:
+        assert watch.reject is not None  # most items were
         raise RejectLimitError(
             f"stopped early: {watch.rejects} of the {watch.items} items of this run were rejected "
             f"({watch.reject.path!r} for one: {watch.reject.code}, {watch.reject.detail}); --max-rejects "

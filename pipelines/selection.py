@@ -18,6 +18,7 @@ from .config import TRAIN, BuildConfig
 from .errors import SourceError, UsageError
 from .plan import collect
 from .sources.base import Group, Source
+from .sources.dicom import EXTENSIONS as DICOM
 
 Positions = NDArray[np.int64]
 
@@ -45,14 +46,18 @@ def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.
     """The groups as they come. Where a split keeps items together, a number for what each belongs to goes to `keys`."""
     numbers: dict[bytes, int] = {}
     for group in groups:
-        names: list[bytes] | None = None
-        if group.keys is not None and split_by not in (None, "label", "random"):
-            names = list(group.keys)
-        elif split_by == "folder":
-            names = [(group.folder + name).rpartition(b"/")[0] for name in group.names]
+        names = group.keys
+        if split_by == "folder":
+            names = [_folder(group.folder + name) for name in group.names]
         if names is not None:
             keys.append(np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64))
         yield group
+
+
+def _folder(path: bytes) -> bytes:
+    """Where an item's file lies; a frame, `scan.dcm/0003`, lies where the others of its patient do."""
+    folder = path.rpartition(b"/")[0]
+    return folder.rpartition(b"/")[0] if folder.lower().endswith(DICOM) else folder
 
 
 def _selected(

@@ -238,8 +238,10 @@ def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaN
 def _changed(source: Source, decoded: Decoded, since_ns: int) -> int:
     """How many files that a batch has read are gone, have another size, or were written to since then."""
     changed = 0
+    if not source.file_per_item:
+        return changed
     for item, size in zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True):
-        if size and source.file_per_item:
+        if size:
             try:
                 status = os.stat(source.local_path(item))
             except OSError:

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from gpu_npz.config import BuildConfig
-from gpu_npz.decode.base import read_item
 from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.rejects import BadItem
 from gpu_npz.sources import open_source
-from gpu_npz.sources.base import Item, Source
+from gpu_npz.sources.base import Item, Source, read_item
 
 
 def opened(location: Path | str, classes: list[str] | None = None, **settings: Any) -> Source:

@@ -90,9 +90,12 @@ def _detected(location: str, image_column: str | None) -> str:
                 f"{' '.join(_BY_EXTENSION)}; --source KIND says what it is"
             )
         return kind
-    names = os.listdir(location)
     if any(os.path.isfile(os.path.join(location, name)) for name in _CIFAR_FILES):
         return "cifar"
-    tables = [name for name in names if name.endswith(".parquet")]
-    folders = [name for name in names if not name.startswith(".") and os.path.isdir(os.path.join(location, name))]
-    return "parquet" if tables and not folders else kind
+    parquet = False
+    with os.scandir(location) as entries:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith("."):
+                return kind
+            parquet = parquet or entry.name.endswith(".parquet")
+    return "parquet" if parquet else kind

@@ -159,8 +159,7 @@ class ArchiveSource(Source):
                 continue
             path = path_of(member.name, self._files.path(number))
             folder, slash, _ = path.partition(b"/")
-            hidden = path.startswith(b".") or (member.kind == "file" and b"/." in path)
-            if (slash or member.kind == "folder") and folder and folder != _FINDERS and not hidden:
+            if (slash or member.kind == "folder") and folder not in (b"", _FINDERS) and not _is_hidden(path):
                 survey.folders.add(folder)
             if member.kind == "file" and is_image(path):
                 names.add(path)
@@ -220,7 +219,11 @@ def path_of(name: bytes, archive: str) -> bytes:
 
 def is_image(path: bytes) -> bool:
     """Whether a path is an item: by its extension, and unless a part of it is hidden."""
-    return has_extension(path) and not path.startswith(b".") and b"/." not in path
+    return has_extension(path) and not _is_hidden(path)
+
+
+def _is_hidden(path: bytes) -> bool:
+    return path.startswith(b".") or b"/." in path
 
 
 def warn_of_others(archive: str, count: int, first: bytes) -> None:

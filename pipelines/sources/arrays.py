@@ -110,8 +110,8 @@ class NumpySource(Listed[Found]):
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
         refuse_classes_without_labels(config.labels, classes)
         self._asked, self._classes = config.labels, classes
-        # Where labels lie must not depend on the folder that another process works in.
-        self._beside = os.path.abspath(config.labels) if config.labels and not is_remote(config.labels) else None
+        if config.labels and config.labels.lower().endswith(".npy") and not is_remote(config.labels):
+            self._asked = os.path.abspath(config.labels)  # another process may work in another folder
         path, wanted = location, ""
         if match := re.fullmatch(r"(.+\.npz)/([^/]+)\.npy", location, re.IGNORECASE | re.DOTALL):
             path, wanted = match.groups()
@@ -248,7 +248,7 @@ class NumpySource(Listed[Found]):
         if self._array.member is None:
             if not labels.lower().endswith(".npy"):
                 raise UsageError(f"--labels {labels}: labels of an .npy are another FILE.npy, or none")
-            files = Files(self._beside or labels)
+            files = Files(labels)
             found_there = _arrays(files)
             if "" not in found_there:
                 raise SourceError(f"--labels {labels} is an .npz; give an .npy, or an .npz as SRC with its images, too")

@@ -222,9 +222,7 @@ class FolderSource(TreeSource, Listed[Listing]):
         if len(rows) == len(group.names):
             return group
         labels = None if group.labels is None else group.labels[rows]
-        # A split by folder must not take the file of several frames for one.
-        keys = group.keys or [(group.folder + name).rpartition(b"/")[0] for name in group.names]
-        keys = [keys[row] for row in rows]
+        keys = None if group.keys is None else [group.keys[row] for row in rows]
         return replace(group, names=names, labels=labels, keys=keys, places=np.array(frames, np.int64).reshape(-1, 1))
 
     def _frames(self, path: bytes) -> int:

@@ -144,7 +144,12 @@ def read_labels(
         names: tuple[str, ...] | None = None
         if kind == "class":
             texts = [str(entry) for entry in entries]
-            found = sorted({*texts}, key=as_bytes)
+            try:
+                found = sorted({*texts}, key=as_bytes)
+            except UnicodeEncodeError as exc:
+                raise SourceError(
+                    f"{location!r}: column {name!r} has {exc.object!r}, which is no text; mend it"
+                ) from exc
             names = tuple(found if given is None else given)
             by_name = numbered(list(names), found, location)
             numbers.append(np.array([by_name[text] for text in texts], np.int64))
@@ -221,11 +226,6 @@ def is_missing(entry: Any) -> bool:
 
 
 def _kind_of(entry: Any) -> Kind:
-    if isinstance(entry, str) and not entry.isascii():
-        try:
-            entry.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError as exc:
-            raise SourceError(f"the label {entry!r} is no text; mend it") from exc
     if isinstance(entry, (int, np.integer)):
         return "integer" if -(2**63) <= int(entry) < 2**63 else "class"
     if isinstance(entry, (float, np.floating)):
