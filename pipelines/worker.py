@@ -241,13 +241,12 @@ def _changed(source: Source, decoded: Decoded, since_ns: int) -> int:
     if not source.file_per_item:
         return changed
     for item, size in zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True):
-        if size:
-            try:
-                status = os.stat(source.local_path(item))
-            except OSError:
-                changed += 1
-            else:
-                changed += status.st_size != size or since_ns < status.st_mtime_ns <= time.time_ns()
+        try:
+            status = os.stat(source.local_path(item))
+        except (OSError, ValueError):  # a name with a NUL byte, say
+            changed += size > 0
+        else:
+            changed += 0 != size != status.st_size or since_ns < status.st_mtime_ns <= time.time_ns()
     return changed
 
 

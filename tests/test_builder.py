@@ -179,9 +179,10 @@ def test_files_that_are_written_to_while_a_build_reads_them_are_reported(
     def disturb(event: Started | worker.Event) -> None:
         if isinstance(event, worker.Progress):
             (src / "a/6.jpg").unlink(missing_ok=True)
-            (src / "a/7.jpg").write_bytes(whole[:-40])  # a download that goes on
+            partial.write_bytes(whole[:-40])  # a download that goes on; moved, so that no reader sees it empty
+            partial.replace(src / "a/7.jpg")
 
-    whole = (src / "a/7.jpg").read_bytes()
+    whole, partial = (src / "a/7.jpg").read_bytes(), out.with_name("7.jpg.part")
     report = build(src, out.with_name("disturbed"), config, progress=disturb)
     assert (report.rejects_by_code, report.changed_files) == ({"missing": 1, "truncated": 1}, 1)
     assert report.hints[0].startswith("1 files were written to, or went, while the build read them")
