@@ -50,8 +50,10 @@ def command(src: str, out: str, config_file: str | None, as_json: bool, quiet: b
 
 def summary(report: BuildReport) -> str:
     """What a build did, for people."""
+    classes = "" if report.classes is None else f" of {report.classes} classes"
+    shards = f"{report.shards} shards, {size(report.dataset_bytes)}"
     lines = [
-        f"{printable(report.out)}: {report.rows} images in {report.shards} shards, {size(report.dataset_bytes)}",
+        f"{printable(report.out)}: {report.rows} images{classes} in {shards}",
         f"  rejects     {_rejects(report)}",
     ]
     if report.missing_shards:

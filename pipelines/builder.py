@@ -64,9 +64,9 @@ Tell = Callable[[Started | Measuring | Event], None]
 class BuildReport:
     """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset.
 
-    `timeline` shows how this run went: items done by then, and what a worker held. `changed_files` were written to, or
-    went, while this run read them. `worker_memory_bytes` and `gpu_memory_bytes` are the most that a worker of it has
-    held (see `WorkerEnded`).
+    `classes` is None where labels are none. `timeline` shows how this run went: items done by then, and what a worker
+    held. `changed_files` were written to, or went, while this run read them. `worker_memory_bytes` and
+    `gpu_memory_bytes` are the most that a worker of it has held (see `WorkerEnded`).
     """
 
     out: str
@@ -74,6 +74,7 @@ class BuildReport:
     part: str | None
     missing_shards: int
     items: int
+    classes: int | None
     rows: int
     rejects: int
     rejects_by_code: dict[str, int]
@@ -286,6 +287,7 @@ def run(
         part=str(part) if part else None,
         missing_shards=plan.shard_count - len(records),
         items=plan.item_count,
+        classes=None if record.class_names is None else len(record.class_names),
         rows=sum(commit.rows for commit in records.values()),
         rejects=rejects.total(),
         rejects_by_code=dict(sorted(rejects.items())),

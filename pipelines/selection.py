@@ -6,6 +6,7 @@ and together they are what a build without `--split` would take.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -15,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import TRAIN, BuildConfig
-from .errors import SourceError, UsageError
-from .plan import collect
-from .sources.base import Group, Source
+from .errors import UsageError
+from .plan import Plan, collect
+from .sources.base import Group, Source, extensions, files_left_out, no_images
 from .sources.dicom import EXTENSIONS as DICOM
 
+log = logging.getLogger(__name__)
 Positions = NDArray[np.int64]
+_SIDES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}  # of datasets as they are shared
+_LOOKED_AT = 1000
 
 
 def listed(source: Source, config: BuildConfig) -> dict[str, NDArray[Any]]:
@@ -38,8 +42,28 @@ def listed(source: Source, config: BuildConfig) -> dict[str, NDArray[Any]]:
         if len(arrays["name_ends"]):
             arrays["order"] = _selected(source, config, arrays, np.concatenate(keys) if keys else None)
     if not len(arrays["name_ends"]):
-        raise SourceError(f"{source.location!r} holds no images; SRC is a folder of class folders or of images")
+        raise no_images(source.location, source.left_out)
+    if source.left_out:
+        log.warning(
+            "%r: %s; images have one of %s, and a table may name files of any name",
+            source.location,
+            files_left_out(source.left_out),
+            extensions(),
+        )
+    if (doubt := _doubtful_classes(source, arrays)) is not None:
+        log.warning("%r: the classes are %s alone; if they should be folders below, give SRC one level deeper", *doubt)
     return arrays
+
+
+def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, str] | None:
+    """Location and classes of a source whose classes look like folders one level too high."""
+    names = source.class_names or ()
+    sides = len(names) > 0 and all(name.lower() in _SIDES for name in names)
+    if not sides and len(names) == 1:
+        looked_at = Plan(arrays, 1).items(0, min(_LOOKED_AT, len(arrays.get("order", arrays["name_ends"]))))
+        # .../class/folder/image, for all of them
+        sides = all("/" in f"/{item.path}".partition(f"/{names[0]}/")[2] for item in looked_at)
+    return (source.location, ", ".join(map(repr, names))) if sides else None
 
 
 def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.int64]]) -> Iterator[Group]:
@@ -105,8 +129,23 @@ def _selected(
             )
     side = np.full(count, -1)
     side[taken] = sides
+    if countable and labels is not None and config.side == TRAIN:
+        _warn_of_untrained(source, config, labels[taken], sides == names.index(TRAIN))
     found: Positions = order[side[order] == names.index(config.side)]
     return found
+
+
+def _warn_of_untrained(source: Source, config: BuildConfig, labels: NDArray[Any], trained: NDArray[np.bool_]) -> None:
+    lacking = np.setdiff1d(labels, labels[trained]).tolist()
+    if lacking:
+        names = [source.class_names[label] if source.class_names else str(label) for label in lacking]
+        log.warning(
+            "--split %s: train has no item of %d of the %d classes (%s); --split-by label gives it some of each",
+            config.split,
+            len(lacking),
+            len(np.unique(labels)),
+            ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else ""),
+        )
 
 
 def _place_in_class(labels: NDArray[Any]) -> Positions:

@@ -788,9 +788,9 @@ def test_an_empty_folder_is_a_fine_out(pictures: Path, out: Path) -> None:
     ("files", "error"),
     [
         (None, "No such file or directory; give SRC as a folder"),
-        ({}, "holds no images and no folders"),
-        ({"a/": b"", "b/": b""}, "holds no images; SRC is a folder of class folders"),
-        ({"a/notes.txt": b"text"}, "holds no images; SRC is a folder of class folders"),
+        ({}, r"holds no images \(\.bmp .*\); SRC is a folder of class folders"),
+        ({"a/": b"", "b/": b""}, r"holds no images \(\.bmp .*\); SRC is a folder of class folders"),
+        ({"a/IM0001": b""}, r"; 1 files are left out by their names \(1 without extension\); SRC is"),
         ({"1.jpg": "jpeg", "a/2.jpg": "jpeg"}, "holds both images"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import pack
 
 import gpu_npz
 from gpu_npz.builder import build, build_split
@@ -16,6 +17,7 @@ from gpu_npz.errors import FormatError, MismatchError, StorageError, UsageError
 from gpu_npz.job import Job
 from gpu_npz.plan import Plan
 from gpu_npz.selection import listed
+from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Group, Item, LabelColumn, Source
 from gpu_npz.storage import LocalStorage
 
@@ -98,6 +100,49 @@ def test_a_folder_is_never_torn_apart() -> None:
     total = sum(map(len, found.values()))
     assert abs(len(found["val"]) - 0.1 * total) < 40
     assert abs(len(found["test"]) - 0.2 * total) < 40
+
+
+def test_a_split_that_leaves_a_class_nothing_to_train_on_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    sides(classes(10, 10, 10), "val=0.3", split_by="folder")
+    assert [record.getMessage() for record in caplog.records] == [
+        "--split val=0.3/train: train has no item of 1 of the 3 classes ('2'); --split-by label gives it some of each"
+    ]
+    caplog.clear()
+    sides(classes(10, 10, 10), "val=0.3")
+    assert not caplog.records
+
+
+def test_what_has_no_name_of_an_image_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {"a/1.jpg": b"", "a/IM0001": b"", "a/2.avif": b"", "b/.hidden": b"", "b/3.jpg": b""}
+    for name, content in files.items():
+        (tmp_path / "images" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "images" / name).write_bytes(content)
+    for src in (tmp_path / "images", pack(tmp_path / "images.tar", files)):
+        caplog.clear()
+        assert len(taken(open_source(src))) == 2
+        (record,) = caplog.records
+        assert ": 2 files are left out by their names (1 " in record.getMessage()
+        assert "images have one of .bmp .dcm" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (("train/cat/1.jpg", "val/cat/2.jpg"), "'train', 'val'"),
+        (("src/cat/1.jpg", "src/dog/2.jpg"), "'src'"),
+        (("src/cat/1.jpg", "src/dog/2.jpg", "src/3.jpg"), None),
+        (("train/1.jpg", "car/2.jpg"), None),
+        (("train/1/2/3.jpg", "car/2.jpg"), None),
+        (("1.jpg",), None),
+    ],
+)
+def test_classes_that_look_like_the_folder_above_are_doubted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], classes: str | None
+) -> None:
+    source = open_source(pack(tmp_path / "images.tar", dict.fromkeys(names, b"")))
+    taken(source)
+    expected = f"{source.location!r}: the classes are {classes} alone; if they should be folders below, "
+    assert [record.getMessage()[: len(expected)] for record in caplog.records] == [expected] * (classes is not None)
 
 
 def test_the_keys_of_a_source_are_never_torn_apart() -> None:

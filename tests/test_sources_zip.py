@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from listing import items, reject
+from listing import items, labelled, reject
 
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError
@@ -48,6 +48,11 @@ def test_members_are_read_in_place_and_classes_are_first_folders(tmp_path: Path,
     assert [(item.path, item.label) for item in items(source)] == [("b/2.jpg", 1), ("b/ä.jpg", 1), ("a/deep/1.png", 0)]
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.read(item) for item in items(source)] == [files[item.path] for item in items(source)]
+
+
+def test_dicom_files_are_images_as_in_a_folder(tmp_path: Path) -> None:
+    source = opened(pack(tmp_path / "t.zip", {"a/1.dcm": b"1", "a/notes.txt": b"1"}))
+    assert labelled(source) == [("a/1.dcm", 0)]
 
 
 def test_a_zip_builds_what_its_folder_builds(tmp_path: Path, tree: Path, make_dataset: Any, read_shards: Any) -> None:

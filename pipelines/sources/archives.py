@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from .base import Group, Item, Source, as_bytes, as_text, extensions, numbered
+from .base import Group, Item, Source, as_bytes, as_text, extension_of, no_images, numbered
 from .base import is_image as has_extension
 from .files import Files
 from .labels import refuse_classes_without_labels
@@ -44,12 +45,14 @@ class Survey:
         folders: of the first level, those without images, too.
         loose, filed: the first image in no folder, and the first one in a folder.
         images: how many there are.
+        others: files whose names are not those of images, by their extension.
     """
 
     folders: set[bytes] = field(default_factory=set)
     loose: bytes | None = None
     filed: bytes | None = None
     images: int = 0
+    others: Counter[str] = field(default_factory=Counter)
 
 
 class ArchiveSource(Source):
@@ -148,7 +151,8 @@ class ArchiveSource(Source):
         for number in range(len(self._files)):
             self._survey_archive(number, survey)
         if not survey.images:
-            raise SourceError(f"{self.location!r} holds no images ({extensions()}); give an archive of images")
+            raise no_images(self.location, survey.others)
+        self.left_out = survey.others
         return survey
 
     def _survey_archive(self, number: int, survey: Survey) -> None:
@@ -168,6 +172,8 @@ class ArchiveSource(Source):
                     survey.filed = survey.filed or path
                 else:
                     survey.loose = survey.loose or path
+            elif member.kind == "file" and not has_extension(path) and not _is_hidden(path):
+                survey.others[extension_of(path)] += 1
         if others:
             warn_of_others(self._files.path(number), others, other)
         names.require_unique(path for path, _ in self._images(number))

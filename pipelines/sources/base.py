@@ -5,9 +5,12 @@ from __future__ import annotations
 import abc
 import errno
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from numpy.typing import NDArray
@@ -17,7 +20,7 @@ from ..errors import ShardError, SourceError
 from ..rejects import BadItem
 
 IMAGE_EXTENSIONS = frozenset(
-    b".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm".split()
+    b".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .dcm .dicom".split()
 )  # the file's content decides how it is decoded; the extension only whether it is an item
 RETRY_DELAYS_S = (0.1, 0.5, 2.0)
 _MISSING = {errno.ENOENT, errno.ENOTDIR}
@@ -82,6 +85,7 @@ class Source(abc.ABC):
         files: name and size of each file that holds items at places; another file there means other places.
         file_per_item: whether each item is a file of its own, with a `local_path`.
         reads_at_once: how many reads to have under way; more than one where each takes long.
+        left_out: how many files the last listing has left out by their names, by `extension_of` these.
     """
 
     kind: str
@@ -91,6 +95,7 @@ class Source(abc.ABC):
     files: tuple[tuple[str, int], ...] = ()
     file_per_item = False
     reads_at_once = 1
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     @abc.abstractmethod
     def groups(self) -> Iterator[Group]:
@@ -159,6 +164,28 @@ def as_bytes(text: str) -> bytes:
 def is_image(name: bytes) -> bool:
     """Whether a file of this name is an item."""
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def extension_of(name: bytes) -> str:
+    """A name's extension in lower case; empty if it has none that tells a form (`IM0001`, `1.2.840.113619`)."""
+    extension = as_text(os.path.splitext(name)[1].lower())
+    return extension if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", extension) else ""
+
+
+def files_left_out(left_out: Mapping[str, int]) -> str:
+    """How many files were left out by their names, for messages."""
+    shown = [f"{count} {extension or 'without extension'}" for extension, count in Counter(left_out).most_common(5)]
+    kinds = ", ".join(shown) + (", ..." if len(left_out) > 5 else "")
+    return f"{sum(left_out.values())} files are left out by their names ({kinds})"
+
+
+def no_images(location: str, left_out: Mapping[str, int]) -> SourceError:
+    """What is said of a collection without an item."""
+    others = f"; {files_left_out(left_out)}" if left_out else ""
+    return SourceError(
+        f"{location!r} holds no images ({extensions()}){others}; SRC is a folder of class folders or of images, an "
+        "archive of such, or a table, which may name files of any name"
+    )
 
 
 def extensions() -> str:

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +17,7 @@ import numpy as np
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from ..storage import open_regular
-from .base import Group, Item, Source, as_bytes, as_text, extensions, is_image, numbered
+from .base import Group, Item, Source, as_bytes, as_text, extension_of, is_image, no_images, numbered
 from .beside import absolute, list_tables
 from .dicom import EXTENSIONS as DICOM
 from .dicom import frame_count
@@ -30,10 +31,14 @@ _WHOLE = -1  # the place of an item that is a whole file, beside others that are
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder has, sorted: images, with the size of each where the listing tells it, and folders."""
+    """What a folder has, sorted: images, with the size of each where the listing tells it, and folders.
+
+    `others` are the files whose names are not those of images, by their extension.
+    """
 
     names: list[bytes]
     folders: list[bytes]
+    others: Counter[str]
     sizes: list[int] = field(default_factory=list)
 
 
@@ -54,6 +59,7 @@ class TreeSource(Source):
     """
 
     kind = "folder"
+    left_out: Counter[str]
 
     def __init__(self, location: str, classes: Sequence[str] | None = None, labels: str | None = None) -> None:
         self.location = location
@@ -62,11 +68,9 @@ class TreeSource(Source):
             raise UsageError(f"--labels {labels} of {location!r}; allowed here: {', '.join(LABELS)}")
         top = self._scan(b"")
         self._root_identity = self._identity(b"")
+        self.left_out = Counter()
         if not top.names and not top.folders:
-            raise SourceError(
-                f"{self.location!r} holds no images and no folders; SRC is a folder of class folders or of images "
-                f"({extensions()})"
-            )
+            raise no_images(self.location, top.others)
         self._flat = bool(top.names) or self._labels == "none"
         if self._flat:
             if self._labels == "class-dir":
@@ -92,12 +96,16 @@ class TreeSource(Source):
         Raises:
             SourceError: a folder cannot be read, or a class has come after the classes were numbered.
         """
+        self.left_out.clear()
         if self._labels == "none":
             yield from self._walk(b"", -1)
-        elif self._flat:
-            yield _group(b"", self._scan(b""), -1)
+            return
+        top = self._scan(b"")
+        self.left_out += top.others
+        if self._flat:
+            yield _group(b"", top, -1)
         else:
-            for folder in self._scan(b"").folders:
+            for folder in top.folders:
                 label = self._numbers.get(as_text(folder))
                 if label is None:
                     raise SourceError(
@@ -117,6 +125,7 @@ class TreeSource(Source):
                 continue
             seen.add(identity)
             found = self._scan(folder)
+            self.left_out += found.others
             if found.names or also(folder):
                 yield _group(folder, found, label)
             waiting += [folder + name + b"/" for name in reversed(found.folders)]
@@ -196,6 +205,7 @@ class FolderSource(TreeSource, Listed[Listing]):
                 f"{self.location!r}: {count} images have no row in {self._tables!r}, {as_text(example)!r} for one; add "
                 "rows, or move the images away"
             )
+        self.left_out.clear()  # the tables say which files are items
         yield from listing.groups()
 
     def _scan(self, folder: bytes) -> Scan:
@@ -294,6 +304,7 @@ def _group(folder: bytes, found: Scan, label: int) -> Group:
 def _scan(root: bytes, folder: bytes) -> Scan:
     names: list[bytes] = []
     folders: list[bytes] = []
+    others: Counter[str] = Counter()
     path = os.path.join(root, folder) if folder else root
     try:
         with os.scandir(path) as entries:
@@ -303,12 +314,14 @@ def _scan(root: bytes, folder: bytes) -> Scan:
                     continue
                 if _is_folder(entry):
                     folders.append(name)
-                elif (is_image(name) or name.lower().endswith(DICOM)) and _may_be_image(entry):
+                elif not is_image(name):
+                    others[extension_of(name)] += 1
+                elif _may_be_image(entry):
                     names.append(name)
     except OSError as exc:
         advice = "give SRC as a folder" if not folder else "make it readable or move it away"
         raise SourceError(f"{as_text(path)!r}: {exc.strerror}; {advice}") from exc
-    return Scan(sorted(names), sorted(folders))
+    return Scan(sorted(names), sorted(folders), others)
 
 
 def _may_be_image(entry: os.DirEntry[bytes]) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ..config import BuildConfig
 from ..errors import SourceError
-from .base import Item, as_bytes, as_text, is_image
+from .base import Item, as_bytes, as_text, extension_of, is_image
 from .folder import Scan, TreeSource
 from .stores import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
 
@@ -52,6 +53,7 @@ class RemoteSource(TreeSource):
             entries = patiently(lambda: self._store.ls(url, detail=True))
         names: list[tuple[bytes, int]] = []
         folders: set[bytes] = set()
+        others: Counter[str] = Counter()
         for entry in entries:
             path = entry["name"].rstrip("/")
             if path + "/" == start:
@@ -67,8 +69,10 @@ class RemoteSource(TreeSource):
                 folders.add(name)
             elif is_image(name):
                 names.append((name, int(entry["size"])))
+            elif entry["size"]:
+                others[extension_of(name)] += 1
         names.sort()
-        return Scan([name for name, _ in names], sorted(folders), [size for _, size in names])
+        return Scan([name for name, _ in names], sorted(folders), others, [size for _, size in names])
 
     def _identity(self, folder: bytes) -> bytes:
         return folder
