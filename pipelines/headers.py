@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .config import BuildConfig
 from .decode.dicom import is_dicom
-from .decode.pillow import PillowDecoder, dicom_size, opened, orientation_of
+from .decode.pillow import PillowDecoder, dicom_size, is_deep, opened, orientation_of
 from .environment import Choice
 from .geometry import Geometry
 from .plan import Plan
@@ -37,6 +37,7 @@ class Picture:
     format: str
     progressive: bool
     turned: bool
+    deep: bool
     encoded_bytes: int
     decode_bytes: int
 
@@ -52,7 +53,8 @@ class Sample:
         sizes: height and width of the smallest, the median and the largest image by pixels; empty if none can be read.
         encoded_bytes: of those that can be read, in the mean.
         modes, formats: how many images have each, as Pillow names them.
-        progressive, turned, cmyk, gray: how many are progressive JPEGs, turned by EXIF, CMYK, gray.
+        progressive, turned, cmyk, gray, deep: how many are progressive JPEGs, turned by EXIF, CMYK, gray, or have 16
+            bits a channel and are no DICOM files.
         heaviest: the image that takes the most memory to decode, of those within `max_pixels`.
     """
 
@@ -67,6 +69,7 @@ class Sample:
     turned: int
     cmyk: int
     gray: int
+    deep: int
     heaviest: Picture | None
 
 
@@ -105,6 +108,7 @@ def sample_headers(
         turned=sum(picture.turned for picture in pictures),
         cmyk=sum(picture.mode == "CMYK" for picture in pictures),
         gray=sum(picture.mode in ("1", "L", "LA", "I", "I;16") for picture in pictures),
+        deep=sum(picture.deep for picture in pictures),
         heaviest=max(within, key=lambda picture: picture.decode_bytes, default=None),
     )
 
@@ -115,7 +119,7 @@ def _picture(data: bytes, path: str, decoder: PillowDecoder, config: BuildConfig
     if is_dicom(data):
         height, width = dicom_size(data, path)
         held = 2 * len(data) + _DICOM_BYTES_A_PIXEL * height * width
-        return Picture(path, height, width, "I;16", "DICOM", False, False, len(data), held)
+        return Picture(path, height, width, "I;16", "DICOM", False, False, False, len(data), held)
     with opened(data, path) as image:
         orientation = orientation_of(image) if config.exif_orientation else 1
         width, height = image.size if orientation < 5 else image.size[::-1]
@@ -128,6 +132,7 @@ def _picture(data: bytes, path: str, decoder: PillowDecoder, config: BuildConfig
             format=image.format or "",
             progressive=progressive,
             turned=orientation > 1,
+            deep=is_deep(image),
             encoded_bytes=len(data),
             decode_bytes=len(data)
             + _decode_bytes(image, height, width, progressive, orientation > 1, geometry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +76,8 @@ def begin(storage: Storage, source: Source, config: BuildConfig, progress: Calla
             f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
             "or --overwrite to build it anew"
         )
+    for doubt in doubts(config):
+        log.warning("%s", doubt)
     choice = environment.choose(config, inspect(config))
     if choice.warning:
         log.warning("%s", choice.warning)
@@ -97,6 +99,12 @@ def begin(storage: Storage, source: Source, config: BuildConfig, progress: Calla
         source=source,
         image_size=size,
     )
+
+
+def doubts(config: BuildConfig) -> Iterator[str]:
+    """What may be asked for, and probably should not."""
+    if config.mean is not None and max(config.mean) > 1:
+        yield f"--mean {','.join(f'{mean:g}' for mean in config.mean)}: pixels are scaled to 0..1 before; divide by 255"
 
 
 def _measured(

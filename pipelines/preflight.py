@@ -24,7 +24,7 @@ from .manifest import class_list
 from .normalize import row_shape, table
 from .output import require_own, shard_name
 from .plan import Plan, collect
-from .planning import check_places, inspect
+from .planning import check_places, doubts, inspect
 from .selection import listed
 from .sources import open_source
 from .sources.base import Group, Source, as_bytes
@@ -193,6 +193,7 @@ def survey(
                 choice.warning,
                 lack_of_space(place, needed - held_bytes(place), plan.shard_count),
                 _MEASURES_FIRST if measures_first else None,
+                *doubts(config),
                 *_warnings(config, plan, sample, needed, labelled=source.class_names is not None),
                 trouble,
             )
@@ -300,6 +301,11 @@ def _warnings(config: BuildConfig, plan: Plan, sample: Sample, needed: int, *, l
         yield (
             f"{sample.over_max_pixels} of {sample.items} sampled images have more than --max-pixels "
             f"{config.max_pixels} and would be rejected; raise it if memory allows"
+        )
+    if sample.deep and config.bit_depth == 8:
+        yield (
+            f"{sample.deep} of {sample.items} sampled images have 16 bits a channel, of which 8 are kept; "
+            "--bit-depth 16 keeps them all"
         )
     if plan.shard_count > _MANY_SHARDS:
         yield f"{plan.shard_count} shards are slow to list and to check; a larger --shard-size makes fewer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from .rejects import Reject
 from .space import free_space, gigabytes
 from .worker import Event, Progress, Pulse
 
+log = logging.getLogger(__name__)
 _EARLY_REJECTS = 500  # before a build that rejects most of what it meets is stopped
 _FLOOR_BYTES = 1 << 28  # what all workers write in some seconds
 _LOOK_S = 2.0
@@ -51,6 +53,7 @@ class Watch:
     def __init__(self, reject_limit: int, storage_root: str | None) -> None:
         self.items = self.rejects = self.changed = 0
         self.reject: Reject | None = None
+        self._deep = False
         self._limit = reject_limit
         self._root = storage_root
         free_bytes = free_space(storage_root)[0] if storage_root else None
@@ -70,6 +73,11 @@ class Watch:
             self.rejects += event.rejects
             self.changed += event.changed
             self.reject = self.reject or event.reject
+            if event.deep and not self._deep:
+                self._deep = True
+                log.warning(
+                    "%r, for one, has 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all", event.deep
+                )
             self._look()
         elif isinstance(event, Pulse):
             now = time.monotonic() - self._begin

@@ -40,7 +40,7 @@ class Progress:
     """A batch of a shard has been decoded and goes to the disk. Negative numbers take back what was lost.
 
     `changed` counts files that were written to, or went, since the worker began: what was read of them may be a part.
-    `reject` is one of the batch's.
+    `reject` is one of the batch's; `deep` is the path of an image of which 8 of 16 bits a channel were kept.
     """
 
     shard: int
@@ -49,6 +49,7 @@ class Progress:
     source_bytes: int
     changed: int = 0
     reject: Reject | None = None
+    deep: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             sink.put(rows)
             counts = len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum())
             changed = _changed(task.source, decoded, began_ns)
-            yield Progress(decoded.batch.shard, *counts, changed, next(iter(decoded.rejects), None))
+            yield Progress(decoded.batch.shard, *counts, changed, next(iter(decoded.rejects), None), decoder.deep)
             yield from map(Committed, sink.committed())
             if time.monotonic() >= pulse_s:
                 yield _pulse()

@@ -27,6 +27,7 @@ from gpu_npz.decode.pillow import PillowDecoder
 from gpu_npz.environment import Machine, choose
 from gpu_npz.errors import BackendError, ImageError, ShardError
 from gpu_npz.geometry import Geometry
+from gpu_npz.preflight import survey
 from gpu_npz.rejects import BadItem
 
 FileBytes = Callable[..., bytes]  # fixtures: see conftest.py
@@ -291,6 +292,30 @@ def build(src: Path, out: Path, **values: Any) -> gpu_npz.Dataset:
     common = {"device": "cpu", "workers": 0, "size": (HEIGHT, WIDTH), "shard_size": 2, "bit_depth": 16}
     gpu_npz.build(src, out, BuildConfig(**{**common, **values}))
     return gpu_npz.open_dataset(out)
+
+
+@pytest.mark.parametrize("make", [png, tiff, pnm])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_build_in_8_bits_of_files_in_16_says_so_and_one_in_16_does_not(
+    tmp_path: Path,
+    file_bytes: FileBytes,
+    caplog: pytest.LogCaptureFixture,
+    make: Callable[[Samples], bytes],
+    channels: int,
+) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    for name, data in {"0.jpg": b"text", "1.png": file_bytes("gray"), "2.png": make(noise(channels))}.items():
+        (src / name).write_bytes(data)
+    build(src, tmp_path / "deep")
+    assert "16 bits" not in caplog.text
+    doubt = "'2.png', for one, has 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all"
+    build(src, tmp_path / "out", bit_depth=8)
+    assert [record.getMessage() for record in caplog.records].count(doubt) == 1
+    sampled = "1 of 3 sampled images have 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all"
+    assert sampled in survey(src, BuildConfig(device="cpu", size=8), seconds=0).warnings
+    (src / "2.png").unlink()
+    assert not any("16 bits" in each for each in survey(src, BuildConfig(device="cpu", size=8), seconds=0).warnings)
 
 
 @pytest.mark.parametrize("channels", ["rgb", "bgr", "gray"])

@@ -84,6 +84,12 @@ def test_items_classes_and_shards_are_those_of_the_build(tree: Path, tmp_path: P
     assert look(tree, limit=3).items == 3
 
 
+def test_a_mean_of_another_scale_is_doubted(tree: Path) -> None:
+    doubt = "--mean 123.7,0.4,0.4: pixels are scaled to 0..1 before; divide by 255"
+    assert doubt in look(tree, mean="123.7,0.4,0.4", std="58,57,57").warnings
+    assert not any("scaled" in each for each in look(tree, mean="1,0.4,0", std="1,1,1").warnings)
+
+
 def test_the_sample_says_what_the_headers_say(make_tree: MakeTree) -> None:
     kinds = ["jpeg", "progressive", "gray", "cmyk", "exif-6", "alpha", "1x1", "half", "text", "empty", "two-bytes"]
     sample = look(make_tree({f"a/{kind}.jpg": kind for kind in kinds})).sample
@@ -238,8 +244,8 @@ def warned(found: Survey, text: str) -> bool:
     return any(text in warning for warning in found.warnings)
 
 
-def test_a_build_that_is_well_set_up_gets_no_warning(tree: Path) -> None:
-    assert look(tree, dtype="uint8", shuffle=0).warnings == ()
+def test_a_build_that_is_well_set_up_gets_no_warning(make_tree: MakeTree) -> None:
+    assert look(make_tree({f"a/{number}.jpg": "jpeg" for number in range(40)}), dtype="uint8", shuffle=0).warnings == ()
 
 
 def test_float32_is_warned_of_with_the_size_of_uint8(tree: Path) -> None:

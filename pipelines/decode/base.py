@@ -78,6 +78,11 @@ Stage = Literal["read", "decode", "resize"]
 class Decoder(Protocol):
     """Batches to pixels. Use as a context manager; it may read ahead, and keeps the order."""
 
+    @property
+    def deep(self) -> str | None:
+        """The path of an image of which it kept 8 of 16 bits a channel."""
+        ...
+
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
         """The batches, decoded. Raises ShardError for trouble that is not an image's."""
         ...

@@ -167,6 +167,11 @@ class DaliDecoder:
             found["gpu"] = self._xp.cuda.runtime.getDeviceProperties(self._device)["name"].decode()
         return found
 
+    @property
+    def deep(self) -> str | None:
+        """See `PillowDecoder`, to which all such images go."""
+        return self._pillow.deep
+
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
         """See `Decoder.decode`; what `batches` raises comes after the batches before it."""
         unfinished: deque[_Unfinished] = deque()

@@ -19,7 +19,7 @@ from ..environment import require_opencv
 from ..geometry import Geometry, Placement
 from ..rejects import BadItem
 from ..sources.base import Source
-from .pillow import PillowDecoder, enough_memory, file_of, is_gray16, plain, upright
+from .pillow import PillowDecoder, deep_samples, enough_memory, file_of, is_gray16, plain, upright
 
 _WHITE = 65_535
 _NO_MEMORY = -4  # StsNoMem of OpenCV
@@ -54,7 +54,7 @@ class DeepDecoder(PillowDecoder):
 
     def _upright(self, image: Image.Image) -> tuple[Any, Placement]:
         """The whole image as planes of 32-bit floats, and where they go."""
-        kind = _deep_samples(image)  # which loading forgets
+        kind = deep_samples(image)  # which loading forgets
         data = None if kind is None else file_of(image)
         orientation, place = self._loaded(image)
         if kind is not None and data is not None:
@@ -104,15 +104,3 @@ class DeepDecoder(PillowDecoder):
         values = np.stack([np.asarray(plane) for plane in resized], axis=2)
         pixels = np.rint(values).clip(0, _WHITE).astype(np.uint16)
         return self._on_canvas(np.repeat(pixels, self._config.channel_count // len(planes), axis=2), place)
-
-
-def _deep_samples(image: Image.Image) -> tuple[str, int] | None:
-    """Pillow's name for the samples of an image that is not loaded, and the largest; None where Pillow keeps them all.
-
-    CMYK is not among them: Pillow alone converts it, in 8 bits.
-    """
-    tiles = getattr(image, "tile", ()) if image.mode in ("RGB", "RGBX", "RGBA", "LA") else ()  # by the file
-    arguments = tiles[0][3] if tiles else ""
-    raw_mode, *rest = (arguments,) if isinstance(arguments, str) else arguments
-    most = rest[0] if image.format == "PPM" and rest else _WHITE if ";16" in str(raw_mode) else 255
-    return (str(raw_mode), int(most)) if most > 255 else None

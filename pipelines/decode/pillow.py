@@ -49,7 +49,12 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class PillowDecoder:
-    """Decodes one image after the other; `decode_image` is the whole of the preprocessing up to uint8 pixels."""
+    """Decodes one image after the other; `decode_image` is the whole of the preprocessing up to uint8 pixels.
+
+    Attributes:
+        deep: the path of an image with 16 bits a channel, of which 8 were kept; None if there was none. What DICOM
+            files keep, their window decides.
+    """
 
     _whole_files: tuple[str, ...] = ("JPEG",)  # formats of which a file gives other pixels than a PIL image of it
 
@@ -61,6 +66,7 @@ class PillowDecoder:
         self._filter = _FILTERS[config.interpolation]
         # Decoding at a half or a quarter is only for filters that would average those pixels anyway.
         self._may_draft = config.interpolation != "nearest" and geometry.mode != "none"
+        self.deep: str | None = None
 
     def __enter__(self) -> PillowDecoder:
         _pillow_settings.change()
@@ -132,6 +138,8 @@ class PillowDecoder:
             return self.pixels_of(self._of_dicom(data, path, frame), path)
         self.check_data(data)
         with opened(data, path) as image:
+            if self.deep is None and self._config.bit_depth == 8 and is_deep(image):
+                self.deep = path
             picture, place = self._upright(image)
         with enough_memory(path):
             return self._place(picture, place)
@@ -430,6 +438,24 @@ def file_of(image: Image.Image) -> bytes | None:
 def upright(image: Image.Image, orientation: int) -> Image.Image:
     """The image turned as its EXIF orientation says."""
     return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
+
+
+def deep_samples(image: Image.Image) -> tuple[str, int] | None:
+    """Pillow's name for the samples of an image that is not loaded, and the largest; None where Pillow keeps them all.
+
+    CMYK is not among them: Pillow alone converts it, in 8 bits.
+    """
+    tiles = getattr(image, "tile", ()) if image.mode in ("RGB", "RGBX", "RGBA", "LA") else ()  # by the file
+    arguments = tiles[0][3] if tiles else ""
+    raw_mode, *rest = (arguments,) if isinstance(arguments, str) else arguments
+    most = rest[0] if image.format == "PPM" and rest else 65_535 if ";16" in str(raw_mode) else 255
+    return (str(raw_mode), int(most)) if most > 255 else None
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image that is not loaded has 16 bits a channel, as far as Pillow tells."""
+    gray = image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    return gray or deep_samples(image) is not None
 
 
 def is_gray16(image: Image.Image) -> bool:
