@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import pack
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -332,6 +333,17 @@ def test_a_header_that_claims_more_frames_than_the_file_has_bytes_makes_one_reje
     (tmp_path / "src/2.dcm").write_bytes(dicom(values("uint16", 0)))
     report = gpu_npz.build(tmp_path / "src", tmp_path / "out", BuildConfig(device="cpu", size=24, max_rejects="100%"))
     assert (report.items, report.rows, report.rejects) == (2, 1, 1)
+
+
+def test_files_of_one_frame_are_items_of_an_archive(tmp_path: Path) -> None:
+    stored = values("uint16")
+    frames = dicom(np.stack([stored, stored]), NumberOfFrames=2)
+    archive = pack(tmp_path / "t.tar", {"a/1.dcm": dicom(stored), "b/2.DICOM": frames})
+    config = BuildConfig(device="cpu", size=(HEIGHT, WIDTH), dtype="uint8", layout="NHWC", dicom_window="-200,300")
+    report = gpu_npz.build(archive, tmp_path / "out", config)
+    assert (report.rows, report.rejects_by_code) == (1, {"undecodable": 1})
+    assert "a DICOM file of 2 frames, which are items in a folder only" in (tmp_path / "out/rejects.jsonl").read_text()
+    np.testing.assert_array_equal(gpu_npz.open_dataset(tmp_path / "out")[0], windowed(stored, -200, 300, 255))
 
 
 def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path) -> None:
