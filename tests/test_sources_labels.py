@@ -196,6 +196,44 @@ def test_one_column_of_texts_in_every_folder_is_classes_over_all_of_them(tmp_pat
     assert (source.class_names, labelled(source)) == (("cat", "dog"), [("a/1.jpg", 1), ("b/1.jpg", 0)])
 
 
+def patients(root: Path, head: str, *rows: str) -> Path:
+    """A folder with a table `l.csv` for each row, which names the file that stands there."""
+    for number, row in enumerate(rows):
+        touch(root, f"{number}/1.jpg")
+        table(root / f"{number}" / "l.csv", head, row)
+    return root
+
+
+def test_a_table_in_every_folder_has_the_usual_column_of_labels_or_those_that_are_named(tmp_path: Path) -> None:
+    root = patients(tmp_path, "label,file,age,site,note", "x,1.jpg,30,s1,a", "y,1.jpg,40,s2,b")
+    source = opened(root, labels="csv:l.csv")
+    assert (source.class_names, labelled(source)) == (("x", "y"), [("0/1.jpg", 0), ("1/1.jpg", 1)])
+    source = opened(root, labels="csv:l.csv:age:float,site")
+    assert [(each.name, each.kind) for each in source.columns] == [("age", "float"), ("site", "class")]
+    assert labelled(source) == [("0/1.jpg", [30, 0]), ("1/1.jpg", [40, 1])]
+    assert labelled(pickle.loads(pickle.dumps(source))) == labelled(source)
+    assert "no column 'x'; it has 'label', 'file'" in refusal(root, labels="csv:l.csv:age,x")
+    root = patients(tmp_path / "two", "file,label,target", "1.jpg,1,2")
+    assert "say --labels csv:l.csv:label, or csv:l.csv:A,B, or none" in refusal(root, labels="csv:l.csv")
+    path = table(tmp_path / "all.csv", "file,label,target", "0/1.jpg,1,2")
+    assert f"say --labels {path}:label, or {path}:A,B, or none" in refusal(root, labels=str(path))
+
+
+def test_without_a_usual_name_all_columns_are_labels_but_those_of_files_and_of_the_split(tmp_path: Path) -> None:
+    root = patients(tmp_path, ",patient,slice,edema,mass", "0,p1,1.jpg,0,1", "1,p2,1.jpg,1,0")
+    settings: dict[str, Any] = {"labels": "csv:l.csv", "split": "v=0.5/v", "split_by": "patient"}
+    source = opened(root, **settings)
+    assert [(each.name, each.kind) for each in source.columns] == [("edema", "integer"), ("mass", "integer")]
+    assert labelled(source) == [("0/1.jpg", [0, 1]), ("1/1.jpg", [1, 0])]
+    assert [each for group in source.groups() for each in group.keys or ()] == [b"p1", b"p2"]
+    root = patients(tmp_path / "bare", "patient,slice", "p1,1.jpg")
+    assert "has the columns 'patient', 'slice'; it needs one of file names and one of labels, beside 'patient'" in (
+        refusal(root, **settings)
+    )
+    root = patients(tmp_path / "alone", "slice", "1.jpg")
+    assert "has the columns 'slice'; it needs one of file names and one of labels" in refusal(root, labels="csv:l.csv")
+
+
 def test_tables_that_do_not_fit_are_refused_with_the_folder(tmp_path: Path) -> None:
     root = touch(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
     table(root / "a" / "l.csv", "path,x", "1.jpg,1")
@@ -216,7 +254,7 @@ def test_tables_that_do_not_fit_are_refused_with_the_folder(tmp_path: Path) -> N
         assert f"row 1 has '{path}'; a table in every folder has names of files" in refusal(root, labels="csv:l.csv")
     table(root / "c" / "l.csv", "path,x", "..,1")
     assert "row 1 has the path '..'" in refusal(root, labels="csv:l.csv")
-    for name in ("", "a/l.csv", "../l.csv"):
+    for name in ("", "a/l.csv", "../l.csv", "l", "l.csv.old", ":x"):
         assert "give the name that a table has in each folder" in refusal(root, labels=f"csv:{name}")
     (tmp_path / "empty" / "x").mkdir(parents=True)
     assert "no folder with images or with a table 'l.csv'" in refusal(tmp_path / "empty", labels="csv:l.csv")

@@ -324,21 +324,41 @@ def path_column(asked: str | None, columns: Sequence[str], location: str) -> str
 
 
 def label_columns(labels: str | None, columns: Sequence[str], location: str) -> Asked:
-    """The columns that have labels: those that `--labels` names, or the one that has a usual name, if any."""
+    """The columns of SRC that have labels, as `named_columns`; none for `--labels none`. Warns where it finds none."""
     if labels == "none":
         return []
-    if labels is None:
+    found = named_columns(labels, columns, location)
+    if not found and len(columns) > 1:
+        log.warning(
+            "%r has no column with a usual name of labels, but %s; it is built without labels unless --labels A,B "
+            "names columns",
+            location, _shown(columns),
+        )  # fmt: skip
+    return found
+
+
+def named_columns(names: str | None, columns: Sequence[str], location: str, before: str = "") -> Asked:
+    """The columns of a table that are named, as in A,B:float, or else the one that has a usual name, if any.
+
+    Args:
+        names: them, or None.
+        columns: those of the table.
+        location: the table.
+        before: what stands before `names` in `--labels`, for messages.
+
+    Raises:
+        SourceError: there is no such column, or there are two with usual names.
+        UsageError: as `asked_columns`.
+    """
+    if names is None:
         found = [name for name in LABEL_COLUMNS if name in columns]
         if len(found) > 1:
-            raise SourceError(f"{location!r} has the columns {_shown(found)}; say --labels {found[0]}, or A,B, or none")
-        if not found and len(columns) > 1:
-            log.warning(
-                "%r has no column with a usual name of labels, but %s; it is built without labels unless --labels A,B "
-                "names columns",
-                location, ", ".join(map(repr, columns)),
-            )  # fmt: skip
+            raise SourceError(
+                f"{location!r} has the columns {_shown(found)}; say --labels {before}{found[0]}, or "
+                f"{before}A,B, or none"
+            )
         return [(name, None) for name in found]
-    asked = asked_columns(labels)
+    asked = asked_columns(names)
     for name, _ in asked:
         require(name, columns, location)
     return asked
