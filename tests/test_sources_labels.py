@@ -101,8 +101,11 @@ def test_images_without_a_row_are_counted_and_rows_without_an_image_are_rejects(
     root = touch(tmp_path, "1.jpg", "2.jpg", "a/3.jpg", "notes.txt")
     path = table(tmp_path / "l.csv", "path,label", "gone.jpg,1", "2.jpg,2")
     message = refusal(root, labels=str(path))
-    assert "2 images have no row in" in message
-    assert "'1.jpg' for one; add rows, or move the images away" in message
+    assert f"2 of 3 images have no row in '{path}', '1.jpg' for one, relative to SRC, and rows there " in message
+    assert "rows there begin with 'gone.jpg'; add or mend rows, or move the images away" in message
+    table(path, "path,label")
+    message = refusal(root, labels=f"{path}:label")
+    assert f"3 of 3 images have no row in '{path}', '1.jpg' for one, relative to SRC, and there are no rows" in message
     table(path, "path,label", "gone.jpg,1", "2.jpg,2", "a/3.jpg,3", "1.jpg,4")
     source = opened(root, labels=str(path))
     assert labelled(source) == [("gone.jpg", 1), ("2.jpg", 2), ("a/3.jpg", 3), ("1.jpg", 4)]
@@ -242,7 +245,8 @@ def test_tables_that_do_not_fit_are_refused_with_the_folder(tmp_path: Path) -> N
     table(root / "b" / "l.csv", "path,x", "2.jpg,1")
     assert "/c' has images and no 'l.csv'; add one" in refusal(root, labels="csv:l.csv")
     table(root / "c" / "l.csv", "path,x", "other.jpg,1")
-    assert "1 images have no row in 'csv:l.csv', 'c/3.jpg' for one" in refusal(root, labels="csv:l.csv")
+    message = refusal(root, labels="csv:l.csv")
+    assert f"1 of 3 images have no row in '{root}/a/l.csv' or in 2 more tables, 'c/3.jpg' for one" in message
     table(root / "c" / "l.csv", "path,x", "3.jpg,1", "3.jpg,2")
     assert "row 1 of '" in (message := refusal(root, labels="csv:l.csv"))
     assert "c/l.csv' and row 2 of '" in message

@@ -190,13 +190,7 @@ class FolderSource(TreeSource, Listed[Listing]):
     def _tabled(self) -> Iterator[Group]:
         """What the tables name, after a look whether they name every image."""
         listing = self._listed()
-        paths = (group.folder + name for group in self._walk(b"", -1) for name in group.names)
-        count, example = listing.lacking(paths)
-        if count:
-            raise SourceError(
-                f"{self.location!r}: {count} images have no row in {self._tables!r}, {as_text(example)!r} for one; add "
-                "rows, or move the images away"
-            )
+        listing.require_rows(group.folder + name for group in self._walk(b"", -1) for name in group.names)
         yield from listing.groups()
 
     def _scan(self, folder: bytes) -> Scan:

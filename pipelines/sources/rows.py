@@ -264,15 +264,22 @@ class Listing:
                 keys=None if self._key is None else self._keys[start : span.stop],
             )
 
-    def lacking(self, names: Iterator[bytes]) -> tuple[int, bytes]:
-        """How many of these paths no row has, and the first of them."""
+    def require_rows(self, names: Iterator[bytes]) -> None:
+        """Raises SourceError if there is no row for one of these paths, the images of SRC."""
         ordered, order = self._by_hash()
-        count, example = 0, b""
+        images, lacking, example = 0, 0, b""
         for name in names:
+            images += 1
             at = int(np.searchsorted(ordered, hash(name)))
             if at == len(ordered) or self._name(int(order[at])) != name:
-                count, example = count + 1, example or name
-        return count, example
+                lacking, example = lacking + 1, example or name
+        if lacking:
+            more = f" or in {len(self._tables) - 1} more tables" if len(self._tables) > 1 else ""
+            rows = f"rows there begin with {os.fsdecode(self._name(0))!r}" if len(self) else "there are no rows"
+            raise SourceError(
+                f"{lacking} of {images} images have no row in {self._tables[0][1]!r}{more}, {os.fsdecode(example)!r} "
+                f"for one, relative to SRC, and {rows}; add or mend rows, or move the images away"
+            )
 
     def _by_hash(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         hashes = np.array(self._hashes, np.int64)
