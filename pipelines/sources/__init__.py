@@ -11,7 +11,7 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..storage import is_remote
-from .base import Source
+from .base import Source, location_of
 from .folder import FolderSource
 from .rows import key_column
 from .stores import is_web
@@ -51,7 +51,7 @@ def open_source(
         UsageError: the settings do not go together.
     """
     config = config or BuildConfig()
-    location = os.fspath(src).removeprefix("file://")
+    location = location_of(src)
     kind = _detected(location, config.image_column) if config.source == "auto" else config.source
     for name in ("image_column", "root"):
         if getattr(config, name) is not None and kind not in ("table", "parquet"):

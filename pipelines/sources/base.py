@@ -146,6 +146,22 @@ def read_item(source: Source, item: Item) -> bytes:
     raise AssertionError("unreachable")
 
 
+def location_of(place: str | os.PathLike[str]) -> str:
+    """A path, a pattern of paths or a URL as text, without `file://`.
+
+    Raises:
+        SourceError: nothing can have such a name.
+    """
+    text = os.fspath(place).removeprefix("file://")
+    try:
+        possible = text and "\0" not in text and as_bytes(text)
+    except UnicodeEncodeError:  # a surrogate that is none of PEP 383
+        possible = False
+    if not possible:
+        raise SourceError(f"{text!r} is empty, has a NUL byte, or is no text; give a path or a URL")
+    return text
+
+
 def as_text(name: bytes) -> str:
     """A name's bytes as text, PEP 383 text where they are not UTF-8."""
     return name.decode("utf-8", "surrogateescape")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import SourceError, UsageError
 from ..storage import is_remote
-from .base import Group
+from .base import Group, location_of
 from .labels import Asked
 from .rows import EXTENSIONS, PATH_COLUMNS, Listing, Table, below, named_columns, path_column
 
@@ -45,6 +45,7 @@ def list_tables(
                 f"--labels {labels}: give the name that a table has in each folder, as in csv:labels.csv or "
                 f"csv:labels.csv:A,B; tables have one of {' '.join(EXTENSIONS)}"
             )
+        location_of(match[1])
         return _in_folders(match[1], match[2], location, folders(match[1]), key).finish(classes)
     if match is None:
         raise UsageError(
