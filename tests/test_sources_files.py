@@ -75,9 +75,7 @@ def test_ranges_are_padded_as_bash_pads_them() -> None:
     with pytest.raises(SourceError, match="stands for more than 1000000 files"):
         files_module._expanded("{0..9999999999}")
     for pattern in (f"{{0..{'9' * 5000}}}", f"{{{'0' * 4000}..1}}", "{1..1}" * 2000, "{a,b}" * 2000):
-        with pytest.raises(
-            SourceError, match=r"its \{\.\.\.\} are too many, or have numbers of more than 18 digits"
-        ):
+        with pytest.raises(SourceError, match=r"its \{\.\.\.\} are too many, or have numbers of more than 18 digits"):
             files_module._expanded(pattern)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from listing import labelled, opened, refusal
 import gpu_npz
 from gpu_npz.errors import SourceError
 from gpu_npz.rejects import BadItem
+from gpu_npz.selection import listed
 from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.folder import FolderSource
 
@@ -134,22 +136,55 @@ def test_a_table_that_leads_out_of_the_folder_or_is_none_is_refused(tmp_path: Pa
 @pytest.mark.parametrize(
     ("texts", "values"),
     [
-        (("12345678901234567890", "12345678901234567891", "7"), [0, 1, 2]),  # identifiers, and no floats
         (("1e3", "1e3", "2.5"), [1000.0, 1000.0, 2.5]),
-        (("\x1e5", "1", "2"), None),
+        ((" 5", "\x1e1", "2\u3000"), [5, 1, 2]),
+        (("12345678901234567890", "12345678901234567891", "7"), None),  # identifiers, and no floats
     ],
 )
 def test_texts_of_digits_are_numbers_where_they_fit(tmp_path: Path, texts: tuple[str, ...], values: Any) -> None:
     root = touch(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
     path = table(tmp_path / "l.csv", "path,label", *(f"{row}.jpg,{text}" for row, text in enumerate(texts)))
-    if values is None:
-        assert "mend it" in refusal(root, labels=str(path))
-    elif isinstance(values[0], float):
+    if values is not None:
         assert [label for _, label in labelled(opened(root, labels=str(path)))] == values
     else:
         assert "both texts" in refusal(root, labels=str(path))
         found = labelled(opened(root, labels=f"{path}:label:class"))
         assert len({label for _, label in found}) == 3
+
+
+@pytest.mark.parametrize("extension", [".csv", ".jsonl"])
+def test_blanks_around_a_text_make_no_other_class_and_no_other_patient(tmp_path: Path, extension: str) -> None:
+    root = touch(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
+    rows = [("cat", " p1"), (" cat", "p1"), ("big dog\t", "p2 ")]
+    lines = {
+        ".csv": ["path, label, patient", *(f"{row}.jpg,{label},{key}" for row, (label, key) in enumerate(rows))],
+        ".jsonl": [
+            json.dumps({"path": f"{row}.jpg", "label": label, "patient": key}) for row, (label, key) in enumerate(rows)
+        ],
+    }
+    path = table(tmp_path / f"l{extension}", *lines[extension])
+    source = opened(root, labels=str(path), split="v=0.5/v", split_by="patient")
+    assert (source.class_names, [label for _, label in labelled(source)]) == (("big dog", "cat"), [1, 1, 0])
+    assert [key for group in source.groups() for key in group.keys or ()] == [b"p1", b"p1", b"p2"]
+    assert [label for _, label in labelled(opened(root, ["cat", "big dog"], labels=str(path)))] == [0, 0, 1]
+
+
+def test_whole_numbers_are_classes_by_a_list_however_they_are_written(tmp_path: Path) -> None:
+    root = touch(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
+    path = table(tmp_path / "l.csv", "path,label", "0.jpg,1.0", "1.jpg,0.0", "2.jpg,1.0")
+    source = opened(root, ["no", "yes"], labels=str(path))
+    (group,) = source.groups()
+    assert (source.class_names, source.columns) == (("no", "yes"), ())
+    assert group.labels is not None
+    assert (group.labels.dtype, group.labels.tolist()) == (np.int64, [1, 0, 1])
+    assert listed(source, gpu_npz.BuildConfig(labels=str(path), per_class=1))["order"].tolist() == [0, 1]
+    assert "label:float and --classes-from contradict each other" in refusal(
+        root, ["no", "yes"], labels=f"{path}:label:float"
+    )
+    table(path, "path,label", "0.jpg,1.0", "1.jpg,0.5", "2.jpg,1.0")
+    assert "column 'label' has 0.5 for row 2; there are names for 2 classes" in refusal(
+        root, ["no", "yes"], labels=str(path)
+    )
 
 
 def test_a_table_is_the_one_that_was_named_in_whatever_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

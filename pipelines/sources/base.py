@@ -60,7 +60,7 @@ class Group:
         label: of all of them; -1 where there are none, or where each has its own.
         labels: of each: int64 or float64 (items,), or (items, K) for K columns.
         places: see `Item.place`: int64 (items, numbers).
-        keys: what each belongs to (a patient, say), for a split that must not tear that apart.
+        keys: what each belongs to (a patient, say), for a split that must not tear that apart; without blanks around.
     """
 
     folder: bytes

@@ -147,7 +147,7 @@ class ParquetSource(Listed[_Listing]):
                 if self._key is not None:
                     if is_missing(key := entries.pop()):
                         raise SourceError(f"{path!r}: row {row} has no {self._key}, which --split-by needs; fill it in")
-                    keys.append(as_bytes(str(key)))
+                    keys.append(as_bytes(str(key).strip()))
                 for column, entry in zip(values, entries, strict=True):
                     column.append(entry)
             counts.append([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])

@@ -308,7 +308,7 @@ class Listing:
     def _key_of(self, value: Any) -> bytes:
         if is_missing(value):
             raise ValueError(f"has no {self._key}, by which --split-by tells what belongs together; fill it in")
-        return as_bytes(str(self._value_of(value)))
+        return as_bytes(str(self._value_of(value)).strip())
 
 
 def require(name: str, columns: Sequence[str], location: str) -> str:

@@ -175,7 +175,7 @@ def _label(file: BinaryIO, key: bytes, sample: Sample, label: str, archive: str)
         file.seek(offset)
         text = file.read(size).decode("utf-8")
         if not field:
-            return text.strip()
+            return text
         value = json.loads(text)
         for part in field.split("."):
             value = value[part]
