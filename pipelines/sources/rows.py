@@ -6,10 +6,12 @@ import codecs
 import contextlib
 import csv
 import io
+import itertools
 import json
 import logging
 import operator
 import os
+import re
 import tempfile
 import weakref
 from array import array
@@ -20,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import BuildConfig
-from ..errors import SourceError
+from ..errors import SourceError, UsageError
 from ..rejects import BadItem
 from ..storage import is_remote
 from . import arrow
 from .base import Group, as_bytes, as_text
 from .files import Files
-from .labels import Asked, Labels, asked_columns, is_missing, read_labels
+from .labels import KINDS, Asked, Labels, asked_columns, is_missing, read_labels
 from .stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of
 
 log = logging.getLogger(__name__)
@@ -35,9 +37,12 @@ PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image", "i
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # the first of them that the line of names has
 _MAX_LINE_BYTES = 4 << 20  # a line is the most that is held of a text
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
+# A data: URL, or Base64 of how a JPEG, PNG, GIF, WebP or TIFF begins.
+_CONTENT = re.compile(r"data:[^,]{0,100},|(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AK)[A-Za-z0-9+/\s]{60}")
+_CONTENT_ADVICE = "images themselves are read from files or from Parquet: write them there"
 _GROUP_ITEMS = 10_000
 _MAX_TEXTS = 100_000
 
@@ -59,8 +64,9 @@ def _downloaded(url: str) -> Any:
 class Table:
     """One table, a file or a URL.
 
-    CSV as RFC 4180 has it, with a line of names first; TSV the same with tabs; JSON lines (https://jsonlines.org): an
-    object a line, the first of which has all the columns; texts are UTF-8, or PEP 383 text where they are not.
+    CSV as RFC 4180 has it, with a line of names first, or with semicolons or tabs where that line has no comma; TSV the
+    same with tabs; JSON lines (https://jsonlines.org): an object a line, the first of which has all the columns; texts
+    are UTF-8, or PEP 383 text where they are not.
 
     Attributes:
         location: its absolute path or URL.
@@ -142,7 +148,13 @@ class Table:
 
     def _records(self, file: BinaryIO) -> Iterator[list[str]]:
         """The rows of a CSV, that of the names first, all of the same length."""
-        reader = csv.reader(self._lines(file), delimiter=_DELIMITERS[self._extension], strict=True)
+        lines = self._lines(file)
+        head = [""]
+        while not head[-1].strip() and (line := next(lines, "")):
+            head.append(line)
+        allowed = _DELIMITERS[self._extension]
+        delimiter = next((each for each in allowed if each in head[-1]), allowed[0])
+        reader = csv.reader(itertools.chain(head[1:], lines), delimiter=delimiter, strict=True)
         width = 0
         try:
             for row in reader:
@@ -153,7 +165,9 @@ class Table:
                     raise self._damaged(reader.line_num, f"has {len(row)} values, the first {width}", "mend it")
                 yield row
         except csv.Error as exc:
-            raise self._damaged(reader.line_num, f"is no CSV ({exc})", "mend it, or write the table anew") from exc
+            long = "field larger" in str(exc)
+            advice = f"leave long columns out; {_CONTENT_ADVICE}" if long else "mend it, or write the table anew"
+            raise self._damaged(reader.line_num, f"is no CSV ({exc})", advice) from exc
 
     def _objects(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(self._lines(file), 1):
@@ -215,7 +229,9 @@ class Listing:
         for text, *values in table.rows([path_column, *(name for name, _ in self._asked), *extra]):
             try:
                 if not isinstance(text, str) or is_missing(text):
-                    raise ValueError("has no path" if is_missing(text) else f"has {text!r}, which is no path")
+                    raise ValueError("has no path" if is_missing(text) else f"has {repr(text)[:200]}, which is no path")
+                if _CONTENT.match(text):
+                    raise ValueError(f"has an image in place of a path ({text[:30]!r}...); {_CONTENT_ADVICE}")
                 name = path_of(text)
                 if len(name) > _MAX_PATH_BYTES:
                     raise ValueError(f"has a path of {len(name)} bytes; at most {_MAX_PATH_BYTES} are allowed")
@@ -325,7 +341,7 @@ def path_column(asked: str | None, columns: Sequence[str], location: str) -> str
     if found is None:
         raise SourceError(
             f"{location!r} has no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; it has "
-            f"{_shown(columns)}; --image-column NAME says which one has paths"
+            f"{_shown(columns)}; name one of them so, or say --image-column NAME where SRC is the table"
         )
     return require(found, columns, location)
 
@@ -355,7 +371,7 @@ def named_columns(names: str | None, columns: Sequence[str], location: str, befo
 
     Raises:
         SourceError: there is no such column, or there are two with usual names.
-        UsageError: as `asked_columns`.
+        UsageError: as `asked_columns`, or another kind than there are.
     """
     if names is None:
         found = [name for name in LABEL_COLUMNS if name in columns]
@@ -367,6 +383,9 @@ def named_columns(names: str | None, columns: Sequence[str], location: str, befo
         return [(name, None) for name in found]
     asked = asked_columns(names)
     for name, _ in asked:
+        column, colon, kind = name.rpartition(":")
+        if colon and name not in columns and column in columns:
+            raise UsageError(f"--labels {before}{name}: {kind!r} is no kind of labels; allowed: {', '.join(KINDS)}")
         require(name, columns, location)
     return asked
 
@@ -379,24 +398,27 @@ def key_column(config: BuildConfig) -> str | None:
 def below(text: str, root: str) -> bytes:
     """A path of a table, relative to `root`, an absolute path or a URL.
 
+    A full path, a URL, or a full path behind `file://`, which is taken as it stands there, must lie below `root`.
+
     Raises:
         ValueError: it leads out of it, or is no path at all.
     """
+    shown, within = f"has the path {text[:200]!r}", root.rstrip("/") + "/"
     if "\0" in text:
-        raise ValueError(f"has the path {text!r} with a NUL byte; mend it")
-    path, within = text, root.rstrip("/") + "/"
-    if is_remote(text) or text.startswith("/"):
-        path = text if is_remote(text) else os.path.normpath(text)
+        raise ValueError(f"{shown} with a NUL byte; mend it")
+    path = text.removeprefix("file://") if text.startswith("file:///") else text
+    if is_remote(path) or path.startswith(("/", "file://")):
+        path = path if is_remote(path) else os.path.normpath(path)
         if not path.startswith(within):
-            raise ValueError(f"has the path {text!r}, which is not below {root!r}; --root says what paths are below")
+            raise ValueError(f"{shown}, which is not below {root!r}; --root says what paths are below")
         path = path[len(within) :]
     path = os.path.normpath(path)
     if path in (".", "..") or path.startswith(("../", "/")):
-        raise ValueError(f"has the path {text!r}, which leads out of {root!r}; --root says what paths are relative to")
+        raise ValueError(f"{shown}, which leads out of {root!r}; --root says what paths are relative to")
     try:
         return as_bytes(path)
     except UnicodeEncodeError as exc:
-        raise ValueError(f"has the path {text!r}, which is no text; mend it") from exc
+        raise ValueError(f"{shown}, which is no text; mend it") from exc
 
 
 def _shown(columns: Sequence[str]) -> str:

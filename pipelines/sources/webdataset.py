@@ -18,7 +18,7 @@ from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from .archives import GROUP_ITEMS, Names, log, path_of, warn_of_others
 from .base import IMAGE_EXTENSIONS, Group, as_text
-from .labels import Found, Kind, Listed, asked_columns, read_labels
+from .labels import KINDS, Found, Kind, Listed, asked_columns, read_labels
 from .tar import TarSource, members, split_key
 
 _MAX_LABEL_BYTES = 1 << 20
@@ -156,7 +156,8 @@ def _label_column(name: str, kind: Kind | None) -> tuple[str, Kind | None]:
     if name in ("cls", "txt") or (name.startswith("json:") and all(name.removeprefix("json:").split("."))):
         return name, kind or ("class" if name == "txt" else None)
     raise UsageError(
-        f"--labels {name}: labels of a WebDataset are cls, txt, json:FIELD (a.b for one within another) or none"
+        f"--labels {name}: labels of a WebDataset are cls, txt, json:FIELD (a.b for one within another) or none; also "
+        f"with a kind ({', '.join(KINDS)}), as in cls:class"
     )
 
 
