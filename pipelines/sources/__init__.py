@@ -12,8 +12,8 @@ from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..storage import is_remote
 from .base import Source, location_of
+from .columns import key_column
 from .folder import FolderSource
-from .rows import key_column
 from .stores import is_web
 
 _CIFAR_FILES = ("batches.meta", "meta")

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from ..errors import SourceError, UsageError
 from ..storage import is_remote
 from .base import Group, location_of
+from .columns import PATH_COLUMNS, named_columns, path_column
 from .labels import Asked
-from .rows import EXTENSIONS, PATH_COLUMNS, Listing, Table, below, named_columns, path_column
+from .rows import EXTENSIONS, Listing, Table, below
 
 _TABLE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, EXTENSIONS))}))(?::(.*))?", re.I | re.S)  # FILE.csv:A,B
 

@@ -138,7 +138,7 @@ class FolderSource(TreeSource, Listed[Listing]):
     are opened when they are listed. Labels may also be
 
     - `FILE.csv`, `FILE.csv:A,B` (or another table): in a table with paths relative to the folder; its columns as
-      `rows.named_columns` finds them. The items are those of the table, in its order.
+      `columns.named_columns` finds them. The items are those of the table, in its order.
     - `csv:NAME.csv`, `csv:NAME.csv:A,B`: in a table of that name in each folder of images, with a column of file names,
       the first unless its name says which. Its labels are found in the same way; where no column has a usual name, all
       others are labels but `key`. The order in a folder is that of its table.

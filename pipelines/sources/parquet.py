@@ -26,9 +26,9 @@ from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .arrow import explained, open_parquet, rows
 from .base import Group, Item, as_bytes
+from .columns import key_column, label_columns, require
 from .files import Files
 from .labels import Found, Listed, is_missing, read_labels
-from .rows import key_column, label_columns, require
 
 log = logging.getLogger(__name__)
 

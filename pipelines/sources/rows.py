@@ -8,7 +8,6 @@ import csv
 import io
 import itertools
 import json
-import logging
 import operator
 import os
 import re
@@ -21,20 +20,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import BuildConfig
-from ..errors import SourceError, UsageError
+from ..errors import SourceError
 from ..rejects import BadItem
 from ..storage import is_remote
 from . import arrow
 from .base import Group, as_bytes, as_text
+from .columns import require
 from .files import Files
-from .labels import KINDS, Asked, Labels, asked_columns, is_missing, read_labels
+from .labels import Asked, Labels, is_missing, read_labels
 from .stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of
 
-log = logging.getLogger(__name__)
-
-PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image", "image_path", "img")
-LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 _DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # the first of them that the line of names has
@@ -327,74 +322,6 @@ class Listing:
         return as_bytes(str(self._value_of(value)).strip())
 
 
-def require(name: str, columns: Sequence[str], location: str) -> str:
-    """The name of a column. Raises SourceError if there is no such column, or if there are two."""
-    if columns.count(name) != 1:
-        what = "no" if name not in columns else "more than one"
-        raise SourceError(f"{location!r} has {what} column {name!r}; it has {_shown(columns)}")
-    return name
-
-
-def path_column(asked: str | None, columns: Sequence[str], location: str) -> str:
-    """The column of a table that has paths: the one asked for, or the first that has a usual name."""
-    found = asked or next((name for name in PATH_COLUMNS if name in columns), None)
-    if found is None:
-        raise SourceError(
-            f"{location!r} has no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; it has "
-            f"{_shown(columns)}; name one of them so, or say --image-column NAME where SRC is the table"
-        )
-    return require(found, columns, location)
-
-
-def label_columns(labels: str | None, columns: Sequence[str], location: str) -> Asked:
-    """The columns of SRC that have labels, as `named_columns`; none for `--labels none`. Warns where it finds none."""
-    if labels == "none":
-        return []
-    found = named_columns(labels, columns, location)
-    if not found and len(columns) > 1:
-        log.warning(
-            "%r has no column with a usual name of labels, but %s; it is built without labels unless --labels A,B "
-            "names columns",
-            location, _shown(columns),
-        )  # fmt: skip
-    return found
-
-
-def named_columns(names: str | None, columns: Sequence[str], location: str, before: str = "") -> Asked:
-    """The columns of a table that are named, as in A,B:float, or else the one that has a usual name, if any.
-
-    Args:
-        names: them, or None.
-        columns: those of the table.
-        location: the table.
-        before: what stands before `names` in `--labels`, for messages.
-
-    Raises:
-        SourceError: there is no such column, or there are two with usual names.
-        UsageError: as `asked_columns`, or another kind than there are.
-    """
-    if names is None:
-        found = [name for name in LABEL_COLUMNS if name in columns]
-        if len(found) > 1:
-            raise SourceError(
-                f"{location!r} has the columns {_shown(found)}; say --labels {before}{found[0]}, or "
-                f"{before}A,B, or none"
-            )
-        return [(name, None) for name in found]
-    asked = asked_columns(names)
-    for name, _ in asked:
-        column, colon, kind = name.rpartition(":")
-        if colon and name not in columns and column in columns:
-            raise UsageError(f"--labels {before}{name}: {kind!r} is no kind of labels; allowed: {', '.join(KINDS)}")
-        require(name, columns, location)
-    return asked
-
-
-def key_column(config: BuildConfig) -> str | None:
-    """The column that `--split-by` names, if it names one."""
-    return None if config.split_by in (None, "label", "random", "folder") else config.split_by
-
-
 def below(text: str, root: str) -> bytes:
     """A path of a table, relative to `root`, an absolute path or a URL.
 
@@ -419,7 +346,3 @@ def below(text: str, root: str) -> bytes:
         return as_bytes(path)
     except UnicodeEncodeError as exc:
         raise ValueError(f"{shown}, which is no text; mend it") from exc
-
-
-def _shown(columns: Sequence[str]) -> str:
-    return ", ".join(map(repr, columns[:30])) + (", ..." if len(columns) > 30 else "")

@@ -11,9 +11,10 @@ from ..config import BuildConfig
 from ..errors import SourceError
 from ..storage import is_remote
 from .base import Group, Item, as_bytes, location_of
+from .columns import key_column, label_columns, path_column
 from .folder import read_file
 from .labels import Listed
-from .rows import Listing, Table, below, key_column, label_columns, path_column
+from .rows import Listing, Table, below
 from .stores import READS_AT_ONCE, fetch, store_of
 
 
