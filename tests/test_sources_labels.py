@@ -16,6 +16,7 @@ import gpu_npz
 from gpu_npz.errors import SourceError
 from gpu_npz.rejects import BadItem
 from gpu_npz.selection import listed
+from gpu_npz.sources import labels as labels_module
 from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.folder import FolderSource
 
@@ -31,6 +32,15 @@ def table(path: Path, *lines: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def test_equal_texts_are_kept_once_and_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels_module, "_MAX_TEXTS", 2)
+    one = labels_module.shared()
+    first = [one(str(number)) for number in range(1000, 1003)]
+    again = [one(str(number)) for number in range(1000, 1003)]
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False]
+    assert [one(value) for value in (None, 1.5, "1002")] == [None, 1.5, "1002"]
 
 
 # Folders

@@ -17,6 +17,7 @@ from .base import LabelColumn, Source, as_bytes, as_text, numbered
 Kind = Literal["class", "integer", "float"]
 Asked = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
 KINDS = ("class", "integer", "float")
+_MAX_TEXTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,18 @@ class Listed(Source, Generic[L]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listing": None}
+
+
+def shared() -> Callable[[Any], Any]:
+    """What gives one object for equal texts, of which millions of rows may have few; anything else as it is."""
+    texts: dict[str, str] = {}
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return texts.setdefault(value, value) if len(texts) < _MAX_TEXTS else texts.get(value, value)
+
+    return one
 
 
 def refuse_classes_without_labels(labels: str | None, classes: Sequence[str] | None) -> None:

@@ -27,7 +27,7 @@ from . import arrow
 from .base import Group, as_bytes, as_text
 from .columns import require
 from .files import Files
-from .labels import Asked, Labels, is_missing, read_labels
+from .labels import Asked, Labels, is_missing, read_labels, shared
 from .stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -39,7 +39,6 @@ _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 _CONTENT = re.compile(r"data:[^,]{0,100},|(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AK)[A-Za-z0-9+/\s]{60}")
 _CONTENT_ADVICE = "images themselves are read from files or from Parquet: write them there"
 _GROUP_ITEMS = 10_000
-_MAX_TEXTS = 100_000
 
 
 def _downloaded(url: str) -> Any:
@@ -203,7 +202,7 @@ class Listing:
         self._hashes = array("q")
         self._values: list[list[Any]] = [[] for _ in asked]
         self._keys: list[bytes] = []
-        self._texts: dict[str, str] = {}
+        self._shared = shared()
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -261,7 +260,7 @@ class Listing:
             )
         elif classes is not None:
             raise SourceError(f"{self._location!r} is taken without labels; leave --classes-from out")
-        self._values, self._texts = [], {}
+        self._values, self._shared = [], shared()
         return self
 
     def groups(self) -> Iterator[Group]:
@@ -308,12 +307,8 @@ class Listing:
         return f"row {self._row(number)}" + (f" of {table!r}" if len(self._tables) > 1 else "")
 
     def _value_of(self, value: Any) -> Any:
-        if isinstance(value, str):
-            if len(self._texts) < _MAX_TEXTS:  # one object for all rows that have it
-                return self._texts.setdefault(value, value)
-            return self._texts.get(value, value)
-        if value is None or isinstance(value, (int, float)):
-            return value
+        if value is None or isinstance(value, (int, float, str)):
+            return self._shared(value)
         raise ValueError(f"has a {type(value).__name__} as label; allowed: texts and numbers")
 
     def _key_of(self, value: Any) -> bytes:
