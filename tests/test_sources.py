@@ -294,8 +294,8 @@ def test_classes_that_the_list_does_not_have_are_named(tmp_path: Path) -> None:
 
 
 def test_a_list_of_classes_for_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no class folders; leave --classes-from out"):
-        FolderSource(touch(tmp_path, "1.jpg"), ["a"])
+    with pytest.raises(SourceError, match="has no labels; leave --classes-from out"):
+        opened(touch(tmp_path, "1.jpg"), ["a"])
 
 
 def test_a_class_that_comes_while_the_source_is_in_use_is_an_error(tmp_path: Path) -> None:

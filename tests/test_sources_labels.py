@@ -52,7 +52,7 @@ def test_folders_are_just_folders_where_there_are_no_labels(tmp_path: Path) -> N
     assert (source.class_names, source.columns, source.kind) == (None, (), "folder")
     assert labelled(source) == [("z.jpg", None), ("a/deep/2.jpg", None), ("b/1.jpg", None)]
     assert "or say --labels none" in refusal(root)
-    assert "leave --classes-from out" in refusal(root, ["a"], labels="none")
+    assert "contradict each other" in refusal(root, ["a"], labels="none")
 
 
 def test_class_folders_are_what_is_meant_without_a_word(tmp_path: Path) -> None:

@@ -164,7 +164,8 @@ def test_names_of_classes_come_from_the_schema_or_from_a_list(tmp_path: Path) ->
     assert group.labels is not None
     assert (group.labels.dtype, group.labels.tolist()) == (np.float64, [2.0, 0.0])
     assert opened(path, labels="label:class").class_names == ("cat", "dog", "eel")
-    assert "without labels; leave --classes-from out" in refusal(path, ["cat"], labels="none")
+    assert "contradict each other" in refusal(path, ["cat"], labels="none")
+    assert "has no labels; leave --classes-from out" in refusal(write(tmp_path / "u.parquet", [b"a"]), ["cat"])
     write(path, [b"a", b"b"], names={"label": ["cat", "dog"]}, label=[2, -1])
     assert "has 2 for row 0 of 't.parquet'; there are names for 2 classes, 0 to 1" in refusal(path)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import gpu_npz
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import SourceError
+from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.rejects import BadItem
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, read_item
@@ -122,8 +122,10 @@ def test_labels_are_left_out_or_numbered_by_a_list(tmp_path: Path) -> None:
     assert (source.class_names, labelled(source)) == (("z", "b", "a"), [("1.jpg", 1), ("2.jpg", 2)])
     with pytest.raises(SourceError, match=r"--classes-from does not name: 'a'"):
         open_source(path, BuildConfig(), ["b"])
-    with pytest.raises(SourceError, match="without labels; leave --classes-from out"):
+    with pytest.raises(UsageError, match="contradict each other"):
         open_source(path, BuildConfig(labels="none"), ["b"])
+    path = as_csv(tmp_path / "u.csv", {"path": ["1.jpg", "2.jpg"]})
+    assert "has no labels; leave --classes-from out, or say by --labels" in refusal(path, ["b"])
 
 
 def test_byte_order_marks_blank_lines_quotes_and_foreign_bytes_are_ordinary(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_numbers_are_classes_where_names_are_given(samples: Path) -> None:
     with pytest.raises(SourceError, match=r"has 7 for 'a\.b/1\.jpg'; there are names for 3 classes"):
         opened(samples, None, names[:3])
     with pytest.raises(UsageError, match="contradict"):
-        opened(samples, "none", names)
+        open_source(samples, BuildConfig(labels="none"), names)
 
 
 def test_several_tars_stand_before_the_paths(tmp_path: Path) -> None:

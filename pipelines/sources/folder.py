@@ -71,8 +71,6 @@ class TreeSource(Source):
         if self._flat:
             if self._labels == "class-dir":
                 self._refuse_mixture(top)
-            if classes is not None:
-                raise SourceError(f"{self.location!r} has no class folders; leave --classes-from out")
             return
         found = [as_text(folder) for folder in top.folders]
         self.class_names = tuple(found if classes is None else classes)

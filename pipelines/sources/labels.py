@@ -92,12 +92,6 @@ def shared() -> Callable[[Any], Any]:
     return one
 
 
-def refuse_classes_without_labels(labels: str | None, classes: Sequence[str] | None) -> None:
-    """Raises UsageError for `--labels none` with `--classes-from`."""
-    if labels == "none" and classes is not None:
-        raise UsageError("--labels none and --classes-from contradict each other; leave one out")
-
-
 def asked_columns(text: str) -> Asked:
     """The columns that `--labels A,B:float` names, each with the kind that it is said to have.
 
@@ -144,7 +138,8 @@ def read_labels(
     """
     if classes is not None and len(asked) > 1:
         raise UsageError(f"--classes-from names one column's classes, and {location!r} has {len(asked)}; leave it out")
-    columns, numbers = [], []
+    columns: list[LabelColumn] = []
+    numbers: list[NDArray[Any]] = []
     for (name, wanted), column in zip(asked, values, strict=True):
         if classes is not None and wanted == "float":
             raise UsageError(f"--labels {name}:float and --classes-from contradict each other; leave one out")
@@ -172,7 +167,7 @@ def read_labels(
             numbers.append(np.array([by_name[text] for text in texts], np.int64))
         else:
             as_number = float if kind == "float" else int
-            read = np.array([as_number(entry) for entry in entries], _DTYPES[kind])
+            read: NDArray[Any] = np.array([as_number(entry) for entry in entries], _DTYPES[kind])
             if given is not None:
                 names = _as_numbers(tuple(given), read, name, location, where)
                 kind, read = "class", read.astype(np.int64)

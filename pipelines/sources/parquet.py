@@ -157,8 +157,6 @@ class ParquetSource(Listed[_Listing]):
             return f"row {row - starts[number]} of {self._files.names[number]!r}"
 
         if not self._asked:
-            if self._classes is not None:
-                raise SourceError(f"{self.location!r} is taken without labels; leave --classes-from out")
             return _Listing(None, counts, keys)
         labels = read_labels(
             self._asked, values, location=self.location, where=where, classes=self._classes, known=self._known

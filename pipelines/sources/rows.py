@@ -243,7 +243,7 @@ class Listing:
         """Itself, when all tables were added: finds the labels out.
 
         Raises:
-            SourceError: a path stands there twice, there are classes and no labels, or as `read_labels`.
+            SourceError: a path stands there twice, or as `read_labels`.
             UsageError: as `read_labels`.
         """
         ordered, order = self._by_hash()
@@ -258,8 +258,6 @@ class Listing:
             self.labels = read_labels(
                 self._asked, self._values, location=self._location, where=self._where, classes=classes
             )
-        elif classes is not None:
-            raise SourceError(f"{self._location!r} is taken without labels; leave --classes-from out")
         self._values, self._shared = [], shared()
         return self
 
