@@ -23,7 +23,7 @@ from .output import MANIFEST, PLAN, clear
 from .plan import Plan
 from .rejects import BadItem
 from .selection import listed
-from .sources.base import Item, Source, read_item
+from .sources.base import Item, Source, location_of, read_item
 from .storage import PRIVATE, Storage, is_remote
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ class Measuring:
 
 
 def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
-    """Raises UsageError where OUT lies inside SRC, whose next listing would find it."""
-    source, out = os.fspath(src), storage.root
+    """Raises UsageError where OUT lies inside SRC, whose next listing would find it; SourceError as `location_of`."""
+    source, out = location_of(src), storage.root
     if is_remote(source) != is_remote(out):
         return
     if is_remote(source):

@@ -688,7 +688,7 @@ def test_classes_do_not_come_from_a_dataset_that_has_none_or_is_not_finished(
     with pytest.raises(FormatError):
         build(val, out, settings(classes_from=str(tmp_path / "flat")))
     (tmp_path / "names.txt").write_text("a\n")
-    with pytest.raises(SourceError, match="no class folders"):
+    with pytest.raises(SourceError, match="has no labels; leave --classes-from out"):
         build(tmp_path / "flat", out, settings(classes_from=str(tmp_path / "names.txt")))
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from listing import opened
 
-from gpu_npz.errors import ShardError, SourceError
+import gpu_npz
+from gpu_npz.errors import ShardError, SourceError, UsageError
 from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
 from gpu_npz.sources.base import IMAGE_EXTENSIONS, Item, files_left_out, read_item
 from gpu_npz.sources.folder import FolderSource
@@ -65,6 +66,41 @@ def touch(root: Path, *names: str | bytes) -> Path:
         with open(target, "wb") as file:
             file.write(b"x")
     return root
+
+
+# SRC
+
+no_names = pytest.mark.parametrize("name", ["a\0b", "a\ud800", ""], ids=["NUL", "surrogate", "empty"])
+NO_NAME = "is empty, has a NUL byte, or is no text; give a path or a URL"
+
+
+@no_names
+@pytest.mark.parametrize("extension", ["", ".tar", ".zip", ".csv", ".parquet", ".npy"])
+def test_what_can_be_no_name_is_refused_as_src(tmp_path: Path, name: str, extension: str) -> None:
+    extension = extension if name else ""
+    for src in (name + extension, f"file://{name}{extension}"):
+        with pytest.raises(SourceError, match=NO_NAME):
+            opened(src)
+        with pytest.raises(SourceError, match=NO_NAME):
+            gpu_npz.build(src, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800"], ids=["NUL", "surrogate"])
+def test_what_can_be_no_name_is_refused_as_a_table_or_as_root(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "a/1.jpg")
+    (tmp_path / "t.csv").write_text("path,label\na/1.jpg,1\n")
+    for src, settings in (
+        (tmp_path, {"labels": f"{name}.csv"}),
+        (tmp_path, {"labels": f"csv:{name}.csv"}),
+        (tmp_path / "t.csv", {"root": name}),
+    ):
+        with pytest.raises(SourceError, match=NO_NAME):
+            opened(src, **settings)
+
+
+def test_out_in_a_src_by_its_url_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="lies inside SRC"):
+        gpu_npz.build(f"file://{tmp_path}", tmp_path / "out")
 
 
 # Listing
@@ -269,8 +305,8 @@ def test_classes_that_the_list_does_not_have_are_named(tmp_path: Path) -> None:
 
 
 def test_a_list_of_classes_for_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no class folders; leave --classes-from out"):
-        FolderSource(touch(tmp_path, "1.jpg"), ["a"])
+    with pytest.raises(SourceError, match="has no labels; leave --classes-from out"):
+        opened(touch(tmp_path, "1.jpg"), ["a"])
 
 
 def test_a_class_that_comes_while_the_source_is_in_use_is_an_error(tmp_path: Path) -> None:

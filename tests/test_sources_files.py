@@ -74,6 +74,9 @@ def test_ranges_are_padded_as_bash_pads_them() -> None:
     assert list(files_module._expanded("{a}{}")) == ["{a}{}"]
     with pytest.raises(SourceError, match="stands for more than 1000000 files"):
         files_module._expanded("{0..9999999999}")
+    for pattern in (f"{{0..{'9' * 5000}}}", f"{{{'0' * 4000}..1}}", "{1..1}" * 2000, "{a,b}" * 2000):
+        with pytest.raises(SourceError, match=r"its \{\.\.\.\} are too many, or have numbers of more than 18 digits"):
+            files_module._expanded(pattern)
 
 
 def test_a_folder_is_taken_by_the_names_inside(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from listing import labelled, opened, refusal
 import gpu_npz
 from gpu_npz.errors import SourceError
 from gpu_npz.rejects import BadItem
+from gpu_npz.selection import listed
+from gpu_npz.sources import labels as labels_module
 from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.folder import FolderSource
 
@@ -31,6 +34,15 @@ def table(path: Path, *lines: str) -> Path:
     return path
 
 
+def test_equal_texts_are_kept_once_and_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels_module, "_MAX_TEXTS", 2)
+    one = labels_module.shared()
+    first = [one(str(number)) for number in range(1000, 1003)]
+    again = [one(str(number)) for number in range(1000, 1003)]
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False]
+    assert [one(value) for value in (None, 1.5, "1002")] == [None, 1.5, "1002"]
+
+
 # Folders
 
 
@@ -40,7 +52,7 @@ def test_folders_are_just_folders_where_there_are_no_labels(tmp_path: Path) -> N
     assert (source.class_names, source.columns, source.kind) == (None, (), "folder")
     assert labelled(source) == [("z.jpg", None), ("a/deep/2.jpg", None), ("b/1.jpg", None)]
     assert "or say --labels none" in refusal(root)
-    assert "leave --classes-from out" in refusal(root, ["a"], labels="none")
+    assert "contradict each other" in refusal(root, ["a"], labels="none")
 
 
 def test_class_folders_are_what_is_meant_without_a_word(tmp_path: Path) -> None:
@@ -101,8 +113,11 @@ def test_images_without_a_row_are_counted_and_rows_without_an_image_are_rejects(
     root = touch(tmp_path, "1.jpg", "2.jpg", "a/3.jpg", "notes.txt")
     path = table(tmp_path / "l.csv", "path,label", "gone.jpg,1", "2.jpg,2")
     message = refusal(root, labels=str(path))
-    assert "2 images have no row in" in message
-    assert "'1.jpg' for one; add rows, or move the images away" in message
+    assert f"2 of 3 images have no row in '{path}', '1.jpg' for one, relative to SRC, and rows there " in message
+    assert "rows there begin with 'gone.jpg'; add or mend rows, or move the images away" in message
+    table(path, "path,label")
+    message = refusal(root, labels=f"{path}:label")
+    assert f"3 of 3 images have no row in '{path}', '1.jpg' for one, relative to SRC, and there are no rows" in message
     table(path, "path,label", "gone.jpg,1", "2.jpg,2", "a/3.jpg,3", "1.jpg,4")
     source = opened(root, labels=str(path))
     assert labelled(source) == [("gone.jpg", 1), ("2.jpg", 2), ("a/3.jpg", 3), ("1.jpg", 4)]
@@ -131,22 +146,55 @@ def test_a_table_that_leads_out_of_the_folder_or_is_none_is_refused(tmp_path: Pa
 @pytest.mark.parametrize(
     ("texts", "values"),
     [
-        (("12345678901234567890", "12345678901234567891", "7"), [0, 1, 2]),  # identifiers, and no floats
         (("1e3", "1e3", "2.5"), [1000.0, 1000.0, 2.5]),
-        (("\x1e5", "1", "2"), None),
+        ((" 5", "\x1e1", "2\u3000"), [5, 1, 2]),
+        (("12345678901234567890", "12345678901234567891", "7"), None),  # identifiers, and no floats
     ],
 )
 def test_texts_of_digits_are_numbers_where_they_fit(tmp_path: Path, texts: tuple[str, ...], values: Any) -> None:
     root = touch(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
     path = table(tmp_path / "l.csv", "path,label", *(f"{row}.jpg,{text}" for row, text in enumerate(texts)))
-    if values is None:
-        assert "mend it" in refusal(root, labels=str(path))
-    elif isinstance(values[0], float):
+    if values is not None:
         assert [label for _, label in labelled(opened(root, labels=str(path)))] == values
     else:
         assert "both texts" in refusal(root, labels=str(path))
         found = labelled(opened(root, labels=f"{path}:label:class"))
         assert len({label for _, label in found}) == 3
+
+
+@pytest.mark.parametrize("extension", [".csv", ".jsonl"])
+def test_blanks_around_a_text_make_no_other_class_and_no_other_patient(tmp_path: Path, extension: str) -> None:
+    root = touch(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
+    rows = [("cat", " p1"), (" cat", "p1"), ("big dog\t", "p2 ")]
+    lines = {
+        ".csv": ["path, label, patient", *(f"{row}.jpg,{label},{key}" for row, (label, key) in enumerate(rows))],
+        ".jsonl": [
+            json.dumps({"path": f"{row}.jpg", "label": label, "patient": key}) for row, (label, key) in enumerate(rows)
+        ],
+    }
+    path = table(tmp_path / f"l{extension}", *lines[extension])
+    source = opened(root, labels=str(path), split="v=0.5/v", split_by="patient")
+    assert (source.class_names, [label for _, label in labelled(source)]) == (("big dog", "cat"), [1, 1, 0])
+    assert [key for group in source.groups() for key in group.keys or ()] == [b"p1", b"p1", b"p2"]
+    assert [label for _, label in labelled(opened(root, ["cat", "big dog"], labels=str(path)))] == [0, 0, 1]
+
+
+def test_whole_numbers_are_classes_by_a_list_however_they_are_written(tmp_path: Path) -> None:
+    root = touch(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
+    path = table(tmp_path / "l.csv", "path,label", "0.jpg,1.0", "1.jpg,0.0", "2.jpg,1.0")
+    source = opened(root, ["no", "yes"], labels=str(path))
+    (group,) = source.groups()
+    assert (source.class_names, source.columns) == (("no", "yes"), ())
+    assert group.labels is not None
+    assert (group.labels.dtype, group.labels.tolist()) == (np.int64, [1, 0, 1])
+    assert listed(source, gpu_npz.BuildConfig(labels=str(path), per_class=1))["order"].tolist() == [0, 1]
+    assert "label:float and --classes-from contradict each other" in refusal(
+        root, ["no", "yes"], labels=f"{path}:label:float"
+    )
+    table(path, "path,label", "0.jpg,1.0", "1.jpg,0.5", "2.jpg,1.0")
+    assert "column 'label' has 0.5 for row 2; there are names for 2 classes" in refusal(
+        root, ["no", "yes"], labels=str(path)
+    )
 
 
 def test_a_table_is_the_one_that_was_named_in_whatever_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +244,44 @@ def test_one_column_of_texts_in_every_folder_is_classes_over_all_of_them(tmp_pat
     assert (source.class_names, labelled(source)) == (("cat", "dog"), [("a/1.jpg", 1), ("b/1.jpg", 0)])
 
 
+def patients(root: Path, head: str, *rows: str) -> Path:
+    """A folder with a table `l.csv` for each row, which names the file that stands there."""
+    for number, row in enumerate(rows):
+        touch(root, f"{number}/1.jpg")
+        table(root / f"{number}" / "l.csv", head, row)
+    return root
+
+
+def test_a_table_in_every_folder_has_the_usual_column_of_labels_or_those_that_are_named(tmp_path: Path) -> None:
+    root = patients(tmp_path, "label,file,age,site,note", "x,1.jpg,30,s1,a", "y,1.jpg,40,s2,b")
+    source = opened(root, labels="csv:l.csv")
+    assert (source.class_names, labelled(source)) == (("x", "y"), [("0/1.jpg", 0), ("1/1.jpg", 1)])
+    source = opened(root, labels="csv:l.csv:age:float,site")
+    assert [(each.name, each.kind) for each in source.columns] == [("age", "float"), ("site", "class")]
+    assert labelled(source) == [("0/1.jpg", [30, 0]), ("1/1.jpg", [40, 1])]
+    assert labelled(pickle.loads(pickle.dumps(source))) == labelled(source)
+    assert "no column 'x'; it has 'label', 'file'" in refusal(root, labels="csv:l.csv:age,x")
+    root = patients(tmp_path / "two", "file,label,target", "1.jpg,1,2")
+    assert "say --labels csv:l.csv:label, or csv:l.csv:A,B, or none" in refusal(root, labels="csv:l.csv")
+    path = table(tmp_path / "all.csv", "file,label,target", "0/1.jpg,1,2")
+    assert f"say --labels {path}:label, or {path}:A,B, or none" in refusal(root, labels=str(path))
+
+
+def test_without_a_usual_name_all_columns_are_labels_but_those_of_files_and_of_the_split(tmp_path: Path) -> None:
+    root = patients(tmp_path, ",patient,slice,edema,mass", "0,p1,1.jpg,0,1", "1,p2,1.jpg,1,0")
+    settings: dict[str, Any] = {"labels": "csv:l.csv", "split": "v=0.5/v", "split_by": "patient"}
+    source = opened(root, **settings)
+    assert [(each.name, each.kind) for each in source.columns] == [("edema", "integer"), ("mass", "integer")]
+    assert labelled(source) == [("0/1.jpg", [0, 1]), ("1/1.jpg", [1, 0])]
+    assert [each for group in source.groups() for each in group.keys or ()] == [b"p1", b"p2"]
+    root = patients(tmp_path / "bare", "patient,slice", "p1,1.jpg")
+    assert "has the columns 'patient', 'slice'; it needs one of file names and one of labels, beside 'patient'" in (
+        refusal(root, **settings)
+    )
+    root = patients(tmp_path / "alone", "slice", "1.jpg")
+    assert "has the columns 'slice'; it needs one of file names and one of labels" in refusal(root, labels="csv:l.csv")
+
+
 def test_tables_that_do_not_fit_are_refused_with_the_folder(tmp_path: Path) -> None:
     root = touch(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
     table(root / "a" / "l.csv", "path,x", "1.jpg,1")
@@ -204,7 +290,8 @@ def test_tables_that_do_not_fit_are_refused_with_the_folder(tmp_path: Path) -> N
     table(root / "b" / "l.csv", "path,x", "2.jpg,1")
     assert "/c' has images and no 'l.csv'; add one" in refusal(root, labels="csv:l.csv")
     table(root / "c" / "l.csv", "path,x", "other.jpg,1")
-    assert "1 images have no row in 'csv:l.csv', 'c/3.jpg' for one" in refusal(root, labels="csv:l.csv")
+    message = refusal(root, labels="csv:l.csv")
+    assert f"1 of 3 images have no row in '{root}/a/l.csv' or in 2 more tables, 'c/3.jpg' for one" in message
     table(root / "c" / "l.csv", "path,x", "3.jpg,1", "3.jpg,2")
     assert "row 1 of '" in (message := refusal(root, labels="csv:l.csv"))
     assert "c/l.csv' and row 2 of '" in message
@@ -216,7 +303,7 @@ def test_tables_that_do_not_fit_are_refused_with_the_folder(tmp_path: Path) -> N
         assert f"row 1 has '{path}'; a table in every folder has names of files" in refusal(root, labels="csv:l.csv")
     table(root / "c" / "l.csv", "path,x", "..,1")
     assert "row 1 has the path '..'" in refusal(root, labels="csv:l.csv")
-    for name in ("", "a/l.csv", "../l.csv"):
+    for name in ("", "a/l.csv", "../l.csv", "l", "l.csv.old", ":x"):
         assert "give the name that a table has in each folder" in refusal(root, labels=f"csv:{name}")
     (tmp_path / "empty" / "x").mkdir(parents=True)
     assert "no folder with images or with a table 'l.csv'" in refusal(tmp_path / "empty", labels="csv:l.csv")

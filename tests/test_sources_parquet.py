@@ -158,7 +158,14 @@ def test_names_of_classes_come_from_the_schema_or_from_a_list(tmp_path: Path) ->
     assert "--classes-from does not name: 'cat', 'eel'" in refusal(path, ["dog"])
     source = opened(path, labels="label:integer")
     assert (source.class_names, source.columns[0].kind) == (None, "integer")
-    assert "without labels; leave --classes-from out" in refusal(path, ["cat"], labels="none")
+    source = opened(path, labels="label:float")
+    assert (source.class_names, source.columns[0].kind, source.columns[0].classes) == (None, "float", None)
+    (group,) = source.groups()
+    assert group.labels is not None
+    assert (group.labels.dtype, group.labels.tolist()) == (np.float64, [2.0, 0.0])
+    assert opened(path, labels="label:class").class_names == ("cat", "dog", "eel")
+    assert "contradict each other" in refusal(path, ["cat"], labels="none")
+    assert "has no labels; leave --classes-from out" in refusal(write(tmp_path / "u.parquet", [b"a"]), ["cat"])
     write(path, [b"a", b"b"], names={"label": ["cat", "dog"]}, label=[2, -1])
     assert "has 2 for row 0 of 't.parquet'; there are names for 2 classes, 0 to 1" in refusal(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import http.server
 import json
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 import gpu_npz
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import SourceError
+from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.rejects import BadItem
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, read_item
@@ -121,8 +122,10 @@ def test_labels_are_left_out_or_numbered_by_a_list(tmp_path: Path) -> None:
     assert (source.class_names, labelled(source)) == (("z", "b", "a"), [("1.jpg", 1), ("2.jpg", 2)])
     with pytest.raises(SourceError, match=r"--classes-from does not name: 'a'"):
         open_source(path, BuildConfig(), ["b"])
-    with pytest.raises(SourceError, match="without labels; leave --classes-from out"):
+    with pytest.raises(UsageError, match="contradict each other"):
         open_source(path, BuildConfig(labels="none"), ["b"])
+    path = as_csv(tmp_path / "u.csv", {"path": ["1.jpg", "2.jpg"]})
+    assert "has no labels; leave --classes-from out, or say by --labels" in refusal(path, ["b"])
 
 
 def test_byte_order_marks_blank_lines_quotes_and_foreign_bytes_are_ordinary(tmp_path: Path) -> None:
@@ -132,6 +135,20 @@ def test_byte_order_marks_blank_lines_quotes_and_foreign_bytes_are_ordinary(tmp_
     ]  # fmt: skip
     text = b'\xef\xbb\xbf{"path": "a.jpg", "label": 1}\n\n {"label": 2, "path": "\\u00e9.jpg"}\r\n'
     assert labelled(opened(table(tmp_path / "t.jsonl", text))) == [("a.jpg", 1), ("é.jpg", 2)]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_semicolons_and_tabs_are_seen_in_the_line_of_names(tmp_path: Path, delimiter: str) -> None:
+    columns = {"path": ["1.jpg", '"2;\t,.jpg"'], "label": ["a,b", "c"], "w": [1, 2]}
+    path = as_csv(tmp_path / "t.csv", columns, delimiter)
+    assert labelled(opened(path)) == [("1.jpg", 0), ("2;\t,.jpg", 1)]
+    path.write_text("\n\n" + path.read_text() + "3.jpg\n")
+    assert "line 6 has 1 values, the first 3" in refusal(path)
+    assert labelled(opened(table(tmp_path / "u.csv", f"path,a{delimiter}b\n1.jpg,2\n"), labels=f"a{delimiter}b")) == [
+        ("1.jpg", 2)
+    ]
+    path = as_csv(tmp_path / "t.tsv", {"path;label": ["1.jpg;a"]}, "\t")
+    assert "it has 'path;label'" in refusal(path)
 
 
 def test_a_table_may_have_any_name_and_a_file_of_another_name_may_be_a_table(tmp_path: Path) -> None:
@@ -147,7 +164,7 @@ def test_the_path_column_is_found_by_its_name_or_given(tmp_path: Path) -> None:
     assert "no column 'x'; it has 'img', 'filename', 'photo'" in refusal(path, image_column="x")
     path = as_csv(tmp_path / "u.csv", {"photo": ["3.jpg"]})
     assert "has no column path, file, " in (message := refusal(path))
-    assert "it has 'photo'; --image-column NAME says which one has paths" in message
+    assert "it has 'photo'; name one of them so, or say --image-column NAME where SRC is the table" in message
 
 
 def test_paths_are_relative_to_the_table_or_to_root_and_full_ones_below_it_are_made_relative(tmp_path: Path) -> None:
@@ -218,6 +235,50 @@ def test_a_path_that_leads_elsewhere_or_is_none_is_refused_with_its_row(
     written = WRITERS[extension](tmp_path / f"t{extension}", {"path": ["1.jpg", "2.jpg", path, "4.jpg"]})
     with pytest.raises(SourceError, match=what):
         opened(written)
+
+
+def test_a_full_path_may_be_a_url_of_files(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "t.csv", {"path": [f"file://{tmp_path}/a/1.jpg", "2.jpg", f"{tmp_path}/3%20.jpg"]})
+    assert [name for name, _ in labelled(opened(path))] == ["a/1.jpg", "2.jpg", "3%20.jpg"]
+    for name in (
+        "file:///etc/passwd",
+        f"file://{tmp_path}/../1.jpg",
+        f"file://localhost{tmp_path}/1.jpg",
+        "file://1.jpg",
+    ):
+        as_csv(path, {"path": ["1.jpg", name]})
+        assert f"row 2 has the path '{name}', which is not below '{tmp_path}'; --root says" in refusal(path)
+
+
+@pytest.mark.parametrize("start", ["data:image/png;base64,", "data:,", ""])
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"II*\0", b"MM\0*"])
+def test_images_in_the_cells_of_a_table_are_refused_with_what_to_do(tmp_path: Path, start: str, content: bytes) -> None:
+    for size in (60, 500_000):
+        cell = start + base64.b64encode(content + bytes(size)).decode()
+        written = [
+            as_csv(tmp_path / "t.csv", {"image": ["1.jpg", f'"{cell}"']}),
+            as_json(tmp_path / "t.jsonl", {"image": ["1.jpg", cell]}),
+        ]
+        for path in written:
+            message = refusal(path)
+            if (path.suffix, size) == (".csv", 500_000):
+                assert "line 3 is no CSV (field larger than field limit (131072)); leave long columns out; " in message
+            else:
+                assert "row 2 has an image in place of a path ('" in message
+            assert "images themselves are read from files or from Parquet: write them there" in message
+            assert len(message) < 400
+
+
+def test_a_kind_of_labels_that_is_none_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "t.csv", {"path": ["1.jpg"], "label": [1], "a:b": [2]})
+    assert "--labels label:clas: 'clas' is no kind of labels; allowed: class, integer, float" in refusal(
+        path, labels="label:clas"
+    )
+    (tmp_path / "1.jpg").touch()
+    for labels in (f"{path}:label:text", "csv:t.csv:label:text"):
+        assert f"--labels {labels}: 'text' is no kind" in refusal(tmp_path, labels=labels)
+    assert labelled(opened(path, labels="a:b")) == labelled(opened(path, labels="a:b:integer")) == [("1.jpg", 2)]
+    assert "has no column 'x:clas'" in refusal(path, labels="x:clas")
 
 
 def test_an_absolute_path_that_leads_out_of_root_by_dots_is_refused(tmp_path: Path) -> None:

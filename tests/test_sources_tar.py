@@ -82,8 +82,8 @@ def test_images_in_no_folder_have_no_labels_and_a_mixture_is_refused(tmp_path: P
     flat = pack(tmp_path / "flat.tar", {"2.jpg": b"2", "1.jpg": b"1", "docs/readme.txt": b""})
     assert opened(flat).class_names is None
     assert labelled(opened(flat)) == [("2.jpg", None), ("1.jpg", None)]
-    with pytest.raises(SourceError, match="no class folders; leave --classes-from out"):
-        TarSource(str(flat), BuildConfig(), ["a"])
+    with pytest.raises(SourceError, match="has no labels; leave --classes-from out"):
+        open_source(flat, classes=["a"])
     mixed = pack(tmp_path / "mixed.tar", {"2.jpg": b"2", "a/1.jpg": b"1"})
     with pytest.raises(SourceError, match=r"images in no folder \('2\.jpg', \.\.\.\) and images in folders"):
         opened(mixed)
@@ -105,7 +105,7 @@ def test_classes_are_numbered_by_a_list_and_what_it_lacks_is_named(tmp_path: Pat
     with pytest.raises(SourceError, match="1 classes that --classes-from does not name: 'c'"):
         TarSource(tar, BuildConfig(), ["a"])
     with pytest.raises(UsageError, match="contradict"):
-        TarSource(tar, BuildConfig(labels="none"), ["a"])
+        open_source(tar, BuildConfig(labels="none"), ["a"])
     with pytest.raises(UsageError, match=r"--labels t\.csv: labels of a tar are class-dir"):
         opened(tar, labels="t.csv")
 

@@ -67,7 +67,7 @@ def test_numbers_are_classes_where_names_are_given(samples: Path) -> None:
     with pytest.raises(SourceError, match=r"has 7 for 'a\.b/1\.jpg'; there are names for 3 classes"):
         opened(samples, None, names[:3])
     with pytest.raises(UsageError, match="contradict"):
-        opened(samples, "none", names)
+        open_source(samples, BuildConfig(labels="none"), names)
 
 
 def test_several_tars_stand_before_the_paths(tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_what_a_sample_lacks_is_named(tmp_path: Path, files: dict[str, bytes], l
         opened(pack(tmp_path / "t.tar", files), labels)
 
 
-@pytest.mark.parametrize("labels", ["class-dir", "json", "json:", "json:a..b", "labels.csv"])
+@pytest.mark.parametrize("labels", ["class-dir", "json", "json:", "json:a..b", "labels.csv", "cls:clas"])
 def test_labels_of_another_form_are_refused(samples: Path, labels: str) -> None:
-    with pytest.raises(UsageError, match="labels of a WebDataset are cls, txt, json:FIELD"):
+    with pytest.raises(UsageError, match=r"cls, txt, json:FIELD .* also with a kind \(class, integer, float\)"):
         opened(samples, labels)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..storage import is_remote
-from .base import Source
+from .base import Source, location_of
+from .columns import key_column
 from .folder import FolderSource
-from .rows import key_column
 from .stores import is_web
 
 _CIFAR_FILES = ("batches.meta", "meta")
@@ -47,11 +47,22 @@ def open_source(
         classes: the names of classes by number; found in the collection if None.
 
     Raises:
-        SourceError: it cannot be listed or read, or has no such labels.
+        SourceError: it cannot be listed or read, or has no such labels, or none where there are `classes`.
         UsageError: the settings do not go together.
     """
     config = config or BuildConfig()
-    location = os.fspath(src).removeprefix("file://")
+    if classes is not None and config.labels == "none":
+        raise UsageError("--labels none and --classes-from contradict each other; leave one out")
+    source = _opened(src, config, classes)
+    if classes is not None and source.class_names is None:
+        raise SourceError(
+            f"{source.location!r} has no labels; leave --classes-from out, or say by --labels where they are"
+        )
+    return source
+
+
+def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[str] | None) -> Source:
+    location = location_of(src)
     kind = _detected(location, config.image_column) if config.source == "auto" else config.source
     for name in ("image_column", "root"):
         if getattr(config, name) is not None and kind not in ("table", "parquet"):

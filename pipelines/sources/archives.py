@@ -21,7 +21,6 @@ from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .base import Group, Item, Source, as_bytes, as_text, extension_of, no_images, numbered
 from .base import is_image as has_extension
 from .files import Files
-from .labels import refuse_classes_without_labels
 
 log = logging.getLogger(__name__)
 GROUP_ITEMS = 8192
@@ -78,7 +77,6 @@ class ArchiveSource(Source):
         self.reads_at_once = self._files.reads_at_once
         self._prefixes = [os.fsencode(name) + b"/" for name in self._files.names] if len(self._files) > 1 else [b""]
         self._numbers: dict[bytes, int] = {}
-        refuse_classes_without_labels(config.labels, classes)
         self._number_classes(config, classes)
 
     def _number_classes(self, config: BuildConfig, classes: Sequence[str] | None) -> None:
@@ -98,8 +96,6 @@ class ArchiveSource(Source):
                 "--labels none"
             )
         if survey.loose is not None:
-            if classes is not None:
-                raise SourceError(f"{self.location!r} has no class folders; leave --classes-from out")
             return
         found = [as_text(folder) for folder in sorted(survey.folders)]
         self.class_names = tuple(found if classes is None else classes)

@@ -29,7 +29,7 @@ from ..storage import is_remote
 from .archives import GROUP_ITEMS, place_of, read_piece
 from .base import Group, Item
 from .files import Files
-from .labels import Found, Listed, number_array, refuse_classes_without_labels
+from .labels import Found, Listed, number_array
 from .netpbm import encoded
 from .zip import LOCAL_HEADER_BYTES, data_offset
 
@@ -108,7 +108,6 @@ class NumpySource(Listed[Found]):
     kind = "numpy"
 
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        refuse_classes_without_labels(config.labels, classes)
         self._asked, self._classes = config.labels, classes
         if config.labels and config.labels.lower().endswith(".npy") and not is_remote(config.labels):
             self._asked = os.path.abspath(config.labels)  # another process may work in another folder
@@ -145,8 +144,6 @@ class NumpySource(Listed[Found]):
                 self._array.where, self._array.size >> 20, tempfile.gettempdir(),
             )  # fmt: skip
         self._take_labels()
-        if self.class_names is None and not self.columns and classes is not None:
-            raise SourceError(f"{self.location!r} has no labels; leave --classes-from out, or give --labels")
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

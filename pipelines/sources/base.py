@@ -63,7 +63,7 @@ class Group:
         label: of all of them; -1 where there are none, or where each has its own.
         labels: of each: int64 or float64 (items,), or (items, K) for K columns.
         places: see `Item.place`: int64 (items, numbers).
-        keys: what each belongs to (a patient, say), for a split that must not tear that apart.
+        keys: what each belongs to (a patient, say), for a split that must not tear that apart; without blanks around.
     """
 
     folder: bytes
@@ -149,6 +149,22 @@ def read_item(source: Source, item: Item) -> bytes:
                 raise BadItem("read", "empty", "zero bytes")
             return data
     raise AssertionError("unreachable")
+
+
+def location_of(place: str | os.PathLike[str]) -> str:
+    """A path, a pattern of paths or a URL as text, without `file://`.
+
+    Raises:
+        SourceError: nothing can have such a name.
+    """
+    text = os.fspath(place).removeprefix("file://")
+    try:
+        possible = text and "\0" not in text and as_bytes(text)
+    except UnicodeEncodeError:  # a surrogate that is none of PEP 383
+        possible = False
+    if not possible:
+        raise SourceError(f"{text!r} is empty, has a NUL byte, or is no text; give a path or a URL")
+    return text
 
 
 def as_text(name: bytes) -> str:

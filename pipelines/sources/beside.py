@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import SourceError, UsageError
 from ..storage import is_remote
-from .base import Group
+from .base import Group, location_of
+from .columns import PATH_COLUMNS, named_columns, path_column
 from .labels import Asked
-from .rows import EXTENSIONS, PATH_COLUMNS, Listing, Table, below, label_columns, path_column
+from .rows import EXTENSIONS, Listing, Table, below
 
 _TABLE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, EXTENSIONS))}))(?::(.*))?", re.I | re.S)  # FILE.csv:A,B
 
@@ -27,7 +28,8 @@ def list_tables(
     """The items that the tables name, with their labels.
 
     Args:
-        labels: `FILE.csv`, `FILE.csv:A,B` (paths relative to SRC), or `csv:NAME` (names of files in the folder).
+        labels: `FILE.csv` (paths relative to SRC) or `csv:NAME.csv` (names of files in the folder), with or without
+            `:A,B` behind it, the columns of labels: see `FolderSource`.
         location: SRC.
         folders: gives the folders of images, and those with a file of the given name.
         key: as for `Listing`.
@@ -37,19 +39,22 @@ def list_tables(
         SourceError: a table is missing or damaged, or has other labels than another.
         UsageError: `labels` is none of these.
     """
-    kind, _, name = labels.partition(":")
-    if kind == "csv":
-        if not name or "/" in name:
-            raise UsageError(f"--labels {labels}: give the name that a table has in each folder, as in csv:labels.csv")
-        return _in_folders(name, location, folders(name), key).finish(classes)
-    match = _TABLE.fullmatch(labels)
+    match = _TABLE.fullmatch(labels.removeprefix("csv:"))
+    if labels.startswith("csv:"):
+        if match is None or "/" in match[1]:
+            raise UsageError(
+                f"--labels {labels}: give the name that a table has in each folder, as in csv:labels.csv or "
+                f"csv:labels.csv:A,B; tables have one of {' '.join(EXTENSIONS)}"
+            )
+        location_of(match[1])
+        return _in_folders(match[1], match[2], location, folders(match[1]), key).finish(classes)
     if match is None:
         raise UsageError(
             f"--labels {labels!r} of a folder; allowed: class-dir, none, a table FILE.csv or FILE.csv:A,B, or "
-            f"csv:NAME, a table in every folder; tables have one of {' '.join(EXTENSIONS)}"
+            f"csv:NAME or csv:NAME:A,B, a table in every folder; tables have one of {' '.join(EXTENSIONS)}"
         )
     table = Table(match[1])
-    asked = label_columns(match[2], table.columns, table.location)
+    asked = named_columns(match[2], table.columns, table.location, f"{match[1]}:")
     if not asked:
         raise SourceError(
             f"--labels {labels}: it has the columns {', '.join(map(repr, table.columns))}, none with a usual name of "
@@ -68,7 +73,7 @@ def absolute(labels: str) -> str:
     return os.path.abspath(match[1]) + (f":{match[2]}" if match[2] else "")
 
 
-def _in_folders(name: str, location: str, folders: Iterator[Group], key: str | None) -> Listing:
+def _in_folders(name: str, names: str | None, location: str, folders: Iterator[Group], key: str | None) -> Listing:
     listing: Listing | None = None
     first: tuple[str, Asked] = "", []
     for group in folders:
@@ -77,8 +82,7 @@ def _in_folders(name: str, location: str, folders: Iterator[Group], key: str | N
         if not os.path.lexists(path):
             raise SourceError(f"{os.path.dirname(path)!r} has images and no {name!r}; add one, or move them away")
         table = Table(path)
-        column = next((each for each in PATH_COLUMNS if each in table.columns), table.columns[0])
-        asked: Asked = [(each, None) for each in table.columns if each != column]
+        column, asked = _columns(table, names, f"csv:{name}:", key)
         if listing is None:
             listing, first = Listing(location, asked, key), (folder, asked)
         if {*asked} != {*first[1]}:
@@ -90,6 +94,20 @@ def _in_folders(name: str, location: str, folders: Iterator[Group], key: str | N
     if listing is None:
         raise SourceError(f"{location!r} has no folder with images or with a table {name!r}")
     return listing
+
+
+def _columns(table: Table, names: str | None, before: str, key: str | None) -> tuple[str, Asked]:
+    """The column of file names of a folder's table, and those of labels."""
+    asked = named_columns(names, table.columns, table.location, before)
+    others = [each for each in table.columns if each and each != key and each not in dict(asked)]
+    column = next((each for each in (*PATH_COLUMNS, *others) if each in others), None)
+    asked = asked or [(each, None) for each in others if each != column]
+    if column is None or not asked:
+        raise SourceError(
+            f"{table.location!r} has the columns {', '.join(map(repr, table.columns))}; it needs one of file names and "
+            f"one of labels{'' if key is None else f', beside {key!r}'}"
+        )
+    return column, asked
 
 
 def _in_folder(text: str, folder: bytes, location: str) -> bytes:

@@ -18,7 +18,7 @@ from . import pickles
 from .archives import place_of, read_piece
 from .base import Group, Item, as_text
 from .files import Files
-from .labels import Found, Listed, number_array, refuse_classes_without_labels
+from .labels import Found, Listed, number_array
 from .netpbm import encoded
 
 SIDE = 32
@@ -211,7 +211,6 @@ class CifarSource(Listed[_Listing]):
             raise UsageError(
                 f"--labels {config.labels}: {location!r} has {' or '.join(allowed)}, or its own where it is left out"
             )
-        refuse_classes_without_labels(config.labels, classes)
         self._folder, self._asked, self._classes = folder, config.labels, classes
         self._names = (name,) if name else collection["train"]
         # Of the folder of CIFAR-100, `train` alone; a pattern finds files in the order of `parts`.

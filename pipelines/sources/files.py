@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from ..errors import SourceError
 from ..storage import is_remote, open_regular
+from .base import location_of
 from .stores import (
     BLOCK_BYTES,
     READS_AT_ONCE,
@@ -34,6 +35,7 @@ from .stores import (
 
 _OPEN_FILES = 64
 _MAX_FILES = 1_000_000
+_MAX_DIGITS = 18
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _GLOB = re.compile(r"[*?\[]")
 _LIVE: weakref.WeakSet[Files] = weakref.WeakSet()
@@ -55,7 +57,8 @@ class Files:
     """
 
     def __init__(self, location: str, inside: str = "*") -> None:
-        self.location = location if is_remote(location) else os.path.abspath(location.removeprefix("file://"))
+        location = location_of(location)
+        self.location = location if is_remote(location) else os.path.abspath(location)
         self._remote = is_remote(location)
         self._start_anew()
         found = self._found(inside)
@@ -290,9 +293,15 @@ def _close(descriptors: dict[int, int]) -> None:
 
 def _expanded(pattern: str) -> Iterable[str]:
     """The names that `{000..099}` and `{a,b}` stand for, as bash has them. Raises SourceError for a million."""
-    names = list(itertools.islice(_each(pattern), _MAX_FILES + 1))
+    try:
+        names = list(itertools.islice(_each(pattern), _MAX_FILES + 1))
+    except (ValueError, RecursionError) as exc:
+        raise SourceError(
+            f"{pattern[:200]!r}: its {{...}} are too many, or have numbers of more than {_MAX_DIGITS} digits; give "
+            "fewer files at a time"
+        ) from exc
     if len(names) > _MAX_FILES:
-        raise SourceError(f"{pattern!r} stands for more than {_MAX_FILES} files; give fewer at a time")
+        raise SourceError(f"{pattern[:200]!r} stands for more than {_MAX_FILES} files; give fewer at a time")
     return names
 
 
@@ -305,6 +314,8 @@ def _each(pattern: str) -> Iterator[str]:
     parts: Iterable[str]
     if choice is not None:
         parts = choice.split(",")
+    elif max(len(first), len(last)) > _MAX_DIGITS:
+        raise ValueError(f"a number of {max(len(first), len(last))} digits")
     else:
         padded = any(len(text) > 1 and text.startswith("0") for text in (first, last))
         width = max(len(first), len(last)) if padded else 0

@@ -75,8 +75,6 @@ class TreeSource(Source):
         if self._flat:
             if self._labels == "class-dir":
                 self._refuse_mixture(top)
-            if classes is not None:
-                raise SourceError(f"{self.location!r} has no class folders; leave --classes-from out")
             return
         found = [as_text(folder) for folder in top.folders]
         self.class_names = tuple(found if classes is None else classes)
@@ -147,9 +145,10 @@ class FolderSource(TreeSource, Listed[Listing]):
     are opened when they are listed. Labels may also be
 
     - `FILE.csv`, `FILE.csv:A,B` (or another table): in a table with paths relative to the folder; its columns as
-      `rows.label_columns` finds them. The items are those of the table, in its order.
-    - `csv:NAME`: in a table NAME in each folder of images, with a column of file names, the first unless its name says
-      which; all others are labels. The order in a folder is that of its table.
+      `columns.named_columns` finds them. The items are those of the table, in its order.
+    - `csv:NAME.csv`, `csv:NAME.csv:A,B`: in a table of that name in each folder of images, with a column of file names,
+      the first unless its name says which. Its labels are found in the same way; where no column has a usual name, all
+      others are labels but `key`. The order in a folder is that of its table.
 
     Args:
         location: SRC.
@@ -198,13 +197,7 @@ class FolderSource(TreeSource, Listed[Listing]):
     def _tabled(self) -> Iterator[Group]:
         """What the tables name, after a look whether they name every image."""
         listing = self._listed()
-        paths = (group.folder + name for group in self._walk(b"", -1) for name in group.names)
-        count, example = listing.lacking(paths)
-        if count:
-            raise SourceError(
-                f"{self.location!r}: {count} images have no row in {self._tables!r}, {as_text(example)!r} for one; add "
-                "rows, or move the images away"
-            )
+        listing.require_rows(group.folder + name for group in self._walk(b"", -1) for name in group.names)
         self.left_out.clear()  # the tables say which files are items
         yield from listing.groups()
 

@@ -17,6 +17,7 @@ from .base import LabelColumn, Source, as_bytes, as_text, numbered
 Kind = Literal["class", "integer", "float"]
 Asked = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
 KINDS = ("class", "integer", "float")
+_MAX_TEXTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,16 @@ class Listed(Source, Generic[L]):
         return {**self.__dict__, "_listing": None}
 
 
-def refuse_classes_without_labels(labels: str | None, classes: Sequence[str] | None) -> None:
-    """Raises UsageError for `--labels none` with `--classes-from`."""
-    if labels == "none" and classes is not None:
-        raise UsageError("--labels none and --classes-from contradict each other; leave one out")
+def shared() -> Callable[[Any], Any]:
+    """What gives one object for equal texts, of which millions of rows may have few; anything else as it is."""
+    texts: dict[str, str] = {}
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return texts.setdefault(value, value) if len(texts) < _MAX_TEXTS else texts.get(value, value)
+
+    return one
 
 
 def asked_columns(text: str) -> Asked:
@@ -113,26 +120,31 @@ def read_labels(
 ) -> Labels:
     """Numbers for the labels of all items.
 
-    Whole numbers stay what they are, so do other numbers; texts are classes, numbered in the order of their bytes.
+    Whole numbers stay what they are, so do other numbers; texts are classes, without the blanks around them, numbered
+    in the order of their bytes.
 
     Args:
         asked: name and kind of each column; None for the kind that its values have.
         values: the values of each column, an entry an item: texts, numbers, or None.
         location: the source, for messages.
         where: says which entry one is: "row 12", "'a/1.jpg'".
-        classes: the names of classes by number, for a single column; whole numbers are then numbers of these.
-        known: the names that the whole numbers of a column have in the source itself.
+        classes: the names of classes by number, for a single column; whole numbers (`2.0` too) are numbers of these.
+        known: the names that the whole numbers of a column have in the source itself, unless it is said to be
+            something else than classes.
 
     Raises:
         SourceError: a value is missing or of another kind than those before, or a class is not in the list.
-        UsageError: there are several columns, and `classes`, which is for one.
+        UsageError: `classes`, and several columns, or one that is said to be of floats.
     """
     if classes is not None and len(asked) > 1:
         raise UsageError(f"--classes-from names one column's classes, and {location!r} has {len(asked)}; leave it out")
-    columns, numbers = [], []
+    columns: list[LabelColumn] = []
+    numbers: list[NDArray[Any]] = []
     for (name, wanted), column in zip(asked, values, strict=True):
-        entries = list(column)
-        given, own = classes, (known or {}).get(name) if wanted != "integer" else None
+        if classes is not None and wanted == "float":
+            raise UsageError(f"--labels {name}:float and --classes-from contradict each other; leave one out")
+        entries = [entry.strip() if isinstance(entry, str) else entry for entry in column]
+        given, own = classes, (known or {}).get(name) if wanted in (None, "class") else None
         kind = _kind(name, wanted if own is None else None, entries, location, where)
         if own is not None and kind == "integer":
             numbered_here = [int(entry) for entry in entries]
@@ -154,12 +166,12 @@ def read_labels(
             by_name = numbered(list(names), found, location)
             numbers.append(np.array([by_name[text] for text in texts], np.int64))
         else:
-            numbers.append(
-                np.array([float(entry) if kind == "float" else int(entry) for entry in entries], _DTYPES[kind])
-            )
+            as_number = float if kind == "float" else int
+            read: NDArray[Any] = np.array([as_number(entry) for entry in entries], _DTYPES[kind])
             if given is not None:
-                names = _as_numbers(tuple(given), numbers[-1], name, location, where)
-                kind = "class"
+                names = _as_numbers(tuple(given), read, name, location, where)
+                kind, read = "class", read.astype(np.int64)
+            numbers.append(read)
         columns.append(LabelColumn(name=name, kind=kind, classes=names))
     stacked = numbers[0] if len(numbers) == 1 else np.stack(numbers, axis=1)
     if len(columns) == 1 and columns[0].classes is not None:

@@ -26,9 +26,9 @@ from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .arrow import explained, open_parquet, rows
 from .base import Group, Item, as_bytes
+from .columns import key_column, label_columns, require
 from .files import Files
-from .labels import Found, Listed, is_missing, read_labels
-from .rows import key_column, label_columns, require
+from .labels import Found, Listed, is_missing, read_labels, shared
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class ParquetSource(Listed[_Listing]):
         values: list[list[Any]] = [[] for _ in self._asked]
         keys: list[bytes] = []
         names = [name for name, _ in self._asked] + ([] if self._key is None else [self._key])
-        starts = [0]
+        starts, one = [0], shared()
         for number in range(len(self._files)):
             path = self._files.path(number)
             file = open_parquet(self._files, number)
@@ -141,13 +141,12 @@ class ParquetSource(Listed[_Listing]):
                 require(name, file.schema_arrow.names, path)
             if any(_class_names(file).get(name, known) != known for name, known in self._known.items()):
                 raise SourceError(f"{path!r} has other names of classes than {self._files.path(0)!r}; build them apart")
-            texts: dict[str, str] = {}
             for row, found in enumerate(rows(file, path, names) if names else ()):
-                entries = [texts.setdefault(each, each) if isinstance(each, str) else each for each in found]
+                entries = [*map(one, found)]
                 if self._key is not None:
                     if is_missing(key := entries.pop()):
                         raise SourceError(f"{path!r}: row {row} has no {self._key}, which --split-by needs; fill it in")
-                    keys.append(as_bytes(str(key)))
+                    keys.append(as_bytes(str(key).strip()))
                 for column, entry in zip(values, entries, strict=True):
                     column.append(entry)
             counts.append([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
@@ -158,8 +157,6 @@ class ParquetSource(Listed[_Listing]):
             return f"row {row - starts[number]} of {self._files.names[number]!r}"
 
         if not self._asked:
-            if self._classes is not None:
-                raise SourceError(f"{self.location!r} is taken without labels; leave --classes-from out")
             return _Listing(None, counts, keys)
         labels = read_labels(
             self._asked, values, location=self.location, where=where, classes=self._classes, known=self._known

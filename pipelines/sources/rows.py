@@ -6,10 +6,11 @@ import codecs
 import contextlib
 import csv
 import io
+import itertools
 import json
-import logging
 import operator
 import os
+import re
 import tempfile
 import weakref
 from array import array
@@ -19,27 +20,25 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import BuildConfig
 from ..errors import SourceError
 from ..rejects import BadItem
 from ..storage import is_remote
 from . import arrow
 from .base import Group, as_bytes, as_text
+from .columns import require
 from .files import Files
-from .labels import Asked, Labels, asked_columns, is_missing, read_labels
+from .labels import Asked, Labels, is_missing, read_labels, shared
 from .stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of
 
-log = logging.getLogger(__name__)
-
-PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image", "image_path", "img")
-LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # the first of them that the line of names has
 _MAX_LINE_BYTES = 4 << 20  # a line is the most that is held of a text
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
+# A data: URL, or Base64 of how a JPEG, PNG, GIF, WebP or TIFF begins.
+_CONTENT = re.compile(r"data:[^,]{0,100},|(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AK)[A-Za-z0-9+/\s]{60}")
+_CONTENT_ADVICE = "images themselves are read from files or from Parquet: write them there"
 _GROUP_ITEMS = 10_000
-_MAX_TEXTS = 100_000
 
 
 def _downloaded(url: str) -> Any:
@@ -59,8 +58,9 @@ def _downloaded(url: str) -> Any:
 class Table:
     """One table, a file or a URL.
 
-    CSV as RFC 4180 has it, with a line of names first; TSV the same with tabs; JSON lines (https://jsonlines.org): an
-    object a line, the first of which has all the columns; texts are UTF-8, or PEP 383 text where they are not.
+    CSV as RFC 4180 has it, with a line of names first, or with semicolons or tabs where that line has no comma; TSV the
+    same with tabs; JSON lines (https://jsonlines.org): an object a line, the first of which has all the columns; texts
+    are UTF-8, or PEP 383 text where they are not.
 
     Attributes:
         location: its absolute path or URL.
@@ -142,7 +142,13 @@ class Table:
 
     def _records(self, file: BinaryIO) -> Iterator[list[str]]:
         """The rows of a CSV, that of the names first, all of the same length."""
-        reader = csv.reader(self._lines(file), delimiter=_DELIMITERS[self._extension], strict=True)
+        lines = self._lines(file)
+        head = [""]
+        while not head[-1].strip() and (line := next(lines, "")):
+            head.append(line)
+        allowed = _DELIMITERS[self._extension]
+        delimiter = next((each for each in allowed if each in head[-1]), allowed[0])
+        reader = csv.reader(itertools.chain(head[1:], lines), delimiter=delimiter, strict=True)
         width = 0
         try:
             for row in reader:
@@ -153,7 +159,9 @@ class Table:
                     raise self._damaged(reader.line_num, f"has {len(row)} values, the first {width}", "mend it")
                 yield row
         except csv.Error as exc:
-            raise self._damaged(reader.line_num, f"is no CSV ({exc})", "mend it, or write the table anew") from exc
+            long = "field larger" in str(exc)
+            advice = f"leave long columns out; {_CONTENT_ADVICE}" if long else "mend it, or write the table anew"
+            raise self._damaged(reader.line_num, f"is no CSV ({exc})", advice) from exc
 
     def _objects(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(self._lines(file), 1):
@@ -194,7 +202,7 @@ class Listing:
         self._hashes = array("q")
         self._values: list[list[Any]] = [[] for _ in asked]
         self._keys: list[bytes] = []
-        self._texts: dict[str, str] = {}
+        self._shared = shared()
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -215,7 +223,9 @@ class Listing:
         for text, *values in table.rows([path_column, *(name for name, _ in self._asked), *extra]):
             try:
                 if not isinstance(text, str) or is_missing(text):
-                    raise ValueError("has no path" if is_missing(text) else f"has {text!r}, which is no path")
+                    raise ValueError("has no path" if is_missing(text) else f"has {repr(text)[:200]}, which is no path")
+                if _CONTENT.match(text):
+                    raise ValueError(f"has an image in place of a path ({text[:30]!r}...); {_CONTENT_ADVICE}")
                 name = path_of(text)
                 if len(name) > _MAX_PATH_BYTES:
                     raise ValueError(f"has a path of {len(name)} bytes; at most {_MAX_PATH_BYTES} are allowed")
@@ -233,7 +243,7 @@ class Listing:
         """Itself, when all tables were added: finds the labels out.
 
         Raises:
-            SourceError: a path stands there twice, there are classes and no labels, or as `read_labels`.
+            SourceError: a path stands there twice, or as `read_labels`.
             UsageError: as `read_labels`.
         """
         ordered, order = self._by_hash()
@@ -248,9 +258,7 @@ class Listing:
             self.labels = read_labels(
                 self._asked, self._values, location=self._location, where=self._where, classes=classes
             )
-        elif classes is not None:
-            raise SourceError(f"{self._location!r} is taken without labels; leave --classes-from out")
-        self._values, self._texts = [], {}
+        self._values, self._shared = [], shared()
         return self
 
     def groups(self) -> Iterator[Group]:
@@ -264,15 +272,22 @@ class Listing:
                 keys=None if self._key is None else self._keys[start : span.stop],
             )
 
-    def lacking(self, names: Iterator[bytes]) -> tuple[int, bytes]:
-        """How many of these paths no row has, and the first of them."""
+    def require_rows(self, names: Iterator[bytes]) -> None:
+        """Raises SourceError if there is no row for one of these paths, the images of SRC."""
         ordered, order = self._by_hash()
-        count, example = 0, b""
+        images, lacking, example = 0, 0, b""
         for name in names:
+            images += 1
             at = int(np.searchsorted(ordered, hash(name)))
             if at == len(ordered) or self._name(int(order[at])) != name:
-                count, example = count + 1, example or name
-        return count, example
+                lacking, example = lacking + 1, example or name
+        if lacking:
+            more = f" or in {len(self._tables) - 1} more tables" if len(self._tables) > 1 else ""
+            rows = f"rows there begin with {os.fsdecode(self._name(0))!r}" if len(self) else "there are no rows"
+            raise SourceError(
+                f"{lacking} of {images} images have no row in {self._tables[0][1]!r}{more}, {os.fsdecode(example)!r} "
+                f"for one, relative to SRC, and {rows}; add or mend rows, or move the images away"
+            )
 
     def _by_hash(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         hashes = np.array(self._hashes, np.int64)
@@ -290,87 +305,37 @@ class Listing:
         return f"row {self._row(number)}" + (f" of {table!r}" if len(self._tables) > 1 else "")
 
     def _value_of(self, value: Any) -> Any:
-        if isinstance(value, str):
-            if len(self._texts) < _MAX_TEXTS:  # one object for all rows that have it
-                return self._texts.setdefault(value, value)
-            return self._texts.get(value, value)
-        if value is None or isinstance(value, (int, float)):
-            return value
+        if value is None or isinstance(value, (int, float, str)):
+            return self._shared(value)
         raise ValueError(f"has a {type(value).__name__} as label; allowed: texts and numbers")
 
     def _key_of(self, value: Any) -> bytes:
         if is_missing(value):
             raise ValueError(f"has no {self._key}, by which --split-by tells what belongs together; fill it in")
-        return as_bytes(str(self._value_of(value)))
-
-
-def require(name: str, columns: Sequence[str], location: str) -> str:
-    """The name of a column. Raises SourceError if there is no such column, or if there are two."""
-    if columns.count(name) != 1:
-        what = "no" if name not in columns else "more than one"
-        raise SourceError(f"{location!r} has {what} column {name!r}; it has {_shown(columns)}")
-    return name
-
-
-def path_column(asked: str | None, columns: Sequence[str], location: str) -> str:
-    """The column of a table that has paths: the one asked for, or the first that has a usual name."""
-    found = asked or next((name for name in PATH_COLUMNS if name in columns), None)
-    if found is None:
-        raise SourceError(
-            f"{location!r} has no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; it has "
-            f"{_shown(columns)}; --image-column NAME says which one has paths"
-        )
-    return require(found, columns, location)
-
-
-def label_columns(labels: str | None, columns: Sequence[str], location: str) -> Asked:
-    """The columns that have labels: those that `--labels` names, or the one that has a usual name, if any."""
-    if labels == "none":
-        return []
-    if labels is None:
-        found = [name for name in LABEL_COLUMNS if name in columns]
-        if len(found) > 1:
-            raise SourceError(f"{location!r} has the columns {_shown(found)}; say --labels {found[0]}, or A,B, or none")
-        if not found and len(columns) > 1:
-            log.warning(
-                "%r has no column with a usual name of labels, but %s; it is built without labels unless --labels A,B "
-                "names columns",
-                location, ", ".join(map(repr, columns)),
-            )  # fmt: skip
-        return [(name, None) for name in found]
-    asked = asked_columns(labels)
-    for name, _ in asked:
-        require(name, columns, location)
-    return asked
-
-
-def key_column(config: BuildConfig) -> str | None:
-    """The column that `--split-by` names, if it names one."""
-    return None if config.split_by in (None, "label", "random", "folder") else config.split_by
+        return as_bytes(str(self._value_of(value)).strip())
 
 
 def below(text: str, root: str) -> bytes:
     """A path of a table, relative to `root`, an absolute path or a URL.
 
+    A full path, a URL, or a full path behind `file://`, which is taken as it stands there, must lie below `root`.
+
     Raises:
         ValueError: it leads out of it, or is no path at all.
     """
+    shown, within = f"has the path {text[:200]!r}", root.rstrip("/") + "/"
     if "\0" in text:
-        raise ValueError(f"has the path {text!r} with a NUL byte; mend it")
-    path, within = text, root.rstrip("/") + "/"
-    if is_remote(text) or text.startswith("/"):
-        path = text if is_remote(text) else os.path.normpath(text)
+        raise ValueError(f"{shown} with a NUL byte; mend it")
+    path = text.removeprefix("file://") if text.startswith("file:///") else text
+    if is_remote(path) or path.startswith(("/", "file://")):
+        path = path if is_remote(path) else os.path.normpath(path)
         if not path.startswith(within):
-            raise ValueError(f"has the path {text!r}, which is not below {root!r}; --root says what paths are below")
+            raise ValueError(f"{shown}, which is not below {root!r}; --root says what paths are below")
         path = path[len(within) :]
     path = os.path.normpath(path)
     if path in (".", "..") or path.startswith(("../", "/")):
-        raise ValueError(f"has the path {text!r}, which leads out of {root!r}; --root says what paths are relative to")
+        raise ValueError(f"{shown}, which leads out of {root!r}; --root says what paths are relative to")
     try:
         return as_bytes(path)
     except UnicodeEncodeError as exc:
-        raise ValueError(f"has the path {text!r}, which is no text; mend it") from exc
-
-
-def _shown(columns: Sequence[str]) -> str:
-    return ", ".join(map(repr, columns[:30])) + (", ..." if len(columns) > 30 else "")
+        raise ValueError(f"{shown}, which is no text; mend it") from exc

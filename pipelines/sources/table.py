@@ -10,10 +10,11 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError
 from ..storage import is_remote
-from .base import Group, Item, as_bytes
+from .base import Group, Item, as_bytes, location_of
+from .columns import key_column, label_columns, path_column
 from .folder import read_file
 from .labels import Listed
-from .rows import Listing, Table, below, key_column, label_columns, path_column
+from .rows import Listing, Table, below
 from .stores import READS_AT_ONCE, fetch, store_of
 
 
@@ -33,8 +34,8 @@ class TableSource(Listed[Listing]):
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
         self._table: Table | None = (table := Table(location))
         self.location = table.location
-        root = config.root or os.path.dirname(self.location.partition("?")[0])
-        self._root = root.rstrip("/") if is_remote(root) else os.path.abspath(root.removeprefix("file://"))
+        root = location_of(config.root or os.path.dirname(self.location.partition("?")[0]))
+        self._root = root.rstrip("/") if is_remote(root) else os.path.abspath(root)
         self.file_per_item = not is_remote(self._root)
         self.reads_at_once = 1 if self.file_per_item else READS_AT_ONCE
         self._path_column = path_column(config.image_column, table.columns, self.location)

@@ -18,7 +18,7 @@ from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from .archives import GROUP_ITEMS, Names, log, path_of, warn_of_others
 from .base import IMAGE_EXTENSIONS, Group, as_text
-from .labels import Found, Kind, Listed, asked_columns, read_labels
+from .labels import KINDS, Found, Kind, Listed, asked_columns, read_labels, shared
 from .tar import TarSource, members, split_key
 
 _MAX_LABEL_BYTES = 1 << 20
@@ -53,12 +53,12 @@ class WebDatasetSource(TarSource, Listed[_Listing]):
     def _list(self) -> _Listing:
         values: list[list[Any]] = [[] for _ in self._asked]
         paths = array("q")
-        same: dict[Any, Any] = {}  # one object for equal texts: there may be millions
+        one = shared()
         for number in range(len(self._files)):
             for path, row in self._survey_samples(number):
                 paths.append(hash(path))
                 for column, value in zip(values, row, strict=True):
-                    column.append(same.setdefault(value, value) if isinstance(value, str) else value)
+                    column.append(one(value))
         columns = [(name.removeprefix("json:"), kind) for name, kind in self._asked]
         if not columns:
             return _Listing(None, paths)
@@ -156,7 +156,8 @@ def _label_column(name: str, kind: Kind | None) -> tuple[str, Kind | None]:
     if name in ("cls", "txt") or (name.startswith("json:") and all(name.removeprefix("json:").split("."))):
         return name, kind or ("class" if name == "txt" else None)
     raise UsageError(
-        f"--labels {name}: labels of a WebDataset are cls, txt, json:FIELD (a.b for one within another) or none"
+        f"--labels {name}: labels of a WebDataset are cls, txt, json:FIELD (a.b for one within another) or none; also "
+        f"with a kind ({', '.join(KINDS)}), as in cls:class"
     )
 
 
@@ -175,7 +176,7 @@ def _label(file: BinaryIO, key: bytes, sample: Sample, label: str, archive: str)
         file.seek(offset)
         text = file.read(size).decode("utf-8")
         if not field:
-            return text.strip()
+            return text
         value = json.loads(text)
         for part in field.split("."):
             value = value[part]

@@ -1,0 +1,87 @@
+"""Which columns of a table have paths, which have labels, and which says what a split keeps together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ..config import BuildConfig
+from ..errors import SourceError, UsageError
+from .labels import KINDS, Asked, asked_columns
+
+log = logging.getLogger(__name__)
+
+PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image", "image_path", "img")
+LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
+
+
+def require(name: str, columns: Sequence[str], location: str) -> str:
+    """The name of a column. Raises SourceError if there is no such column, or if there are two."""
+    if columns.count(name) != 1:
+        what = "no" if name not in columns else "more than one"
+        raise SourceError(f"{location!r} has {what} column {name!r}; it has {_shown(columns)}")
+    return name
+
+
+def path_column(asked: str | None, columns: Sequence[str], location: str) -> str:
+    """The column of a table that has paths: the one asked for, or the first that has a usual name."""
+    found = asked or next((name for name in PATH_COLUMNS if name in columns), None)
+    if found is None:
+        raise SourceError(
+            f"{location!r} has no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; it has "
+            f"{_shown(columns)}; name one of them so, or say --image-column NAME where SRC is the table"
+        )
+    return require(found, columns, location)
+
+
+def label_columns(labels: str | None, columns: Sequence[str], location: str) -> Asked:
+    """The columns of SRC that have labels, as `named_columns`; none for `--labels none`. Warns where it finds none."""
+    if labels == "none":
+        return []
+    found = named_columns(labels, columns, location)
+    if not found and len(columns) > 1:
+        log.warning(
+            "%r has no column with a usual name of labels, but %s; it is built without labels unless --labels A,B "
+            "names columns",
+            location, _shown(columns),
+        )  # fmt: skip
+    return found
+
+
+def named_columns(names: str | None, columns: Sequence[str], location: str, before: str = "") -> Asked:
+    """The columns of a table that are named, as in A,B:float, or else the one that has a usual name, if any.
+
+    Args:
+        names: them, or None.
+        columns: those of the table.
+        location: the table.
+        before: what stands before `names` in `--labels`, for messages.
+
+    Raises:
+        SourceError: there is no such column, or there are two with usual names.
+        UsageError: as `asked_columns`, or another kind than there are.
+    """
+    if names is None:
+        found = [name for name in LABEL_COLUMNS if name in columns]
+        if len(found) > 1:
+            raise SourceError(
+                f"{location!r} has the columns {_shown(found)}; say --labels {before}{found[0]}, or "
+                f"{before}A,B, or none"
+            )
+        return [(name, None) for name in found]
+    asked = asked_columns(names)
+    for name, _ in asked:
+        column, colon, kind = name.rpartition(":")
+        if colon and name not in columns and column in columns:
+            raise UsageError(f"--labels {before}{name}: {kind!r} is no kind of labels; allowed: {', '.join(KINDS)}")
+        require(name, columns, location)
+    return asked
+
+
+def key_column(config: BuildConfig) -> str | None:
+    """The column that `--split-by` names, if it names one."""
+    return None if config.split_by in (None, "label", "random", "folder") else config.split_by
+
+
+def _shown(columns: Sequence[str]) -> str:
+    return ", ".join(map(repr, columns[:30])) + (", ..." if len(columns) > 30 else "")
