@@ -9,11 +9,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from gpu_npz import worker
 from gpu_npz.builder import BuildReport, Started, build, build_split
-from gpu_npz.cli.console import errors, print_json, printable, show_warnings, size
+from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import RejectLimitError
 from gpu_npz.planning import Measuring
+from gpu_npz.space import size
 
 
 @click.command("build")

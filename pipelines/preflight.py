@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import environment
+from . import environment, space
 from .config import BuildConfig
 from .decode import image_size
 from .environment import Choice
@@ -28,7 +28,7 @@ from .planning import check_places, doubts, inspect
 from .selection import listed
 from .sources import open_source
 from .sources.base import Group, Source, as_bytes
-from .space import free_space, gigabytes, held_bytes, lack_of_space, output_bytes
+from .space import free_space, held_bytes, lack_of_space, output_bytes
 from .storage import LocalStorage, open_storage
 from .tuning import Tuning
 from .worker import Committed, Progress, Task, WorkerEnded, work
@@ -37,6 +37,7 @@ SECONDS = 3.0
 _MEASURED_ITEMS = 20_000
 _MEASURED_SHARD_BYTES = 1 << 27  # measured shards are deleted one by one, so that a few of these are all it takes
 _MANY_SHARDS = 100_000
+_LARGE_BYTES = 10**9  # of float32, from which on it is worth a word
 # A worker that has decoded nothing but tiny images: Python, NumPy and the decoder's library; DALI's without CUDA's.
 _PROCESS_BYTES = {"pillow": 60 * 10**6, "dali": 220 * 10**6}
 
@@ -282,10 +283,10 @@ def _measure(
 
 
 def _warnings(config: BuildConfig, plan: Plan, sample: Sample, needed: int, *, labelled: bool) -> Iterator[str]:
-    if config.dtype == "float32":
-        smaller = gigabytes(needed * config.bit_depth // 32)
+    if config.dtype == "float32" and needed > _LARGE_BYTES:
+        smaller = space.size(needed * config.bit_depth // 32)
         yield (
-            f"--dtype {config.pixel_dtype} would take some {smaller} instead of {gigabytes(needed)}; "
+            f"--dtype {config.pixel_dtype} would take some {smaller} instead of {space.size(needed)}; "
             "readers then normalize, with equal values"
         )
     if labelled and config.shuffle is None and plan.shard_count > 1:

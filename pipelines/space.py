@@ -52,7 +52,7 @@ def require_space(
     if lack is None:
         return
     item_bytes, pixel_bytes = np.dtype(dtype).itemsize, np.dtype(pixel_dtype).itemsize
-    pixels = gigabytes(_at_most(rows, row_bytes * pixel_bytes // item_bytes, shards))
+    pixels = size(_at_most(rows, row_bytes * pixel_bytes // item_bytes, shards))
     smaller = f"--dtype {pixel_dtype} would take {pixels}; " if item_bytes > pixel_bytes else ""
     raise StorageError(
         f"{lack}. {smaller}free some space, choose another OUT, or start all the same with --no-preflight"
@@ -118,7 +118,7 @@ def lack_of_space(place: str, needed_bytes: int, shards: int) -> str | None:
     """What does not fit where `place` lies, None if all does."""
     free_bytes, free_files = free_space(place)
     if free_bytes is not None and needed_bytes > free_bytes:
-        return f"{place!r} needs {gigabytes(needed_bytes)}, and its filesystem has {gigabytes(free_bytes)} free"
+        return f"{place!r} needs {size(needed_bytes)}, and its filesystem has {size(free_bytes)} free"
     files = 2 * shards + shards // 500 + _OTHER_FILES  # a commit record each, and folders of 1,000
     if free_files is not None and files > free_files:
         room = f"its filesystem has room for {free_files}"
@@ -149,6 +149,10 @@ def held_bytes(place: str) -> int:
     return sum(storage.size(name) or 0 for name in shard_files(storage))
 
 
-def gigabytes(number: int) -> str:
-    """A number of bytes in gigabytes."""
-    return f"{number / 1e9:.3f} GB"
+def size(number: float) -> str:
+    """A number of bytes as people write it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(number) < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .errors import StorageError
 from .rejects import Reject
-from .space import free_space, gigabytes
+from .space import free_space, size
 from .worker import Event, Progress, Pulse
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Watch:
         free_bytes, _ = free_space(self._root)
         if free_bytes is not None and free_bytes < self._floor:
             raise StorageError(
-                f"{self._root!r}: its filesystem has {gigabytes(free_bytes)} free, less than the "
-                f"{gigabytes(self._floor)} that a build leaves; stopped before it is full. Free some space, then run "
+                f"{self._root!r}: its filesystem has {size(free_bytes)} free, less than the "
+                f"{size(self._floor)} that a build leaves; stopped before it is full. Free some space, then run "
                 "the same command to resume (--no-preflight does not look)"
             )

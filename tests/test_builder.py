@@ -1048,7 +1048,7 @@ def test_a_build_stops_before_others_fill_the_disk_and_goes_on_when_there_is_roo
     monkeypatch.setattr("gpu_npz.watch._LOOK_S", 0.0)
     free = itertools.chain([10**12] * 2, itertools.repeat(10**6))
     monkeypatch.setattr("gpu_npz.watch.free_space", lambda place: (next(free), None))
-    with pytest.raises(StorageError, match=r"0\.001 GB free, less than the 0\.268 GB that a build leaves"):
+    with pytest.raises(StorageError, match=r"1\.0 MB free, less than the 268\.4 MB that a build leaves"):
         build(mixed, tmp_path / "out", settings())
     assert not (tmp_path / "out/dataset.json").exists()
     monkeypatch.undo()

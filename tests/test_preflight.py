@@ -248,8 +248,15 @@ def test_a_build_that_is_well_set_up_gets_no_warning(make_tree: MakeTree) -> Non
     assert look(make_tree({f"a/{number}.jpg": "jpeg" for number in range(40)}), dtype="uint8", shuffle=0).warnings == ()
 
 
-def test_float32_is_warned_of_with_the_size_of_uint8(tree: Path) -> None:
-    assert warned(look(tree), "--dtype uint8 would take some 0.000 GB instead of 0.001 GB")
+def test_float32_is_warned_of_with_the_size_of_uint8_where_that_saves_something(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not warned(look(tree), "--dtype uint8")
+    monkeypatch.setattr(preflight, "_LARGE_BYTES", 10**5)
+    size = look(tree).output_bytes
+    smaller = f"{space.size(size // 4)} instead of {space.size(size)}"
+    assert smaller.count("kB") == 2
+    assert warned(look(tree), f"--dtype uint8 would take some {smaller}; readers then normalize")
 
 
 def test_shards_sorted_by_class_are_warned_of_where_there_are_labels(tree: Path, make_tree: MakeTree) -> None:
@@ -279,7 +286,8 @@ def test_a_disk_that_is_too_small_is_warned_of(tree: Path, tmp_path: Path, disk:
     asked = disk(free=1000)
     found = look(tree, tmp_path / "not/there")
     assert found.free_bytes == 1000
-    assert warned(found, f"{os.fspath(tmp_path / 'not/there')!r} needs 0.001 GB, and its filesystem has 0.000 GB free")
+    needs = f"needs {space.size(found.output_bytes)}, and its filesystem has 1.0 kB free"
+    assert warned(found, f"{os.fspath(tmp_path / 'not/there')!r} {needs}")
     assert set(asked) == {os.fspath(tmp_path)}
     disk(free=10**9)
     assert not warned(look(tree, tmp_path / "not/there"), "needs")
@@ -314,13 +322,13 @@ def test_a_disk_that_is_too_small_stops_the_build_with_figures_and_ways_out(tmp_
     with pytest.raises(StorageError) as caught:
         require_space(os.fspath(tmp_path / "a/b"), **NEEDS, dtype="float32")
     text = str(caught.value)
-    assert "needs 0.005 GB, and its filesystem has 0.001 GB free" in text
-    assert "--dtype uint8 would take 0.002 GB; free some space, choose another OUT, or start all the same with" in text
+    assert "needs 4.7 MB, and its filesystem has 1.0 MB free" in text
+    assert "--dtype uint8 would take 1.7 MB; free some space, choose another OUT, or start all the same with" in text
     assert text.endswith("--no-preflight")
     assert asked == [os.fspath(tmp_path)]
-    with pytest.raises(StorageError, match=r"--dtype uint16 would take 0\.003 GB"):
+    with pytest.raises(StorageError, match=r"--dtype uint16 would take 2\.7 MB"):
         require_space(os.fspath(tmp_path), **NEEDS, pixel_dtype="uint16")
-    with pytest.raises(StorageError, match=r"GB free\. free some space"):
+    with pytest.raises(StorageError, match=r"MB free\. free some space"):
         require_space(os.fspath(tmp_path), **NEEDS, dtype="uint8")
 
 

@@ -30,7 +30,7 @@ from ..errors import FormatError, SourceError, UsageError
 from ..normalize import levels, row_shape, table
 from ..readers.arrays import open_dataset
 from ..sources.cifar import Cifar
-from ..space import free_space, gigabytes
+from ..space import free_space, size
 from . import loading
 from .formats import FORMATS, OURS, OURS_DEFLATED, Array, Format, Images
 from .rates import Row, Tick, Way, in_turns, linked, machine
@@ -239,7 +239,7 @@ def _as_many_as_fit(images: int, config: BuildConfig, place: Path) -> int:
             continue
         fit = int(room * _MEMORY_SHARE) // image_bytes
         needs = (
-            f"{images} images in all formats take {gigabytes(images * image_bytes)}, and {what} has {gigabytes(room)}"
+            f"{images} images in all formats take {size(images * image_bytes)}, and {what} has {size(room)}"
         )
         if not fit:
             raise UsageError(f"{needs}: not one fits; choose a smaller --size, or --folder")
