@@ -71,6 +71,8 @@ def _lines(found: Survey) -> list[str]:
     shards = f"{found.shards} shard(s) of up to {found.shard_rows} rows, {size(found.output_bytes)}{free}"
     lines = [
         f"{printable(found.source)}: {found.items} items{_classes(found)}",
+        *_labels(found),
+        *_sides(found),
         *_sampled(found.sample, found.items),
         f"  output      images of {shape}, {size(found.row_bytes)} each; {shards}",
         f"  with        {found.backend} on the {'GPU' if found.device == 'cuda' else 'CPU'}, {workers}, "
@@ -82,16 +84,28 @@ def _lines(found: Survey) -> list[str]:
     if found.measured and found.duration_s is not None:
         rate = f"{found.measured.images_per_second:.0f} images/s by one worker"
         lines.append(f"  duration    about {_time(found.duration_s)}: {rate}, {found.measured.items} items measured")
+    if found.shards_left is not None:
+        left = f"{found.shards_left} of {found.shards} shards are left to build"
+        lines.append(f"  begun       {left}, and the settings are those that OUT was begun with")
     return lines + [f"  warning     {printable(warning, keep=chr(10))}" for warning in found.warnings]
 
 
 def _classes(found: Survey) -> str:
     if found.classes is None or found.smallest_class is None or found.largest_class is None:
-        return ", no labels"
+        return "" if found.columns else ", no labels"
     (small, least), (large, most) = found.smallest_class, found.largest_class
     if least == most:
         return f" in {found.classes} classes, {least} in each"
     return f" in {found.classes} classes, {least} ({printable(small)}) to {most} ({printable(large)}) in one"
+
+
+def _labels(found: Survey) -> list[str]:
+    return [f"  labels      {printable(', '.join(map(str, found.columns)))}"] if found.columns else []
+
+
+def _sides(found: Survey) -> list[str]:
+    counts = ", ".join(f"{items} {side}" for side, items in found.sides.items())
+    return [f"  split       {counts}"] if counts else []
 
 
 def _sampled(sample: Sample, items: int) -> list[str]:

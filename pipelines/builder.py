@@ -19,21 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from .config import TRAIN, BuildConfig
+from .config import BuildConfig
 from .engines import local, ray
 from .environment import Choice
 from .errors import (
     LockedError,
     MismatchError,
     RejectLimitError,
-    StorageError,
     UsageError,
 )
 from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
 from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .parts import Part
-from .planning import Measuring, backend, begin, check_places, resume
+from .planning import Measuring, backend, begin, check_places, places, resume
 from .sources import open_source
 from .sources.base import Source
 from .space import require_space
@@ -120,7 +119,7 @@ def build(
         RejectLimitError: all shards are built, and more items were rejected than `max_rejects` allows.
     """
     config = config or BuildConfig()
-    if config.split is not None and config.side is None:
+    if config.sides:
         raise UsageError(
             f"split {config.split} makes several datasets: call build_split, or name one: {config.split}/val"
         )
@@ -181,15 +180,12 @@ def build_split(
         StorageError: `out` is a dataset itself.
         As `build`.
     """
-    if config.split is None or config.side is not None:
+    if not config.sides:
         raise UsageError("split: give it as val=0.1; build makes a single dataset")
-    if (found := open_storage(out)).size(JOB) is not None:
-        raise StorageError(f"{found.root!r} is a dataset; give --split an OUT of its own")
     reports = {}
-    for side in (TRAIN, *config.shares):
-        mine = config.model_copy(update={"split": f"{config.split}/{side}"})
+    for side, storage in places(src, out, config).items():
         told = functools.partial(progress, side) if progress else None
-        reports[side] = build(src, f"{os.fspath(out).rstrip('/')}/{side}", mine, progress=told)
+        reports[side] = build(src, storage.root, config.sides[side], progress=told)
         if config.normalize == "dataset":
             measured = Job.open(open_storage(reports[side].out)).settings
             config = config.model_copy(update={"mean": measured.mean, "std": measured.std})

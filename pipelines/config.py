@@ -482,6 +482,13 @@ class BuildConfig(BaseModel):
         return (self.split or "").partition("/")[2] or None
 
     @property
+    def sides(self) -> dict[str, BuildConfig]:
+        """The settings of each dataset that a split makes, by its side; empty where one dataset is made."""
+        if self.split is None or self.side is not None:
+            return {}
+        return {side: self.model_copy(update={"split": f"{self.split}/{side}"}) for side in (TRAIN, *self.shares)}
+
+    @property
     def max_level(self) -> int:
         """The highest level of a pixel: white."""
         return 255 if self.bit_depth == 8 else 65_535

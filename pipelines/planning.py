@@ -19,12 +19,12 @@ from .environment import Choice, Machine
 from .errors import BackendError, FormatError, MismatchError, SourceError, StorageError, UsageError
 from .job import Job
 from .normalize import row_shape, table
-from .output import MANIFEST, PLAN, clear
+from .output import JOB, MANIFEST, PLAN, clear, require_own
 from .plan import Plan
 from .rejects import BadItem
 from .selection import listed
 from .sources.base import Item, Source, location_of, read_item
-from .storage import PRIVATE, Storage, is_remote
+from .storage import PRIVATE, Storage, is_remote, open_storage
 
 log = logging.getLogger(__name__)
 _PROBED_ITEMS = 16
@@ -50,6 +50,23 @@ def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
         inside = os.path.commonpath([source, out]) == source and os.path.isdir(source)
     if inside:
         raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")
+
+
+def places(src: str | os.PathLike[str], out: str | os.PathLike[str], config: BuildConfig) -> dict[str, Storage]:
+    """Where a build makes its datasets, by the side of a split; one dataset, which is no side, stands under "".
+
+    Raises:
+        UsageError: they would lie inside SRC.
+        StorageError: there are files that no build made, or a dataset where a split makes several.
+    """
+    storage = open_storage(out)
+    if config.sides and storage.size(JOB) is not None:
+        raise StorageError(f"{storage.root!r} is a dataset; give --split an OUT of its own")
+    found = {side: open_storage(storage.path(side)) for side in config.sides} or {"": storage}
+    for each in found.values():
+        check_places(src, each)
+        require_own(each)
+    return found
 
 
 def inspect(config: BuildConfig) -> Machine:

@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 
 from . import environment, space
-from .config import BuildConfig
+from .config import TRAIN, BuildConfig
 from .decode import image_size
 from .environment import Choice
-from .errors import StorageError
+from .errors import BackendError, MismatchError, StorageError
 from .headers import Sample, sample_headers, spread
 from .job import Job
-from .manifest import class_list
+from .manifest import class_list, committed
 from .normalize import row_shape, table
-from .output import require_own, shard_name
+from .output import JOB, shard_name
 from .plan import Plan, collect
-from .planning import check_places, doubts, inspect
+from .planning import backend, doubts, inspect, places, resume
 from .selection import listed
 from .sources import open_source
-from .sources.base import Group, Source, as_bytes
+from .sources.base import Group, LabelColumn, Source, as_bytes
 from .space import free_space, held_bytes, lack_of_space, output_bytes
-from .storage import LocalStorage, open_storage
+from .storage import LocalStorage, Storage, open_storage
 from .tuning import Tuning
 from .worker import Committed, Progress, Task, WorkerEnded, work
 
@@ -67,23 +67,28 @@ class Survey:
     Attributes:
         source: where the images are.
         items: how many.
-        classes: how many; None without labels.
+        sides: how many of them each side of a split gets; empty without one.
+        classes: how many; None without labels, and where these are not classes of one column.
+        columns: the columns of labels where they are not.
         smallest_class, largest_class: name and number of items.
         sample: what the headers say.
         image_size: height and width of a stored image.
         row_bytes, shard_rows, shards: of the output.
+        shards_left: how many are not built yet; None where OUT was not begun, or with other settings.
         output_bytes: all files together, if no item is rejected; of compressed images by the measured run, or the most.
         free_bytes: of the filesystem where OUT lies or will lie; None where it does not tell.
         backend, device, tuning: what the build would take.
         worker_memory_bytes, memory_bytes: main memory of a worker and of all; estimates.
         measured: a short run of one worker; None if it was left out.
-        duration_s: of the build, by that run; an estimate.
+        duration_s: of the build, or of what is left of it, by that run; an estimate.
         warnings: what to think over before the build.
     """
 
     source: str
     items: int
+    sides: dict[str, int]
     classes: int | None
+    columns: tuple[LabelColumn, ...]
     smallest_class: tuple[str, int] | None
     largest_class: tuple[str, int] | None
     sample: Sample
@@ -91,6 +96,7 @@ class Survey:
     row_bytes: int
     shard_rows: int
     shards: int
+    shards_left: int | None
     output_bytes: int
     free_bytes: int | None
     backend: str
@@ -104,7 +110,7 @@ class Survey:
 
     def to_json(self) -> dict[str, Any]:
         """The survey as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "columns": [column.model_dump() for column in self.columns]}
 
 
 def survey(
@@ -128,20 +134,18 @@ def survey(
 
     Raises:
         UsageError, BackendError, SourceError: as `build`.
-        StorageError: `out` holds files that no build made.
+        StorageError: `out` holds files that no build made, or a dataset where a split makes several.
+        FormatError: `out` is damaged.
         ShardError: the measured run failed for a reason that lies outside the images.
     """
-    config = config or BuildConfig()
+    config = given = config or BuildConfig()
     measures_first = config.normalize == "dataset" and config.mean is None
     if measures_first:
         config = BuildConfig(**{**config.model_dump(), "normalize": "unit"})  # the same work
     source = open_source(src, config, class_list(config.classes_from))
-    place = os.getcwd()
+    place, outs = os.getcwd(), {}
     if out is not None:
-        storage = open_storage(out)
-        check_places(src, storage)
-        require_own(storage)
-        place = storage.root
+        place, outs = open_storage(out).root, places(src, out, config)
     choice = environment.choose(config, inspect(config))
     table(config)  # a value that the dtype cannot hold shows here
     progress("listing", 0, None)
@@ -153,13 +157,16 @@ def survey(
     plan = Plan(arrays, config.shard_rows(row_bytes))
     shard_rows = min(plan.shard_rows, plan.item_count)
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=plan.shard_count)
+    sides = _sides(plan, source, config)
+    shards = {side: -(-sides[side] // plan.shard_rows) for side in config.sides} or {"": plan.shard_count}
+    left, unfit = _left(outs, source, given, shards)
     label_columns = 1 if source.class_names is not None else len(source.columns)
     needed = output_bytes(plan, config, shape, label_columns=label_columns)
     memory = _memory(tuning, choice, row_bytes, math.prod(shape), sample)
     measured, trouble = None, None
     if seconds > 0 and config.engine == "ray":
         trouble = "the duration is not known: with --engine ray it depends on the nodes, and nothing is measured here"
-    elif seconds > 0:
+    elif seconds > 0 and left != 0:
         try:
             measured = _measure(plan, source, config, choice, tuning, size, row_bytes, seconds, folder, progress)
         except StorageError as exc:
@@ -167,18 +174,23 @@ def survey(
     if measured and measured.stored_row_bytes and config.deflate_level is not None:
         needed = int(plan.item_count * measured.stored_row_bytes)
     workers = max(1, tuning.workers)
+    share = 1.0 if left is None else left / sum(shards.values())
+    held = sum(held_bytes(storage.root) for storage in outs.values())
     smallest, largest = _classes(plan, source)
     return Survey(
         source=source.location,
         items=plan.item_count,
+        sides=sides,
         classes=None if source.class_names is None else len(source.class_names),
+        columns=source.columns,
         smallest_class=smallest,
         largest_class=largest,
         sample=sample,
         image_size=size,
         row_bytes=row_bytes,
         shard_rows=plan.shard_rows,
-        shards=plan.shard_count,
+        shards=sum(shards.values()),
+        shards_left=left,
         output_bytes=needed,
         free_bytes=free_space(place)[0],
         backend=choice.backend,
@@ -187,13 +199,14 @@ def survey(
         worker_memory_bytes=memory,
         memory_bytes=workers * memory,
         measured=measured,
-        duration_s=plan.item_count / (measured.images_per_second * workers) if measured else None,
+        duration_s=share * plan.item_count / (measured.images_per_second * workers) if measured else None,
         warnings=tuple(
             warning
             for warning in (
                 choice.warning,
-                lack_of_space(place, needed - held_bytes(place), plan.shard_count),
-                _MEASURES_FIRST if measures_first else None,
+                *unfit,
+                lack_of_space(place, needed - held, sum(shards.values())),
+                _MEASURES_FIRST if measures_first and left is None else None,
                 *doubts(config),
                 *_warnings(config, plan, sample, needed, labelled=source.class_names is not None),
                 trouble,
@@ -213,6 +226,33 @@ def _classes(plan: Plan, source: Source) -> tuple[tuple[str, int] | None, tuple[
     counts = np.bincount(plan.labels(), minlength=len(source.class_names))
     smallest, largest = int(counts.argmin()), int(counts.argmax())
     return (source.class_names[smallest], int(counts[smallest])), (source.class_names[largest], int(counts[largest]))
+
+
+def _sides(plan: Plan, source: Source, config: BuildConfig) -> dict[str, int]:
+    """How many items each side of a split gets; train has what the others leave."""
+    if config.side is not None:
+        return {config.side: plan.item_count}
+    others = {side: mine for side, mine in config.sides.items() if side != TRAIN}
+    counts = {side: Plan(listed(source, mine), 1).item_count for side, mine in others.items()}
+    return {TRAIN: plan.item_count - sum(counts.values()), **counts} if counts else {}
+
+
+def _left(
+    outs: dict[str, Storage], source: Source, config: BuildConfig, shards: dict[str, int]
+) -> tuple[int | None, list[str]]:
+    """How many shards a build that goes on would build, None if none would; and why one that was begun would not."""
+    left, unfit = dict(shards), []
+    begun = [side for side, storage in outs.items() if storage.size(JOB) is not None and not config.overwrite]
+    for side in begun:
+        mine = config.sides.get(side, config)
+        try:
+            job = resume(outs[side], source, mine)
+            left[side] = job.plan.shard_count - len(committed(outs[side], job))
+            if left[side]:
+                backend(job, mine)
+        except (MismatchError, BackendError) as exc:
+            unfit.append(f"{outs[side].root!r}: {exc}")
+    return (sum(left.values()) if begun and not unfit else None), unfit
 
 
 # What it takes

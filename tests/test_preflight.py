@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gpu_npz import headers, preflight, space
-from gpu_npz.builder import build
+from gpu_npz.builder import build, build_split
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, StorageError, UsageError
@@ -235,6 +235,77 @@ def test_images_of_one_size_are_found_without_size(make_tree: MakeTree) -> None:
     assert (found.image_size, found.classes, found.smallest_class) == ((90, 120), None, None)
     with pytest.raises(SourceError, match="no image can be decoded"):
         look(make_tree({"2.jpg": "text"}), size=None, resize_mode="none")
+
+
+def test_a_split_is_told_by_its_sides_which_are_those_of_the_build(tree: Path, tmp_path: Path) -> None:
+    config = BuildConfig(**CPU, workers=0, split="val=0.2,test=0.1")
+    found = survey(tree, config, tmp_path / "out", seconds=0)
+    reports = build_split(tree, tmp_path / "out", config)
+    assert found.sides == {side: report.items for side, report in reports.items()}
+    assert (found.items, found.shards) == (40, sum(report.shards for report in reports.values()))
+    assert look(tree, split="val=0.2/val").sides == {"val": 8}
+    assert look(tree, split="val=0.2/val").items == 8
+    assert look(tree).sides == {}
+
+
+def test_columns_of_labels_are_told_where_they_are_not_classes(
+    make_tree: MakeTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = make_tree({"1.jpg": "jpeg", "2.jpg": "jpeg"}).parent / "table.csv"
+    src.write_text("path,grade,age\nimages/1.jpg,good,3\nimages/2.jpg,bad,4.5\n")
+    assert run(["plan", os.fspath(src), "--labels", "grade,age", *FLAGS, "--no-measure"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"{src}: 2 items", "  labels      grade (2 classes), age (float)"]
+    assert run(["plan", os.fspath(src), "--labels", "grade,age", *FLAGS, "--no-measure", "--json"]) == 0
+    columns = json.loads(capsys.readouterr().out)["columns"]
+    assert columns[0] == {"name": "grade", "kind": "class", "classes": ["bad", "good"]}
+
+
+# Where OUT was begun
+
+
+def test_what_is_left_of_a_build_is_told_and_its_duration_is_that_of_the_rest(tree: Path, tmp_path: Path) -> None:
+    assert look(tree, tmp_path / "out").shards_left is None
+    build(tree, tmp_path / "out", BuildConfig(**CPU, workers=0))
+    done = survey(tree, BuildConfig(**CPU), tmp_path / "out", seconds=60)
+    assert (done.shards_left, done.measured) == (0, None)
+    (tmp_path / "out/shard-00001.npz").unlink()
+    found = survey(tree, BuildConfig(**CPU, workers=1), tmp_path / "out", seconds=0.01)
+    assert (found.shards, found.shards_left) == (3, 1)
+    assert found.measured is not None
+    assert found.duration_s == pytest.approx(40 / 3 / found.measured.images_per_second)
+    assert look(tree, tmp_path / "out", overwrite=True).shards_left is None
+
+
+def test_settings_with_which_out_was_not_begun_are_warned_of_by_name(tree: Path, tmp_path: Path) -> None:
+    build(tree, tmp_path / "out", BuildConfig(**CPU, workers=0))
+    found = look(tree, tmp_path / "out", shard_size="8", backend="dali")
+    assert found.shards_left is None
+    assert warned(found, "OUT was begun with other settings:\n  shard-size: 16 there, 8 asked for")
+    (tmp_path / "out/shard-00001.npz").unlink()
+    assert warned(look(tree, tmp_path / "out", backend="dali"), "OUT was begun with backend pillow on cpu")
+
+
+def test_what_is_left_of_a_split_counts_the_sides_that_were_not_begun(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, split = tmp_path / "out", {"split": "val=0.2"}
+    build_split(tree, out, BuildConfig(**CPU, **split, workers=0, normalize="dataset"))
+    assert look(tree, out, **split, normalize="dataset").shards_left == 0
+    (out / "val").rename(tmp_path / "away")
+    found = look(tree, out, **split, normalize="dataset")
+    assert (found.shards, found.shards_left, found.sides) == (3, 1, {"train": 32, "val": 8})
+    given = [os.fspath(tree), os.fspath(out), *FLAGS, "--no-measure", "--normalize", "dataset"]
+    assert run(["plan", *given, "--split", "val=0.2"]) == 0
+    shown = capsys.readouterr().out
+    assert "  split       32 train, 8 val\n" in shown
+    begun = "  begun       1 of 3 shards are left to build, and the settings are those that OUT was begun with\n"
+    assert begun in shown
+    assert "decodes every image once before" not in shown
+    assert warned(look(tree, out, **split), f"{os.fspath(out / 'train')!r}: OUT was begun with other settings")
+    assert look(tree, tmp_path / "away", split="val=0.2/val", normalize="dataset").shards_left == 0
+    with pytest.raises(StorageError, match="is a dataset; give --split an OUT of its own"):
+        look(tree, out / "train", **split)
 
 
 # Warnings

@@ -52,6 +52,9 @@ class LabelColumn(BaseModel):
     kind: Literal["class", "integer", "float"]
     classes: tuple[str, ...] | None = None
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind if self.classes is None else f'{len(self.classes)} classes'})"
+
 
 @dataclass(frozen=True)
 class Group:
