@@ -36,7 +36,7 @@ def command(out: str, as_json: bool) -> None:
 
 def _labels(manifest: Manifest) -> str:
     if manifest.columns:
-        return ", ".join(f"{column.name} ({column.kind})" for column in manifest.columns)
+        return ", ".join(map(str, manifest.columns))
     names = manifest.classes
     if names is None:
         return "no labels"

@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options
-from gpu_npz.config import BuildConfig, load_toml
+from gpu_npz.config import TRAIN, BuildConfig, load_toml
 from gpu_npz.errors import StorageError, UsageError
 from gpu_npz.output import JOB, MANIFEST
 from gpu_npz.storage import open_storage
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 _USED = (
     "device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "crop_pct", "pad_value",
-    "interpolation", "exif_orientation", "background", "max_pixels", "channels", "bit_depth", "shuffle", "limit",
-    "source", "root", "labels", "image_column", "per_class", "split", "split_by", "split_seed", "classes_from",
-    "batch_size", "workers", "threads", "prefetch", "hw_decoder_load",
+    "interpolation", "exif_orientation", "background", "dicom_window", "max_pixels", "channels", "bit_depth",
+    "shuffle", "limit", "source", "root", "labels", "image_column", "per_class", "split", "split_by", "split_seed",
+    "classes_from", "batch_size", "workers", "threads", "prefetch", "hw_decoder_load",
 )  # fmt: skip
 _COLUMNS = 32  # of a drawn histogram
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -68,7 +68,8 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
 def _is_dataset(src: str) -> bool:
     with contextlib.suppress(StorageError):  # what cannot hold a dataset, or not be reached, is told of as a source
         storage = open_storage(src)
-        return any(storage.size(name) is not None for name in (MANIFEST, JOB))
+        sides = (f"{TRAIN}/{MANIFEST}", f"{TRAIN}/{JOB}")  # of an OUT that a split made, which is told of as one
+        return any(storage.size(name) is not None for name in (MANIFEST, JOB, *sides))
     return False
 
 

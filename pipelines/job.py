@@ -19,7 +19,7 @@ from .errors import FormatError, MismatchError
 from .normalize import row_shape
 from .npz.reader import Known, NpzReader
 from .npz.writer import NpzWriter
-from .output import JOB, PLAN
+from .output import JOB, PLAN, refuse_several
 from .plan import Plan
 from .sources.base import LabelColumn, Source
 from .storage import Storage
@@ -146,6 +146,7 @@ class Job:
         """
         content = storage.read(JOB)
         if content is None:
+            refuse_several(storage)
             raise FormatError(f"{storage.path(JOB)!r} is missing; {storage.root!r} was not begun by gpu-npz build")
         label = storage.path(JOB)
         record = from_json(JobRecord, content, label)

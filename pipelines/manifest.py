@@ -18,7 +18,7 @@ from .config import BuildConfig
 from .errors import FormatError, IncompleteError, UsageError
 from .job import Job, from_json, index_comment, store_arrays, to_json
 from .normalize import statistics
-from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, shard_name
+from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, refuse_several, shard_name
 from .rejects import Reject
 from .sources.base import LabelColumn, as_text
 from .storage import Storage, is_remote, open_storage
@@ -162,10 +162,11 @@ def class_list(classes_from: str | None) -> tuple[str, ...] | None:
         return None
     path, option = Path(classes_from), f"--classes-from {classes_from!r}"
     if is_remote(classes_from) or path.is_dir():
-        classes = Manifest.load(classes_from).classes
-        if classes is None:
-            raise UsageError(f"{option}: that dataset has no labels; leave the option out")
-        return classes
+        manifest = Manifest.load(classes_from)
+        if manifest.classes is None:
+            found = f"labels {', '.join(map(str, manifest.columns))}, no classes" if manifest.columns else "no labels"
+            raise UsageError(f"{option}: that dataset has {found}; leave the option out")
+        return manifest.classes
     try:
         lines = as_text(path.read_bytes()).split("\n")
     except OSError as exc:
@@ -320,9 +321,8 @@ def _index(job: Job, records: Sequence[CommitRecord]) -> dict[str, NDArray[Any]]
 
 
 def _no_manifest(storage: Storage) -> IncompleteError | FormatError:
-    if sides := [name for name in storage.names() if storage.size(f"{name}/{JOB}") is not None]:
-        return FormatError(f"{storage.root!r} holds several datasets; give one: {', '.join(sides)}")
     if storage.size(JOB) is None:
+        refuse_several(storage)
         return FormatError(f"{storage.root!r} holds no dataset ({MANIFEST} is missing); give a folder that build made")
     job = Job.open(storage)
     done, shards = len(committed(storage, job)), job.plan.shard_count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 
-from .errors import StorageError
+from .errors import FormatError, StorageError
 from .storage import PRIVATE, Storage
 
 MANIFEST = "dataset.json"
@@ -57,6 +57,16 @@ def require_own(storage: Storage) -> None:
         raise StorageError(
             f"{storage.root!r} is not empty and holds no dataset of gpu-npz ({foreign[0]!r}, ...); choose a new or "
             "empty folder"
+        )
+
+
+def refuse_several(storage: Storage) -> None:
+    """Raises FormatError for a folder that holds the datasets of a split, each in a folder of its own."""
+    files = {name: [f"{name}/{file}" for file in (JOB, MANIFEST)] for name in storage.names() if name != PRIVATE}
+    if sides := [name for name in files if any(storage.size(file) is not None for file in files[name])]:
+        raise FormatError(
+            f"{storage.root!r} is no dataset, but holds {', '.join(sides)}; give one of these, such as "
+            f"{storage.path(sides[0])!r}"
         )
 
 

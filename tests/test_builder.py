@@ -680,8 +680,12 @@ def test_classes_do_not_come_from_a_dataset_that_has_none_or_is_not_finished(
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat/1.jpg").write_bytes(file_bytes("jpeg"))
     build(tmp_path / "flat", tmp_path / "flat-out", settings())
-    with pytest.raises(UsageError, match="that dataset has no labels"):
+    with pytest.raises(UsageError, match="that dataset has no labels; leave the option out"):
         build(val, out, settings(classes_from=str(tmp_path / "flat-out")))
+    (tmp_path / "ages.csv").write_text("path,age\nflat/1.jpg,41\n")
+    build(tmp_path / "ages.csv", tmp_path / "ages", settings(labels="age"))
+    with pytest.raises(UsageError, match=r"that dataset has labels age \(integer\), no classes; leave the option out"):
+        build(val, out, settings(classes_from=str(tmp_path / "ages")))
     (tmp_path / "flat-out/dataset.json").unlink()
     with pytest.raises(IncompleteError):
         build(val, out, settings(classes_from=str(tmp_path / "flat-out")))

@@ -345,6 +345,21 @@ def test_info_of_a_killed_build_says_how_far_it_is(src: str, out: str, capsys: p
     assert "is not complete: 5 of 5 shards" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", [["info"], ["verify"], ["verify", "--repair"], ["stats"], ["preview", "-o", "x.png"], ["retry"]], ids=str
+)
+def test_commands_on_the_datasets_of_a_split_name_them_and_say_which_path_to_give(
+    src: str, out: str, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert run(["build", src, out, *SMALL, "--split", "val=0.5", "--quiet"]) == 0
+    assert run([*command, out]) == 1
+    expected = f"{out!r} is no dataset, but holds train, val; give one of these, such as {out + '/train'!r}"
+    assert capsys.readouterr().err == f"gpu-npz: {expected}\n"
+    shutil.rmtree(f"{out}/train/.gpu-npz")
+    assert run([*command, out]) == 1
+    assert expected in capsys.readouterr().err
+
+
 def test_doctor_tells_what_is_there_and_how_to_get_the_rest(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

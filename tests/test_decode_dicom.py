@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from PIL import Image
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.audit.comparison import compare
+from gpu_npz.cli.main import run
 from gpu_npz.decode import pillow_decoder
 from gpu_npz.decode.dicom import is_dicom
 from gpu_npz.decode.pillow import PillowDecoder, first_size
@@ -370,3 +372,15 @@ def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path) -> None:
     with pytest.raises(BadItem, match="4 frames, which are items in a folder only"):
         decoder_of().decode_image(dicom(stored, NumberOfFrames=4), "scan.dcm")
     assert compare(tmp_path / "out", 6).problems == ()
+
+
+def test_the_command_for_statistics_takes_a_window(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_npz.cli.stats.show_warnings", lambda: None)  # it takes the library's logger over
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/0.dcm").write_bytes(dicom(np.arange(64, dtype=np.uint16).reshape(8, 8)))
+    given = ["--size", "8", "--device", "cpu", "--workers", "0", "--channels", "gray", "--dicom-window", "0,31"]
+    assert run(["stats", str(tmp_path / "src"), *given, "--json"]) == 0
+    (gray,) = json.loads(capsys.readouterr().out)["channels"]
+    assert gray["histogram"][255] == 33

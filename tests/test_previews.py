@@ -171,6 +171,28 @@ def test_datasets_without_labels_and_with_blank_rows(make_tree: MakeTree, tmp_pa
         preview(out, tmp_path / "sheet.png", show="class")
 
 
+def test_whole_numbers_are_grouped_as_classes_are_and_other_labels_are_refused(
+    make_tree: MakeTree, tmp_path: Path
+) -> None:
+    make_tree({f"{number}.jpg": "half" if number == 3 else "jpeg" for number in range(4)})
+    rows = [f"images/{number}.jpg,{label},0.5" for number, label in enumerate((41, -3, 41, 7))]
+    (tmp_path / "table.csv").write_text("\n".join(["path,number,weight", *rows]))
+    out = build(tmp_path / "table.csv", tmp_path / "out", labels="number", on_reject="blank")
+    sheet = preview(out, tmp_path / "sheet.png", show="class")
+    assert [(tile.label, tile.path) for tile in sheet.tiles] == [
+        (-3, "images/1.jpg"),
+        (41, "images/0.jpg"),
+        (41, "images/2.jpg"),
+    ]
+    assert sheet.tiles[0].caption() == ("-3", "row 1")
+    out = build(tmp_path / "table.csv", tmp_path / "several", labels="number,weight")
+    with pytest.raises(
+        UsageError, match=r"number \(integer\), weight \(float\); --by class takes one column of classes"
+    ):
+        preview(out, tmp_path / "sheet.png", show="class")
+    assert preview(out, tmp_path / "sheet.png").tiles[0].caption() == ("images/0.jpg", "row 0")
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown extension": ({"target": "sheet.tiff"}, r"let its name end with \.png, \.jpg, \.jpeg"),
     "no extension": ({"target": "sheet"}, "let its name end with"),

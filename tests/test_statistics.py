@@ -78,6 +78,21 @@ def test_blank_rows_are_no_images(make_tree: MakeTree, tmp_path: Path) -> None:
     assert found.rejects_by_code == source.rejects_by_code
 
 
+@pytest.mark.parametrize(
+    ("labels", "counts"), [("number", {"-3": 1, "41": 2}), ("weight", None), ("number,weight", None)]
+)
+def test_whole_numbers_are_counted_as_classes_are(
+    make_tree: MakeTree, tmp_path: Path, labels: str, counts: dict[str, int] | None
+) -> None:
+    make_tree({f"{number}.jpg": "half" if number == 3 else "jpeg" for number in range(4)})
+    rows = [f"images/{number}.jpg,{label},0.5" for number, label in enumerate((41, -3, 41, 7))]
+    (tmp_path / "table.csv").write_text("\n".join(["path,number,weight", *rows]))
+    config = settings(labels=labels, on_reject="blank")
+    gpu_npz.build(tmp_path / "table.csv", tmp_path / "out", config)
+    assert of_source(tmp_path / "table.csv", config).class_counts == counts
+    assert of_dataset(tmp_path / "out").class_counts == counts
+
+
 def test_processes_count_the_same(tree: Path) -> None:
     assert of_source(tree, settings(workers=2)) == of_source(tree, settings())
 

@@ -47,7 +47,8 @@ Picture = Callable[["Tile"], "Image.Image | None"]
 class Tile:
     """One image of a sheet: a row of the dataset, or a reject with its code.
 
-    `path` is relative to the source, `index` a reject's place in the plan.
+    `path` is relative to the source, `index` a reject's place in the plan. A label that is a whole number, and no
+    class, has no `class_name`.
     """
 
     path: str
@@ -61,7 +62,9 @@ class Tile:
         """The two lines below the image; of a path, the end matters."""
         if self.row is None:
             return self.path, self.code or ""
-        return self.path if self.class_name is None else f"{self.class_name} ({self.label})", f"row {self.row}"
+        if self.label is None:
+            return self.path, f"row {self.row}"
+        return str(self.label) if self.class_name is None else f"{self.class_name} ({self.label})", f"row {self.row}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def preview(
     Args:
         out: the dataset's folder.
         target: the file to write, .png or .jpg; it is replaced if it is there.
-        show: random images; some of each class; or rejected items.
+        show: random images; some of each class, or of each number where labels are whole numbers; or rejected items.
         count: how many images, of each class with `class`; as `COUNTS` says if None.
         seed: which of them are drawn.
         source: where the images are now, for rejects; where they were when the build began if None.
@@ -161,15 +164,21 @@ def _random(data: Dataset, count: int, seed: int) -> list[list[Tile]]:
 
 def _by_class(data: Dataset, count: int, most: int, seed: int) -> tuple[list[list[Tile]], int]:
     """Some images of each class that has any, up to `most` classes; and how many more there are."""
-    if data.labels is None or data.class_names is None:
+    if data.labels is None:
         raise UsageError(f"{data.path!r} has no labels; leave --by class out")
-    labels = data.labels if data.valid is None else np.where(data.valid, data.labels, -1)
-    present = np.unique(labels[labels >= 0]).tolist()
+    if not _countable(data):
+        found = ", ".join(map(str, data.label_columns))
+        raise UsageError(
+            f"{data.path!r} has labels of other kinds, {found}; --by class takes one column of classes or whole "
+            "numbers: leave it out"
+        )
+    valid = np.ones(len(data), bool) if data.valid is None else data.valid
+    present = np.unique(data.labels[valid]).tolist()
     if not present:
         raise UsageError(f"{data.path!r} holds no images: all its items were rejected; --rejects shows them")
     groups = []
     for label in present[:most]:
-        rows = np.flatnonzero(labels == label)
+        rows = np.flatnonzero(valid & (data.labels == label))
         groups.append([_tile(data, int(rows[at])) for at in _some(len(rows), count, seed)])
     return groups, max(0, len(present) - most)
 
@@ -193,11 +202,16 @@ def _some(items: int, count: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(items), min(items, count)))
 
 
+def _countable(data: Dataset) -> bool:
+    """Whether labels are classes or whole numbers."""
+    return data.class_names is not None or [column.kind for column in data.label_columns] == ["integer"]
+
+
 def _tile(data: Dataset, row: int) -> Tile:
-    if data.labels is None or data.class_names is None:
+    if data.labels is None or not _countable(data):
         return Tile(data.paths[row], row)
-    label = int(data.labels[row])
-    return Tile(data.paths[row], row, label=label, class_name=data.class_names[label])
+    label, names = int(data.labels[row]), data.class_names
+    return Tile(data.paths[row], row, label=label, class_name=None if names is None else names[label])
 
 
 # How it looks

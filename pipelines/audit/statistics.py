@@ -9,7 +9,8 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from ..plan import Plan
 from ..readers.arrays import open_index, open_shard
 from ..selection import listed
 from ..sources import open_source
+from ..sources.base import LabelColumn
 from ..storage import open_storage
 from .verification import shards_at_once
 
@@ -48,7 +50,8 @@ class Statistics:
         channels: red, green, blue, or gray: the order of all that follows, which is that of `--mean` and `--std`, also
             where a dataset stores bgr.
         histograms: for each channel, how many pixels have each of the levels 0 to 255, or 65535.
-        class_counts: images of each class, by name in the order of labels; None where there are no labels.
+        class_counts: images of each class, by name in the order of labels; of each number that occurs, as text, where
+            labels are whole numbers; None where there are no labels, other numbers, or several columns.
     """
 
     path: str
@@ -119,14 +122,13 @@ def of_source(
     if not tally.counts.any():
         codes = ", ".join(f"{count} {code}" for code, count in sorted(tally.rejects.items()))
         raise SourceError(f"{source.location!r}: none of {plan.item_count} items can be decoded ({codes})")
-    names = source.class_names
     return Statistics(
         path=source.location,
         images=plan.item_count - tally.rejects.total(),
         rejects_by_code=dict(sorted(tally.rejects.items())),
         channels=_CHANNELS[config.channel_count],
         histograms=_histograms(tally.counts),
-        class_counts=None if names is None else {name: tally.labels[label] for label, name in enumerate(names)},
+        class_counts=_class_counts(source.class_names, source.columns, tally.labels),
     )
 
 
@@ -177,19 +179,28 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
                 progress(done, shards)
     if not total.any():
         raise FormatError(f"{storage.root!r} holds no images: all {manifest.counts.items} items were rejected")
-    names, labels, valid = manifest.classes, index.get("labels"), index.get("valid")
-    class_counts = None
-    if names is not None and labels is not None:
-        numbers = np.bincount(labels if valid is None else labels[valid], minlength=len(names))
-        class_counts = dict(zip(names, numbers.tolist(), strict=True))
+    labels, valid = index.get("labels"), index.get("valid")
+    numbers: Counter[Any] = Counter()
+    if labels is not None and labels.ndim == 1:
+        numbers.update((labels if valid is None else labels[valid]).tolist())
     return Statistics(
         path=storage.root,
         images=int(total[0].sum()) // (math.prod(images.shape) // len(values)),
         rejects_by_code=manifest.counts.rejects_by_code,
         channels=_CHANNELS[len(values)],
         histograms=_histograms(total[::-1] if images.channels == "bgr" else total),
-        class_counts=class_counts,
+        class_counts=_class_counts(manifest.classes, manifest.columns, numbers),
     )
+
+
+def _class_counts(
+    names: Sequence[str] | None, columns: Sequence[LabelColumn], numbers: Counter[Any]
+) -> dict[str, int] | None:
+    if names is not None:
+        return {name: numbers[label] for label, name in enumerate(names)}
+    if [column.kind for column in columns] == ["integer"]:
+        return {str(number): numbers[number] for number in sorted(numbers)}
+    return None
 
 
 def _histograms(counts: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
