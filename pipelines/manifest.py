@@ -244,16 +244,13 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
 
 
 def so_far(storage: Storage) -> tuple[Manifest, dict[str, NDArray[Any]], list[int]]:
-    """What `finish` would write if the committed shards were all, and the numbers of these shards.
+    """What `finish` would write if the committed shards were all, and the numbers of these shards, none at first.
 
     Raises:
         FormatError: OUT was not begun by a build, or is damaged.
-        IncompleteError: no shard is committed yet.
     """
     job = Job.open(storage)
     records = committed(storage, job)
-    if not records:
-        raise IncompleteError(f"{storage.root!r} has no shard yet, of {job.plan.shard_count}; wait for the build")
     ordered = [records[shard] for shard in sorted(records)]
     index = _index(job, ordered)
     return _manifest(job, ordered, index, ""), index, sorted(records)

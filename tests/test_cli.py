@@ -333,8 +333,19 @@ def test_info_of_an_unfinished_build_says_how_far_it_is_and_what_to_do(
     os.unlink(f"{out}/shard-00003.npz")
     assert run(["info", out]) == 1
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "is not complete: 4 of 5 shards; run the same gpu-npz build again" in captured.err
+    assert captured.err.endswith("is not complete: 4 of 5 shards; run the same gpu-npz build again\n")
+    rows = dict(line.split("  ", 1) for line in captured.out.splitlines())
+    assert rows["shards"].strip() == "5 of 2 items, 4 are built"
+    assert rows["images"].strip() == "6 of shape (3, 16, 16), float32, NCHW, rgb"
+    assert (rows["size"].strip(), rows["resize-mode"].strip()) == ("[16, 16]", "stretch")
+    assert run(["info", out, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["built_shards"], found["counts"]["rows"], found["settings"]["size"]) == (4, 6, [16, 16])
+    shutil.rmtree(f"{out}/.gpu-npz/commits")
+    assert run(["info", out]) == 1
+    captured = capsys.readouterr()
+    assert "0 of shape" in captured.out
+    assert "0 of 5 shards" in captured.err
 
 
 def test_info_of_a_killed_build_says_how_far_it_is(src: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:

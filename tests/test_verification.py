@@ -282,7 +282,9 @@ def test_every_damaged_shard_is_named_in_order(out: Path) -> None:
 
 def test_a_missing_shard_is_found(out: Path) -> None:
     (out / SHARD).unlink()
-    assert problems(out) == {SHARD: "No such file or directory; restore the file, or build it again"}
+    assert problems(out) == {
+        SHARD: f"No such file or directory; restore the file, or run: gpu-npz verify {out} --repair"
+    }
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 4096, -1000, -1])

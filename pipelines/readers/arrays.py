@@ -6,6 +6,7 @@ import bisect
 import errno
 import functools
 import os
+import shlex
 import sys
 import threading
 import weakref
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..environment import usable_cpus
-from ..errors import FormatError, StorageError
+from ..errors import FormatError, IncompleteError, StorageError
 from ..job import index_comment, open_npz, shard_comment
 from ..manifest import Manifest, so_far
 from ..npz.reader import DeflatedRows, Known, NpzReader
@@ -79,6 +80,9 @@ class Dataset:
         self._numbers: Sequence[int]
         if partial and self._storage.size(MANIFEST) is None:
             self.manifest, index, self._numbers = so_far(self._storage)
+            if not self._numbers:
+                shards = self.manifest.counts.shards
+                raise IncompleteError(f"{self.path!r} has no shard yet, of {shards}; wait for the build")
         else:
             self.manifest = Manifest.load(self.path)
             index = open_index(self._storage, self.manifest)
@@ -344,4 +348,5 @@ def _opened(storage: Storage, name: str, before: Known | None = None) -> NpzRead
                 f"{path}: {exc.strerror}; copy rows rather than keep views of many shards, or raise the limit "
                 "(ulimit -n)"
             ) from exc
-        raise FormatError(f"{path}: {exc.strerror or exc}; restore the file, or build it again") from exc
+        repair = f"gpu-npz verify {shlex.quote(storage.root)} --repair"
+        raise FormatError(f"{path}: {exc.strerror or exc}; restore the file, or run: {repair}") from exc
