@@ -21,7 +21,7 @@ from .job import Job
 from .manifest import Manifest, committed
 from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
 from .plan import Batch
-from .planning import backend, require_moved
+from .planning import backend
 from .sources.base import Source
 from .storage import Storage, open_storage
 from .tuning import Tuning
@@ -148,10 +148,7 @@ def _opened(
     """OUT, what it is built from, the images, and settings: the build's own, but for operational ones."""
     storage = open_storage(out)
     job = Job.open(storage)
-    images = source_of(job.record, source)
-    if images.location != job.record.source_location:
-        require_moved(job, images)
-    job.require_source(images)
+    images = source_of(job, source)
     settings = BuildConfig(**{**(config or BuildConfig()).model_dump(), **job.settings.identity()})
     if storage.size(MANIFEST) is not None:  # its rejects were accepted once
         settings = settings.model_copy(update={"max_rejects": "100%"})

@@ -209,7 +209,7 @@ def require_moved(job: Job, source: Source) -> None:
     probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
     if not any(_is_there(source, item) for item in probe):
         raise MismatchError(
-            f"OUT was begun from {job.record.source_location!r}; {source.location!r} has none of its first "
-            f"{len(probe)} items. Give the same images, or another OUT"
+            f"OUT was built from {job.record.source_location!r}, and {source.location!r} is something else: it has "
+            f"none of the first {len(probe)} items. Give the same images, or another OUT"
         )
     log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)

@@ -752,7 +752,7 @@ def test_other_images_are_refused(pictures: Path, out: Path, tmp_path: Path, fil
     for name in "ab":
         (other / name).mkdir(parents=True)
         (other / name / "x.jpg").write_bytes(file_bytes("jpeg"))
-    with pytest.raises(MismatchError, match=r"has none of its first 8 items\. Give the same images, or another OUT"):
+    with pytest.raises(MismatchError, match=r"has none of the first 8 items\. Give the same images, or another OUT"):
         build(other, out, settings())
     flat = tmp_path / "other/a"
     with pytest.raises(MismatchError, match=r"classes: 2 classes \(a, b, \.\.\.\) there, no labels asked for"):

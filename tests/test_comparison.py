@@ -16,7 +16,8 @@ import gpu_npz
 from gpu_npz import BuildConfig
 from gpu_npz.audit.comparison import MEAN_LEVELS, compare
 from gpu_npz.cli.main import run
-from gpu_npz.errors import FormatError, IncompleteError, SourceError, UsageError
+from gpu_npz.errors import FormatError, IncompleteError, MismatchError, SourceError, UsageError
+from gpu_npz.maintenance import repair
 from gpu_npz.npz.reader import NpzReader
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
@@ -182,6 +183,19 @@ def test_images_that_have_moved_are_named_and_found(src: Path, tmp_path: Path) -
     with pytest.raises(SourceError, match=r"job\.json.* is missing; give --source SRC"):
         compare(out, 1)
     assert compare(out, 100, source=tmp_path / "moved").rows == 11
+
+
+@pytest.mark.parametrize("name", ["c/1.jpg", "a/1.jpg", "1.jpg"], ids=["other classes", "other names", "no classes"])
+def test_a_source_that_is_not_the_dataset_s_is_said_to_be_something_else(
+    src: Path, tmp_path: Path, file_bytes: Any, name: str
+) -> None:
+    out, other = build(src, tmp_path / "out"), tmp_path / "other"
+    (other / name).parent.mkdir(parents=True)
+    (other / name).write_bytes(file_bytes("jpeg"))
+    with pytest.raises(MismatchError, match=rf"built from '{src}', and '{other}' is something else: it has none"):
+        compare(out, 1, source=other)
+    with pytest.raises(MismatchError, match="is something else"):
+        repair(out, source=other)
 
 
 def test_damaged_and_unfinished_datasets_say_so(src: Path, tmp_path: Path) -> None:

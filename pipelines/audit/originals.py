@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from ..config import BuildConfig
 from ..errors import SourceError
-from ..job import Job, JobRecord
+from ..job import Job
 from ..manifest import Manifest
 from ..output import JOB
 from ..plan import Plan
+from ..planning import require_moved
 from ..sources import open_source
 from ..sources.base import Item, Source
 from ..storage import Storage
@@ -49,24 +50,30 @@ def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[st
 
     Raises:
         SourceError: they are not there, or it is not known where they were.
-        MismatchError: they have changed, so that nothing can be found in them.
+        MismatchError: these are other images, or files that hold them have changed.
     """
     if storage.size(JOB) is None:
         if source is None:
             raise SourceError(f"{storage.path(JOB)!r}, which says where the images are, is missing; give --source SRC")
-        return Originals(open_source(source, manifest.config, manifest.classes), None)
+        return Originals(open_source(source, manifest.config), None)
     job = Job.open(storage)
-    found = source_of(job.record, source)
-    job.require_source(found)
-    return Originals(found, job.plan)
+    return Originals(source_of(job, source), job.plan)
 
 
-def source_of(record: JobRecord, source: str | os.PathLike[str] | None) -> Source:
-    """The source of a job: `source` if it is given, else where it was when the build began; raises as `originals`."""
+def source_of(job: Job, source: str | os.PathLike[str] | None) -> Source:
+    """The source of a job: `source` if it is given, else where it was when the build began; raises as `originals`.
+
+    Its classes may be numbered otherwise than the job's, whose plan has the label of every item.
+    """
+    record = job.record
     config = BuildConfig(**{**record.settings, "source": record.source_kind, "root": record.source_root})
     try:
-        return open_source(source or record.source_location, config, record.class_names)
+        found = open_source(source or record.source_location, config)
     except SourceError as exc:
         if source is not None:
             raise
         raise SourceError(f"{exc}. If the images have moved, give --source SRC") from exc
+    if found.location != record.source_location:
+        require_moved(job, found)
+    job.require_source(found)
+    return found
