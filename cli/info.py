@@ -43,15 +43,15 @@ def _show(manifest: Manifest, built: int | None, as_json: bool) -> None:
         return
     images, counts = manifest.images, manifest.counts
     codes = ", ".join(f"{count} {code}" for code, count in counts.rejects_by_code.items())
+    progress = "" if built is None else f", {built} are built"
+    made_with = (", ".join(f"{k} {v}" for k, v in made.items()) for made in manifest.environments)
     rows: dict[str, Any] = {
         "id": manifest.id,
         "images": f"{counts.rows} of shape {images.shape}, {images.dtype}, {images.layout}, {images.channels}",
-        "shards": f"{counts.shards} of {manifest.shard_items} items"
-        + ("" if built is None else f", {built} are built"),
+        "shards": f"{counts.shards} of {manifest.shard_items} items{progress}",
         "rejects": f"{counts.rejects} of {counts.items} items" + (f" ({codes})" if codes else ""),
         "label columns" if manifest.columns else "classes": _labels(manifest),
-        "made with": "; ".join(", ".join(f"{k} {v}" for k, v in made.items()) for made in manifest.environments)
-        or "nothing yet",
+        "made with": "; ".join(made_with) or "nothing yet",
         **{name.replace("_", "-"): value for name, value in manifest.settings.items() if value is not None},
     }
     width = max(map(len, rows))

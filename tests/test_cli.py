@@ -13,15 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
 
 import gpu_npz
+from gpu_npz import environment
+from gpu_npz.audit import diagnosis
 from gpu_npz.builder import build
 from gpu_npz.cli.main import COMMANDS, cli, run
 from gpu_npz.config import BuildConfig, load_toml
+from gpu_npz.environment import Missing
 
 MakeTree = Callable[..., Path]  # a fixture: see conftest.py
 
@@ -381,10 +385,26 @@ def test_doctor_tells_what_is_there_and_how_to_get_the_rest(
     by_name = {finding["what"]: finding for finding in findings}
     assert by_name["gpu-npz"]["found"].startswith(gpu_npz.__version__)
     assert not by_name["GPU"]["ok"]
-    assert all(finding["ok"] or finding["remedy"] or finding["what"] == "GPU" for finding in findings)
+    assert all(finding["ok"] or finding["remedy"] or finding["what"] in ("GPU", "DALI", "CuPy") for finding in findings)
     assert run(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert all(finding["what"] in shown and finding["remedy"] in shown for finding in findings)
+
+
+def test_doctor_tells_what_extras_are_for_and_recommends_no_gpu_packages_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(environment, "_trouble", lambda package, *_: Missing(package.what, "not installed", "pip"))
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setitem(sys.modules, "pydicom", SimpleNamespace(__version__="3.0"))
+    found = {finding.what: finding for finding in diagnosis.diagnose()}
+    assert (found["OpenCV"].ok, found["OpenCV"].found) == (False, "not installed; optional, for --bit-depth 16")
+    assert found["OpenCV"].remedy == "pip install 'gpu-npz[bits16]'"
+    assert (found["pydicom"].ok, found["pydicom"].found) == (True, "3.0, for DICOM files")
+    assert (found["CuPy"].found, found["CuPy"].remedy) == ("not installed; of use on a machine with a GPU", "")
+    extras = load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
+    assert {extra for _, extra, _ in diagnosis._EXTRAS.values()} <= extras.keys()
 
 
 def test_python_m_and_the_installed_command_are_the_same(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
 import sys
@@ -13,6 +14,17 @@ from typing import Any
 
 from ..environment import Machine, dotted, inspect, usable_cpus
 
+# Of a build's extras: what is imported, the extra that brings it, and what it is for.
+_EXTRAS = {
+    "OpenCV": ("cv2", "bits16", "--bit-depth 16"),
+    "pydicom": ("pydicom", "dicom", "DICOM files"),
+    "PyArrow": ("pyarrow", "parquet", "Parquet files"),
+    "SciPy": ("scipy", "imagenet", "the devkit of ILSVRC2012"),
+    "aiohttp": ("aiohttp", "http", "https://"),
+    "s3fs": ("s3fs", "s3", "s3://"),
+    "gcsfs": ("gcsfs", "gs", "gs://"),
+    "Ray": ("ray", "ray", "--engine ray"),
+}
 _SIMD_INSTALL = 'CC="cc -mavx2" pip install pillow-simd'
 
 
@@ -41,6 +53,7 @@ def diagnose() -> list[Finding]:
         *_pillow(),
         Finding("NumPy", True, version("numpy")),
         Finding("ISA-L", True, f"isal {version('isal')}"),
+        *(_extra(what, *given) for what, given in _EXTRAS.items()),
     ]
 
 
@@ -50,7 +63,9 @@ def _gpu(machine: Machine) -> list[Finding]:
     if not machine.driver:
         findings += [Finding(f"GPU {number}", True, _device(number)) for number in range(machine.gpus)]
     for what, missing in {"driver": machine.driver, "DALI": machine.dali, "CuPy": machine.cupy}.items():
-        if missing:
+        if missing and not machine.gpus:
+            findings.append(Finding(missing.what, False, f"{missing.reason}; of use on a machine with a GPU"))
+        elif missing:
             findings.append(Finding(missing.what, False, missing.reason, missing.remedy))
         elif what != "driver":
             findings.append(Finding(what, True, _installed("nvidia-dali" if what == "DALI" else "cupy")))
@@ -109,6 +124,15 @@ def _pillow() -> list[Finding]:
     if is_simd() or not _has_avx2():
         return [Finding("PIL", True, text)]
     return [Finding("PIL", True, text, f"faster on this processor: pip uninstall -y pillow && {_SIMD_INSTALL}")]
+
+
+def _extra(what: str, module: str, extra: str, use: str) -> Finding:
+    try:
+        found = importlib.import_module(module)
+    except ImportError as exc:
+        reason = "not installed" if getattr(exc, "name", None) == module else f"cannot be imported ({exc})"
+        return Finding(what, False, f"{reason}; optional, for {use}", f"pip install 'gpu-npz[{extra}]'")
+    return Finding(what, True, f"{getattr(found, '__version__', 'installed')}, for {use}")
 
 
 def _installed(prefix: str) -> str:
