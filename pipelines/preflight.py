@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import environment, space
-from .config import TRAIN, BuildConfig
+from .config import BuildConfig
 from .decode import image_size
 from .environment import Choice
 from .errors import BackendError, MismatchError, StorageError
@@ -149,7 +149,8 @@ def survey(
     choice = environment.choose(config, inspect(config))
     table(config)  # a value that the dtype cannot hold shows here
     progress("listing", 0, None)
-    arrays = listed(source, config)
+    sides: dict[str, int] = {}
+    arrays = listed(source, config, sides)
     sample = sample_headers(Plan(arrays, 1), source, config, choice, lambda *done: progress("reading headers", *done))
     size = image_size(Plan(arrays, 1), source, config)
     shape = row_shape(config, *size)
@@ -157,7 +158,8 @@ def survey(
     plan = Plan(arrays, config.shard_rows(row_bytes))
     shard_rows = min(plan.shard_rows, plan.item_count)
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=plan.shard_count)
-    sides = _sides(plan, source, config)
+    if config.side is not None:
+        sides[config.side] = plan.item_count
     shards = {side: -(-sides[side] // plan.shard_rows) for side in config.sides} or {"": plan.shard_count}
     left, unfit = _left(outs, source, given, shards)
     label_columns = 1 if source.class_names is not None else len(source.columns)
@@ -226,15 +228,6 @@ def _classes(plan: Plan, source: Source) -> tuple[tuple[str, int] | None, tuple[
     counts = np.bincount(plan.labels(), minlength=len(source.class_names))
     smallest, largest = int(counts.argmin()), int(counts.argmax())
     return (source.class_names[smallest], int(counts[smallest])), (source.class_names[largest], int(counts[largest]))
-
-
-def _sides(plan: Plan, source: Source, config: BuildConfig) -> dict[str, int]:
-    """How many items each side of a split gets; train has what the others leave."""
-    if config.side is not None:
-        return {config.side: plan.item_count}
-    others = {side: mine for side, mine in config.sides.items() if side != TRAIN}
-    counts = {side: Plan(listed(source, mine), 1).item_count for side, mine in others.items()}
-    return {TRAIN: plan.item_count - sum(counts.values()), **counts} if counts else {}
 
 
 def _left(

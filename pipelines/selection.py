@@ -27,20 +27,26 @@ _SIDES = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 _LOOKED_AT = 1000
 
 
-def listed(source: Source, config: BuildConfig) -> dict[str, NDArray[Any]]:
+def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = None) -> dict[str, NDArray[Any]]:
     """The arrays of a plan of the items of a source that the settings ask for, as `collect` makes them.
+
+    Args:
+        source: the images.
+        config: the settings; all items of a split without a side.
+        counts: of such a split, how many of these each side would get goes here, train first.
 
     Raises:
         SourceError: there are none.
         UsageError: they cannot be chosen so.
     """
-    if config.per_class is None and config.side is None:
+    counts = counts if config.sides else None
+    if config.per_class is None and config.side is None and counts is None:
         arrays = collect(source.groups(), shuffle=config.shuffle, limit=config.limit)
     else:
         keys: list[NDArray[np.int64]] = []
         arrays = collect(_noted(source.groups(), config.split_by, keys), shuffle=config.shuffle)
         if len(arrays["name_ends"]):
-            arrays["order"] = _selected(source, config, arrays, np.concatenate(keys) if keys else None)
+            arrays["order"] = _selected(source, config, arrays, np.concatenate(keys) if keys else None, counts)
     if not len(arrays["name_ends"]):
         raise no_images(source.location, source.left_out)
     if source.left_out:
@@ -85,7 +91,11 @@ def _folder(path: bytes) -> bytes:
 
 
 def _selected(
-    source: Source, config: BuildConfig, arrays: Mapping[str, NDArray[Any]], keys: NDArray[np.int64] | None
+    source: Source,
+    config: BuildConfig,
+    arrays: Mapping[str, NDArray[Any]],
+    keys: NDArray[np.int64] | None,
+    counts: dict[str, int] | None,
 ) -> Positions:
     count = len(arrays["name_ends"])
     order: Positions = arrays.get("order", np.arange(count))
@@ -99,7 +109,7 @@ def _selected(
             raise UsageError(f"--per-class {config.per_class}: {source.location!r} has no classes; --limit N takes N")
         order = order[_place_in_class(labels[order]) < config.per_class]
     order = order[: config.limit]
-    if config.side is None:
+    if config.side is None and counts is None:
         return order
     rank = np.random.PCG64(config.split_seed).random_raw(count)
     taken = np.sort(order)  # a split is that of the items, whatever their order
@@ -129,10 +139,11 @@ def _selected(
             )
     side = np.full(count, -1)
     side[taken] = sides
-    if countable and labels is not None and config.side == TRAIN:
+    if countable and labels is not None and config.side in (None, TRAIN):
         _warn_of_untrained(source, config, labels[taken], sides == names.index(TRAIN))
-    found: Positions = order[side[order] == names.index(config.side)]
-    return found
+    if counts is not None:
+        counts.update((name, int((sides == names.index(name)).sum())) for name in config.sides)
+    return order if config.side is None else order[side[order] == names.index(config.side)]
 
 
 def _warn_of_untrained(source: Source, config: BuildConfig, labels: NDArray[Any], trained: NDArray[np.bool_]) -> None:

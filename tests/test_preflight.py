@@ -243,9 +243,12 @@ def test_a_split_is_told_by_its_sides_which_are_those_of_the_build(tree: Path, t
     reports = build_split(tree, tmp_path / "out", config)
     assert found.sides == {side: report.items for side, report in reports.items()}
     assert (found.items, found.shards) == (40, sum(report.shards for report in reports.values()))
+    assert look(tree, split="val=0.2").sides == {"train": 32, "val": 8}
     assert look(tree, split="val=0.2/val").sides == {"val": 8}
     assert look(tree, split="val=0.2/val").items == 8
     assert look(tree).sides == {}
+    with pytest.raises(UsageError, match="leave none for 'val'; give larger shares"):
+        look(tree, limit=2, split="val=0.2")
 
 
 def test_columns_of_labels_are_told_where_they_are_not_classes(
