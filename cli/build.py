@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -32,19 +33,20 @@ def command(src: str, out: str, config_file: str | None, as_json: bool, quiet: b
     """
     show_warnings()
     config = read_config(config_file, given)
-    several = config.split is not None and config.side is None
     with Bar(hidden=quiet or as_json) as bar:
         try:
-            if several:
+            if config.sides:
                 reports = build_split(src, out, config, progress=lambda side, event: bar(event))
             else:
                 reports = {"": build(src, out, config, progress=bar)}
         except RejectLimitError as exc:
             if as_json:
-                print_json(exc.report.to_json())
+                ended = exc.report.to_json()
+                print_json({os.path.basename(exc.report.out): ended} if config.sides else ended)
             raise
     if as_json:
-        print_json({side: report.to_json() for side, report in reports.items()} if several else reports[""].to_json())
+        found = {side: report.to_json() for side, report in reports.items()}
+        print_json(found if config.sides else found[""])
     elif not quiet:
         click.echo("\n".join(map(summary, reports.values())))
 
@@ -97,7 +99,7 @@ class Bar:
             transient=True,
         )
         self._task = self._progress.add_task("building", total=None, rates="", visible=False)
-        self._rejects = self._bytes = 0
+        self._start = self._rejects = self._bytes = 0
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -116,7 +118,7 @@ class Bar:
             self._progress.reset(
                 self._task, description="building", total=event.items, completed=event.items_done, visible=True
             )
-            self._start = event.items_done
+            self._start, self._rejects, self._bytes = event.items_done, 0, 0
         elif isinstance(event, worker.Progress):
             self._rejects += event.rejects
             self._bytes += event.source_bytes

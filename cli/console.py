@@ -14,10 +14,18 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _Warnings(logging.Handler):
+    """Says what is logged, each text once: both sides of a split have the same to say of SRC."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        style = "bold red" if record.levelno >= logging.WARNING else "dim"
         text = printable(record.getMessage(), keep="\n")
-        errors.print(f"[{style}]gpu-npz: {escape(text)}[/]")
+        if text not in self._said:
+            self._said.add(text)
+            style = "bold red" if record.levelno >= logging.WARNING else "dim"
+            errors.print(f"[{style}]gpu-npz: {escape(text)}[/]")
 
 
 def show_warnings() -> None:

@@ -24,6 +24,7 @@ _USED = (
     "shuffle", "limit", "source", "root", "labels", "image_column", "per_class", "split", "split_by", "split_seed",
     "classes_from", "batch_size", "workers", "threads", "prefetch", "hw_decoder_load",
 )  # fmt: skip
+_NORMALIZING = ("normalize", "mean", "std", "window")
 _COLUMNS = 32  # of a drawn histogram
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -48,7 +49,8 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
     if config_file:
         values = {**load_toml(config_file), **values}
     # How values are normalized makes no difference, and imagenet is not allowed for gray.
-    values = {name: value for name, value in values.items() if name not in ("mean", "std")} | {"normalize": "none"}
+    values = {name: value for name, value in values.items() if name not in _NORMALIZING}
+    values["normalize"] = "none"
     with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
         task = progress.add_task("counting", total=None)
 

@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from .config import BuildConfig
 from .engines import local, ray
 from .environment import Choice
@@ -32,7 +30,7 @@ from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
 from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .parts import Part
-from .planning import Measuring, backend, begin, check_places, places, resume
+from .planning import Measuring, backend, begin, check_places, places, remarks, resume
 from .sources import open_source
 from .sources.base import Source
 from .space import require_space
@@ -373,16 +371,8 @@ def _hints(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[str
             f"{changed} files were written to, or went, while the build read them, so rows may be of parts of them; "
             f"when nothing writes to SRC any more, `gpu-npz verify OUT --deep {rows}` names those that differ"
         )
-    total, pixel = sum(record.bytes for record in records), job.settings.pixel_dtype
-    if job.settings.dtype == "float32" and total > 10**9:
-        hints.append(
-            f"--dtype {pixel} would take {total * np.dtype(pixel).itemsize / 4e9:.1f} GB instead of {total / 1e9:.1f} "
-            "GB; readers then normalize, with equal values"
-        )
-    if job.labelled and job.settings.shuffle is None and len(records) > 1:
-        hints.append(
-            "shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order"
-        )
+    total = sum(record.bytes for record in records)
+    hints += remarks(job.settings, total, len(records), labelled=job.labelled)
     return tuple(hints)
 
 

@@ -367,14 +367,14 @@ class BuildConfig(BaseModel):
     @classmethod
     def _parse_split(cls, value: Any) -> str:
         shares, _, side = str(value).strip().partition("/")
-        found: dict[str, Fraction] = {}
+        found: dict[str, Decimal] = {}
         for each in shares.split(","):
             match = re.fullmatch(r"\s*([A-Za-z0-9][\w-]{0,63})\s*=\s*(0?\.\d{1,9})\s*", each, re.ASCII)
             _require(match and match[1] not in found and match[1] != TRAIN, value)
             assert match
-            found[match[1]] = Fraction(match[2] if match[2][0] == "0" else "0" + match[2])
+            found[match[1]] = Decimal(match[2])
         _require(all(found.values()) and sum(found.values()) < 1 and side in ("", TRAIN, *found), value)
-        text = ",".join(f"{name}={float(share):g}" for name, share in found.items())
+        text = ",".join(f"{name}={share.normalize():f}" for name, share in found.items())
         return f"{text}/{side}" if side else text
 
     @field_validator("part", mode="before")

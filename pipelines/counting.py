@@ -40,13 +40,13 @@ class Tally:
         items: how many.
         counts: pixels of each level, int64 (C, 256) or, in 16 bits, (C, 65536), channels in R,G,B.
         rejects: items that gave no image, by code.
-        labels: images by label.
+        labels: images by label, where these are classes or whole numbers, and are asked for.
     """
 
     items: int
     counts: NDArray[np.int64]
     rejects: Counter[str] = field(default_factory=Counter)
-    labels: Counter[int | None] = field(default_factory=Counter)
+    labels: Counter[int] = field(default_factory=Counter)
 
     @classmethod
     def empty(cls, config: BuildConfig) -> Tally:
@@ -68,6 +68,8 @@ def count_source(
     size: tuple[int, int],
     choice: Choice,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    labels: bool = False,
 ) -> Tally:
     """Decodes and resizes all items of a plan as a build would, by all cores or the first GPU, and counts their levels.
 
@@ -80,6 +82,7 @@ def count_source(
         size: height and width of a row.
         choice: the decoder.
         progress: called with items done and items in all.
+        labels: whether to count labels, too.
 
     Raises:
         ShardError: trouble that is not an image's, or a process died.
@@ -89,7 +92,7 @@ def count_source(
     row_bytes = math.prod(size) * config.channel_count
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=plan.shard_count)
     tally = Tally.empty(config)
-    with contextlib.closing(_counted(plan, _Work(config, size, source, tuning, choice))) as counted:
+    with contextlib.closing(_counted(plan, _Work(config, size, source, tuning, choice, labels))) as counted:
         for part in counted:
             tally.add(part)
             if progress:
@@ -140,6 +143,7 @@ class _Work:
     source: Source
     tuning: Tuning
     choice: Choice
+    labels: bool
 
     def decoder(self) -> Decoder:
         gpu = self.choice.gpu
@@ -151,15 +155,17 @@ class _Work:
         return make_decoder(self.choice.backend, self.config, geometry, self.source, tuning=self.tuning, gpu=gpu)
 
 
-def _count(decoder: Decoder, batches: Iterable[Batch], config: BuildConfig) -> Tally:
-    tally = Tally.empty(config)
+def _count(decoder: Decoder, batches: Iterable[Batch], work: _Work) -> Tally:
+    tally = Tally.empty(work.config)
     for decoded in decoder.decode(batches):
         tally.items += len(decoded.batch.items)
         if decoded.rejects:
             tally.rejects.update(reject.code for reject in decoded.rejects)
         if kept := decoded.kept.tolist():
             tally.counts += count_levels(decoded.pixels if not decoded.rejects else decoded.pixels[decoded.kept])
-            tally.labels.update(decoded.batch.items[position].label for position in kept)
+            if work.labels:
+                labels = (decoded.batch.items[position].label for position in kept)
+                tally.labels.update(label for label in labels if isinstance(label, int))
     return tally
 
 
@@ -169,7 +175,7 @@ def _counted(plan: Plan, work: _Work) -> Generator[Tally, None, None]:
     ranges = (list(plan.batches(number, work.tuning.batch_size)) for number in range(plan.shard_count))
     if not processes:
         with work.decoder() as decoder:
-            yield from (_count(decoder, batches, work.config) for batches in ranges)
+            yield from (_count(decoder, batches, work) for batches in ranges)
         return
     with contextlib.ExitStack() as stack:
         busy = {stack.enter_context(_process(work)) for _ in range(processes)}
@@ -224,6 +230,6 @@ def serve(descriptor: int) -> None:
         try:
             with work.decoder() as decoder:
                 while True:
-                    connection.send(_count(decoder, connection.recv(), work.config))
+                    connection.send(_count(decoder, connection.recv(), work))
         except GpuNpzError as exc:
             connection.send(exc)

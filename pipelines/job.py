@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,7 +20,7 @@ from .npz.reader import Known, NpzReader
 from .npz.writer import NpzWriter
 from .output import JOB, PLAN, refuse_several
 from .plan import Plan
-from .sources.base import LabelColumn, Source
+from .sources.base import LabelColumn, Source, full_location
 from .storage import Storage
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -124,7 +123,7 @@ class Job:
             device=choice.device,
             source_kind=source.kind,
             source_location=source.location,
-            source_root=config.root and os.path.abspath(config.root),
+            source_root=None if config.root is None else full_location(config.root),
             source_files=source.files,
             class_names=source.class_names,
             columns=source.columns,
@@ -190,9 +189,7 @@ class Job:
         if (names is None) != (record.class_names is None) or (config.classes_from and names != record.class_names):
             differences.append(f"  classes: {_names(record.class_names)} there, {_names(names)} asked for")
         if source.columns != record.columns:
-            there, asked_for = (
-                ", ".join(each.name for each in columns) for columns in (record.columns, source.columns)
-            )
+            there, asked_for = (", ".join(map(str, columns)) for columns in (record.columns, source.columns))
             differences.append(f"  labels: columns {there or 'none'} there, {asked_for or 'none'} asked for")
         if differences:
             raise MismatchError(

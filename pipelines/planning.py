@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import environment
+from . import environment, space
 from .config import MIN_STD, BuildConfig
 from .counting import count_source, mean_of, std_of
 from .decode import image_size
@@ -28,6 +28,7 @@ from .storage import PRIVATE, Storage, is_remote, open_storage
 
 log = logging.getLogger(__name__)
 _PROBED_ITEMS = 16
+_LARGE_BYTES = 10**9  # of float32, from which on it is worth a word
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,18 @@ def begin(storage: Storage, source: Source, config: BuildConfig, progress: Calla
         source=source,
         image_size=size,
     )
+
+
+def remarks(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool) -> Iterator[str]:
+    """What would be better for most of those who train on a dataset of this size and so many shards."""
+    if config.dtype == "float32" and output_bytes > _LARGE_BYTES:
+        smaller = space.size(output_bytes * config.bit_depth // 32)
+        yield (
+            f"--dtype {config.pixel_dtype} would take some {smaller} instead of {space.size(output_bytes)}; readers "
+            "then normalize, with equal values"
+        )
+    if labelled and config.shuffle is None and shards > 1:
+        yield "shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order"
 
 
 def doubts(config: BuildConfig) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import environment, space
+from . import environment
 from .config import BuildConfig
 from .decode import image_size
 from .environment import Choice
@@ -24,7 +24,7 @@ from .manifest import class_list, committed
 from .normalize import row_shape, table
 from .output import JOB, shard_name
 from .plan import Plan, collect
-from .planning import backend, doubts, inspect, places, resume
+from .planning import backend, doubts, inspect, places, remarks, resume
 from .selection import listed
 from .sources import open_source
 from .sources.base import Group, LabelColumn, Source, as_bytes
@@ -37,7 +37,6 @@ SECONDS = 3.0
 _MEASURED_ITEMS = 20_000
 _MEASURED_SHARD_BYTES = 1 << 27  # measured shards are deleted one by one, so that a few of these are all it takes
 _MANY_SHARDS = 100_000
-_LARGE_BYTES = 10**9  # of float32, from which on it is worth a word
 # A worker that has decoded nothing but tiny images: Python, NumPy and the decoder's library; DALI's without CUDA's.
 _PROCESS_BYTES = {"pillow": 60 * 10**6, "dali": 220 * 10**6}
 
@@ -210,7 +209,8 @@ def survey(
                 lack_of_space(place, needed - held, sum(shards.values())),
                 _MEASURES_FIRST if measures_first and left is None else None,
                 *doubts(config),
-                *_warnings(config, plan, sample, needed, labelled=source.class_names is not None),
+                *remarks(config, needed, plan.shard_count, labelled=source.class_names is not None),
+                *_warnings(config, plan, sample),
                 trouble,
             )
             if warning
@@ -315,15 +315,7 @@ def _measure(
     return Measured(items, last - first, items / (last - first), gpu_memory, stored_row_bytes)
 
 
-def _warnings(config: BuildConfig, plan: Plan, sample: Sample, needed: int, *, labelled: bool) -> Iterator[str]:
-    if config.dtype == "float32" and needed > _LARGE_BYTES:
-        smaller = space.size(needed * config.bit_depth // 32)
-        yield (
-            f"--dtype {config.pixel_dtype} would take some {smaller} instead of {space.size(needed)}; "
-            "readers then normalize, with equal values"
-        )
-    if labelled and config.shuffle is None and plan.shard_count > 1:
-        yield "shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order"
+def _warnings(config: BuildConfig, plan: Plan, sample: Sample) -> Iterator[str]:
     rejects = sample.over_max_pixels + sum(sample.unreadable.values())
     expected = rejects * plan.item_count // sample.items
     if expected > config.reject_limit(plan.item_count):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .config import TRAIN, BuildConfig
 from .errors import UsageError
 from .plan import Plan, collect
-from .sources.base import Group, Source, extensions, files_left_out, no_images
+from .sources.base import Group, Source, as_bytes, as_text, extensions, files_left_out, no_images
 from .sources.dicom import EXTENSIONS as DICOM
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
             files_left_out(source.left_out),
             extensions(),
         )
-    if (doubt := _doubtful_classes(source, arrays)) is not None:
+    by_folder = config.labels in (None, "class-dir") and source.kind in ("folder", "tar", "zip")
+    if by_folder and (doubt := _doubtful_classes(source, arrays)) is not None:
         log.warning("%r: the classes are %s alone; if they should be folders below, give SRC one level deeper", *doubt)
     return arrays
 
@@ -68,7 +69,9 @@ def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tup
     if not sides and len(names) == 1:
         looked_at = Plan(arrays, 1).items(0, min(_LOOKED_AT, len(arrays.get("order", arrays["name_ends"]))))
         # .../class/folder/image, for all of them
-        sides = all("/" in f"/{item.path}".partition(f"/{names[0]}/")[2] for item in looked_at)
+        sides = all(
+            "/" in as_text(_file(b"/" + as_bytes(item.path))).partition(f"/{names[0]}/")[2] for item in looked_at
+        )
     return (source.location, ", ".join(map(repr, names))) if sides else None
 
 
@@ -84,10 +87,15 @@ def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.
         yield group
 
 
-def _folder(path: bytes) -> bytes:
-    """Where an item's file lies; a frame, `scan.dcm/0003`, lies where the others of its patient do."""
+def _file(path: bytes) -> bytes:
+    """The file of an item; that of a frame is what it is in, `scan.dcm/0003`."""
     folder = path.rpartition(b"/")[0]
-    return folder.rpartition(b"/")[0] if folder.lower().endswith(DICOM) else folder
+    return folder if folder.lower().endswith(DICOM) else path
+
+
+def _folder(path: bytes) -> bytes:
+    """Where an item's file lies."""
+    return _file(path).rpartition(b"/")[0]
 
 
 def _selected(

@@ -238,18 +238,19 @@ def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaN
 
 def _changed(source: Source, decoded: Decoded, since_ns: int) -> int:
     """How many files that a batch has read are gone, have another size, or were written to since then."""
-    changed: set[bytes] = set()
-    read = zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True) if source.file_per_item else ()
-    for item, size in read:
-        path = source.local_path(item)
+    changed = 0
+    if not source.file_per_item:
+        return changed
+    for item, size in zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True):
+        if source.frame(item):
+            continue  # of a file that was looked at for its first one
         try:
-            status = os.stat(path)
-            if 0 != size != status.st_size or since_ns < status.st_mtime_ns <= time.time_ns():
-                changed.add(path)
+            status = os.stat(source.local_path(item))
         except (OSError, ValueError):  # a name with a NUL byte, say
-            if size:
-                changed.add(path)
-    return len(changed)
+            changed += size > 0
+        else:
+            changed += 0 != size != status.st_size or since_ns < status.st_mtime_ns <= time.time_ns()
+    return changed
 
 
 @contextlib.contextmanager

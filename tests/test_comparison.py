@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listing import pack
 
 import gpu_npz
 from gpu_npz import BuildConfig
@@ -236,3 +237,27 @@ def test_the_command_counts_both_kinds_of_problems(src: Path, tmp_path: Path, ca
     assert "--deep cannot read it" in capsys.readouterr().out
     assert run(["verify", out, "--source", "x"]) == 2
     assert "--repair and --deep" in capsys.readouterr().err
+
+
+def test_labels_of_a_table_play_no_part_in_finding_the_images_again(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sorted(path.relative_to(src).as_posix() for path in src.rglob("*.jpg"))
+    (tmp_path / "labels.csv").write_text("path,label,patient\n" + "".join(f"{row},{row[0]},{row}\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    out = build(src, tmp_path / "out", labels="labels.csv", split="val=0.3/train", split_by="patient")
+    (tmp_path / "labels.csv").unlink()
+    monkeypatch.chdir(src)
+    assert not compare(out, 5).problems
+
+
+def test_a_source_with_other_files_is_refused_before_it_is_read(
+    src: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {path.relative_to(src).as_posix(): path.read_bytes() for path in sorted(src.rglob("*.jpg"))}
+    out = build(pack(tmp_path / "t.tar", files), tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    other = pack(tmp_path / "other/t.tar", dict([*files.items()][:2]))
+    with pytest.raises(MismatchError, match="has changed since the plan"):
+        compare(out, 5, source=other)
+    assert "SRC was" not in caplog.text

@@ -326,7 +326,7 @@ def test_float32_is_warned_of_with_the_size_of_uint8_where_that_saves_something(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not warned(look(tree), "--dtype uint8")
-    monkeypatch.setattr(preflight, "_LARGE_BYTES", 10**5)
+    monkeypatch.setattr("gpu_npz.planning._LARGE_BYTES", 10**5)
     size = look(tree).output_bytes
     smaller = f"{space.size(size // 4)} instead of {space.size(size)}"
     assert smaller.count("kB") == 2

@@ -145,6 +145,19 @@ def test_classes_that_look_like_the_folder_above_are_doubted(
     assert [record.getMessage()[: len(expected)] for record in caplog.records] == [expected] * (classes is not None)
 
 
+def test_frames_are_not_doubted(caplog: pytest.LogCaptureFixture) -> None:
+    source = Listing(Group(b"ct/", [b"1.dcm/0000", b"1.dcm/0001"], 0))
+    source.class_names = ("ct",)
+    taken(source)
+    assert not caplog.records
+
+
+def test_classes_of_a_table_are_not_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "t.csv").write_text("path,label\ntrain/2020/1.jpg,train\n")
+    taken(open_source(tmp_path / "t.csv"))
+    assert not caplog.records
+
+
 def test_the_keys_of_a_source_are_never_torn_apart() -> None:
     keys = [b"%d" % (at % 17) for at in range(100)]
     source = Listing(Group(b"", [b"%d.png" % at for at in range(100)], keys=keys))
@@ -215,6 +228,12 @@ def test_a_split_is_read() -> None:
     assert {name: float(share) for name, share in config.shares.items()} == {"val": 0.1, "test": 0.25}
     with pytest.raises(UsageError, match="go with --split"):
         BuildConfig(split_seed=1)
+
+
+def test_no_digit_of_a_share_is_lost() -> None:
+    config = BuildConfig(split="val=0.3333333,test=.6666666,tiny=0.00000001")
+    assert config.split == "val=0.3333333,test=0.6666666,tiny=0.00000001"
+    assert BuildConfig(**config.model_dump()) == config
 
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "size": 16, "workers": 0, "split": "val=0.25"}

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
-from listing import labelled, opened, refusal
+from listing import items, labelled, opened, refusal
 from numpy.typing import NDArray
 
 import gpu_npz
+from gpu_npz.audit.comparison import compare
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.rejects import BadItem
@@ -478,3 +480,26 @@ def test_missing_files_are_rejects_of_a_build(
     assert labels_of(out).tolist() == [[1.0, 0.5]]
     (line,) = (out / "rejects.jsonl").read_text().splitlines()
     assert (json.loads(line)["path"], json.loads(line)["code"]) == ("gone.jpg", "missing")
+
+
+def test_a_question_mark_in_a_path_is_a_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a?b").mkdir()
+    assert [item.path for item in items(opened(as_csv(tmp_path / "a?b/t.csv", {"path": ["1.jpg"]})))] == ["1.jpg"]
+
+
+def test_a_whole_number_that_float64_cannot_hold_is_refused_beside_floats(tmp_path: Path) -> None:
+    columns = {"path": ["1.jpg", "2.jpg"], "id": [2**53, 2**53 + 1], "score": [0.5, 1]}
+    path = as_csv(tmp_path / "t.csv", columns)
+    assert "column 'id' has 9007199254740993, which float64 cannot hold" in refusal(path, labels="id,score")
+    assert labelled(opened(path, labels="id"))[1] == ("2.jpg", 2**53 + 1)
+    columns["id"][1] = -(2**53)
+    assert labelled(opened(as_csv(path, columns), labels="id,score"))[1] == ("2.jpg", [-(2.0**53), 1.0])
+
+
+def test_a_root_that_is_far_away_is_kept_as_it_is(tmp_path: Path, file_bytes: Any) -> None:
+    fsspec.filesystem("memory").pipe("/kept/1.jpg", file_bytes("jpeg"))
+    written = as_csv(tmp_path / "t.csv", {"path": ["1.jpg"]})
+    config = BuildConfig(root="memory://kept", device="cpu", workers=0, size=8)
+    gpu_npz.build(written, tmp_path / "out", config)
+    assert json.loads((tmp_path / "out/.gpu-npz/job.json").read_text())["source_root"] == "memory://kept"
+    assert not compare(tmp_path / "out", 1).problems

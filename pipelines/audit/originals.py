@@ -13,8 +13,11 @@ from ..output import JOB
 from ..plan import Plan
 from ..planning import require_moved
 from ..sources import open_source
-from ..sources.base import Item, Source
+from ..sources.base import Item, Source, as_bytes
+from ..sources.dicom import EXTENSIONS as DICOM
 from ..storage import Storage
+
+_NO_LABELS = {"labels": "none", "split": None, "split_by": None, "split_seed": 0}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Originals:
         """
         if self.plan is not None and index < self.plan.item_count:
             return self.plan.items(index, index + 1)[0]
-        if self.source.files:
+        in_another = as_bytes(path).rpartition(b"/")[0].lower().endswith(DICOM)  # a frame
+        if self.source.files or in_another:
             raise SourceError(
                 f"{self.source.location!r}: the folder .gpu-npz, which says where in it {path!r} is, is missing; copy "
                 "the dataset again, with it"
@@ -63,17 +67,17 @@ def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[st
 def source_of(job: Job, source: str | os.PathLike[str] | None) -> Source:
     """The source of a job: `source` if it is given, else where it was when the build began; raises as `originals`.
 
-    Its classes may be numbered otherwise than the job's, whose plan has the label of every item.
+    It has no labels: the plan has those of every item.
     """
     record = job.record
-    config = BuildConfig(**{**record.settings, "source": record.source_kind, "root": record.source_root})
+    config = BuildConfig(**{**record.settings, "source": record.source_kind, "root": record.source_root, **_NO_LABELS})
     try:
         found = open_source(source or record.source_location, config)
     except SourceError as exc:
         if source is not None:
             raise
         raise SourceError(f"{exc}. If the images have moved, give --source SRC") from exc
+    job.require_source(found)
     if found.location != record.source_location:
         require_moved(job, found)
-    job.require_source(found)
     return found

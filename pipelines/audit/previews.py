@@ -24,7 +24,7 @@ from ..normalize import levels, table
 from ..output import REJECTS
 from ..readers.arrays import Dataset, open_dataset
 from ..rejects import BadItem, Reject
-from ..sources.base import read_item
+from ..sources.base import countable, read_item
 from ..storage import LocalStorage, Storage
 from .originals import Originals, originals
 
@@ -166,7 +166,7 @@ def _by_class(data: Dataset, count: int, most: int, seed: int) -> tuple[list[lis
     """Some images of each class that has any, up to `most` classes; and how many more there are."""
     if data.labels is None:
         raise UsageError(f"{data.path!r} has no labels; leave --by class out")
-    if not _countable(data):
+    if not countable(data.class_names, data.label_columns):
         found = ", ".join(map(str, data.label_columns))
         raise UsageError(
             f"{data.path!r} has labels of other kinds, {found}; --by class takes one column of classes or whole "
@@ -202,13 +202,8 @@ def _some(items: int, count: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(items), min(items, count)))
 
 
-def _countable(data: Dataset) -> bool:
-    """Whether labels are classes or whole numbers."""
-    return data.class_names is not None or [column.kind for column in data.label_columns] == ["integer"]
-
-
 def _tile(data: Dataset, row: int) -> Tile:
-    if data.labels is None or not _countable(data):
+    if data.labels is None or not countable(data.class_names, data.label_columns):
         return Tile(data.paths[row], row)
     label, names = int(data.labels[row]), data.class_names
     return Tile(data.paths[row], row, label=label, class_name=None if names is None else names[label])

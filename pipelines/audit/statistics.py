@@ -29,12 +29,11 @@ from ..plan import Plan
 from ..readers.arrays import open_index, open_shard
 from ..selection import listed
 from ..sources import open_source
-from ..sources.base import LabelColumn
+from ..sources.base import LabelColumn, countable
 from ..storage import open_storage
 from .verification import shards_at_once
 
 log = logging.getLogger(__name__)
-_RANGE_ITEMS = 1024  # of the plan, that a process is given at a time
 _ROWS_AT_ONCE = 64
 _CHANNELS = {1: ("gray",), 3: ("red", "green", "blue")}
 
@@ -118,7 +117,8 @@ def of_source(
     if choice.warning:
         log.warning("%s", choice.warning)
     plan = Plan(listed(source, config), 1)
-    tally = count_source(plan, source, config, image_size(plan, source, config), choice, progress)
+    size, counted = image_size(plan, source, config), countable(source.class_names, source.columns)
+    tally = count_source(plan, source, config, size, choice, progress, labels=counted)
     if not tally.counts.any():
         codes = ", ".join(f"{count} {code}" for code, count in sorted(tally.rejects.items()))
         raise SourceError(f"{source.location!r}: none of {plan.item_count} items can be decoded ({codes})")
@@ -181,7 +181,7 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
         raise FormatError(f"{storage.root!r} holds no images: all {manifest.counts.items} items were rejected")
     labels, valid = index.get("labels"), index.get("valid")
     numbers: Counter[Any] = Counter()
-    if labels is not None and labels.ndim == 1:
+    if labels is not None and countable(manifest.classes, manifest.columns):
         numbers.update((labels if valid is None else labels[valid]).tolist())
     return Statistics(
         path=storage.root,
@@ -198,9 +198,7 @@ def _class_counts(
 ) -> dict[str, int] | None:
     if names is not None:
         return {name: numbers[label] for label, name in enumerate(names)}
-    if [column.kind for column in columns] == ["integer"]:
-        return {str(number): numbers[number] for number in sorted(numbers)}
-    return None
+    return {str(number): numbers[number] for number in sorted(numbers)} if countable(names, columns) else None
 
 
 def _histograms(counts: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -14,7 +15,7 @@ from ..storage import is_remote
 from .base import Source, location_of
 from .columns import key_column
 from .folder import FolderSource
-from .stores import is_web
+from .stores import without_query
 
 _CIFAR_FILES = ("batches.meta", "meta")
 _BY_EXTENSION = {
@@ -79,8 +80,7 @@ def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[
 
 def _detected(location: str, image_column: str | None) -> str:
     """The form that a collection has, by its name; a folder's by what is in it, a tar's by its first members."""
-    path = location.partition("?")[0] if is_web(location) else location
-    extension = os.path.splitext(path.rstrip("/"))[1].lower()
+    extension = os.path.splitext(without_query(location).rstrip("/"))[1].lower()
     kind = "tar" if _COMPRESSED_TAR.search(location) else _BY_EXTENSION.get(extension, "folder")
     if kind == "tar":
         from .tar import kind_of
@@ -104,9 +104,9 @@ def _detected(location: str, image_column: str | None) -> str:
     if any(os.path.isfile(os.path.join(location, name)) for name in _CIFAR_FILES):
         return "cifar"
     parquet = False
-    with os.scandir(location) as entries:
+    with contextlib.suppress(OSError), os.scandir(location) as entries:  # the folder's own listing says what it is
         for entry in entries:
-            if entry.is_dir() and not entry.name.startswith("."):
+            if os.path.isdir(entry.path) and not entry.name.startswith("."):
                 return kind
             parquet = parquet or entry.name.endswith(".parquet")
     return "parquet" if parquet else kind

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..errors import ShardError, SourceError
 from ..rejects import BadItem
+from ..storage import is_remote
 
 IMAGE_EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .dcm .dicom".split()
@@ -154,6 +155,11 @@ def read_item(source: Source, item: Item) -> bytes:
     raise AssertionError("unreachable")
 
 
+def countable(class_names: Sequence[str] | None, columns: Sequence[LabelColumn]) -> bool:
+    """Whether labels are one column of classes or of whole numbers; see `Source`."""
+    return class_names is not None or [column.kind for column in columns] == ["integer"]
+
+
 def location_of(place: str | os.PathLike[str]) -> str:
     """A path, a pattern of paths or a URL as text, without `file://`.
 
@@ -168,6 +174,12 @@ def location_of(place: str | os.PathLike[str]) -> str:
     if not possible:
         raise SourceError(f"{text!r} is empty, has a NUL byte, or is no text; give a path or a URL")
     return text
+
+
+def full_location(place: str | os.PathLike[str]) -> str:
+    """As `location_of`; of a path, the full one, since another process may work in another folder."""
+    location = location_of(place)
+    return location.rstrip("/") if is_remote(location) else os.path.abspath(location)
 
 
 def as_text(name: bytes) -> str:

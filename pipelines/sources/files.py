@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from ..errors import SourceError
 from ..storage import is_remote, open_regular
-from .base import location_of
+from .base import full_location
 from .stores import (
     BLOCK_BYTES,
     READS_AT_ONCE,
@@ -31,6 +31,7 @@ from .stores import (
     is_web,
     patiently,
     store_of,
+    without_query,
 )
 
 _OPEN_FILES = 64
@@ -57,15 +58,14 @@ class Files:
     """
 
     def __init__(self, location: str, inside: str = "*") -> None:
-        location = location_of(location)
-        self.location = location if is_remote(location) else os.path.abspath(location)
-        self._remote = is_remote(location)
+        self.location = full_location(location)
+        self._remote = is_remote(self.location)
         self._start_anew()
         found = self._found(inside)
         if not found:
             raise SourceError(f"{location!r}: there is no such file; give a file, a pattern in quotes, or a URL")
         self._paths = list(found)
-        named = [path.partition("?")[0] if is_web(path) else path for path in self._paths]
+        named = [*map(without_query, self._paths)]
         start = os.path.commonprefix(named).rfind("/") + 1  # noqa: RUF071  # commonpath makes one slash of "://"
         self.names = [name[start:] for name in named]
         self.stamps = tuple(zip(self.names, found.values(), strict=True))
@@ -204,7 +204,7 @@ class Files:
     def _found_remote(self, url: str, inside: str) -> dict[str, int | None]:
         """The URLs of files, each with its size; None where a web server has yet to be asked."""
         with as_source_errors(url):
-            if _GLOB.search(url.partition("?")[0] if is_web(url) else url):
+            if _GLOB.search(without_query(url)):
                 return self._matching(url)
             if is_web(url):
                 return {url: None}

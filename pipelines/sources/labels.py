@@ -173,10 +173,23 @@ def read_labels(
                 kind, read = "class", read.astype(np.int64)
             numbers.append(read)
         columns.append(LabelColumn(name=name, kind=kind, classes=names))
+    if {"float", "integer"} <= {column.kind for column in columns}:
+        _refuse_inexact(columns, numbers, location)
     stacked = numbers[0] if len(numbers) == 1 else np.stack(numbers, axis=1)
     if len(columns) == 1 and columns[0].classes is not None:
         return Labels(columns[0].classes, (), stacked)
     return Labels(None, tuple(columns), stacked)
+
+
+def _refuse_inexact(columns: Sequence[LabelColumn], numbers: Sequence[NDArray[Any]], location: str) -> None:
+    """Raises SourceError for a whole number that another one would stand for in float64, the type beside floats."""
+    for column, values in zip(columns, numbers, strict=True):
+        inexact = values[(values > 2**53) | (values < -(2**53))] if column.kind == "integer" else values[:0]
+        if len(inexact):
+            raise SourceError(
+                f"{location!r}: column {column.name!r} has {inexact[0]}, which float64 cannot hold, and labels beside "
+                "a column of floats are stored as such; leave one of them out"
+            )
 
 
 def number_array(

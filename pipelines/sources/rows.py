@@ -28,7 +28,7 @@ from .base import Group, as_bytes, as_text
 from .columns import require
 from .files import Files
 from .labels import Asked, Labels, is_missing, read_labels, shared
-from .stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of
+from .stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of, without_query
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
@@ -48,7 +48,7 @@ def _downloaded(url: str) -> Any:
             content = patiently(lambda: fetch(store_of(url), url))
         except BadItem as exc:
             raise SourceError(f"{url!r}: {exc.detail}; download it, and give the file") from exc
-    suffix = os.path.splitext(url.partition("?")[0])[1]
+    suffix = os.path.splitext(without_query(url))[1]
     file = tempfile.NamedTemporaryFile(prefix="gpu-npz-table-", suffix=suffix)  # noqa: SIM115  # kept by the Table
     file.write(content)
     file.flush()
@@ -78,7 +78,7 @@ class Table:
             weakref.finalize(self, self._copy.close)
         self._files = Files(self._copy.name if self._copy else location)
         self.location = location if self._copy else self._files.path(0)
-        self._extension = os.path.splitext(self.location.partition("?")[0])[1].lower()
+        self._extension = os.path.splitext(without_query(self.location))[1].lower()
         if len(self._files) > 1 or self._extension not in EXTENSIONS:
             raise SourceError(f"{location!r} is no table; give one file with one of {' '.join(EXTENSIONS)}")
         self.columns = self._header()

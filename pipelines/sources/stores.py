@@ -192,3 +192,8 @@ def _advice(exc: OSError) -> str:
 def is_web(url: str) -> bool:
     """Whether a web server has it."""
     return url.partition("://")[0] in _WEB
+
+
+def without_query(location: str) -> str:
+    """A URL up to its question mark; a path as it is."""
+    return location.partition("?")[0] if is_web(location) else location

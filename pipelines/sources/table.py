@@ -10,12 +10,12 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError
 from ..storage import is_remote
-from .base import Group, Item, as_bytes, location_of
+from .base import Group, Item, as_bytes, full_location
 from .columns import key_column, label_columns, path_column
 from .folder import read_file
 from .labels import Listed
 from .rows import Listing, Table, below
-from .stores import READS_AT_ONCE, fetch, store_of
+from .stores import READS_AT_ONCE, fetch, store_of, without_query
 
 
 class TableSource(Listed[Listing]):
@@ -34,8 +34,7 @@ class TableSource(Listed[Listing]):
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
         self._table: Table | None = (table := Table(location))
         self.location = table.location
-        root = location_of(config.root or os.path.dirname(self.location.partition("?")[0]))
-        self._root = root.rstrip("/") if is_remote(root) else os.path.abspath(root)
+        self._root = full_location(config.root or os.path.dirname(without_query(self.location)))
         self.file_per_item = not is_remote(self._root)
         self.reads_at_once = 1 if self.file_per_item else READS_AT_ONCE
         self._path_column = path_column(config.image_column, table.columns, self.location)
