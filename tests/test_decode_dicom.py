@@ -317,6 +317,19 @@ def test_a_file_of_too_many_items_or_elements_is_read_no_further(
             attempt()
 
 
+def test_no_more_of_a_file_is_read_than_any_image_should_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (100, 100), np.uint8)
+    assert frame_count(dicom(stored, DEFLATED)) == 1
+    monkeypatch.setattr("gpu_npz.sources.dicom._MAX_BYTES", 5_000)
+    assert frame_count(dicom(stored)) == 1  # the header alone
+    at = (data := dicom(stored, NumberOfFrames=1)).index(b"(\0\x08\0IS")
+    long = data[:at] + b"(\0\6\0OB\0\0\xff\xff\xff\xff" + bytes(10_000)
+    for attempt in (lambda: frame_count(dicom(stored, DEFLATED)), lambda: frame_count(long)):
+        with pytest.raises(BadItem, match="bytes to be read") as caught:
+            attempt()
+        assert caught.value.code == "too-large"
+
+
 def test_functional_groups_of_many_megabytes_are_not_looked_into() -> None:
     group = pydicom.Dataset()
     group.add_new((0x0009, 0x1001), "OB", bytes(9 << 20))
@@ -372,6 +385,11 @@ def test_a_header_claims_no_more_frames_than_the_file_has_room_for() -> None:
     stored = values("uint16", shape=(4, HEIGHT, WIDTH))
     for syntax in (EXPLICIT, DEFLATED, RLE):
         assert frame_count(dicom(stored, syntax, NumberOfFrames=4)) == 4
+    halved = dicom(values("uint8", shape=(4, HEIGHT, WIDTH, 3)), PhotometricInterpretation="YBR_FULL", NumberOfFrames=4)
+    halved = (
+        halved.replace(b"YBR_FULL", b"YBR_FULL_422 ").replace(b"CS\x08\0YBR", b"CS\x0c\0YBR").replace(b"422 ", b"422")
+    )
+    assert frame_count(halved[: len(halved) - 4 * HEIGHT * WIDTH]) == 4  # of two bytes a pixel
     for data in (dicom(stored, NumberOfFrames=9), dicom(stored, DEFLATED, NumberOfFrames=90_000)):
         for attempt in (lambda data=data: frame_count(data), lambda data=data: decoded(data)):
             with pytest.raises(BadItem, match=r"0* frames of at least 240 bytes in a file of"):

@@ -18,6 +18,7 @@ from ..rejects import MAX_ENCODED_BYTES, BadItem
 
 EXTENSIONS = (b".dcm", b".dicom")
 _MAX_READS = 500_000  # each element, and each item of a sequence, takes one or some
+_MAX_BYTES = MAX_ENCODED_BYTES + (1 << 20)  # that are read, some of them twice
 _SLICE_BYTES = 1 << 14  # of deflate data, which become 16 MB at most
 _MOST_DEFLATED = 1032  # bytes that one byte of deflate data can become (https://zlib.net/zlib_tech.html)
 FRAME_NAMES = ("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated")
@@ -97,7 +98,7 @@ def frames_of(header: Any, size: int) -> int:
         least = 8  # the head of a fragment
     else:
         rows, columns, samples, bits = (int(header.get(name) or 1) for name in FRAME_NAMES[1:])
-        least = max(1, rows * columns * samples * bits // 8)
+        least = max(1, rows * columns * min(samples, 2) * bits // 8)  # 2 of YBR_FULL_422 (PS3.3, C.7.6.3.1.2)
     if count > 1 and count * least > size * (_MOST_DEFLATED if header.was_deflated else 1):
         raise BadItem("decode", "undecodable", f"{count} frames of at least {least} bytes in a file of {size}")
     return count
@@ -122,18 +123,26 @@ class _Deflated(Exception):
 
 
 class _Bounded:
-    """A file in which pydicom may read so many times, and from which it does not take what it would inflate."""
+    """A file of which pydicom may read so much, so many times, and does not get what it would inflate."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._reads = file, 0
+        self._file, self._reads, self._bytes = file, 0, 0
         self.seek, self.tell = file.seek, file.tell
+        start = self.tell()
+        self._end = self.seek(0, os.SEEK_END)
+        self.seek(start)
 
     def read(self, size: int | None = None) -> bytes:
         """Some bytes, as pydicom reads all but deflate data; these it reads to the end of the file."""
         self._reads += 1
         if self._reads > _MAX_READS:
             raise BadItem("decode", "undecodable", f"more than {_MAX_READS} data elements, or parts of them")
-        data = self._file.read() if size is None else self._file.read(size)
+        left = max(0, self._end - self.tell())
+        wanted = left if size is None else min(size, left)  # of a claimed size, memory is taken in advance
+        self._bytes += wanted
+        if self._bytes > _MAX_BYTES:
+            raise BadItem("decode", "too-large", f"more than {MAX_ENCODED_BYTES} bytes to be read")
+        data = self._file.read(wanted)
         if size is None:
             raise _Deflated(data)
         return data
