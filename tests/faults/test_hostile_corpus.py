@@ -22,4 +22,4 @@ def test_no_file_harms_the_process_its_neighbours_or_the_agreement_of_the_backen
         assert found["files"] > 2000
         assert found["unchanged"] == found["good neighbours"] > 250
         assert found["crashed"] == found["timed out"] == 0
-        assert found["worker memory MB"] < 600  # see README.md
+        assert found["worker memory MB"] < 700  # see README.md
