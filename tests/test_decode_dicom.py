@@ -6,6 +6,8 @@ import io
 import json
 import os
 import sys
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,151 @@ def test_what_cannot_be_decoded_is_a_reject(kind: str) -> None:
             decoded(make(), bit_depth=depth, max_pixels=9_999)
         assert (caught.value.stage, caught.value.code) == ("decode", code)
         assert caught.value.detail
+
+
+def deflated_bomb(content: bytes, megabytes: int) -> bytes:
+    """A deflated file whose data set begins with `content`, and so many zeros behind it."""
+    head = dicom(values("uint8"), DEFLATED)
+    head = head[: 144 + int.from_bytes(head[140:144], "little")]
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    begin = packer.compress(content) + packer.flush(zlib.Z_FULL_FLUSH)
+    piece = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return head + begin + piece * megabytes + packer.flush()
+
+
+def refusals(data: bytes, path: Path) -> tuple[BadItem, BadItem]:
+    """Why a file is not listed, and why it is not decoded, both in little memory."""
+    path.write_bytes(data)
+    found = []
+    for attempt in (lambda: frame_count(path), lambda: decoded(data)):
+        tracemalloc.start()
+        try:
+            with pytest.raises(BadItem) as caught:
+                attempt()
+            assert tracemalloc.get_traced_memory()[1] < 4 * len(data) + (64 << 20)
+        finally:
+            tracemalloc.stop()
+        found.append(caught.value)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("where", ["in the pixels", "before them"])
+def test_a_file_that_inflates_to_gigabytes_is_not_inflated(where: str, tmp_path: Path) -> None:
+    begin = b"\xe0\x7f\x10\0OW\0\0\xf0\xff\xff\xff" if where == "in the pixels" else b"\t\0\1\0OB\0\0\xfe\xff\xff\xff"
+    for bad in refusals(deflated_bomb(begin, 1024), tmp_path / "scan.dcm"):
+        assert (bad.code, bad.stage) == ("too-large", "decode")
+        assert "inflate to more than 536870911" in bad.detail
+
+
+def test_deflated_data_within_deflated_data_is_not_inflated(tmp_path: Path) -> None:
+    meta = b"\2\0\x10\0UI\x16\0" + DEFLATED.encode()
+    for bad in refusals(deflated_bomb(meta + b"\x08\0\5\0CS\0\0", 0), tmp_path / "scan.dcm"):
+        assert bad.detail == "deflated data within deflated data"
+
+
+@pytest.mark.parametrize("what", ["items", "elements"])
+def test_a_file_of_too_many_items_or_elements_is_read_no_further(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_npz.sources.dicom._MAX_READS", 10_000)
+    data = dicom(values("uint8"))
+    at = data.index(b"\x08\0\x16\0UI")
+    tags = np.arange(20_000).astype("<u4")
+    elements = np.stack([9 + 2 * (tags >> 16), tags & 0xFFFF, np.full(len(tags), 0x4853), 0 * tags], axis=1)
+    sequence = b"\x08\0\x06\0SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\0\xe0\0\0\0\0" * 6_000
+    within = sequence if what == "items" else elements.astype("<u2").tobytes()
+    (tmp_path / "scan.dcm").write_bytes(data[:at] + within + data[at:])
+    for attempt in (lambda: frame_count(tmp_path / "scan.dcm"), lambda: decoded(data[:at] + within + data[at:])):
+        with pytest.raises(BadItem, match="more than 10000 data elements, or parts of them"):
+            attempt()
+
+
+def test_no_more_of_a_file_is_read_than_any_image_should_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (100, 100), np.uint8)
+    assert frame_count(dicom(stored, DEFLATED)) == 1
+    monkeypatch.setattr("gpu_npz.sources.dicom._MAX_BYTES", 5_000)
+    assert frame_count(dicom(stored)) == 1  # the header alone
+    at = (data := dicom(stored, NumberOfFrames=1)).index(b"(\0\x08\0IS")
+    long = data[:at] + b"(\0\6\0OB\0\0\xff\xff\xff\xff" + bytes(10_000)
+    for attempt in (lambda: frame_count(dicom(stored, DEFLATED)), lambda: frame_count(long)):
+        with pytest.raises(BadItem, match="bytes to be read") as caught:
+            attempt()
+        assert caught.value.code == "too-large"
+
+
+def test_functional_groups_of_many_megabytes_are_not_looked_into() -> None:
+    group = pydicom.Dataset()
+    group.add_new((0x0009, 0x1001), "OB", bytes(9 << 20))
+    with pytest.raises(BadItem, match=r"SharedFunctionalGroupsSequence of \d+ bytes; at most 8388608"):
+        decoded(dicom(values("uint8"), SharedFunctionalGroupsSequence=pydicom.Sequence([group])))
+
+
+def encapsulated(frame: bytes, syntax: str) -> bytes:
+    """A file of another compressed frame."""
+    file = pydicom.dcmread(io.BytesIO(dicom(values("uint8"))))
+    file.file_meta.TransferSyntaxUID = syntax
+    file.PixelData = pydicom.encaps.encapsulate([frame])
+    file["PixelData"].is_undefined_length = True
+    buffer = io.BytesIO()
+    file.save_as(buffer)
+    return buffer.getvalue()
+
+
+def test_rle_data_for_more_pixels_than_the_header_has_are_not_decoded() -> None:
+    header = (1).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(56)
+    with pytest.raises(BadItem, match=r"RLE data of more than .* bytes for 120 pixels"):
+        decoded(encapsulated(header + b"\x81\0" * 1_000_000, RLE))
+    padded = header + b"\x07" + bytes(range(8)) + b"\xc9\x99" * 2 + b"\x80" * (2 << 20)
+    np.testing.assert_array_equal(decoded(encapsulated(padded, RLE), dicom_window=(0, 255))[0, :8, 0], range(8))
+
+
+def test_a_jpeg_inside_is_of_the_header_s_size_and_of_few_scans(encode: Callable[..., bytes]) -> None:
+    jpeg = pydicom.uid.JPEGBaseline8Bit
+    large = encode(np.zeros((HEIGHT, 40), np.uint8))
+    with pytest.raises(BadItem, match="an image of 40 x 12 pixels, where the header has 10 x 12"):
+        decoded(encapsulated(large, jpeg))
+    with pytest.raises(BadItem, match="an image of 1 x 1 pixels"):
+        decoded(encapsulated(encode(np.zeros((1, 1), np.uint8)), jpeg))
+    whole = encode(np.zeros((HEIGHT, WIDTH), np.uint8))
+    with pytest.raises(BadItem, match="301 scans; at most 256"):
+        decoded(encapsulated(whole[:-2] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 300 + whole[-2:], jpeg))
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"RescaleSlope": "1e308"}, {"RescaleSlope": "nan"}, {"WindowCenter": "1e308", "WindowWidth": "1e308"}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DS")
+def test_values_beyond_all_finite_numbers_are_a_reject(attributes: dict[str, str]) -> None:
+    if "WindowCenter" in attributes:
+        attributes = {**attributes, "RescaleIntercept": "-1e308", "RescaleSlope": "-1e308"}
+    with pytest.raises(BadItem, match="beyond all finite numbers"):
+        decoded(dicom(values("uint8"), **attributes))
+
+
+def test_a_header_claims_no_more_frames_than_the_file_has_room_for() -> None:
+    stored = values("uint16", shape=(4, HEIGHT, WIDTH))
+    for syntax in (EXPLICIT, DEFLATED, RLE):
+        assert frame_count(dicom(stored, syntax, NumberOfFrames=4)) == 4
+    halved = dicom(values("uint8", shape=(4, HEIGHT, WIDTH, 3)), PhotometricInterpretation="YBR_FULL", NumberOfFrames=4)
+    halved = (
+        halved.replace(b"YBR_FULL", b"YBR_FULL_422 ").replace(b"CS\x08\0YBR", b"CS\x0c\0YBR").replace(b"422 ", b"422")
+    )
+    assert frame_count(halved[: len(halved) - 4 * HEIGHT * WIDTH]) == 4  # of two bytes a pixel
+    for data in (dicom(stored, NumberOfFrames=9), dicom(stored, DEFLATED, NumberOfFrames=90_000)):
+        for attempt in (lambda data=data: frame_count(data), lambda data=data: decoded(data)):
+            with pytest.raises(BadItem, match=r"0* frames of at least 240 bytes in a file of"):
+                attempt()
+
+
+def test_a_damaged_sequence_is_a_reject_wherever_it_is_met() -> None:
+    data = dicom(values("uint8"))
+    at = data.index(b"\x08\0\x16\0UI")
+    broken = data[:at] + b"\x08\0\x06\0SQ\0\0\xff\xff\xff\xff"
+    for attempt in (lambda: frame_count(broken), lambda: decoder_of().decode_image(broken, "scan.dcm")):
+        with pytest.raises(BadItem):
+            attempt()
 
 
 def test_pixels_over_the_limit_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,13 @@ def test_what_the_val_tar_lacks_is_said(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(path, labels=str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["n01440764_10026.JPEG", "ILSVRC2012_test_00000001.JPEG", "x1", "1_2", "\u0661"])
+def test_a_table_of_other_images_is_refused(tmp_path: Path, name: str) -> None:
+    path, table = val(tmp_path / "ILSVRC2012_img_val.tar"), tmp_path / "t.csv"
+    table.write_text(f"1,{WNIDS[0]}\nval/ILSVRC2012_val_00000002.JPEG,{WNIDS[1]}\n{name},{WNIDS[0]}\n", "utf-8")
+    assert "line 3 is" in refusal(path, labels=str(table))
+
+
 def test_a_train_tar_whose_inner_tar_is_cut_is_refused(tmp_path: Path) -> None:
     whole = tarred({"a_1.JPEG": bytes(2000)})
     message = refusal(tar(tmp_path / "t.tar", {f"{WNIDS[0]}.tar": whole[:1500]}), source="imagenet")

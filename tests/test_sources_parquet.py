@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -20,7 +21,9 @@ import gpu_npz
 from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.rejects import BadItem
 from gpu_npz.sources import parquet
+from gpu_npz.sources.arrow import open_parquet, rows
 from gpu_npz.sources.base import Item, read_item
+from gpu_npz.sources.files import Files
 from gpu_npz.sources.parquet import ParquetSource
 
 arrow = pytest.importorskip("pyarrow")
@@ -235,6 +238,32 @@ def test_a_damaged_row_group_makes_rejects_of_its_own_rows_alone(numbers: Path) 
         assert read_item(source, listed[row]).startswith(b"%06d" % row)
 
 
+def test_a_damaged_row_group_is_read_once_for_all_of_its_rows(numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = pq.ParquetFile(numbers).metadata.row_group(1).column(0)
+    with open(numbers, "r+b") as file:
+        file.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
+        file.write(os.urandom(5000))
+    begun: list[int] = []
+    begin = parquet._batches
+    monkeypatch.setattr(parquet, "_batches", lambda *of: (begun.append(of[1]), begin(*of))[1])
+    source = opened(numbers)
+    details = {reject(source, item)[1] for item in items(source)[100:200]}
+    assert begun == [1]
+    assert len(details) == 1
+    again = pickle.loads(pickle.dumps(source))
+    assert reject(again, items(again)[150])[1] in details
+
+
+def test_a_row_group_is_read_again_where_the_system_failed_once(numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(numbers)
+    listed = items(source)
+    with monkeypatch.context() as failing:
+        failing.setattr(source._files, "read", lambda *_: (_ for _ in ()).throw(OSError(errno.EACCES, "denied")))
+        with pytest.raises(OSError, match="Errno 13"):
+            source.read(listed[150])
+    assert read_item(source, listed[150]).startswith(b"%06d" % 150)
+
+
 def test_a_place_that_is_not_there_is_a_reject_and_a_file_that_is_gone_stops_the_build(numbers: Path) -> None:
     source = opened(numbers)
     listed = items(source)
@@ -289,6 +318,18 @@ def test_rows_that_the_file_cannot_hold_are_refused(tmp_path: Path) -> None:
     size = path.stat().st_size
     assert size < 100_000
     assert f"says that it has 2000000 rows, 2000000 in its row groups, in {size} bytes; it is damaged" in refusal(path)
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_texts_that_share_their_beginnings_may_be_more_than_the_file_has_bytes(
+    tmp_path: Path, compression: str
+) -> None:
+    path, names = tmp_path / "t.parquet", [f"images/train/{number:08}.jpg" for number in range(50_000)]
+    options = {"use_dictionary": False, "column_encoding": {"path": "DELTA_BYTE_ARRAY"}}
+    pq.write_table(arrow.table({"path": names}), path, compression=compression, **options)
+    assert compression == "none" or path.stat().st_size < len(names)
+    file = open_parquet(Files(str(path)), 0)
+    assert [name for (name,) in rows(file, str(path), ["path"])] == names
 
 
 def test_a_large_row_group_is_read_without_holding_it(tmp_path: Path, python: Callable[..., Any]) -> None:

@@ -270,6 +270,15 @@ def test_what_follows_the_end_mark_is_named(tmp_path: Path, caplog: pytest.LogCa
     assert "ends at byte 1024 of 4194304, as tar reads it; what follows is left out" in caplog.text
 
 
+def test_a_tar_behind_another_is_named_however_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = (pack(tmp_path / f"{name}.tar", {f"{name}/1.jpg": b"1"}).read_bytes() for name in "ab")
+    for padding in (0, 8192):
+        caplog.clear()
+        (tmp_path / "c.tar").write_bytes(first + bytes(padding) + second)
+        assert labelled(opened(tmp_path / "c.tar")) == [("a/1.jpg", 0)]
+        assert "as tar reads it; what follows is left out: give tars that were joined by cat one by one" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("mode", "name", "command"),
     [("gz", "t.tar.gz", "gunzip -k"), ("bz2", "t.tbz2", "bunzip2 -k"), ("xz", "t.tar", "unxz -k")],

@@ -70,6 +70,29 @@ def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
         opened(pack(tmp_path / "t.zip", {"a/1.jpg": b"1", name: b"2"}))
 
 
+def foreign(path: Path, names: list[str], system: int) -> Path:
+    """A zip as another system makes it, of members that hold their names."""
+    with zipfile.ZipFile(path, "w") as made:
+        for name in names:
+            info = zipfile.ZipInfo(name)
+            info.create_system = system
+            made.writestr(info, name)
+    return path
+
+
+@pytest.mark.parametrize("system", [0, 10])
+def test_backslashes_of_windows_are_slashes(tmp_path: Path, system: int) -> None:
+    names = ["cat\\", "cat\\1.jpg", "dog\\old\\2.jpg", "dog/3\\4.jpg"]
+    source = opened(foreign(tmp_path / "t.zip", names, system))
+    assert source.class_names == ("cat", "dog")
+    assert labelled(source) == [("cat/1.jpg", 0), ("dog/old/2.jpg", 1), ("dog/3\\4.jpg", 1)]
+    assert source.read(items(source)[1]) == b"dog\\old\\2.jpg"
+    for name in ("..\\1.jpg", "a\\..\\..\\1.jpg", "\\a\\1.jpg"):
+        with pytest.raises(SourceError, match="leads out of the archive"):
+            opened(foreign(tmp_path / "bad.zip", [name], system))
+    assert labelled(opened(foreign(tmp_path / "unix.zip", ["cat\\1.jpg"], 3))) == [("cat\\1.jpg", None)]
+
+
 def test_a_link_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     link = zipfile.ZipInfo("a/link.jpg")
     link.create_system, link.external_attr = 3, 0o120777 << 16
@@ -91,6 +114,11 @@ def test_encrypted_members_and_other_methods_are_refused(tmp_path: Path) -> None
     with pytest.raises(SourceError, match=r"compressed by method 12; allowed are stored \(0\) and deflated"):
         opened(path)
     data = bytearray(pack(path, {"a/1.jpg": b"1"}).read_bytes())
+    data[central(data, 0) + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match="is encrypted; unzip it and give the folder"):
+        opened(path)
+    data = bytearray(pack(path, {"./a/1.jpg": b"1"}).read_bytes())
     data[central(data, 0) + 8] |= 1
     path.write_bytes(data)
     with pytest.raises(SourceError, match="is encrypted; unzip it and give the folder"):

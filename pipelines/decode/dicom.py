@@ -13,23 +13,38 @@ LO and HI are the setting `dicom_window`; else by the file's first window, of ce
 
 else the lowest and the highest value of the frame; tables (VOI LUT Sequence) are not looked at. Enhanced files have
 slope and window in functional groups, for all frames or for each. RGB and YBR images are taken as colours.
+
+What pydicom's decoders would allocate by a frame's own data is compared with the file's header before they see it.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import struct
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from ..config import BuildConfig
 from ..rejects import BadItem
-from ..sources.dicom import require_pydicom
+from ..sources.dicom import FRAME_NAMES, frames_of, read_dicom
+from .jpeg import check_scans
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of them
 _GRAYS = ("MONOCHROME1", "MONOCHROME2")
+_GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths")
+_NAMES = (
+    *FRAME_NAMES, "PhotometricInterpretation", "PlanarConfiguration", "BitsStored", "PixelRepresentation",
+    "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
+    *_GROUPS, *_PIXELS,
+)  # fmt: skip
+_MAX_GROUPS_BYTES = 8 << 20  # of functional groups, of which pydicom makes up to 250 times as much
+_RLE = "1.2.840.10008.1.2.5"
+_SMALL_BYTES = 1 << 20  # of RLE data, which become 64 MB at most (PS3.5, G.3.1)
 
 
 def is_dicom(data: bytes) -> bool:
@@ -39,7 +54,7 @@ def is_dicom(data: bytes) -> bool:
 
 def size_of(data: bytes) -> tuple[int, int]:
     """Height and width by the header; raises what pydicom raises, and BackendError if it is missing."""
-    header = require_pydicom().dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+    header = read_dicom(io.BytesIO(data), ["Rows", "Columns"])
     return int(header.Rows), int(header.Columns)
 
 
@@ -50,29 +65,87 @@ def decode_frame(data: bytes, frame: int, config: BuildConfig) -> NDArray[Any]:
         BadItem: not of a kind that is described above.
         Exception: whatever pydicom raises for a damaged file, or for want of a plugin that decompresses it.
     """
-    pydicom = require_pydicom()
-    file = pydicom.dcmread(io.BytesIO(data))
+    file = read_dicom(io.BytesIO(data), _NAMES, pixels=True)
     kind = str(file.PhotometricInterpretation)
     if kind not in (*_GRAYS, *_COLOURS):
         raise BadItem("decode", "undecodable", f"photometric interpretation {kind}")
+    for name in _GROUPS:
+        if name in file and (size := getattr(file.get_item(name), "length", 0)) > _MAX_GROUPS_BYTES:
+            raise BadItem("decode", "undecodable", f"{name} of {size} bytes; at most {_MAX_GROUPS_BYTES}")
+    _check_frame(file, frame, frames_of(file, len(data)))
     stored = importlib.import_module("pydicom.pixels").pixel_array(file, index=frame)
     top = config.max_level
-    if kind in _COLOURS:
-        scaled = stored.astype(np.float64) / (2 ** int(file.BitsStored) - 1)
-    else:
-        values = _rescaled(file, frame, stored)
-        low, high = config.dicom_window or _window(file, frame) or (values.min(), values.max())
-        scaled = (values > low).astype(np.float64) if low == high else (values - low) / (high - low)
-    levels = np.rint(scaled.clip(0, 1) * top)
-    found: NDArray[Any] = (top - levels if kind == "MONOCHROME1" else levels).astype(config.pixel_dtype)
+    levels = stored.astype(np.float64)
+    with np.errstate(all="ignore"):
+        if kind in _COLOURS:
+            levels /= 2 ** int(file.BitsStored) - 1
+        else:
+            _rescale(file, frame, levels)
+            low, high = config.dicom_window or _window(file, frame) or (levels.min(), levels.max())
+            if low == high and np.isfinite(low):
+                levels = (levels > low).astype(np.float64)
+            else:
+                levels -= low
+                levels /= high - low
+    if not np.isfinite(levels).all():
+        raise BadItem("decode", "undecodable", "values, or a window of them, beyond all finite numbers")
+    np.clip(levels, 0, 1, out=levels)
+    levels *= top
+    np.rint(levels, out=levels)
+    if kind == "MONOCHROME1":
+        np.subtract(top, levels, out=levels)
+    found: NDArray[Any] = levels.astype(config.pixel_dtype)
     return found
 
 
-def _rescaled(file: Any, frame: int, stored: NDArray[Any]) -> NDArray[np.float64]:
+def _check_frame(file: Any, frame: int, count: int) -> None:
+    """Raises BadItem if a compressed frame is not of the size that the header says."""
+    syntax = file.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        return
+    tables = [file.get(name) for name in _PIXELS[3:]]
+    data = importlib.import_module("pydicom.encaps").get_frame(
+        file.PixelData,
+        frame,
+        number_of_frames=count,
+        extended_offsets=tuple(tables) if all(tables) else None,
+    )
+    size = (int(file.Columns), int(file.Rows))
+    if syntax == _RLE:
+        _check_rle(data, size[0] * size[1])
+        return
+    check_scans(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "JPEG2000")) as image:  # as pydicom itself
+            found = image.size
+    except UnidentifiedImageError:  # JPEG-LS and the like: for other libraries, if there are any
+        return
+    if found != size:
+        detail = f"an image of {found[0]} x {found[1]} pixels, where the header has {size[0]} x {size[1]}"
+        raise BadItem("decode", "undecodable", detail)
+
+
+def _check_rle(data: bytes, pixels: int) -> None:
+    """Raises BadItem if one of the segments becomes much more than one byte a pixel (PS3.5, G.3.1 and G.5)."""
+    if len(data) <= _SMALL_BYTES:
+        return
+    count, *offsets = struct.unpack_from("<16I", data)
+    for start, end in zip(offsets[:count], [*offsets[1:count], len(data)], strict=False):
+        position, size = start, 0
+        while position < min(end, len(data)) and size <= 2 * pixels + _SMALL_BYTES:
+            control = data[position]
+            size += control + 1 if control < 128 else 257 - control if control > 128 else 0
+            position += control + 2 if control < 128 else 2 if control > 128 else 1
+        if size > 2 * pixels + _SMALL_BYTES:
+            raise BadItem("decode", "undecodable", f"RLE data of more than {size} bytes for {pixels} pixels")
+
+
+def _rescale(file: Any, frame: int, stored: NDArray[np.float64]) -> None:
     if "ModalityLUTSequence" in file:
         raise BadItem("decode", "undecodable", "a modality LUT, rather than slope and intercept")
     group = _group(file, frame, "PixelValueTransformationSequence", "RescaleSlope")
-    return stored.astype(np.float64) * float(group.get("RescaleSlope", 1)) + float(group.get("RescaleIntercept", 0))
+    stored *= float(group.get("RescaleSlope", 1))
+    stored += float(group.get("RescaleIntercept", 0))
 
 
 def _window(file: Any, frame: int) -> tuple[float, float] | None:
@@ -91,7 +164,7 @@ def _window(file: Any, frame: int) -> tuple[float, float] | None:
 
 def _group(file: Any, frame: int, sequence: str, keyword: str) -> Any:
     """Where an attribute of a frame stands: in its functional group, in that of all frames, or in the file itself."""
-    frames, shared = file.get("PerFrameFunctionalGroupsSequence"), file.get("SharedFunctionalGroupsSequence")
+    frames, shared = (file.get(name) for name in _GROUPS)
     for group in (frames[frame] if frames else None, shared[0] if shared else None):
         if group is not None and (inner := group.get(sequence)) and keyword in inner[0]:
             return inner[0]

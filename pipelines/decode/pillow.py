@@ -25,6 +25,7 @@ from ..sources.base import Item, Source, read_item
 from ..sources.dicom import frame_count, require_pydicom
 from .base import Decoded, Stage, with_reads
 from .dicom import decode_frame, is_dicom, size_of
+from .jpeg import check_scans
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -44,7 +45,6 @@ _UPRIGHT = {
 }
 # What a collection holds. Pillow opens more: rare formats with rarely read parsers, and PostScript, which it runs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
-_MAX_SCANS = 256  # as nvImageCodec: each scan of a progressive JPEG costs a pass over the whole image
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -197,8 +197,8 @@ class PillowDecoder:
         """What must be known before Pillow opens the data. Raises BadItem."""
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             self._check_webp(data)
-        elif data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS and (scans := _scans(data)) > _MAX_SCANS:
-            raise BadItem("decode", "undecodable", f"{scans} scans; at most {_MAX_SCANS}")
+        else:
+            check_scans(data)
 
     def _check_webp(self, data: bytes) -> None:
         # Pillow's WebP reader allocates the whole canvas when it opens a file, and has one message for every trouble.
@@ -368,23 +368,6 @@ def orientation_of(image: Image.Image) -> int:
     except Exception:  # Pillow's EXIF parser raises many kinds on damaged blocks; the pixels may well be whole
         return 1
     return value if isinstance(value, int) and value in _UPRIGHT else 1
-
-
-def _scans(data: bytes) -> int:
-    """How many scans a JPEG has before its end; what is appended to it does not count (ITU-T T.81, B.1.1)."""
-    position, scans = 2, 0
-    while 0 <= (position := data.find(b"\xff", position)) <= len(data) - 4:
-        marker = data[position + 1]
-        if marker == 0xD9:
-            break
-        if marker == 0xFF:  # fill byte
-            position += 1
-        elif marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # a stuffed byte, or a marker without a segment
-            position += 2
-        else:
-            scans += marker == 0xDA
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return scans
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

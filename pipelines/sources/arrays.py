@@ -89,7 +89,8 @@ class _Array:
 class NumpySource(Listed[Found]):
     """The images of one array in an .npy, or in an .npz (`a.npz`, or `a.npz/x_test.npy` for a certain one).
 
-    The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 (R,G,B) or 4 (uint8 with alpha).
+    The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 (R,G,B) or 4 (uint8 with alpha);
+    three dimensions of which the last is 1, 3 or 4 are taken for one image without its N, and refused.
     uint16 keeps its 16 bits with `--bit-depth 16`. In an .npz it is the only one of that many dimensions, or the first
     with a usual name (images, x, x_train, train_images, data, arr_0). Labels are one number or text an image:
     `--labels NAME` of another array in the .npz, by default the one with the matching or a usual name (labels, y,
@@ -357,6 +358,11 @@ def _layout(array: _Array) -> tuple[bool, int]:
     first, last = len(shape) == 4 and shape[1] in _CHANNELS, len(shape) == 4 and shape[3] in _CHANNELS
     if first and last:
         raise SourceError(f"{got}, where channels could be first or last; save it as (N, H, W) or with more columns")
+    if len(shape) == 3 and shape[2] in _CHANNELS:
+        raise SourceError(
+            f"{got}, which looks like one image of {shape[2]} channels; allowed are (N, H, W), (N, H, W, C) and (N, C, "
+            "H, W): save one image as array[None], gray ones that are so narrow as array[..., None]"
+        )
     if len(shape) != 3 and not first and not last:
         raise SourceError(f"{got}; allowed are (N, H, W), (N, H, W, C) and (N, C, H, W), C being 1, 3 or 4")
     if 0 in shape:

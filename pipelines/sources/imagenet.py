@@ -18,6 +18,7 @@ from .tar import TarSource, members
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 1000, 1_281_167, 50_000
 _CLASS_TAR = re.compile(rb"(?:.*/)?(n\d{8})\.tar")
 _VAL_IMAGE = re.compile(rb"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
+_TABLE_IMAGE = re.compile(r"(?:ILSVRC2012_val_)?(\d{1,8})", re.ASCII)  # without its folder and extension
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _MAPPING, _META = "map_clsloc.txt", "meta.mat"
 _MAX_TABLE_BYTES = 64 << 20  # Kaggle's LOC_val_solution.csv has 2 MB
@@ -150,7 +151,7 @@ def _table(location: str) -> dict[int, str]:
     truth: dict[int, str] = {}
     for number, line in enumerate(_text(Path(location)).splitlines(), 1):
         name, _, rest = re.sub(r"[,\t ]+", " ", line.strip()).partition(" ")
-        digits = re.search(r"(\d{1,8})$", os.path.splitext(os.path.basename(name.strip('"')))[0])
+        digits = _TABLE_IMAGE.fullmatch(os.path.splitext(os.path.basename(name.strip('"')))[0])
         wnid = rest.strip('"').partition(" ")[0]
         if digits and _is_wnid(wnid):
             if truth.setdefault(int(digits[1]), wnid) != wnid:

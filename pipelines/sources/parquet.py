@@ -90,9 +90,10 @@ class ParquetSource(Listed[_Listing]):
         self._lock = threading.Lock()
         self._opened: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._windows: collections.OrderedDict[tuple[int, int], _Window] = collections.OrderedDict()
+        self._damage: dict[tuple[int, int], tuple[int, str]] = {}  # from which row on, and what
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_lock": None, "_opened": None, "_windows": None}
+        return {**super().__getstate__(), "_lock": None, "_opened": None, "_windows": None, "_damage": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -176,8 +177,8 @@ class ParquetSource(Listed[_Listing]):
             try:
                 data = self._row(*item.place)
             except SourceError as exc:
-                if isinstance(exc.__cause__, OSError) and exc.__cause__.errno is not None:
-                    raise exc.__cause__ from None
+                if (error := _of_system(exc)) is not None:
+                    raise error from None
                 raise BadItem("read", "unreadable", str(exc)) from exc
         if data is None:
             raise BadItem("read", "missing", "the row has no bytes; only those are read, never the file of its path")
@@ -190,6 +191,8 @@ class ParquetSource(Listed[_Listing]):
         self._files.check()
 
     def _row(self, number: int, group: int, row: int) -> bytes | None:
+        if (damage := self._damage.get((number, group))) is not None and row >= damage[0]:
+            raise SourceError(damage[1])  # no use in reading the row group again for each row behind
         window = self._windows.pop((number, group), None)
         if window is None or row < window.first:
             file = self._opened.pop(number, None)
@@ -199,7 +202,12 @@ class ParquetSource(Listed[_Listing]):
             if len(self._opened) > _OPEN_FILES:
                 self._opened.popitem(last=False)
             window = _Window(_batches(file, group, self._image))
-        data = window.row(row)
+        try:
+            data = window.row(row)
+        except SourceError as exc:
+            if _of_system(exc) is None:
+                self._damage[number, group] = (window.end, str(exc))
+            raise
         self._windows[number, group] = window
         if len(self._windows) > _OPEN_GROUPS:
             self._windows.popitem(last=False)
@@ -214,12 +222,14 @@ class _Window:
         self._batches = batches
         self._rows: collections.deque[bytes | None] = collections.deque()
         self._bytes = 0
-        self._damage: SourceError | None = None
 
     def row(self, row: int) -> bytes | None:
         """The image in a row, from `first` on. Raises SourceError if the row group is damaged before it."""
-        while row >= self.first + len(self._rows):
-            batch = self._next()
+        while row >= self.end:
+            with explained("row group"):
+                batch = next(self._batches, None)
+            if batch is None:
+                raise SourceError(f"the row group ends after {self.end} rows")
             self._rows += batch
             self._bytes += sum(len(data or b"") for data in batch)
             while self._bytes > _WINDOW_BYTES and len(self._rows) > len(batch):
@@ -227,18 +237,16 @@ class _Window:
                 self.first += 1
         return self._rows[row - self.first]
 
-    def _next(self) -> list[bytes | None]:
-        if self._damage is not None:
-            raise self._damage
-        try:
-            with explained("row group"):
-                batch = next(self._batches, None)
-            if batch is None:
-                raise SourceError(f"the row group ends after {self.first + len(self._rows)} rows")
-        except SourceError as exc:
-            self._damage = exc  # no use in reading it again for each row behind
-            raise
-        return batch
+    @property
+    def end(self) -> int:
+        """The row behind the last one that was read."""
+        return self.first + len(self._rows)
+
+
+def _of_system(exc: SourceError) -> OSError | None:
+    """What the system said, where that is what is wrong, which may be over the next time."""
+    cause = exc.__cause__
+    return cause if isinstance(cause, OSError) and cause.errno is not None else None
 
 
 def _batches(file: Any, group: int, column: str) -> Iterator[list[bytes | None]]:

@@ -102,10 +102,13 @@ def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Memb
             where = f"after {last}, at byte {end}, without the end mark of a tar"
             raise (position == start and _compressed(file, start, archive)) or _cut(archive, where)
         if block == _ZEROS:
-            if end - position > _MAX_PADDING:
+            rest = end - position
+            if rest > _MAX_PADDING or _read(file, position, rest, archive).strip(b"\0"):
                 log.warning(
-                    "%r ends at byte %d of %d, as tar reads it; what follows is left out", archive, position, end
-                )
+                    "%r ends at byte %d of %d, as tar reads it; what follows is left out: give tars that were joined "
+                    "by cat one by one, or join them by tar --concatenate",
+                    archive, position, end,
+                )  # fmt: skip
             return
         kind = block[156:157]
         extended = kind in _EXTENDED

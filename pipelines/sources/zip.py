@@ -10,13 +10,14 @@ from collections.abc import Iterator
 
 from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from .archives import ArchiveSource, Member, is_image, place_of, read_piece
+from .archives import ArchiveSource, Member, is_image, path_of, place_of, read_piece
 from .base import Item
 
 _LOCAL = struct.Struct("<4s2xHH16xHH")  # a member's header, section 4.3.7: magic, flags, method, lengths behind it
 LOCAL_HEADER_BYTES = _LOCAL.size
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _UNIX = 3
+_DOS = (0, 10, 14)  # FAT, NTFS, VFAT
 _HUGE = 1 << 62  # more than any size that is read, and an int64
 
 
@@ -41,13 +42,15 @@ class ZipSource(ArchiveSource):
         _refuse_overlaps(infos, archive, end)
         for info in infos:
             name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+            if info.create_system in _DOS and b"/" not in name:
+                name = name.replace(b"\\", b"/")  # as unzip does: old .NET wrote them so
             mode = stat.S_IFMT(info.external_attr >> 16) if info.create_system == _UNIX else 0
             if name.endswith(b"/"):
                 yield Member(name, "folder")
             elif mode not in (0, stat.S_IFREG):
                 yield Member(name, "other")
             else:
-                if is_image(name):
+                if is_image(path_of(name, archive)):
                     _refuse_unknown(info, archive)
                 yield Member(
                     name, "file", (number, info.header_offset, info.compress_size, min(info.file_size, _HUGE), info.CRC)
