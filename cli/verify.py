@@ -69,6 +69,8 @@ def command(
             click.echo(f"{len(rebuilt.shards)} shard(s) built anew")
         for problem in result.problems:
             click.echo(f"{printable(problem.file)}: {printable(problem.what)}")
+        if not repairing and any(problem.file.rpartition("/")[2].startswith("shard-") for problem in result.problems):
+            click.echo("damaged and missing shards are built anew, where the images still are, by: verify OUT --repair")
         if again is not None:
             click.echo(_compared(again))
         verdict = "whole" if result.ok else f"NOT whole, {len(result.problems)} problem(s)"

@@ -309,12 +309,12 @@ def run(
         raise RejectLimitError(
             f"stopped early: {watch.rejects} of the {watch.items} items of this run were rejected "
             f"({watch.reject.path!r} for one: {watch.reject.code}, {watch.reject.detail}); --max-rejects "
-            f"{config.max_rejects} allows {config.reject_limit(plan.item_count)} of {plan.item_count}. Look at some of "
-            "the files; run the same command with a higher --max-rejects to go on all the same",
+            f"{config.max_rejects} allows {config.reject_limit(plan.item_count)} of {plan.item_count}. "
+            f"{_look(source, report)}; run the same command with a higher --max-rejects to go on all the same",
             report,
         )
     if not complete and not report.missing_shards:
-        raise RejectLimitError(_too_many(storage, report, config), report)
+        raise RejectLimitError(_too_many(storage, source, report, config), report)
     return report
 
 
@@ -376,11 +376,20 @@ def _hints(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[str
     return tuple(hints)
 
 
-def _too_many(storage: Storage, report: BuildReport, config: BuildConfig) -> str:
+def _look(source: Source, report: BuildReport) -> str:
+    """What to do about rejects."""
+    codes = report.rejects_by_code
+    if source.kind == "table" and max(codes, key=lambda code: codes[code]) == "missing":
+        return "If paths or --root are wrong (a name's extension?), start anew with --overwrite"
+    return "Look at some of the files"
+
+
+def _too_many(storage: Storage, source: Source, report: BuildReport, config: BuildConfig) -> str:
     return (
         f"{report.rejects} of {report.items} items were rejected ({_codes(report.rejects_by_code)}); --max-rejects "
         f"{config.max_rejects} allows {config.reject_limit(report.items)}. All shards are built and stay; "
-        f"{storage.path(REJECTS)!r} names the items. Run the same command with a higher --max-rejects to finish at once"
+        f"{storage.path(REJECTS)!r} names the items. {_look(source, report)}; run the same command with a higher "
+        "--max-rejects to finish at once"
     )
 
 

@@ -223,14 +223,17 @@ class BuildConfig(BaseModel):
         "operational", "auto", "The form that SRC has; told by its name and content unless given."
     )
     root: str | None = _setting(
-        "operational", None, "What paths in a table are relative to; the table's own folder unless given.",
+        "operational", None,
+        "What paths in a table are relative to, the table's own folder unless given; or the folder in a tar or zip "
+        "that is taken.",
         "a folder",
         "DIR",
     )  # fmt: skip
     max_rejects: str = _setting(
         "operational",
         "1%",
-        f"Fail with exit 3 if more items are rejected; a percentage never means fewer than {MIN_REJECT_LIMIT}.",
+        f"Fail with exit 3 if more items are rejected; a percentage never means fewer than {MIN_REJECT_LIMIT}, "
+        "nor, below 100%, all of them.",
         "a number of items (50) or a percentage of the plan (0.5%)",
         "N|P%",
     )
@@ -433,8 +436,8 @@ class BuildConfig(BaseModel):
             raise ValueError(f"--dicom-window: got {low:g},{high:g}; allowed: {_allowed('dicom_window')}")
         if self.normalize == "imagenet" and channels != 3:
             raise ValueError(
-                "normalize imagenet has statistics for three channels; with --channels gray choose another one, "
-                "or give --mean and --std with one number each"
+                "normalize imagenet has statistics for three channels; with --channels gray choose another "
+                "one, such as unit, or give --mean and --std with one number each"
             )
         if self.dtype.startswith("u") and self.dtype != self.pixel_dtype:
             raise ValueError(
@@ -524,7 +527,9 @@ class BuildConfig(BaseModel):
         """The largest number of rejects that a plan of `items` may have."""
         if not self.max_rejects.endswith("%"):
             return int(self.max_rejects)
-        return max(MIN_REJECT_LIMIT, int(items * Fraction(self.max_rejects[:-1]) / 100))
+        share = Fraction(self.max_rejects[:-1]) / 100
+        # However few they are, a dataset without a row is nothing that a share short of all allows.
+        return max(min(MIN_REJECT_LIMIT, items - 1), int(items * share))
 
 
 def gpu_numbers(device: str) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from .npz.reader import Known, NpzReader
 from .npz.writer import NpzWriter
 from .output import JOB, PLAN, refuse_several
 from .plan import Plan
-from .sources.base import LabelColumn, Source, full_location
+from .sources.base import LabelColumn, Source
 from .storage import Storage
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -81,6 +81,8 @@ class Job:
     def require_source(self, source: Source) -> None:
         """Raises MismatchError where items would not be found at their places any more."""
         then, now = dict(self.record.source_files), dict(source.files)
+        if len(then) == len(now) == 1:  # whose name is all that may differ
+            now = dict(zip(then, now.values(), strict=True))
         if then != now:
             name = next(name for name in (*then, *now) if then.get(name) != now.get(name))
             sizes = [f"{size} bytes" if (size := files.get(name)) is not None else "missing" for files in (then, now)]
@@ -123,7 +125,7 @@ class Job:
             device=choice.device,
             source_kind=source.kind,
             source_location=source.location,
-            source_root=None if config.root is None else full_location(config.root),
+            source_root=source.root,
             source_files=source.files,
             class_names=source.class_names,
             columns=source.columns,
@@ -186,6 +188,8 @@ class Job:
         record, names = self.record, source.class_names
         if source.kind != record.source_kind:
             differences.append(f"  source: {record.source_kind} there, {source.kind} here")
+        if source.files and source.root != record.source_root:  # of what is in the files, it decides
+            differences.append(f"  root: {record.source_root} there, {source.root} asked for")
         if (names is None) != (record.class_names is None) or (config.classes_from and names != record.class_names):
             differences.append(f"  classes: {_names(record.class_names)} there, {_names(names)} asked for")
         if source.columns != record.columns:

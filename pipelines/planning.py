@@ -133,6 +133,11 @@ def remarks(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bo
 
 def doubts(config: BuildConfig) -> Iterator[str]:
     """What may be asked for, and probably should not."""
+    if config.normalize == "dataset" and config.mean is None and config.classes_from is not None:
+        yield (
+            "--normalize dataset measures these images; for a validation set give those of its training set, as "
+            "`gpu-npz info` shows them: --mean R,G,B --std R,G,B"
+        )
     if config.mean is not None and max(config.mean) > 1:
         yield f"--mean {','.join(f'{mean:g}' for mean in config.mean)}: pixels are scaled to 0..1 before; divide by 255"
 

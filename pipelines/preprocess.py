@@ -17,6 +17,7 @@ from .geometry import Geometry
 from .manifest import Manifest
 from .normalize import Normalizer, apply_table, row_shape, statistics, table, tables
 from .rejects import BadItem
+from .sources.dicom import split_frame
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,10 +76,10 @@ class Preprocess:
         """The row that a build stores of an image: (C, H, W) or (H, W, C), in the dataset's dtype.
 
         Args:
-            image: a path; an encoded image; a PIL image; or pixels: uint8 (H, W), (H, W, 1), (H, W, 3) in R,G,B or
-                (H, W, 4) with alpha, or uint16 (H, W); with `bit_depth` 16, any of these in uint16. Of a JPEG, a path,
-                bytes, or a PIL image that is not loaded yet give the stored row; pixels that somebody else decoded are
-                resized from their full size.
+            image: a path (of a frame as a dataset has it, `scan.dcm/0003`); an encoded image; a PIL image; or pixels:
+                uint8 (H, W), (H, W, 1), (H, W, 3) in R,G,B or (H, W, 4) with alpha, or uint16 (H, W); with `bit_depth`
+                16, any of these in uint16. Of a JPEG, a path, bytes, or a PIL image that is not loaded yet give the
+                stored row; pixels that somebody else decoded are resized from their full size.
 
         Raises:
             ImageError: it cannot be decoded; the build would reject it.
@@ -181,7 +182,8 @@ class Preprocess:
         try:
             with decoder:
                 if isinstance(image, (str, os.PathLike)):
-                    return decoder.decode_image(Path(image).read_bytes(), label)
+                    file, frame = split_frame(os.fsencode(image))
+                    return decoder.decode_image(Path(os.fsdecode(file)).read_bytes(), label, frame)
                 if isinstance(image, (bytes, bytearray, memoryview)):
                     return decoder.decode_image(bytes(image), label)
                 return decoder.pixels_of(image, label)

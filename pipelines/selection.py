@@ -19,7 +19,7 @@ from .config import TRAIN, BuildConfig
 from .errors import UsageError
 from .plan import Plan, collect
 from .sources.base import Group, Source, as_bytes, as_text, extensions, files_left_out, no_images
-from .sources.dicom import EXTENSIONS as DICOM
+from .sources.dicom import split_frame
 
 log = logging.getLogger(__name__)
 Positions = NDArray[np.int64]
@@ -58,21 +58,22 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
         )
     by_folder = config.labels in (None, "class-dir") and source.kind in ("folder", "tar", "zip")
     if by_folder and (doubt := _doubtful_classes(source, arrays)) is not None:
-        log.warning("%r: the classes are %s alone; if they should be folders below, give SRC one level deeper", *doubt)
+        log.warning("%r: the classes are %s alone; if they should be folders below, %s", *doubt)
     return arrays
 
 
-def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, str] | None:
-    """Location and classes of a source whose classes look like folders one level too high."""
+def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, str, str] | None:
+    """Location, classes, and a way out, of a source whose classes look like folders one level too high."""
     names = source.class_names or ()
     sides = len(names) > 0 and all(name.lower() in _SIDES for name in names)
     if not sides and len(names) == 1:
         looked_at = Plan(arrays, 1).items(0, min(_LOOKED_AT, len(arrays.get("order", arrays["name_ends"]))))
-        # .../class/folder/image, for all of them
-        sides = all(
-            "/" in as_text(_file(b"/" + as_bytes(item.path))).partition(f"/{names[0]}/")[2] for item in looked_at
-        )
-    return (source.location, ", ".join(map(repr, names))) if sides else None
+        files = (as_text(split_frame(b"/" + as_bytes(item.path))[0]) for item in looked_at)
+        sides = all("/" in file.partition(f"/{names[0]}/")[2] for file in files)  # .../class/folder/image
+    if not sides:
+        return None
+    way = "give SRC one level deeper" if source.kind == "folder" else f"--root {names[0]} takes those in that one"
+    return source.location, ", ".join(map(repr, names)), way
 
 
 def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.int64]]) -> Iterator[Group]:
@@ -87,15 +88,9 @@ def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.
         yield group
 
 
-def _file(path: bytes) -> bytes:
-    """The file of an item; that of a frame is what it is in, `scan.dcm/0003`."""
-    folder = path.rpartition(b"/")[0]
-    return folder if folder.lower().endswith(DICOM) else path
-
-
 def _folder(path: bytes) -> bytes:
     """Where an item's file lies."""
-    return _file(path).rpartition(b"/")[0]
+    return split_frame(path)[0].rpartition(b"/")[0]
 
 
 def _selected(

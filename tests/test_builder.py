@@ -720,7 +720,16 @@ def test_without_resizing_and_without_a_readable_image_there_is_no_size(make_tre
     src = make_tree({"a/1.jpg": "half", "a/2.jpg": "empty"})
     with pytest.raises(SourceError, match="no image can be decoded, so --resize-mode none finds no size; give --size"):
         build(src, out, BuildConfig(resize_mode="none", workers=0, device="cpu"))
-    assert build(src, out, BuildConfig(resize_mode="none", size="8x9", workers=0, device="cpu")).rejects == 2
+    config = BuildConfig(resize_mode="none", size="8x9", workers=0, device="cpu", max_rejects="100%")
+    assert build(src, out, config).rejects == 2
+
+
+def test_a_dataset_without_a_row_is_nothing_that_a_small_share_of_rejects_allows(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "t.csv").write_text("path\n1\n2\n")
+    with pytest.raises(RejectLimitError, match=r"allows 1\. All .* If paths or --root are wrong .*--overwrite; run"):
+        build(tmp_path / "t.csv", out, settings())
+    assert not (out / "dataset.json").exists()
+    assert build(tmp_path / "t.csv", out, settings(max_rejects=2)).complete
 
 
 # Places

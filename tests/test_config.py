@@ -172,7 +172,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest_name() -> None:
         ({"mean": (0, 0, 0), "std": (1, -1, 1)}, "as many positive numbers"),
         ({"mean": (0, float("inf"), 0), "std": (1, 1, 1)}, "as many numbers as channels"),
         ({"mean": (0, float("nan"), 0), "std": (1, 1, 1)}, "as many numbers as channels"),
-        ({"channels": "gray"}, "with --channels gray choose another one, or give"),
+        ({"channels": "gray"}, "with --channels gray choose another one, such as unit, or give"),
         ({"dtype": "uint16"}, "--dtype uint16 is not for pixels of --bit-depth 8; choose uint8 or a float type"),
         ({"bit_depth": 16, "dtype": "uint8"}, "--dtype uint8 is not for pixels of --bit-depth 16; choose uint16"),
         ({"bit_depth": 16, "backend": "dali"}, "on the CPU; got --backend dali, --device auto; leave"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
+import shutil
 import sys
 import tracemalloc
 import zlib
@@ -23,10 +25,10 @@ from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.audit.comparison import compare
 from gpu_npz.cli.main import run
 from gpu_npz.decode import pillow_decoder
-from gpu_npz.decode.dicom import is_dicom
+from gpu_npz.decode.dicom import DicomFile, is_dicom
 from gpu_npz.decode.pillow import PillowDecoder, first_size
 from gpu_npz.demo import paint
-from gpu_npz.errors import BackendError
+from gpu_npz.errors import BackendError, ImageError
 from gpu_npz.geometry import Geometry
 from gpu_npz.plan import Plan
 from gpu_npz.preflight import survey
@@ -409,7 +411,7 @@ def test_a_damaged_sequence_is_a_reject_wherever_it_is_met() -> None:
 
 
 def test_pixels_over_the_limit_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_npz.decode.pillow.decode_frame", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr("gpu_npz.decode.dicom.DicomFile.decode", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(BadItem, match="100 x 100 pixels; at most 9999"):
         decoded(dicom(np.zeros((100, 100), np.uint8)), max_pixels=9_999)
 
@@ -495,7 +497,7 @@ def test_files_of_one_frame_are_items_of_an_archive(tmp_path: Path) -> None:
     np.testing.assert_array_equal(gpu_npz.open_dataset(tmp_path / "out")[0], windowed(stored, -200, 300, 255))
 
 
-def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path) -> None:
+def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = np.stack([values("uint16", seed) for seed in range(4)])
     for name, data in {
         "b/scan.dcm": dicom(stored, NumberOfFrames=4), "b/one.dcm": dicom(stored[2]), "a/1.dcm": dicom(stored[1]),
@@ -505,7 +507,10 @@ def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path) -> None:
         (tmp_path / "src" / name).write_bytes(data)
     settings: dict[str, Any] = {"device": "cpu", "channels": "gray", "normalize": "none", "dtype": "uint8"}
     config = BuildConfig(**settings, size=f"{HEIGHT}x{WIDTH}", max_rejects="100%", dicom_window=(0, 65535))
-    report = gpu_npz.build(tmp_path / "src", tmp_path / "out", config)
+    opened, begin = [], DicomFile.__init__
+    monkeypatch.setattr(DicomFile, "__init__", lambda self, data: opened.append(len(data)) or begin(self, data))
+    report = gpu_npz.build(tmp_path / "src", tmp_path / "out", config.model_copy(update={"workers": 0}))
+    assert len(opened) == 3  # each file once, however many frames it has
     data = gpu_npz.open_dataset(tmp_path / "out")
     frames = [f"b/scan.dcm/{frame:04}" for frame in range(4)]
     assert data.paths[:] == ["a/1.dcm", "b/one.dcm", *frames]
@@ -519,6 +524,18 @@ def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path) -> None:
     with pytest.raises(BadItem, match="4 frames, which are items in a folder only"):
         decoder_of().decode_image(dicom(stored, NumberOfFrames=4), "scan.dcm")
     assert compare(tmp_path / "out", 6).problems == ()
+    preprocess = Preprocess.from_dataset(tmp_path / "out")
+    np.testing.assert_array_equal(preprocess(tmp_path / "src/b/scan.dcm/0002"), data[4])
+    with pytest.raises(ImageError, match="undecodable"):
+        preprocess(tmp_path / "src/b/scan.dcm/0009")
+    shutil.rmtree(tmp_path / "out/.gpu-npz")
+    assert compare(tmp_path / "out", 6, source=tmp_path / "src").problems == ()
+    source = FolderSource(tmp_path / "src")
+    first, second = (item for item in Plan(listed(source, config), 1).items(0, 6) if item.path in frames[:2])
+    assert source.read(first) is source.read(second)
+    assert len(pickle.dumps(source)) < 2000
+    (tmp_path / "src/b/scan.dcm").write_bytes(b"changed")
+    assert source.read(first) == b"changed"
 
 
 def test_the_command_for_statistics_takes_a_window(

@@ -141,7 +141,11 @@ def test_classes_that_look_like_the_folder_above_are_doubted(
 ) -> None:
     source = open_source(pack(tmp_path / "images.tar", dict.fromkeys(names, b"")))
     taken(source)
-    expected = f"{source.location!r}: the classes are {classes} alone; if they should be folders below, "
+    root = names[0].partition("/")[0]
+    expected = (
+        f"{source.location!r}: the classes are {classes} alone; if they should be folders below, --root {root} takes "
+        "those in that one"
+    )
     assert [record.getMessage()[: len(expected)] for record in caplog.records] == [expected] * (classes is not None)
 
 

@@ -130,10 +130,14 @@ def test_rows_that_do_not_exist_are_missing_and_a_file_that_shrinks_is_an_error(
         source.read(items(source)[5])
 
 
-def test_the_array_of_images_is_found_by_dimensions_name_or_path(tmp_path: Path) -> None:
+def test_the_array_of_images_is_found_by_dimensions_name_or_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     mnist = {"x_train": GRAY, "y_train": LABELS, "x_test": GRAY[:2], "y_test": LABELS[:2]}
     location = save(tmp_path / "mnist.npz", mnist)
     assert labels_of(open_source(location)) == LABELS.tolist()
+    left = f"{location!r}: the images are those of 'x_train'; 'x_test' may be some, too: give SRC as {location}/x_test"
+    assert left in caplog.text
     test = open_source(location + "/x_test.npy")
     assert labels_of(test) == LABELS[:2].tolist()
     assert test.location == location + "/x_test.npy"

@@ -482,6 +482,25 @@ def test_missing_files_are_rejects_of_a_build(
     assert (json.loads(line)["path"], json.loads(line)["code"]) == ("gone.jpg", "missing")
 
 
+def test_classes_that_are_whole_numbers_are_numbered_by_them(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "t.csv", {"path": ["1.jpg", "2.jpg", "3.jpg"], "label": [10, 2, 1]})
+    assert opened(path, labels="label:class").class_names == ("1", "2", "10")
+    path = as_csv(tmp_path / "t.csv", {"path": ["1.jpg", "2.jpg", "3.jpg"], "label": [10, 2, "NA"]})
+    assert opened(path, labels="label:class").class_names == ("10", "2", "NA")
+
+
+def test_decimal_commas_are_no_classes(tmp_path: Path) -> None:
+    columns = {"path": ["1.jpg", "2.jpg"], "label": ["0,1", "-1,25"]}
+    path = as_csv(tmp_path / "t.csv", columns, ";")
+    assert "column 'label' has decimal commas ('0,1' for row 1); write points" in refusal(path)
+    assert opened(path, labels="label:class").class_names == ("-1,25", "0,1")
+
+
+def test_a_root_that_is_no_folder_is_refused_with_the_option(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "t.csv", {"path": ["1.jpg"]})
+    assert "gone' is no folder; --root says what" in refusal(path, root=str(tmp_path / "gone"))
+
+
 def test_a_question_mark_in_a_path_is_a_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "a?b").mkdir()
     assert [item.path for item in items(opened(as_csv(tmp_path / "a?b/t.csv", {"path": ["1.jpg"]})))] == ["1.jpg"]

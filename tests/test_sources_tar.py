@@ -15,6 +15,7 @@ import pytest
 from listing import items, labelled, pack
 
 import gpu_npz
+from gpu_npz.audit.comparison import compare
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import MismatchError, ShardError, SourceError, UsageError
 from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
@@ -288,6 +289,21 @@ def test_a_compressed_tar_is_refused_with_the_command(tmp_path: Path, mode: Any,
         tar.addfile(info_of("a/1.jpg"))
     with pytest.raises(SourceError, match=f"is compressed, .*; run: {command} '{name}' and give the .tar"):
         open_source(tmp_path / name)
+
+
+def test_a_folder_of_an_archive_is_taken_where_root_says_so(tmp_path: Path, make_dataset: Any, tree: Path) -> None:
+    files = {f"./data/{path.relative_to(tree)}": path.read_bytes() for path in sorted(tree.rglob("*.jpg"))}
+    path = pack(tmp_path / "t.tar", {**files, "other/x/1.jpg": b"1", "data.jpg": b"2"})
+    ours, plain = make_dataset(path, root="data/"), make_dataset(tree)
+    assert gpu_npz.open_dataset(ours).class_names == gpu_npz.open_dataset(plain).class_names
+    assert {*gpu_npz.open_dataset(ours).paths[:]} == {*gpu_npz.open_dataset(plain).paths[:]}
+    assert compare(ours, 10).problems == ()
+    with pytest.raises(MismatchError, match="root: data there, other asked for"):
+        gpu_npz.build(path, ours, BuildConfig(root="other", size="12x16", dtype="float32", shard_size=7, device="cpu"))
+    with pytest.raises(SourceError, match="no images below --root dat; give a folder"):
+        opened(path, root="dat")
+    with pytest.raises(SourceError, match="leads out"):
+        opened(path, root="../x")
 
 
 def test_no_tar_and_no_images_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ..plan import Plan
 from ..planning import require_moved
 from ..sources import open_source
 from ..sources.base import Item, Source, as_bytes
-from ..sources.dicom import EXTENSIONS as DICOM
+from ..sources.dicom import split_frame
 from ..storage import Storage
 
 _NO_LABELS = {"labels": "none", "split": None, "split_by": None, "split_seed": 0}
@@ -35,13 +35,13 @@ class Originals:
         """
         if self.plan is not None and index < self.plan.item_count:
             return self.plan.items(index, index + 1)[0]
-        in_another = as_bytes(path).rpartition(b"/")[0].lower().endswith(DICOM)  # a frame
-        if self.source.files or in_another:
+        if self.source.files:
             raise SourceError(
                 f"{self.source.location!r}: the folder .gpu-npz, which says where in it {path!r} is, is missing; copy "
                 "the dataset again, with it"
             )
-        return Item(index, path, None)
+        _, frame = split_frame(as_bytes(path))
+        return Item(index, path, None, () if frame is None else (frame,))
 
 
 def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[str] | None) -> Originals:

@@ -58,21 +58,42 @@ def size_of(data: bytes) -> tuple[int, int]:
     return int(header.Rows), int(header.Columns)
 
 
-def decode_frame(data: bytes, frame: int, config: BuildConfig) -> NDArray[Any]:
-    """The levels of one frame: (H, W), or (H, W, 3) in R,G,B; uint8, or uint16 in 16 bits.
+class DicomFile:
+    """A DICOM file whose attributes have been read, for one frame after another.
+
+    Attributes:
+        size: height and width.
+        frames: how many images it holds.
 
     Raises:
         BadItem: not of a kind that is described above.
-        Exception: whatever pydicom raises for a damaged file, or for want of a plugin that decompresses it.
+        Exception: whatever pydicom raises for a damaged file.
     """
-    file = read_dicom(io.BytesIO(data), _NAMES, pixels=True)
+
+    def __init__(self, data: bytes) -> None:
+        self._file = file = read_dicom(io.BytesIO(data), _NAMES, pixels=True)
+        self.size = int(file.Rows), int(file.Columns)
+        self.frames = frames_of(file, len(data))
+        kind = str(file.PhotometricInterpretation)
+        if kind not in (*_GRAYS, *_COLOURS):
+            raise BadItem("decode", "undecodable", f"photometric interpretation {kind}")
+        for name in _GROUPS:
+            if name in file and (size := getattr(file.get_item(name), "length", 0)) > _MAX_GROUPS_BYTES:
+                raise BadItem("decode", "undecodable", f"{name} of {size} bytes; at most {_MAX_GROUPS_BYTES}")
+
+    def decode(self, frame: int, config: BuildConfig) -> NDArray[Any]:
+        """The levels of a frame: (H, W), or (H, W, 3) in R,G,B; uint8, or uint16 in 16 bits.
+
+        Raises:
+            BadItem: not of a kind that is described above.
+            Exception: whatever pydicom raises for a damaged file, or for want of a plugin that decompresses it.
+        """
+        _check_frame(self._file, frame, self.frames)
+        return _levels(self._file, frame, config)
+
+
+def _levels(file: Any, frame: int, config: BuildConfig) -> NDArray[Any]:
     kind = str(file.PhotometricInterpretation)
-    if kind not in (*_GRAYS, *_COLOURS):
-        raise BadItem("decode", "undecodable", f"photometric interpretation {kind}")
-    for name in _GROUPS:
-        if name in file and (size := getattr(file.get_item(name), "length", 0)) > _MAX_GROUPS_BYTES:
-            raise BadItem("decode", "undecodable", f"{name} of {size} bytes; at most {_MAX_GROUPS_BYTES}")
-    _check_frame(file, frame, frames_of(file, len(data)))
     stored = importlib.import_module("pydicom.pixels").pixel_array(file, index=frame)
     top = config.max_level
     levels = stored.astype(np.float64)
@@ -156,7 +177,12 @@ def _window(file: Any, frame: int) -> tuple[float, float] | None:
         return None
     function = str(group.get("VOILUTFunction") or "LINEAR")
     if function not in ("LINEAR", "LINEAR_EXACT") or width < 1:
-        raise BadItem("decode", "undecodable", f"a window of width {width:g} by the function {function}")
+        raise BadItem(
+            "decode",
+            "undecodable",
+            f"a window of width {width:g} by the function {function}; allowed are LINEAR and LINEAR_EXACT, and with "
+            "--dicom-window no window of the file is asked for",
+        )
     if function == "LINEAR":
         center, width = center - 0.5, width - 1
     return center - width / 2, center + width / 2

@@ -22,9 +22,9 @@ from ..geometry import Geometry, Placement
 from ..plan import Batch
 from ..rejects import BadItem, Reject
 from ..sources.base import Item, Source, read_item
-from ..sources.dicom import frame_count, require_pydicom
+from ..sources.dicom import require_pydicom
 from .base import Decoded, Stage, with_reads
-from .dicom import decode_frame, is_dicom, size_of
+from .dicom import DicomFile, is_dicom, size_of
 from .jpeg import check_scans
 
 _FILTERS = {
@@ -67,6 +67,7 @@ class PillowDecoder:
         # Decoding at a half or a quarter is only for filters that would average those pixels anyway.
         self._may_draft = config.interpolation != "nearest" and geometry.mode != "none"
         self.deep: str | None = None
+        self._frames = threading.local()
 
     def __enter__(self) -> PillowDecoder:
         _pillow_settings.change()
@@ -145,12 +146,19 @@ class PillowDecoder:
             return self._place(picture, place)
 
     def _of_dicom(self, data: bytes, path: str, frame: int | None) -> NDArray[Any]:
-        if frame is None and (count := frame_count(data)) > 1:
-            raise BadItem("decode", "undecodable", f"a DICOM file of {count} frames, which are items in a folder only")
-        height, width = dicom_size(data, path)
+        require_pydicom()
+        last, self._frames.last = getattr(self._frames, "last", None), None
+        with _blamed(path):
+            file = last[1] if last and last[0] is data else DicomFile(data)
+        if file.frames > 1:
+            if frame is None:
+                detail = f"a DICOM file of {file.frames} frames, which are items in a folder only"
+                raise BadItem("decode", "undecodable", detail)
+            self._frames.last = data, file  # whose next frame is likely to come next
+        height, width = file.size
         self._check_pixels(width, height)
         with _blamed(path):
-            return decode_frame(data, frame or 0, self._config)
+            return file.decode(frame or 0, self._config)
 
     def pixels_of(self, picture: Image.Image | NDArray[Any], path: str) -> NDArray[Any]:
         """As `decode_image`, of an image that is open already, or of pixels; leaves it as it is.

@@ -23,6 +23,7 @@ _BY_EXTENSION = {
     ".parquet": "parquet", ".npy": "numpy", ".npz": "numpy",
 }  # fmt: skip
 _COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)  # which a tar's source refuses
+_KINDS_WITH = {"image_column": ("table", "parquet"), "root": ("table", "tar", "zip")}
 # A module and a class each: `(src, config, classes)` makes one. Loaded when it is asked for.
 _SOURCES = {
     "remote": ("remote", "RemoteSource"),
@@ -65,9 +66,11 @@ def open_source(
 def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[str] | None) -> Source:
     location = location_of(src)
     kind = _detected(location, config.image_column) if config.source == "auto" else config.source
-    for name in ("image_column", "root"):
-        if getattr(config, name) is not None and kind not in ("table", "parquet"):
-            raise UsageError(f"--{name.replace('_', '-')} goes with a table; {location!r} is of the kind {kind}")
+    for name, kinds in _KINDS_WITH.items():
+        if getattr(config, name) is not None and kind not in kinds:
+            raise UsageError(
+                f"--{name.replace('_', '-')} goes with {', '.join(kinds)}; {location!r} is of the kind {kind}"
+            )
     if kind == "folder" and is_remote(location):
         kind = "remote"
     if kind == "folder":

@@ -57,10 +57,10 @@ class Survey:
 class ArchiveSource(Source):
     """The images in one archive, or in several of them, which then stand before their paths: `a.tar/cats/1.jpg`.
 
-    As in a folder tree, the first folder within the archive is the class, and classes are numbered in the order of
-    their names' bytes; images in no folder have no labels; `--labels none` takes all images without labels. Items are
-    in the order of the archives and of their members. Hidden names are skipped; links, devices and sparse files are
-    left out with a warning.
+    As in a folder tree, the first folder within the archive, or within its folder `config.root`, is the class, and
+    classes are numbered in the order of their names' bytes; images in no folder have no labels; `--labels none` takes
+    all images without labels. Items are in the order of the archives and of their members. Hidden names are skipped;
+    links, devices and sparse files are left out with a warning.
 
     Raises:
         SourceError: an archive is missing, damaged, cut, or without images; holds an absolute name, one with `..`, one
@@ -77,6 +77,8 @@ class ArchiveSource(Source):
         self.reads_at_once = self._files.reads_at_once
         self._prefixes = [os.fsencode(name) + b"/" for name in self._files.names] if len(self._files) > 1 else [b""]
         self._numbers: dict[bytes, int] = {}
+        top = b"" if config.root is None else path_of(as_bytes(config.root), self.location)
+        self.root, self._top = (as_text(top), top + b"/") if top else (None, b"")
         self._number_classes(config, classes)
 
     def _number_classes(self, config: BuildConfig, classes: Sequence[str] | None) -> None:
@@ -136,16 +138,26 @@ class ArchiveSource(Source):
         return label
 
     def _images(self, number: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+        for path, member in self._below_root(number):
+            if member.kind == "file" and is_image(path):
+                yield path, member.place
+
+    def _below_root(self, number: int) -> Iterator[tuple[bytes, Member]]:
+        """Files and folders of an archive, each with its path relative to `root`; all else with its name."""
         for member in self._members(number):
-            if member.kind == "file":
-                path = path_of(member.name, self._files.path(number))
-                if is_image(path):
-                    yield path, member.place
+            if member.kind == "other":
+                yield member.name, member
+            elif (path := path_of(member.name, self._files.path(number))).startswith(self._top):
+                yield path[len(self._top) :], member
 
     def _survey(self) -> Survey:
         survey = Survey()
         for number in range(len(self._files)):
             self._survey_archive(number, survey)
+        if not survey.images and self.root:
+            raise SourceError(
+                f"{self.location!r} holds no images below --root {self.root}; give a folder that has some"
+            )
         if not survey.images:
             raise no_images(self.location, survey.others)
         self.left_out = survey.others
@@ -153,11 +165,10 @@ class ArchiveSource(Source):
 
     def _survey_archive(self, number: int, survey: Survey) -> None:
         others, other, names = 0, b"", Names(self._files.path(number))
-        for member in self._members(number):
+        for path, member in self._below_root(number):
             if member.kind == "other":
                 others, other = others + 1, other or member.name
                 continue
-            path = path_of(member.name, self._files.path(number))
             folder, slash, _ = path.partition(b"/")
             if (slash or member.kind == "folder") and folder not in (b"", _FINDERS) and not _is_hidden(path):
                 survey.folders.add(folder)

@@ -333,6 +333,12 @@ def _choose(arrays: dict[str, _Array], wanted: str, location: str) -> str:
         return ""
     many = [name for name, array in arrays.items() if len(array.shape) in (3, 4)]
     name = many[0] if len(many) == 1 else next((name for name in _IMAGES if name in many), None)
+    if name is not None and len(many) > 1:
+        others = [other for other in many if other != name]
+        log.warning(
+            "%r: the images are those of %r; %s may be some, too: give SRC as %s/%s.npy to have them",
+            location, name, ", ".join(map(repr, others)), location, others[0],
+        )  # fmt: skip
     if name is None:
         raise SourceError(
             f"{location!r}: {'no array has' if not many else 'several arrays have'} the dimensions of images; "

@@ -84,6 +84,7 @@ class Source(abc.ABC):
     Attributes:
         kind: which form the collection has.
         location: SRC.
+        root: the setting, as a process in another folder would have to give it.
         class_names: by number, where there is one column of labels, which are classes; else None.
         columns: the columns of labels where that does not say it.
         files: name and size of each file that holds items at places; another file there means other places.
@@ -94,6 +95,7 @@ class Source(abc.ABC):
 
     kind: str
     location: str
+    root: str | None = None
     class_names: tuple[str, ...] | None = None
     columns: tuple[LabelColumn, ...] = ()
     files: tuple[tuple[str, int], ...] = ()

@@ -26,6 +26,12 @@ FRAME_NAMES = ("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "BitsAllo
 _EXPLICIT = bytes(128) + b"DICM\2\0\x10\0UI\x14\0" + b"1.2.840.10008.1.2.1\0"
 
 
+def split_frame(path: bytes) -> tuple[bytes, int | None]:
+    """File and number of a frame, of whose path, `scan.dcm/0003`, these are the parts; of another path itself, None."""
+    file, _, number = path.rpartition(b"/")
+    return (file, int(number)) if file.lower().endswith(EXTENSIONS) and number.isdigit() else (path, None)
+
+
 def require_pydicom() -> Any:
     """pydicom. Raises BackendError if it cannot be imported."""
     try:

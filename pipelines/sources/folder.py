@@ -11,6 +11,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from .beside import absolute, list_tables
 from .dicom import EXTENSIONS as DICOM
 from .dicom import frame_count
 from .labels import Listed
-from .rows import Listing
+from .rows import EXTENSIONS, Listing
 
 log = logging.getLogger(__name__)
 LABELS = ("class-dir", "none")
@@ -161,6 +162,7 @@ class FolderSource(TreeSource, Listed[Listing]):
     """
 
     file_per_item = True
+    _last: tuple[tuple[bytes, int, int, int], bytes] | None = None
 
     def __init__(
         self,
@@ -197,8 +199,12 @@ class FolderSource(TreeSource, Listed[Listing]):
     def _tabled(self) -> Iterator[Group]:
         """What the tables name, after a look whether they name every image."""
         listing = self._listed()
+        self.left_out.clear()
         listing.require_rows(group.folder + name for group in self._walk(b"", -1) for name in group.names)
-        self.left_out.clear()  # the tables say which files are items
+        # Tables may name files of any name; what is left then was named by nobody.
+        self.left_out -= Counter({extension: self.left_out[extension] for extension in EXTENSIONS})
+        for group in listing.groups():
+            self.left_out -= Counter(extension_of(name) for name in group.names if not is_image(name))
         yield from listing.groups()
 
     def _scan(self, folder: bytes) -> Scan:
@@ -242,13 +248,24 @@ class FolderSource(TreeSource, Listed[Listing]):
         return max(0, item.place[0]) if item.place else 0
 
     def read(self, item: Item) -> bytes:
-        """The bytes of the file, read in full.
+        """The bytes of the file, read in full; of one that has frames, for all of them once, if they follow each other.
 
         Raises:
             OSError: as the system says.
             BadItem: not a regular file, or larger than any image should be.
         """
-        return read_file(self.local_path(item))
+        path = self.local_path(item)
+        if not item.place or item.place[0] == _WHOLE:
+            return read_file(path)
+        status = os.stat(path)
+        stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
+        last = self._last  # another thread may put another file there
+        if last is None or last[0] != stamp:
+            self._last = last = stamp, read_file(path)
+        return last[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last": None}
 
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""

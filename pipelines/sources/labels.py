@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -121,7 +122,7 @@ def read_labels(
     """Numbers for the labels of all items.
 
     Whole numbers stay what they are, so do other numbers; texts are classes, without the blanks around them, numbered
-    in the order of their bytes.
+    in the order of their bytes, or of the numbers that they are.
 
     Args:
         asked: name and kind of each column; None for the kind that its values have.
@@ -158,6 +159,8 @@ def read_labels(
             texts = [str(entry) for entry in entries]
             try:
                 found = sorted({*texts}, key=as_bytes)
+                if all(_kind_of(text) == "integer" for text in found):
+                    found.sort(key=int)
             except UnicodeEncodeError as exc:
                 raise SourceError(
                     f"{location!r}: column {name!r} has {exc.object!r}, which is no text; mend it"
@@ -210,6 +213,7 @@ def number_array(
     )
 
 
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 _DTYPES = {"integer": np.int64, "float": np.float64}
 
 
@@ -226,6 +230,11 @@ def _kind(name: str, wanted: Kind | None, entries: Sequence[Any], location: str,
     kinds = [_kind_of(entry) for entry in entries]
     present: set[Kind] = {*kinds}
     if wanted is None and present <= {"class"}:
+        if entries and all(_DECIMAL_COMMA.fullmatch(str(entry)) for entry in entries):
+            raise SourceError(
+                f"{location!r}: column {name!r} has decimal commas ({entries[0]!r} for {where(0)}); write points, or "
+                f"say --labels {name}:class"
+            )
         return "class"
     if wanted is None and "class" in present:
         text, number = kinds.index("class"), next(row for row, kind in enumerate(kinds) if kind != "class")

@@ -60,8 +60,6 @@ class ParquetSource(Listed[_Listing]):
     kind = "parquet"
 
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        if config.root is not None:
-            raise SourceError(f"{location!r} holds the images; leave --root out, or say --source table")
         self._files = Files(location, "*.parquet")
         self.location = self._files.location
         self.files = self._files.stamps

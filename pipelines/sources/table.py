@@ -34,8 +34,11 @@ class TableSource(Listed[Listing]):
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
         self._table: Table | None = (table := Table(location))
         self.location = table.location
-        self._root = full_location(config.root or os.path.dirname(without_query(self.location)))
+        self.root = None if config.root is None else full_location(config.root)
+        self._root = self.root or full_location(os.path.dirname(without_query(self.location)))
         self.file_per_item = not is_remote(self._root)
+        if self.file_per_item and not os.path.isdir(self._root):
+            raise SourceError(f"{self._root!r} is no folder; --root says what the paths of a table are relative to")
         self.reads_at_once = 1 if self.file_per_item else READS_AT_ONCE
         self._path_column = path_column(config.image_column, table.columns, self.location)
         self._asked = label_columns(config.labels, table.columns, self.location)
