@@ -1,6 +1,6 @@
 """Builds by two workers in which one call to the disk goes wrong: the same command again gives the same output.
 
-Every call and every kind of fault takes an hour: `tests/faults/run` does that. Here, some of each.
+Every call and every kind of fault takes two hours: `tests/faults/run` does that. Here, some of each.
 """
 
 from __future__ import annotations
