@@ -15,6 +15,7 @@ from .geometry import Geometry
 from .plan import Plan
 from .rejects import BadItem
 from .sources.base import Item, Source, read_item
+from .sources.dicom import frame_count
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -119,7 +120,8 @@ def _picture(data: bytes, path: str, decoder: PillowDecoder, config: BuildConfig
     if is_dicom(data):
         height, width = dicom_size(data, path)
         held = 2 * len(data) + _DICOM_BYTES_A_PIXEL * height * width
-        return Picture(path, height, width, "I;16", "DICOM", False, False, False, len(data), held)
+        share = len(data) // frame_count(data)  # of a frame
+        return Picture(path, height, width, "I;16", "DICOM", False, False, False, share, held)
     with opened(data, path) as image:
         orientation = orientation_of(image) if config.exif_orientation else 1
         width, height = image.size if orientation < 5 else image.size[::-1]

@@ -531,6 +531,9 @@ def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path, monkeypatch:
     shutil.rmtree(tmp_path / "out/.gpu-npz")
     assert compare(tmp_path / "out", 6, source=tmp_path / "src").problems == ()
     source = FolderSource(tmp_path / "src")
+    sample = survey(tmp_path / "src", config, seconds=0).sample
+    sizes = [os.path.getsize(tmp_path / "src" / name) for name in ("a/1.dcm", "b/one.dcm", "b/scan.dcm")]
+    assert sample.encoded_bytes == (sizes[0] + sizes[1] + 4 * (sizes[2] // 4)) // 6  # a file's frames share its bytes
     first, second = (item for item in Plan(listed(source, config), 1).items(0, 6) if item.path in frames[:2])
     assert source.read(first) is source.read(second)
     assert len(pickle.dumps(source)) < 2000
