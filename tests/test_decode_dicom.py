@@ -34,6 +34,7 @@ from gpu_npz.plan import Plan
 from gpu_npz.preflight import survey
 from gpu_npz.rejects import BadItem
 from gpu_npz.selection import _noted, listed
+from gpu_npz.sources import open_source
 from gpu_npz.sources.dicom import frame_count
 from gpu_npz.sources.folder import FolderSource
 
@@ -493,7 +494,7 @@ def test_files_of_one_frame_are_items_of_an_archive(tmp_path: Path) -> None:
     config = BuildConfig(device="cpu", size=(HEIGHT, WIDTH), dtype="uint8", layout="NHWC", dicom_window="-200,300")
     report = gpu_npz.build(archive, tmp_path / "out", config)
     assert (report.rows, report.rejects_by_code) == (1, {"undecodable": 1})
-    assert "a DICOM file of 2 frames, which are items in a folder only" in (tmp_path / "out/rejects.jsonl").read_text()
+    assert "a DICOM file of 2 frames, which are items only on a disk" in (tmp_path / "out/rejects.jsonl").read_text()
     np.testing.assert_array_equal(gpu_npz.open_dataset(tmp_path / "out")[0], windowed(stored, -200, 300, 255))
 
 
@@ -521,7 +522,7 @@ def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path, monkeypatch:
     groups = [*_noted(FolderSource(os.fspath(tmp_path / "src")).groups(), "folder", keys)]
     assert [group.folder for group in groups] == [b"a/", b"b/"]
     assert [{*each.tolist()} for each in keys] == [{0}, {1}]  # a split by folder keeps a file's frames with the others
-    with pytest.raises(BadItem, match="4 frames, which are items in a folder only"):
+    with pytest.raises(BadItem, match="4 frames, which are items only on a disk"):
         decoder_of().decode_image(dicom(stored, NumberOfFrames=4), "scan.dcm")
     assert compare(tmp_path / "out", 6).problems == ()
     preprocess = Preprocess.from_dataset(tmp_path / "out")
@@ -539,6 +540,28 @@ def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path, monkeypatch:
     assert len(pickle.dumps(source)) < 2000
     (tmp_path / "src/b/scan.dcm").write_bytes(b"changed")
     assert source.read(first) == b"changed"
+
+
+def test_the_frames_of_a_file_that_a_table_names_have_the_labels_of_its_row(tmp_path: Path) -> None:
+    stored = np.stack([values("uint16", seed) for seed in range(3)])
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans/cine.dcm").write_bytes(dicom(stored, NumberOfFrames=3))
+    (tmp_path / "scans/one.dcm").write_bytes(dicom(stored[1]))
+    (tmp_path / "all.csv").write_text("path,age,sick,patient\nscans/cine.dcm,61.5,1,a\nscans/one.dcm,40,0,b\n")
+    config = BuildConfig(
+        device="cpu", size=(HEIGHT, WIDTH), channels="gray", normalize="none", dtype="uint8", labels="age,sick",
+        dicom_window=(0, 65535), workers=0,
+    )  # fmt: skip
+    report = gpu_npz.build(tmp_path / "all.csv", tmp_path / "out", config)
+    data = gpu_npz.open_dataset(tmp_path / "out")
+    assert (report.rejects, data.paths[:]) == (0, [*(f"scans/cine.dcm/{n:04}" for n in range(3)), "scans/one.dcm"])
+    np.testing.assert_array_equal(data.labels, [[61.5, 1], [61.5, 1], [61.5, 1], [40, 0]])
+    for row, image in zip(data[:], [*stored, stored[1]], strict=True):
+        np.testing.assert_array_equal(row[0], np.rint(image / 65535 * 255))
+    by_patient = config.model_copy(update={"split": "val=0.5", "split_by": "patient"})
+    (group,) = open_source(tmp_path / "all.csv", by_patient, None).groups()
+    assert group.keys == [b"a", b"a", b"a", b"b"]
+    assert compare(tmp_path / "out", 4).problems == ()
 
 
 def test_the_command_for_statistics_takes_a_window(

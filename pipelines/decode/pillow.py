@@ -152,7 +152,7 @@ class PillowDecoder:
             file = last[1] if last and last[0] is data else DicomFile(data)
         if file.frames > 1:
             if frame is None:
-                detail = f"a DICOM file of {file.frames} frames, which are items in a folder only"
+                detail = f"a DICOM file of {file.frames} frames, which are items only on a disk, with a name in .dcm"
                 raise BadItem("decode", "undecodable", detail)
             self._frames.last = data, file  # whose next frame is likely to come next
         height, width = file.size

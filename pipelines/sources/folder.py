@@ -7,27 +7,21 @@ import copy
 import errno
 import logging
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import SourceError, UsageError
-from ..rejects import MAX_ENCODED_BYTES, BadItem
-from ..storage import open_regular
-from .base import Group, Item, Source, as_bytes, as_text, extension_of, is_image, no_images, numbered
+from .base import Group, Item, Source, as_text, extension_of, is_image, no_images, numbered
 from .beside import absolute, list_tables
-from .dicom import EXTENSIONS as DICOM
-from .dicom import frame_count
 from .labels import Listed
+from .local import LocalFiles
 from .rows import EXTENSIONS, Listing
 
 log = logging.getLogger(__name__)
 LABELS = ("class-dir", "none")
-_WHOLE = -1  # the place of an item that is a whole file, beside others that are frames
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,6 @@ class FolderSource(TreeSource, Listed[Listing]):
     """
 
     file_per_item = True
-    _last: tuple[tuple[bytes, int, int, int], bytes] | None = None
 
     def __init__(
         self,
@@ -172,6 +165,7 @@ class FolderSource(TreeSource, Listed[Listing]):
         key: str | None = None,
     ) -> None:
         self._root = os.path.abspath(os.fsencode(location))
+        self._files = LocalFiles(self._root)
         self._key, self._classes = key, classes
         self._tables = None if labels is None or labels in LABELS else absolute(labels)
         if self._tables is None:
@@ -184,6 +178,7 @@ class FolderSource(TreeSource, Listed[Listing]):
         """The same folder as another machine sees it, where a shared filesystem has another device number."""
         other = copy.copy(self)
         other._root = os.path.abspath(os.fsencode(self.location))
+        other._files = LocalFiles(other._root)
         other._root_identity = other._identity(b"")
         return other
 
@@ -215,62 +210,19 @@ class FolderSource(TreeSource, Listed[Listing]):
 
     def groups(self) -> Iterator[Group]:
         """As `TreeSource`; but of DICOM files the header is read."""
-        return map(self._framed, super().groups() if self._tables is None else self._tabled())
-
-    def _framed(self, group: Group) -> Group:
-        if group.places is not None or not any(name.lower().endswith(DICOM) for name in group.names):
-            return group
-        names: list[bytes] = []
-        frames: list[int] = []
-        rows: list[int] = []
-        for row, name in enumerate(group.names):
-            count = self._frames(group.folder + name) if name.lower().endswith(DICOM) else 1
-            names += [name] if count == 1 else [name + b"/%04d" % frame for frame in range(count)]
-            frames += [_WHOLE] if count == 1 else range(count)
-            rows += [row] * count
-        if len(rows) == len(group.names):
-            return group
-        labels = None if group.labels is None else group.labels[rows]
-        keys = None if group.keys is None else [group.keys[row] for row in rows]
-        return replace(group, names=names, labels=labels, keys=keys, places=np.array(frames, np.int64).reshape(-1, 1))
-
-    def _frames(self, path: bytes) -> int:
-        """How many items a file is; one that cannot be read, or claims more frames than bytes, is one: a reject."""
-        try:
-            with open(os.path.join(self._root, path), "rb", opener=open_regular) as file:
-                count = frame_count(file)
-                return count if count <= os.fstat(file.fileno()).st_size else 1
-        except (OSError, BadItem):
-            return 1
+        return map(self._files.with_frames, super().groups() if self._tables is None else self._tabled())
 
     def frame(self, item: Item) -> int:
         """The number of the frame in its file."""
-        return max(0, item.place[0]) if item.place else 0
+        return self._files.frame(item)
 
     def read(self, item: Item) -> bytes:
-        """The bytes of the file, read in full; of one that has frames, for all of them once, if they follow each other.
-
-        Raises:
-            OSError: as the system says.
-            BadItem: not a regular file, or larger than any image should be.
-        """
-        path = self.local_path(item)
-        if not item.place or item.place[0] == _WHOLE:
-            return read_file(path)
-        status = os.stat(path)
-        stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
-        last = self._last  # another thread may put another file there
-        if last is None or last[0] != stamp:
-            self._last = last = stamp, read_file(path)
-        return last[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last": None}
+        """The bytes of the file; raises as `LocalFiles.read`."""
+        return self._files.read(item)
 
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""
-        path = item.path if not item.place or item.place[0] == _WHOLE else item.path.rpartition("/")[0]
-        return self._root + b"/" + as_bytes(path)
+        return self._files.path(item)
 
     def check(self) -> None:
         """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
@@ -281,29 +233,6 @@ class FolderSource(TreeSource, Listed[Listing]):
             here = False
         if not here:
             raise SourceError(f"{self.location!r} is gone; mount it again, then run the same command to resume")
-
-
-def read_file(path: bytes) -> bytes:
-    """The bytes of a regular file, read in full.
-
-    Raises:
-        OSError: as the system says.
-        BadItem: not a regular file, or larger than any image should be.
-    """
-    # O_NONBLOCK: a named pipe under an image's name must not hang the build; regular files ignore it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadItem("read", "unreadable", "not a regular file")
-        if status.st_size > MAX_ENCODED_BYTES:
-            raise BadItem("read", "too-large", f"{status.st_size} bytes; at most {MAX_ENCODED_BYTES}")
-        data = os.read(descriptor, status.st_size + 1)
-        while len(data) <= MAX_ENCODED_BYTES and (more := os.read(descriptor, 1 << 20)):
-            data += more
-        return data
-    finally:
-        os.close(descriptor)
 
 
 def _group(folder: bytes, found: Scan, label: int) -> Group:

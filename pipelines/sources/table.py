@@ -10,10 +10,10 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError
 from ..storage import is_remote
-from .base import Group, Item, as_bytes, full_location
+from .base import Group, Item, full_location
 from .columns import key_column, label_columns, path_column
-from .folder import read_file
 from .labels import Listed
+from .local import LocalFiles
 from .rows import Listing, Table, below
 from .stores import READS_AT_ONCE, fetch, store_of, without_query
 
@@ -22,7 +22,8 @@ class TableSource(Listed[Listing]):
     """The images that a table names, in the order of its rows.
 
     Paths are relative to the table's folder, or to `config.root`; either may be a URL. A full path or URL is taken if
-    it lies below that. Labels are the columns that `config.labels` names, or the one with a usual name.
+    it lies below that. Labels are the columns that `config.labels` names, or the one with a usual name. On a disk, the
+    frames of a DICOM file are items as in a folder, each with the labels of its row.
 
     Raises:
         SourceError: the table cannot be read, lacks a column, or a row has no path, a path that leads out of the root,
@@ -39,6 +40,7 @@ class TableSource(Listed[Listing]):
         self.file_per_item = not is_remote(self._root)
         if self.file_per_item and not os.path.isdir(self._root):
             raise SourceError(f"{self._root!r} is no folder; --root says what the paths of a table are relative to")
+        self._files = LocalFiles(os.fsencode(self._root)) if self.file_per_item else None
         self.reads_at_once = 1 if self.file_per_item else READS_AT_ONCE
         self._path_column = path_column(config.image_column, table.columns, self.location)
         self._asked = label_columns(config.labels, table.columns, self.location)
@@ -57,22 +59,26 @@ class TableSource(Listed[Listing]):
         Raises:
             SourceError: as the constructor, or the labels have changed meanwhile.
         """
-        yield from self._listed().groups()
+        groups = self._listed().groups()
+        return groups if self._files is None else map(self._files.with_frames, groups)
 
     def _list(self) -> Listing:
         listing = Listing(self.location, self._asked, self._key)
         listing.add(self._table or Table(self.location), self._path_column, functools.partial(below, root=self._root))
         return listing.finish(self._classes)
 
+    def frame(self, item: Item) -> int | None:
+        """The number of the frame in its file; None where the files are not on a disk."""
+        return None if self._files is None else self._files.frame(item)
+
     def read(self, item: Item) -> bytes:
         """The bytes of the file; raises OSError or BadItem."""
-        if not self.file_per_item:
-            return fetch(self._store, f"{self._root}/{item.path}")
-        return read_file(self.local_path(item))
+        return fetch(self._store, f"{self._root}/{item.path}") if self._files is None else self._files.read(item)
 
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""
-        return os.path.join(os.fsencode(self._root), as_bytes(item.path))
+        assert self._files is not None, "not file_per_item"
+        return self._files.path(item)
 
     def check(self) -> None:
         """Raises SourceError if the folder that paths are relative to is gone."""
