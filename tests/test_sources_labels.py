@@ -253,14 +253,14 @@ def patients(root: Path, head: str, *rows: str) -> Path:
 
 
 def test_a_table_in_every_folder_has_the_usual_column_of_labels_or_those_that_are_named(tmp_path: Path) -> None:
-    root = patients(tmp_path, "label,file,age,site,note", "x,1.jpg,30,s1,a", "y,1.jpg,40,s2,b")
+    root = patients(tmp_path, "Label,age,File,site,note", "x,30,1.jpg,s1,a", "y,40,1.jpg,s2,b")
     source = opened(root, labels="csv:l.csv")
     assert (source.class_names, labelled(source)) == (("x", "y"), [("0/1.jpg", 0), ("1/1.jpg", 1)])
     source = opened(root, labels="csv:l.csv:age:float,site")
     assert [(each.name, each.kind) for each in source.columns] == [("age", "float"), ("site", "class")]
     assert labelled(source) == [("0/1.jpg", [30, 0]), ("1/1.jpg", [40, 1])]
     assert labelled(pickle.loads(pickle.dumps(source))) == labelled(source)
-    assert "no column 'x'; it has 'label', 'file'" in refusal(root, labels="csv:l.csv:age,x")
+    assert "no column 'x'; it has 'Label', 'age', 'File'" in refusal(root, labels="csv:l.csv:age,x")
     root = patients(tmp_path / "two", "file,label,target", "1.jpg,1,2")
     assert "say --labels csv:l.csv:label, or csv:l.csv:A,B, or none" in refusal(root, labels="csv:l.csv")
     path = table(tmp_path / "all.csv", "file,label,target", "0/1.jpg,1,2")

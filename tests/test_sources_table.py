@@ -160,10 +160,10 @@ def test_a_table_may_have_any_name_and_a_file_of_another_name_may_be_a_table(tmp
 
 
 def test_the_path_column_is_found_by_its_name_or_given(tmp_path: Path) -> None:
-    path = as_csv(tmp_path / "t.csv", {"img": ["1.jpg"], "filename": ["2.jpg"], "photo": ["3.jpg"]})
-    assert labelled(opened(path)) == [("2.jpg", None)]
-    assert labelled(opened(path, image_column="photo")) == [("3.jpg", None)]
-    assert "no column 'x'; it has 'img', 'filename', 'photo'" in refusal(path, image_column="x")
+    path = as_csv(tmp_path / "t.csv", {"img": ["1.jpg"], "FileName": ["2.jpg"], "photo": ["3.jpg"], "LABEL": ["4"]})
+    assert labelled(opened(path)) == [("2.jpg", 4)]
+    assert labelled(opened(path, image_column="photo")) == [("3.jpg", 4)]
+    assert "no column 'x'; it has 'img', 'FileName', 'photo', 'LABEL'" in refusal(path, image_column="x")
     path = as_csv(tmp_path / "u.csv", {"photo": ["3.jpg"]})
     assert "has no column path, file, " in (message := refusal(path))
     assert "it has 'photo'; name one of them so, or say --image-column NAME where SRC is the table" in message

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..errors import SourceError, UsageError
 from ..storage import is_remote
 from .base import Group, location_of
-from .columns import PATH_COLUMNS, named_columns, path_column
+from .columns import PATH_COLUMNS, named_columns, path_column, usual
 from .labels import Asked
 from .rows import EXTENSIONS, Listing, Table, below
 
@@ -100,7 +100,7 @@ def _columns(table: Table, names: str | None, before: str, key: str | None) -> t
     """The column of file names of a folder's table, and those of labels."""
     asked = named_columns(names, table.columns, table.location, before)
     others = [each for each in table.columns if each and each != key and each not in dict(asked)]
-    column = next((each for each in (*PATH_COLUMNS, *others) if each in others), None)
+    column = next(iter((*usual(PATH_COLUMNS, others), *others)), None)
     asked = asked or [(each, None) for each in others if each != column]
     if column is None or not asked:
         raise SourceError(

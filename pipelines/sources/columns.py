@@ -15,6 +15,11 @@ PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image", "i
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 
 
+def usual(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """The columns that have one of the names, in lower or upper case, in the order of the names."""
+    return [column for name in names for column in columns if column.lower() == name]
+
+
 def require(name: str, columns: Sequence[str], location: str) -> str:
     """The name of a column. Raises SourceError if there is no such column, or if there are two."""
     if columns.count(name) != 1:
@@ -24,8 +29,8 @@ def require(name: str, columns: Sequence[str], location: str) -> str:
 
 
 def path_column(asked: str | None, columns: Sequence[str], location: str) -> str:
-    """The column of a table that has paths: the one asked for, or the first that has a usual name."""
-    found = asked or next((name for name in PATH_COLUMNS if name in columns), None)
+    """The column of a table that has paths: the one asked for, or that with the first of the usual names."""
+    found = asked or next(iter(usual(PATH_COLUMNS, columns)), None)
     if found is None:
         raise SourceError(
             f"{location!r} has no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; it has "
@@ -62,7 +67,7 @@ def named_columns(names: str | None, columns: Sequence[str], location: str, befo
         UsageError: as `asked_columns`, or another kind than there are.
     """
     if names is None:
-        found = [name for name in LABEL_COLUMNS if name in columns]
+        found = [require(name, columns, location) for name in usual(LABEL_COLUMNS, columns)]
         if len(found) > 1:
             raise SourceError(
                 f"{location!r} has the columns {_shown(found)}; say --labels {before}{found[0]}, or "
