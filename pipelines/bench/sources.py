@@ -138,11 +138,11 @@ def _as_webdataset(tree: Path, place: Path) -> str:
 
 
 def _as_table(tree: Path, place: Path) -> str:
-    path = place / "src" / "images.csv"
+    path = place / "images.csv"
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("path", "label"))
-        rows.writerows((name, name.partition("/")[0]) for name, _ in _members(tree))
+        rows.writerows((f"{tree.name}/{name}", name.partition("/")[0]) for name, _ in _members(tree))
     return os.fspath(path)
 
 
