@@ -40,6 +40,7 @@ class JobRecord(BaseModel):
     source_location: str
     source_root: str | None = None
     source_files: tuple[tuple[str, int], ...] = ()
+    source_listing: str | None = None
     class_names: tuple[str, ...] | None
     columns: tuple[LabelColumn, ...] = ()
     image_size: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], Annotated[int, Field(ge=1, le=MAX_SIDE)]]
@@ -127,6 +128,7 @@ class Job:
             source_location=source.location,
             source_root=source.root,
             source_files=source.files,
+            source_listing=source.listing,
             class_names=source.class_names,
             columns=source.columns,
             image_size=image_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import time
@@ -15,17 +16,19 @@ from .audit.verification import Problem, verify
 from .builder import BuildReport, Tell, live_parts, publish, require_no_parts, run
 from .config import BuildConfig
 from .decode import make_decoder
-from .errors import FormatError, IncompleteError
+from .errors import FormatError, IncompleteError, SourceError
 from .geometry import Geometry
 from .job import Job
-from .manifest import Manifest, committed
+from .manifest import CommitRecord, Manifest, committed
 from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
 from .plan import Batch
 from .planning import backend
+from .rejects import Reject
 from .sources.base import Source
 from .storage import Storage, open_storage
 from .tuning import Tuning
 
+log = logging.getLogger(__name__)
 _DEADLY = ("crashed", "timed-out")  # what to try in a worker of its own
 
 
@@ -103,9 +106,13 @@ def retry(
             )
         rejected = {reject.index: reject.code for record in records.values() for reject in record.rejects}
         usable = {index for index, code in rejected.items() if code in _DEADLY}  # a worker will see
-        usable |= _decodable(job, images, settings, sorted(rejected.keys() - usable))
+        tried = sorted(rejected.keys() - usable)
+        usable |= {*tried} - {reject.index for reject in _rejects(job, images, settings, tried)}
         shards = sorted({index // job.plan.shard_rows for index in usable})
-        return _rebuild(storage, job, images, settings, shards, progress) if shards else Rebuilt((), None)
+        if not shards:
+            return Rebuilt((), None)
+        _require_rows(job, images, settings, [records[shard] for shard in shards], len(rejected) - len(usable))
+        return _rebuild(storage, job, images, settings, shards, progress)
 
 
 def repair(
@@ -139,7 +146,20 @@ def repair(
         damaged = {problem.file for problem in problems}
         shards = job.plan.shard_count
         bad = [shard for shard in range(shards) if shard_name(shard, shards) in damaged]
-        return _rebuild(storage, job, images, settings, bad, progress)
+        records = committed(storage, job, whole=False)
+        before = [records[shard] for shard in bad if shard in records]
+        _require_rows(job, images, settings, before, sum(len(record.rejects) for record in records.values()))
+        rebuilt = _rebuild(storage, job, images, settings, bad, progress)
+        records = committed(storage, job)
+        others = [record.shard for record in before if records[record.shard].digest != record.digest]
+        if others:
+            log.warning(
+                "%d of the shards that were built anew are not what they were, %s for one: files of SRC, or the "
+                "decoder, have changed since",
+                len(others),
+                shard_name(others[0], shards),
+            )
+        return rebuilt
 
 
 def _opened(
@@ -150,8 +170,6 @@ def _opened(
     job = Job.open(storage)
     images = source_of(job, source)
     settings = BuildConfig(**{**(config or BuildConfig()).model_dump(), **job.settings.identity()})
-    if storage.size(MANIFEST) is not None:  # its rejects were accepted once
-        settings = settings.model_copy(update={"max_rejects": "100%"})
     return storage, job, images, settings
 
 
@@ -163,10 +181,41 @@ def _alone(storage: Storage) -> Iterator[None]:
         yield
 
 
-def _decodable(job: Job, source: Source, config: BuildConfig, indices: Sequence[int]) -> set[int]:
-    """Which of these items can be decoded now."""
+def _require_rows(
+    job: Job, source: Source, config: BuildConfig, records: Sequence[CommitRecord], other_rejects: int
+) -> None:
+    """Before shards are built anew: of the images that have a row in them, so many may be gone as settings allow.
+
+    Args:
+        job, source: what they are built from.
+        config: gives `max_rejects`.
+        records: what the shards hold now.
+        other_rejects: how many items of the dataset will have no row anyway.
+
+    Raises:
+        SourceError: more are.
+    """
+    indices: list[int] = []
+    for record in records:
+        known = {reject.index for reject in record.rejects}
+        indices += [index for index in job.plan.shard_range(record.shard) if index not in known]
+    lost = _rejects(job, source, config, indices)
+    if not lost:
+        return
+    allowed = config.reject_limit(job.plan.item_count)
+    what = f"{len(lost)} images ({lost[0].path!r} for one: {lost[0].code}, {lost[0].detail})"
+    if len(lost) + other_rejects > allowed:
+        raise SourceError(
+            f"{what} could be built before and cannot now, so that their rows would be lost; nothing was changed. "
+            f"Bring them back, or give --max-rejects {len(lost) + other_rejects}; {config.max_rejects} allows {allowed}"
+        )
+    log.warning("%s could be built before and cannot now: their rows are lost", what)
+
+
+def _rejects(job: Job, source: Source, config: BuildConfig, indices: Sequence[int]) -> list[Reject]:
+    """Which of these items cannot be decoded now."""
     if not indices:
-        return set()
+        return []
     choice = backend(job, config.model_copy(update={"engine": "local"}))
     row_bytes = math.prod(job.row_shape)
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=len(indices), shards=1)
@@ -176,11 +225,7 @@ def _decodable(job: Job, source: Source, config: BuildConfig, indices: Sequence[
         Batch(0, items[start : start + tuning.batch_size], False) for start in range(0, len(items), tuning.batch_size)
     ]
     with make_decoder(choice.backend, job.settings, geometry, source, tuning=tuning, gpu=choice.gpu) as decoder:
-        return {
-            decoded.batch.items[position].index
-            for decoded in decoder.decode(batches)
-            for position in decoded.kept.tolist()
-        }
+        return [reject for decoded in decoder.decode(batches) for reject in decoded.rejects]
 
 
 def _rebuild(
@@ -192,6 +237,8 @@ def _rebuild(
     progress: Tell | None,
 ) -> Rebuilt:
     start = time.perf_counter()
+    if storage.size(MANIFEST) is not None:  # its rejects were accepted once
+        config = config.model_copy(update={"max_rejects": "100%"})
     for name in (MANIFEST, INDEX, REJECTS):
         storage.remove(name)
     for shard in shards:

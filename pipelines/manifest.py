@@ -186,8 +186,13 @@ def commit(storage: Storage, record: CommitRecord, shards: int) -> None:
     storage.write(commit_name(record.shard, shards), to_json(record))
 
 
-def committed(storage: Storage, job: Job) -> dict[int, CommitRecord]:
+def committed(storage: Storage, job: Job, *, whole: bool = True) -> dict[int, CommitRecord]:
     """The shards that need no building: those with a commit record of this job and a file of the size it names.
+
+    Args:
+        storage: OUT.
+        job: what is built there.
+        whole: without it, also those whose file is not there, or has another size.
 
     Raises:
         FormatError: a record is damaged.
@@ -199,8 +204,8 @@ def committed(storage: Storage, job: Job) -> dict[int, CommitRecord]:
     def look(shard: int) -> CommitRecord | None:
         name = commit_name(shard, shards)
         record = from_json(CommitRecord, storage.read(name) or b"", storage.path(name))
-        whole = storage.size(shard_name(shard, shards)) == record.bytes
-        if record.id != job.record.id or record.shard != shard or not whole:
+        lost = whole and storage.size(shard_name(shard, shards)) != record.bytes
+        if record.id != job.record.id or record.shard != shard or lost:
             return None
         _require_complete(record, job, storage.path(name))
         return record

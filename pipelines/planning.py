@@ -184,6 +184,12 @@ def resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
         raise FormatError(f"{storage.path(PLAN)!r} is damaged; restore it, or build anew with --overwrite")
     if source.location != job.record.source_location:
         require_moved(job, source)
+    if job.record.source_listing is not None and source.listing != job.record.source_listing:
+        log.warning(
+            "the table of %r names other images or labels than when the build began; OUT keeps those of then, and "
+            "--overwrite starts anew with those of now",
+            source.location,
+        )
     return job
 
 

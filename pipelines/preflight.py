@@ -25,6 +25,7 @@ from .normalize import row_shape, table
 from .output import JOB, shard_name
 from .plan import Plan, collect
 from .planning import backend, doubts, inspect, places, remarks, resume
+from .rejects import Reject
 from .selection import listed
 from .sources import open_source
 from .sources.base import Group, LabelColumn, Source, as_bytes
@@ -49,7 +50,8 @@ Tell = Callable[[str, float, "float | None"], None]
 class Measured:
     """A short run of one worker: how many items in how many seconds, after the first batch, and the GPU's memory.
 
-    `stored_row_bytes` is what a row took in the shards that it built, images and all; 0 if it built none.
+    Of the shards that it built, `stored_row_bytes` is what a row took, images and all, or 0 if there was none;
+    `rejects` is how many items had none, and `reject` one of these.
     """
 
     items: int
@@ -57,6 +59,8 @@ class Measured:
     images_per_second: float
     gpu_memory_bytes: int
     stored_row_bytes: float
+    rejects: int
+    reject: Reject | None
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,7 @@ def survey(
                 *doubts(config),
                 *remarks(config, needed, plan.shard_count, labelled=source.class_names is not None),
                 *_warnings(config, plan, sample),
+                _rejected(measured),
                 trouble,
             )
             if warning
@@ -284,6 +289,7 @@ def _measure(
     settings = config.model_copy(update={"on_reject": "skip"})
     items, first_items, begin, first, last, gpu_memory = 0, 0, time.perf_counter(), 0.0, 0.0, 0
     rows = stored_bytes = 0
+    rejects: list[Reject] = []
 
     def shards() -> Iterator[int]:
         for shard in range(small.shard_count):
@@ -299,6 +305,7 @@ def _measure(
             for event in events:
                 if isinstance(event, Committed):
                     rows, stored_bytes = rows + event.record.rows, stored_bytes + event.record.bytes
+                    rejects += event.record.rejects
                     storage.remove(shard_name(event.record.shard, small.shard_count))
                 elif isinstance(event, WorkerEnded):
                     gpu_memory = event.gpu_memory_bytes
@@ -312,7 +319,19 @@ def _measure(
     if not items:  # one batch was all
         items, first = first_items, begin
     stored_row_bytes = stored_bytes / rows if rows else 0.0
-    return Measured(items, last - first, items / (last - first), gpu_memory, stored_row_bytes)
+    rate, reject = items / (last - first), rejects[0] if rejects else None
+    return Measured(items, last - first, rate, gpu_memory, stored_row_bytes, len(rejects), reject)
+
+
+def _rejected(measured: Measured | None) -> str | None:
+    """What the headers did not tell."""
+    if measured is None or measured.reject is None:
+        return None
+    reject = measured.reject
+    return (
+        f"{measured.rejects} items of the short run were rejected ({reject.path!r} for one: {reject.code}, "
+        f"{reject.detail})"
+    )
 
 
 def _warnings(config: BuildConfig, plan: Plan, sample: Sample) -> Iterator[str]:

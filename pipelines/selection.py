@@ -6,6 +6,7 @@ and together they are what a build without `--split` would take.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -77,14 +78,22 @@ def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tup
 
 
 def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.int64]]) -> Iterator[Group]:
-    """The groups as they come. Where a split keeps items together, a number for what each belongs to goes to `keys`."""
+    """The groups as they come; a number for what each item belongs to, which no split tears apart, goes to `keys`.
+
+    That is what `split_by` names, if it is there; of a split by label or at random the item, of a frame its file.
+    """
     numbers: dict[bytes, int] = {}
+    new = itertools.count()
     for group in groups:
         names = group.keys
         if split_by == "folder":
             names = [_folder(group.folder + name) for name in group.names]
         if names is not None:
             keys.append(np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64))
+        elif split_by in (None, "label", "random"):
+            files = (split_frame(group.folder + name) for name in group.names)
+            together = [next(new) if frame is None else numbers.setdefault(file, next(new)) for file, frame in files]
+            keys.append(np.array(together, np.int64))
         yield group
 
 
@@ -117,15 +126,16 @@ def _selected(
     rank = np.random.PCG64(config.split_seed).random_raw(count)
     taken = np.sort(order)  # a split is that of the items, whatever their order
     how = config.split_by or ("label" if countable else "random")
-    if how == "label":
-        if labels is None or not countable:
-            raise UsageError(
-                f"--split-by label: {source.location!r} has no single column of classes or whole numbers; choose "
-                "random, folder or a table's column"
-            )
-        sides = _by_label(labels[taken], rank[taken], config.shares)
-    elif how == "random":
-        sides = _by_label(np.zeros(len(taken), np.int64), rank[taken], config.shares)
+    if how == "label" and not countable:
+        raise UsageError(
+            f"--split-by label: {source.location!r} has no single column of classes or whole numbers; choose random, "
+            "folder or a table's column"
+        )
+    if how in ("label", "random"):
+        assert keys is not None, "noted for these"
+        _, first, place = np.unique(keys[taken], return_index=True, return_inverse=True)
+        those = labels[taken][first] if how == "label" and labels is not None else np.zeros(len(first), np.int64)
+        sides = _by_label(those, rank[taken][first], config.shares)[place]
     else:
         if keys is None:
             raise UsageError(

@@ -564,6 +564,64 @@ def test_the_frames_of_a_file_that_a_table_names_have_the_labels_of_its_row(tmp_
     assert compare(tmp_path / "out", 4).problems == ()
 
 
+def test_a_table_may_name_single_frames(tmp_path: Path) -> None:
+    stored = np.stack([values("uint16", seed) for seed in range(3)])
+    (tmp_path / "cine.dcm").write_bytes(dicom(stored, NumberOfFrames=3))
+    (tmp_path / "0001.dcm").mkdir()
+    (tmp_path / "0001.dcm/0002").write_bytes(dicom(stored[1]))
+    rows = [
+        "cine.dcm/0002,5",
+        "cine.dcm/0000,3",
+        "cine.dcm/0003,1",
+        "cine.dcm/99999999999999999999,1",
+        "0001.dcm/0002,4",
+    ]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    config = BuildConfig(
+        device="cpu", size=(HEIGHT, WIDTH), channels="gray", normalize="none", dtype="uint8", dicom_window=(0, 65535),
+        workers=0,
+    )  # fmt: skip
+    report = gpu_npz.build(tmp_path / "all.csv", tmp_path / "out", config)
+    data = gpu_npz.open_dataset(tmp_path / "out")
+    assert report.rejects_by_code == {"missing": 1, "undecodable": 1}
+    assert "frame" in (tmp_path / "out/rejects.jsonl").read_text()
+    assert data.paths[:] == ["cine.dcm/0002", "cine.dcm/0000", "0001.dcm/0002"]
+    assert data.labels.tolist() == [5, 3, 4]
+    for row, image in zip(data[:], stored[[2, 0, 1]], strict=True):
+        np.testing.assert_array_equal(row[0], np.rint(image / 65535 * 255))
+
+
+def test_frames_that_are_no_items_are_rejects_and_never_the_first_alone(tmp_path: Path) -> None:
+    stored = np.stack([values("uint16", seed) for seed in range(3)])
+    (tmp_path / "src").mkdir()
+    for name in ("a.png", "IM0001"):
+        (tmp_path / "src" / name).write_bytes(dicom(stored, NumberOfFrames=3))
+    (tmp_path / "src/many.dcm").write_bytes(dicom(np.zeros((1, 1), "uint8"), NumberOfFrames=100_001) + bytes(100_001))
+    (tmp_path / "all.csv").write_text("path\nIM0001\na.png\n")
+    config = BuildConfig(device="cpu", size=8, workers=0, root=str(tmp_path / "src"), max_rejects="100%")
+    report = gpu_npz.build(tmp_path / "all.csv", tmp_path / "table", config)
+    assert report.rejects_by_code == {"undecodable": 2}
+    report = gpu_npz.build(tmp_path / "src", tmp_path / "folder", config.model_copy(update={"root": None}))
+    assert report.rejects_by_code == {"too-large": 1, "undecodable": 1}
+
+
+def test_a_split_leaves_the_frames_of_a_file_together(tmp_path: Path) -> None:
+    stored = np.stack([values("uint16", seed) for seed in range(3)])
+    for number in range(20):
+        path = tmp_path / "src" / "ab"[number % 2] / f"{number}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(dicom(stored, NumberOfFrames=3) if number % 4 else dicom(stored[0]))
+    for split_by in (None, "random"):
+        settings = {"split": "val=0.3", "split_by": split_by}
+        sides = []
+        for side in ("train", "val"):
+            config = BuildConfig(**{**settings, "split": f"val=0.3/{side}"})
+            plan = Plan(listed(open_source(tmp_path / "src", config), config), 1024)
+            sides.append({item.path.partition(".dcm")[0] for item in plan.items(0, plan.item_count)})
+        assert [len(side) for side in sides] == [14, 6]
+        assert not sides[0] & sides[1]
+
+
 def test_the_command_for_statistics_takes_a_window(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,6 +147,28 @@ def test_a_source_that_has_changed_shows_in_the_repaired_dataset(out: Path, src:
     assert gpu_npz.verify(out).ok
 
 
+def test_rows_that_would_be_lost_are_kept_unless_so_many_rejects_are_allowed(
+    out: Path, src: Path, file_bytes: FileBytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = contents(out)
+    for name in ("b/15.jpg", "b/18.jpg"):
+        (src / name).unlink()
+    (src / "b/16.jpg").write_bytes(file_bytes("jpeg", seed=16))
+    message = r"2 images \('b/15.jpg' for one: missing, .*\) could be built before .* give --max-rejects 4; 3 allows 3"
+    with pytest.raises(SourceError, match=message):
+        retry(out, settings(max_rejects="3"))
+    assert contents(out) == before
+    shard = out / "shard-00003.npz"
+    os.truncate(shard, 100)
+    with pytest.raises(SourceError, match=r"2 images .* give --max-rejects 5; 3 allows 3"):
+        repair(out, settings(max_rejects="3"))
+    assert shard.stat().st_size == 100
+    assert repair(out, settings(max_rejects="5")).shards == (3,)
+    assert gpu_npz.verify(out).rows == 20
+    assert "'b/15.jpg' for one: missing, No such file or directory) could be built before" in caplog.text
+    assert "1 of the shards that were built anew are not what they were, shard-00003.npz for one" in caplog.text
+
+
 def test_the_commands_say_what_they_did(out: Path, src: Path, file_bytes: FileBytes, capsys: Any) -> None:
     assert run(["retry", str(out)]) == 0
     assert "nothing was changed" in capsys.readouterr().out

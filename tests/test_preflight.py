@@ -347,6 +347,14 @@ def test_more_unreadable_headers_than_the_build_allows_are_warned_of(make_tree: 
     assert not warned(look(src, max_rejects="2"), "would be rejected")
 
 
+def test_what_only_a_decoder_finds_is_told_by_the_measured_run(make_tree: MakeTree) -> None:
+    found = survey(make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "half"}), BuildConfig(**CPU), seconds=0.01)
+    assert found.measured is not None
+    assert (found.sample.unreadable, found.measured.rejects) == ({}, 1)
+    (warning,) = found.warnings
+    assert warning.startswith("1 items of the short run were rejected ('a/2.jpg' for one: truncated, ")
+
+
 def test_images_over_max_pixels_are_warned_of_and_never_the_heaviest(make_tree: MakeTree) -> None:
     found = look(make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "claims-65500"}))
     assert warned(found, "1 of 2 sampled images have more than --max-pixels 89478485")

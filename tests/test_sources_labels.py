@@ -13,6 +13,8 @@ import pytest
 from listing import labelled, opened, refusal
 
 import gpu_npz
+from gpu_npz.builder import build
+from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError
 from gpu_npz.rejects import BadItem
 from gpu_npz.selection import listed
@@ -321,3 +323,30 @@ def test_another_machine_sees_the_same_folder_and_its_labels(tmp_path: Path) -> 
     source.location = str(tmp_path / "gone")
     with pytest.raises(SourceError, match="gone/': No such file or directory"):
         source.anew()
+
+
+def test_a_table_that_has_changed_since_the_build_began_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = touch(tmp_path / "images", "1.jpg", "2.jpg")
+    config = BuildConfig(device="cpu", size=8, workers=0, root=str(root), max_rejects="100%", labels="label")
+    path = table(tmp_path / "l.csv", "path,label", "1.jpg,x", "2.jpg,y")
+    build(path, tmp_path / "out", config)
+    build(path, tmp_path / "out", config)
+    assert "names other images or labels" not in caplog.text
+    table(path, "path,label", "1.jpg,y", "2.jpg,x")
+    build(path, tmp_path / "out", config)
+    assert f"the table of '{path}' names other images or labels than when the build began" in caplog.text
+    caplog.clear()
+    settings = {"root": None, "labels": str(path)}
+    build(root, tmp_path / "two", config.model_copy(update=settings))
+    table(path, "path,label", "2.jpg,y", "1.jpg,x")
+    build(root, tmp_path / "two", config.model_copy(update=settings))
+    assert f"the table of '{root}' names other images or labels than when the build began" in caplog.text
+
+
+def test_labels_that_are_no_utf_8_are_refused(tmp_path: Path) -> None:
+    root = touch(tmp_path / "images", "1.jpg")
+    path = tmp_path / "l.csv"
+    path.write_bytes("path,label\n1.jpg,grün\n".encode("latin-1"))
+    assert "column 'label' has 'gr\\udcfcn', which is no UTF-8 text; save it as such" in refusal(root, labels=str(path))

@@ -90,6 +90,7 @@ class Source(abc.ABC):
         files: name and size of each file that holds items at places; another file there means other places.
         file_per_item: whether each item is a file of its own, with a `local_path`.
         reads_at_once: how many reads to have under way; more than one where each takes long.
+        listing: what tells the items and labels that tables name from others; None where no table does.
         left_out: how many files the last listing has left out by their names, by `extension_of` these.
     """
 
@@ -101,6 +102,7 @@ class Source(abc.ABC):
     files: tuple[tuple[str, int], ...] = ()
     file_per_item = False
     reads_at_once = 1
+    listing: str | None = None
     left_out: Mapping[str, int] = MappingProxyType({})
 
     @abc.abstractmethod

@@ -17,6 +17,7 @@ from ..errors import BackendError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 
 EXTENSIONS = (b".dcm", b".dicom")
+_MAX_FRAMES = 100_000  # an item each; files that exist have some thousands
 _MAX_READS = 500_000  # each element, and each item of a sequence, takes one or some
 _MAX_BYTES = MAX_ENCODED_BYTES + (1 << 20)  # that are read, some of them twice
 _SLICE_BYTES = 1 << 14  # of deflate data, which become 16 MB at most
@@ -29,7 +30,8 @@ _EXPLICIT = bytes(128) + b"DICM\2\0\x10\0UI\x14\0" + b"1.2.840.10008.1.2.1\0"
 def split_frame(path: bytes) -> tuple[bytes, int | None]:
     """File and number of a frame, of whose path, `scan.dcm/0003`, these are the parts; of another path itself, None."""
     file, _, number = path.rpartition(b"/")
-    return (file, int(number)) if file.lower().endswith(EXTENSIONS) and number.isdigit() else (path, None)
+    is_frame = file.lower().endswith(EXTENSIONS) and number.isdigit() and len(number) < 10
+    return (file, int(number)) if is_frame else (path, None)
 
 
 def require_pydicom() -> Any:
@@ -100,6 +102,8 @@ def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
 def frames_of(header: Any, size: int) -> int:
     """How many images a DICOM file of so many bytes holds, by `FRAME_NAMES` of it. Raises BadItem if it cannot."""
     count = max(1, int(header.get("NumberOfFrames") or 1))
+    if count > _MAX_FRAMES:
+        raise BadItem("decode", "too-large", f"{count} frames in a file; at most {_MAX_FRAMES}")
     if header.file_meta.TransferSyntaxUID.is_encapsulated:
         least = 8  # the head of a fragment
     else:

@@ -173,6 +173,7 @@ class FolderSource(TreeSource, Listed[Listing]):
         else:
             super().__init__(os.path.abspath(location), None, "none")
             self._take_labels()
+            self.listing = self._listing.digest if self._listing else None
 
     def anew(self) -> FolderSource:
         """The same folder as another machine sees it, where a shared filesystem has another device number."""
@@ -212,8 +213,8 @@ class FolderSource(TreeSource, Listed[Listing]):
         """As `TreeSource`; but of DICOM files the header is read."""
         return map(self._files.with_frames, super().groups() if self._tables is None else self._tabled())
 
-    def frame(self, item: Item) -> int:
-        """The number of the frame in its file."""
+    def frame(self, item: Item) -> int | None:
+        """As `LocalFiles.frame`."""
         return self._files.frame(item)
 
     def read(self, item: Item) -> bytes:

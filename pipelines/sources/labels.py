@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError, UsageError
-from .base import LabelColumn, Source, as_bytes, as_text, numbered
+from .base import LabelColumn, Source, as_text, numbered
 
 Kind = Literal["class", "integer", "float"]
 Asked = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
@@ -158,12 +158,12 @@ def read_labels(
         if kind == "class":
             texts = [str(entry) for entry in entries]
             try:
-                found = sorted({*texts}, key=as_bytes)
+                found = sorted({*texts}, key=str.encode)
                 if all(_kind_of(text) == "integer" for text in found):
                     found.sort(key=int)
             except UnicodeEncodeError as exc:
                 raise SourceError(
-                    f"{location!r}: column {name!r} has {exc.object!r}, which is no text; mend it"
+                    f"{location!r}: column {name!r} has {exc.object!r}, which is no UTF-8 text; save it as such"
                 ) from exc
             names = tuple(found if given is None else given)
             by_name = numbered(list(names), found, location)

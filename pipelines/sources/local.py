@@ -12,7 +12,7 @@ import numpy as np
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from ..storage import open_regular
 from .base import Group, Item, as_bytes
-from .dicom import EXTENSIONS, frame_count
+from .dicom import EXTENSIONS, frame_count, split_frame
 
 _WHOLE = -1  # the place of an item that is a whole file, beside others that are frames
 
@@ -33,26 +33,32 @@ class LocalFiles:
         return {"_root": self._root}
 
     def with_frames(self, group: Group) -> Group:
-        """The same items, but of each DICOM file of several frames, whose header is read for it, the frames."""
-        if group.places is not None or not any(name.lower().endswith(EXTENSIONS) for name in group.names):
+        """The same items, but of each DICOM file of several frames, whose header is read for it, the frames.
+
+        An item that is named as a frame stays that one.
+        """
+        if group.places is not None or not any(map(_of_dicom, group.names)):
             return group
         names: list[bytes] = []
         frames: list[int] = []
         rows: list[int] = []
         for row, name in enumerate(group.names):
-            count = self._frames(group.folder + name) if name.lower().endswith(EXTENSIONS) else 1
-            names += [name] if count == 1 else [name + b"/%04d" % frame for frame in range(count)]
-            frames += [_WHOLE] if count == 1 else range(count)
+            path = group.folder + name
+            file, frame = split_frame(path)
+            named = frame is not None and os.path.isfile(os.path.join(self._root, file))
+            count = 1 if named or not name.lower().endswith(EXTENSIONS) else self._frames(path)
+            names += [name] if count == 1 else [name + b"/%04d" % number for number in range(count)]
+            frames += range(count) if count > 1 else [frame if named and frame is not None else _WHOLE]
             rows += [row] * count
-        if len(rows) == len(group.names):
+        if {*frames} == {_WHOLE}:
             return group
         labels = None if group.labels is None else group.labels[rows]
         keys = None if group.keys is None else [group.keys[row] for row in rows]
         return replace(group, names=names, labels=labels, keys=keys, places=np.array(frames, np.int64).reshape(-1, 1))
 
-    def frame(self, item: Item) -> int:
-        """The number of the frame in its file."""
-        return max(0, item.place[0]) if item.place else 0
+    def frame(self, item: Item) -> int | None:
+        """The number of the frame in its file; None of an item that is a whole file."""
+        return item.place[0] if item.place and item.place[0] != _WHOLE else None
 
     def read(self, item: Item) -> bytes:
         """The bytes of the file, read in full; of one that has frames, for all of them once, if they follow each other.
@@ -84,6 +90,10 @@ class LocalFiles:
                 return count if count <= os.fstat(file.fileno()).st_size else 1
         except (OSError, BadItem):
             return 1
+
+
+def _of_dicom(name: bytes) -> bool:
+    return split_frame(name)[0].lower().endswith(EXTENSIONS)
 
 
 def _read(path: bytes) -> bytes:

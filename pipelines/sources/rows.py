@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -189,10 +190,12 @@ class Listing:
 
     Attributes:
         labels: of all of them, once `finish` was called; None if no columns were asked for.
+        digest: SHA-256 of paths, labels and keys, once `finish` was called.
     """
 
     def __init__(self, location: str, asked: Asked, key: str | None = None) -> None:
         self.labels: Labels | None = None
+        self.digest: str | None = None
         self._location = location
         self._asked = asked
         self._key = key
@@ -259,6 +262,14 @@ class Listing:
                 self._asked, self._values, location=self._location, where=self._where, classes=classes
             )
         self._values, self._shared = [], shared()
+        digest = hashlib.sha256(self._names)
+        digest.update(self._ends)
+        if self.labels is not None:
+            digest.update(repr(self.labels.class_names).encode())
+            digest.update(self.labels.values.tobytes())
+        for key in self._keys:
+            digest.update(key)
+        self.digest = digest.hexdigest()
         return self
 
     def groups(self) -> Iterator[Group]:

@@ -47,6 +47,7 @@ class TableSource(Listed[Listing]):
         self._key = key_column(config)
         self._classes = classes
         self._take_labels()
+        self.listing = self._listing.digest if self._listing else None
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**super().__getstate__(), "_table": None}  # from the web, it has been downloaded
@@ -68,7 +69,7 @@ class TableSource(Listed[Listing]):
         return listing.finish(self._classes)
 
     def frame(self, item: Item) -> int | None:
-        """The number of the frame in its file; None where the files are not on a disk."""
+        """As `LocalFiles.frame`; None where the files are not on a disk."""
         return None if self._files is None else self._files.frame(item)
 
     def read(self, item: Item) -> bytes:
