@@ -116,7 +116,17 @@ def build(
         UsageError, BackendError, SourceError, StorageError, MismatchError, ShardError: see `gpu_npz.errors`.
         RejectLimitError: all shards are built, and more items were rejected than `max_rejects` allows.
     """
-    config = config or BuildConfig()
+    return _build(src, out, config or BuildConfig(), progress, None)
+
+
+def _build(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: BuildConfig,
+    progress: Tell | None,
+    beside: Job | None,
+) -> BuildReport:
+    """As `build`; `beside` is another side of the same split."""
     if config.sides:
         raise UsageError(
             f"split {config.split} makes several datasets: call build_split, or name one: {config.split}/val"
@@ -147,7 +157,7 @@ def build(
             if not live_parts(storage):
                 remove_temporaries(storage)
             new = config.overwrite or storage.size(JOB) is None
-            job = begin(storage, source, config, told) if new else resume(storage, source, config)
+            job = begin(storage, source, config, told, beside) if new else resume(storage, source, config)
             if part:
                 log.warning("building part %s (%s)", part, part.origin)
                 held = stack.enter_context(storage.lock(f"{LOCK}-part-{part.number}-of-{part.count}"))
@@ -176,17 +186,20 @@ def build_split(
     Raises:
         UsageError: nothing is split, or a side gets no item.
         StorageError: `out` is a dataset itself.
+        MismatchError: SRC has changed since the first side was begun.
         As `build`.
     """
     if not config.sides:
         raise UsageError("split: give it as val=0.1; build makes a single dataset")
     reports = {}
+    first: Job | None = None
     for side, storage in places(src, out, config).items():
         told = functools.partial(progress, side) if progress else None
-        reports[side] = build(src, storage.root, config.sides[side], progress=told)
-        if config.normalize == "dataset":
-            measured = Job.open(open_storage(reports[side].out)).settings
-            config = config.model_copy(update={"mean": measured.mean, "std": measured.std})
+        reports[side] = _build(src, storage.root, config.sides[side], told, first)
+        if first is None:
+            first = Job.open(storage)
+            if config.normalize == "dataset":
+                config = config.model_copy(update={"mean": first.settings.mean, "std": first.settings.std})
     return reports
 
 

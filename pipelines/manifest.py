@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from .storage import Storage, is_remote, open_storage
 FORMAT_VERSION = 1
 _KNOWN = ("deflate",)  # what `requires` may name
 _READERS = 16  # a store far away answers each request after some hundredths of a second
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class CommitRecord(BaseModel):
@@ -80,11 +83,11 @@ class Counts(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    items: int
-    rows: int
-    rejects: int
-    rejects_by_code: dict[str, int]
-    shards: int
+    items: Count
+    rows: Count
+    rejects: Count
+    rejects_by_code: dict[str, Count]
+    shards: Count
 
 
 class Manifest(BaseModel):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import environment, space
 from .config import MIN_STD, BuildConfig
@@ -77,7 +79,13 @@ def inspect(config: BuildConfig) -> Machine:
     return environment.inspect(config.device)
 
 
-def begin(storage: Storage, source: Source, config: BuildConfig, progress: Callable[[Measuring], None]) -> Job:
+def begin(
+    storage: Storage,
+    source: Source,
+    config: BuildConfig,
+    progress: Callable[[Measuring], None],
+    beside: Job | None = None,
+) -> Job:
     """Lists the source, cuts it into shards, decides the backend, and stores that: from now on, OUT is this.
 
     Args:
@@ -85,9 +93,11 @@ def begin(storage: Storage, source: Source, config: BuildConfig, progress: Calla
         source: the images.
         config: the settings.
         progress: told what is measured.
+        beside: another side of the same split, if there is one by now.
 
     Raises:
         UsageError, BackendError, SourceError, StorageError: as `build`.
+        MismatchError: `beside` is of other items.
     """
     if storage.size(MANIFEST) is not None and not config.overwrite:
         raise StorageError(
@@ -102,6 +112,8 @@ def begin(storage: Storage, source: Source, config: BuildConfig, progress: Calla
     if config.normalize != "dataset":
         table(config)  # a value that the dtype cannot hold shows here, before anything is listed
     arrays = listed(source, config)
+    if beside is not None:
+        _require_same_items(beside, arrays, source)
     size = image_size(Plan(arrays, 1), source, config)
     row_bytes = math.prod(row_shape(config, *size)) * np.dtype(config.dtype).itemsize
     plan = Plan(arrays, config.shard_rows(row_bytes))
@@ -117,6 +129,23 @@ def begin(storage: Storage, source: Source, config: BuildConfig, progress: Calla
         source=source,
         image_size=size,
     )
+
+
+def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source: Source) -> None:
+    """Raises MismatchError where sides of a split are of two listings: items would be on both sides, or on none."""
+    there, names = beside.plan.arrays, source.class_names
+    listing = {*there, *arrays} - {"order"}
+    same = all(name in there and name in arrays and np.array_equal(there[name], arrays[name]) for name in listing)
+    if not same or names != beside.record.class_names:
+        raise MismatchError(
+            f"{source.location!r} has changed since another side of this split was begun: {len(there['name_ends'])} "
+            f"items and {_classes(beside.record.class_names)} then, {len(arrays['name_ends'])} and {_classes(names)} "
+            "now. Restore it and run the same command, or build all sides anew with --overwrite"
+        )
+
+
+def _classes(names: Sequence[str] | None) -> str:
+    return "no classes" if names is None else f"{len(names)} classes"
 
 
 def remarks(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool) -> Iterator[str]:

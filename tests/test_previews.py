@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,31 @@ def test_rejects_are_drawn_as_far_as_they_can_be_decoded(rejecting: Path, tmp_pa
         assert (len(np.unique(square)) == 1) == (tile.path not in ("a/half.jpg", "a/half-png.jpg")), tile
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     assert preview(rejecting, tmp_path / "sheet.png", show="rejects", count=2).left_out == 4
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ({"path": "../secret.jpg", "index": 1_000_000}, "is said to be item 1000000 of|is no path below SRC"),
+        ({"path": "/secret.jpg", "index": -100}, "is said to be item -100 of|is no path below SRC"),
+        ({"path": "a\0.jpg", "index": 100}, "is said to be item 100 of|is no path below SRC"),
+        ({"path": "a\ud800.jpg", "index": 100}, "is said to be item 100 of|is no path below SRC"),
+        ({"index": "0"}, "is no reject"),
+        ({"path": 5}, "is no reject"),
+        ({"code": 7}, "is no reject"),
+    ],
+)
+def test_rejects_that_name_other_files_are_refused(
+    rejecting: Path, tmp_path: Path, line: dict[str, Any], fault: str, planned: bool
+) -> None:
+    shutil.copy(tmp_path / "images/a/jpeg.jpg", tmp_path / "secret.jpg")
+    reject = {"path": "a/half.jpg", "index": 0, "stage": "read", "code": "empty", "detail": "", **line}
+    (rejecting / "rejects.jsonl").write_text(json.dumps(reject) + "\n")
+    if not planned:
+        shutil.rmtree(rejecting / ".gpu-npz")
+    with pytest.raises(FormatError, match=fault):
+        preview(rejecting, tmp_path / "sheet.png", show="rejects", source=tmp_path / "images")
 
 
 def test_an_item_that_ended_its_decoder_is_not_opened(rejecting: Path, tmp_path: Path) -> None:

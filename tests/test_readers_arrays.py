@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import gpu_npz
+from gpu_npz.audit.comparison import compare
+from gpu_npz.audit.previews import preview
+from gpu_npz.audit.statistics import of_dataset
 from gpu_npz.errors import FormatError, IncompleteError, RejectLimitError
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter
@@ -548,6 +551,54 @@ def test_an_index_without_a_single_shard_is_named(copy: Path) -> None:
         gpu_npz.open_dataset(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "fault"),
+    [
+        ("shard_digest", lambda array: array[:, 0], r"shard_digest is uint8 \(\d+,\), not uint8 \(N, 32\)"),
+        ("shard_digest", lambda array: array[:, :5], r"shard_digest is uint8 \(\d+, 5\), not uint8 \(N, 32\)"),
+        ("labels", lambda array: array[:, None], r"labels is int64 \(\d+, 1\), not int64 \(N\)"),
+        ("labels", lambda array: array[:5], "index.npz does not fit the manifest"),
+        ("labels", lambda array: array + 2**40, None),
+        ("shard_rows", lambda array: array * -1, "index.npz does not fit the manifest"),
+        ("shard_rows", lambda array: array[:1], "index.npz does not fit the manifest"),
+    ],
+    ids=[
+        "no digests",
+        "short digests",
+        "a column of labels",
+        "few labels",
+        "labels of no class",
+        "negative rows",
+        "few shards",
+    ],
+)
+def test_arrays_of_an_index_that_cannot_be_are_refused(
+    copy: Path, tmp_path: Path, name: str, change: Callable[[Any], Any], fault: str | None
+) -> None:
+    reader = NpzReader(copy / "index.npz")
+    arrays = {each: reader[each].copy() for each in reader.directory.members}
+    with NpzWriter(copy / "index.npz") as file:
+        for each, array in arrays.items():
+            file.add(each, np.asarray(change(array)) if each == name else array)
+        file.close(reader.directory.comment)
+    if fault is None:
+        with pytest.raises(FormatError, match=r"has label 109951\d+ of 3 classes; run gpu-npz verify"):
+            preview(copy, tmp_path / "sheet.png")
+    else:
+        for read in (gpu_npz.open_dataset, of_dataset):
+            with pytest.raises(FormatError, match=fault):
+                read(copy)
+    assert not gpu_npz.verify(copy).ok
+
+
+@pytest.mark.parametrize("shards", [10**10, 10**30, -1])
+def test_counts_that_cannot_be_are_refused_at_once(copy: Path, shards: int) -> None:
+    edited(copy, lambda manifest: manifest["counts"].update(shards=shards))
+    for read in (gpu_npz.open_dataset, of_dataset, gpu_npz.verify):
+        with pytest.raises(FormatError):
+            read(copy)
+
+
 @pytest.mark.parametrize("entries", [0, 3, 9])
 def test_a_column_with_other_than_an_entry_for_each_image_is_refused(
     make_dataset: Callable[..., Path], entries: int
@@ -563,6 +614,13 @@ def test_a_column_with_other_than_an_entry_for_each_image_is_refused(
     for rows in (9, slice(8, 11), slice(2, 12), [1, 12]):
         with pytest.raises(FormatError, match=rf"source_bytes is \({entries},\) beside 7 images"):
             dataset.column("source_bytes", rows)
+    with NpzWriter(shard) as file:
+        for name, array in arrays.items():
+            file.add(name, np.stack([array] * 2, axis=1) if name == "paths" else array)
+        file.close(reader.directory.comment)
+    with pytest.raises(FormatError, match=r"paths is \(7, 2\) beside 7 images"):
+        _ = gpu_npz.open_dataset(out).paths[:]
+    assert [problem.file for problem in compare(out, 100).problems] == ["shard-00001.npz"]
 
 
 # A build that goes on

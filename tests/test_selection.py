@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,23 @@ def test_a_split_builds_datasets_with_the_same_classes(tree: Path, tmp_path: Pat
         build_split(tree, tmp_path / "out", BuildConfig(**SETTINGS, split_seed=1))
     with pytest.raises(UsageError, match="call build_split, or name one"):
         build(tree, tmp_path / "other", BuildConfig(**SETTINGS))
+
+
+def test_sides_are_of_one_listing_or_of_none(tree: Path, tmp_path: Path) -> None:
+    src, out = Path(shutil.copytree(tree, tmp_path / "src")), tmp_path / "out"
+    build_split(src, out, BuildConfig(**SETTINGS))
+    shutil.rmtree(out / "val")  # as it is where the build was stopped between the two
+    picture = next(src.glob("*/*.jpg"))
+    more = Path(shutil.copy(picture, picture.with_name("0.jpg")))
+    with pytest.raises(MismatchError, match=r"changed since another side of this split was begun: .* all sides anew"):
+        build_split(src, out, BuildConfig(**SETTINGS))
+    assert not (out / "val/.gpu-npz/job.json").exists()
+    more.unlink()
+    assert build_split(src, out, BuildConfig(**SETTINGS))["val"].complete
+    shutil.copy(picture, more)
+    reports = build_split(src, out, BuildConfig(**SETTINGS, overwrite=True))
+    whole = build(src, tmp_path / "whole", BuildConfig(**{**SETTINGS, "split": None}))
+    assert sum(report.items for report in reports.values()) == whole.items
 
 
 def test_statistics_are_those_of_train_on_both_sides(tree: Path, tmp_path: Path) -> None:

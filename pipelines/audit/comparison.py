@@ -243,8 +243,12 @@ def _batches(
         start, count = int(ends[shard]) - int(index["shard_rows"][shard]), int(index["shard_rows"][shard])
         try:
             reader = open_shard(storage, manifest, shard)
-            if any(len(reader.rows(column)) != count for column in ("images", "index", "paths", "source_bytes")):
+            if len(reader.rows("images")) != count:
                 raise FormatError(f"{len(reader.rows('images'))} rows; {INDEX} says {count}")
+            for column, kind in {"index": "i", "paths": "U", "source_bytes": "i"}.items():
+                entries = reader[column]
+                if entries.shape != (count,) or entries.dtype.kind != kind:
+                    raise FormatError(f"{column} is {entries.dtype} {entries.shape} beside {count} images")
         except FormatError as exc:
             seen.problem(name, str(exc).removeprefix(f"{storage.path(name)}: "))
             continue

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from ..config import BuildConfig
-from ..errors import SourceError
+from ..errors import FormatError, SourceError
 from ..job import Job
 from ..manifest import Manifest
 from ..output import JOB
@@ -32,15 +32,24 @@ class Originals:
 
         Raises:
             SourceError: its source finds it by the plan alone, which is missing.
+            FormatError: there is no such item.
         """
-        if self.plan is not None and index < self.plan.item_count:
+        if self.plan is not None:
+            if not 0 <= index < self.plan.item_count:
+                raise FormatError(f"{path!r} is said to be item {index} of {self.plan.item_count}; run gpu-npz verify")
             return self.plan.items(index, index + 1)[0]
         if self.source.files:
             raise SourceError(
                 f"{self.source.location!r}: the folder .gpu-npz, which says where in it {path!r} is, is missing; copy "
                 "the dataset again, with it"
             )
-        _, frame = split_frame(as_bytes(path))
+        try:
+            name = as_bytes(path)
+        except UnicodeEncodeError:
+            name = b""
+        if b"\0" in name or {*name.split(b"/")} & {b"", b".", b".."}:
+            raise FormatError(f"{path!r} is no path below SRC; run gpu-npz verify")
+        _, frame = split_frame(name)
         return Item(index, path, None, () if frame is None else (frame,))
 
 

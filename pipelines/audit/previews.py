@@ -192,8 +192,8 @@ def _rejects(storage: Storage, count: int, seed: int) -> tuple[list[list[Tile]],
     if not lines:
         raise UsageError(f"no item of {storage.root!r} was rejected; leave --rejects out")
     try:
-        rejects = [Reject(**json.loads(lines[at])) for at in _some(len(lines), count, seed)]
-    except (ValueError, TypeError, RecursionError) as exc:
+        rejects = [Reject.from_json(json.loads(lines[at])) for at in _some(len(lines), count, seed)]
+    except (ValueError, RecursionError) as exc:
         raise FormatError(f"{storage.path(REJECTS)!r}: not a reject a line: {exc}; the file is damaged") from exc
     return [[Tile(reject.path, index=reject.index, code=reject.code)] for reject in rejects], max(0, len(lines) - count)
 
@@ -206,6 +206,8 @@ def _tile(data: Dataset, row: int) -> Tile:
     if data.labels is None or not countable(data.class_names, data.label_columns):
         return Tile(data.paths[row], row)
     label, names = int(data.labels[row]), data.class_names
+    if names is not None and not 0 <= label < len(names):
+        raise FormatError(f"{data.path!r}: row {row} has label {label} of {len(names)} classes; run gpu-npz verify")
     return Tile(data.paths[row], row, label=label, class_name=None if names is None else names[label])
 
 

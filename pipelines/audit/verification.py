@@ -23,6 +23,7 @@ from ..normalize import row_shape, statistics, table, value_range
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
 from ..readers.arrays import open_index, open_shard
+from ..rejects import Reject
 from ..sources.base import LabelColumn
 from ..storage import Storage, is_remote, open_storage
 
@@ -252,10 +253,10 @@ def _reject_faults(storage: Storage, manifest: Manifest, index: NpzReader | None
         yield "missing"
         return
     try:
-        rejects = [json.loads(line) for line in content.splitlines()]
-        places = np.array([int(reject["index"]) for reject in rejects], np.int64)
-        codes = Counter(reject["code"] for reject in rejects)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
+        rejects = [Reject.from_json(json.loads(line)) for line in content.splitlines()]
+        places = np.array([reject.index for reject in rejects], np.int64)
+        codes = Counter(reject.code for reject in rejects)
+    except (ValueError, OverflowError, RecursionError) as exc:
         yield f"not a reject a line: {exc!r}"
         return
     if len(places) != manifest.counts.rejects:

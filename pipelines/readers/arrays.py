@@ -88,15 +88,12 @@ class Dataset:
             index = open_index(self._storage, self.manifest)
             self._numbers = range(self.manifest.counts.shards)
         self._partial = partial
-        rows = self.manifest.counts.rows
         self.index: NDArray[np.int64] = index["index"]
         self.labels: NDArray[Any] | None = index.get("labels")
         self.valid: NDArray[np.bool_] | None = index.get("valid")
-        columns = [column for column in (self.index, self.labels, self.valid) if column is not None]
         self.shard_rows: NDArray[np.int64] = index["shard_rows"]
+        require_fit(index, self.manifest.counts.rows, len(self._numbers), self.path)
         ends = np.cumsum(self.shard_rows).tolist()
-        if any(len(column) != rows for column in columns) or len(ends) != len(self._numbers) or ends[-1:] != [rows]:
-            raise FormatError(f"{self.path}: {INDEX} does not fit the manifest; run gpu-npz verify on the dataset")
         self.class_names = self.manifest.classes
         self.label_columns = self.manifest.columns
         self.paths: Sequence[str] = _Paths(self)
@@ -205,7 +202,7 @@ class Dataset:
         """An array of a shard, which must have an entry for each of its images."""
         reader = self.shard(number)
         rows, images = reader.rows(name), reader.rows("images")
-        if rows is not images and rows.shape[:1] != images.shape[:1]:
+        if rows is not images and (rows.shape[:1] != images.shape[:1] or len(rows.shape) > 1 + (name == "labels")):
             raise FormatError(f"{reader.path}: {name} is {rows.shape} beside {len(images)} images; copy it again")
         return rows
 
@@ -295,17 +292,33 @@ def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
     """The index.npz of a dataset. Raises FormatError if it is missing, damaged or another dataset's."""
     reader = _opened(storage, INDEX)
     _require_comment(reader, index_comment(manifest.id))
-    kinds = {"index": np.int64, "labels": np.int64, "valid": np.bool_, "shard_rows": np.int64, "shard_bytes": np.int64}
-    for name, kind in kinds.items():
+    columns = manifest.columns
+    label_kind = np.float64 if any(column.kind == "float" for column in columns) else np.int64
+    kinds: dict[str, tuple[type, tuple[int, ...]]] = {
+        "index": (np.int64, ()),
+        "labels": (label_kind, (len(columns),) if len(columns) > 1 else ()),
+        "valid": (np.bool_, ()),
+        "shard_rows": (np.int64, ()),
+        "shard_bytes": (np.int64, ()),
+        "shard_digest": (np.uint8, (32,)),
+    }
+    for name, (kind, shape) in kinds.items():
         if name in ("labels", "valid") and name not in reader:
             continue
-        if name == "labels" and manifest.columns and reader[name].dtype in (np.int64, np.float64):
-            continue
-        if reader[name].dtype != kind or reader[name].ndim != 1:
-            raise FormatError(
-                f"{reader.path}: {name} is {reader[name].dtype} {reader[name].shape}, not {kind.__name__} (N,)"
-            )
+        found = reader[name]
+        if found.dtype != kind or found.ndim != 1 + len(shape) or found.shape[1:] != shape:
+            wanted = f"{kind.__name__} ({', '.join(map(str, ('N', *shape)))})"
+            raise FormatError(f"{reader.path}: {name} is {found.dtype} {found.shape}, not {wanted}")
     return reader
+
+
+def require_fit(index: Any, rows: int, shards: int, path: str) -> None:
+    """Raises FormatError if an index has other rows or shards than these, those of the manifest of a dataset."""
+    columns = [index[name] for name in ("index", "labels", "valid") if name in index]
+    held = index["shard_rows"]
+    fits = 0 < len(held) == shards and bool(((held >= 0) & (held <= rows)).all()) and int(held.sum()) == rows
+    if not fits or any(len(column) != rows for column in columns):
+        raise FormatError(f"{path}: {INDEX} does not fit the manifest; run gpu-npz verify on the dataset")
 
 
 def open_shard(storage: Storage, manifest: Manifest, number: int, before: Known | None = None) -> NpzReader:

@@ -149,10 +149,22 @@ class Table:
             head.append(line)
         allowed = _DELIMITERS[self._extension]
         delimiter = next((each for each in allowed if each in head[-1]), allowed[0])
-        reader = csv.reader(itertools.chain(head[1:], lines), delimiter=delimiter, strict=True)
-        width = 0
+        width = held = 0
+
+        def of_records() -> Iterator[str]:
+            nonlocal held
+            for line in itertools.chain(head[1:], lines):
+                held += len(line)  # a quoted value may have line breaks
+                if held > _MAX_LINE_BYTES:
+                    raise self._damaged(
+                        reader.line_num + 1, f"ends no record within {_MAX_LINE_BYTES} bytes", "it may lack a quote"
+                    )
+                yield line
+
+        reader = csv.reader(of_records(), delimiter=delimiter, strict=True)
         try:
             for row in reader:
+                held = 0
                 if not row:
                     continue
                 width = width or len(row)
