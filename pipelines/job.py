@@ -20,7 +20,7 @@ from .npz.reader import Known, NpzReader
 from .npz.writer import NpzWriter
 from .output import JOB, PLAN, refuse_several
 from .plan import Plan
-from .sources.base import LabelColumn, Source
+from .sources.base import LabelColumn, Source, label_form
 from .storage import Storage
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -74,10 +74,8 @@ class Job:
 
     def label_array(self, labels: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
         """Labels of items as they are stored: int64 (N,), or (N, K) for K columns; float64 if a column is one."""
-        columns = self.record.columns
-        kind = np.float64 if any(column.kind == "float" for column in columns) else np.int64
-        shape = (len(labels), len(columns)) if len(columns) > 1 else (len(labels),)
-        return np.asarray(labels, kind).reshape(shape)
+        kind, shape = label_form(self.record.columns)
+        return np.asarray(labels, kind).reshape(len(labels), *shape)
 
     def require_source(self, source: Source) -> None:
         """Raises MismatchError where items would not be found at their places any more."""
@@ -193,7 +191,9 @@ class Job:
         if source.files and source.root != record.source_root:  # of what is in the files, it decides
             differences.append(f"  root: {record.source_root} there, {source.root} asked for")
         if (names is None) != (record.class_names is None) or (config.classes_from and names != record.class_names):
-            differences.append(f"  classes: {_names(record.class_names)} there, {_names(names)} asked for")
+            differences.append(
+                f"  classes: {shown_classes(record.class_names)} there, {shown_classes(names)} asked for"
+            )
         if source.columns != record.columns:
             there, asked_for = (", ".join(map(str, columns)) for columns in (record.columns, source.columns))
             differences.append(f"  labels: columns {there or 'none'} there, {asked_for or 'none'} asked for")
@@ -274,5 +274,6 @@ def from_json(kind: type[Record], content: bytes, label: str) -> Record:
         raise FormatError(f"{label}: {text}; the file is damaged") from exc
 
 
-def _names(names: Sequence[str] | None) -> str:
+def shown_classes(names: Sequence[str] | None) -> str:
+    """Class names, for messages."""
     return "no labels" if names is None else f"{len(names)} classes ({', '.join(names[:3])}, ...)"

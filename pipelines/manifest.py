@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .config import BuildConfig
 from .errors import FormatError, IncompleteError, UsageError
@@ -28,6 +28,7 @@ _KNOWN = ("deflate",)  # what `requires` may name
 _READERS = 16  # a store far away answers each request after some hundredths of a second
 
 
+_REJECT = TypeAdapter(Reject)
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -233,6 +234,16 @@ def write_rejects(storage: Storage, records: Iterable[CommitRecord]) -> str:
     content = "".join(lines).encode("ascii")
     storage.write(REJECTS, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def reject_of(line: bytes) -> Reject:
+    """The reject of a line that `write_rejects` wrote; raises ValueError if it is none."""
+    try:
+        return _REJECT.validate_python(json.loads(line))
+    except RecursionError as exc:
+        raise ValueError(str(exc)) from exc
+    except ValidationError as exc:
+        raise ValueError("; ".join(str(exc).splitlines()[:3])) from exc
 
 
 def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manifest:

@@ -114,6 +114,11 @@ class Plan:
         return np.arange(start, stop) if self._order is None else self._order[start:stop]
 
 
+def same_listing(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether two plans, by their arrays, are of the same listed items, whichever of these they take."""
+    return all(np.array_equal(one.get(name, ()), other.get(name, ())) for name in _ARRAYS if name != "order")
+
+
 def collect(
     groups: Iterable[Group], *, shuffle: int | None = None, limit: int | None = None
 ) -> dict[str, NDArray[Any]]:

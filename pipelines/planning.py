@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from .decode import image_size
 from .engines import ray
 from .environment import Choice, Machine
 from .errors import BackendError, FormatError, MismatchError, SourceError, StorageError, UsageError
-from .job import Job
+from .job import Job, shown_classes
 from .normalize import row_shape, table
 from .output import JOB, MANIFEST, PLAN, clear, require_own
-from .plan import Plan
+from .plan import Plan, same_listing
 from .rejects import BadItem
 from .selection import listed
 from .sources.base import Item, Source, location_of, read_item
@@ -133,19 +133,14 @@ def begin(
 
 def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source: Source) -> None:
     """Raises MismatchError where sides of a split are of two listings: items would be on both sides, or on none."""
-    there, names = beside.plan.arrays, source.class_names
-    listing = {*there, *arrays} - {"order"}
-    same = all(name in there and name in arrays and np.array_equal(there[name], arrays[name]) for name in listing)
-    if not same or names != beside.record.class_names:
+    there, names = beside.plan.arrays, beside.record.class_names
+    if not same_listing(there, arrays) or names != source.class_names:
         raise MismatchError(
             f"{source.location!r} has changed since another side of this split was begun: {len(there['name_ends'])} "
-            f"items and {_classes(beside.record.class_names)} then, {len(arrays['name_ends'])} and {_classes(names)} "
-            "now. Restore it and run the same command, or build all sides anew with --overwrite"
+            f"items, {shown_classes(names)}, then; {len(arrays['name_ends'])} items, "
+            f"{shown_classes(source.class_names)}, now. Restore it and run the same command, or build all sides anew "
+            "with --overwrite"
         )
-
-
-def _classes(names: Sequence[str] | None) -> str:
-    return "no classes" if names is None else f"{len(names)} classes"
 
 
 def remarks(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool) -> Iterator[str]:

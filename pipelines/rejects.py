@@ -37,14 +37,6 @@ class Reject:
         """The reject as JSON values, in the order in which rejects.jsonl has them."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, found: Any) -> Reject:
-        """The reject of a line of rejects.jsonl; raises ValueError if it is none."""
-        kinds = {"path": str, "index": int, "stage": str, "code": str, "detail": str}
-        if not isinstance(found, dict) or any(type(found.get(name)) is not kind for name, kind in kinds.items()):
-            raise ValueError(f"{str(found)[:_DETAIL_LENGTH]!r} is no reject")
-        return cls(**{name: found[name] for name in kinds})
-
 
 class BadItem(Exception):
     """Raised and caught inside a decoder to say why one item becomes a reject; it never reaches a caller."""

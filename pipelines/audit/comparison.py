@@ -28,7 +28,7 @@ from ..normalize import Normalizer, Sums, image_table, levels, table
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, shard_name
 from ..plan import Batch
-from ..readers.arrays import open_index, open_shard
+from ..readers.arrays import column_fault, open_index, open_shard
 from ..storage import Storage, open_storage
 from ..tuning import Tuning
 from .originals import Originals, originals
@@ -245,10 +245,9 @@ def _batches(
             reader = open_shard(storage, manifest, shard)
             if len(reader.rows("images")) != count:
                 raise FormatError(f"{len(reader.rows('images'))} rows; {INDEX} says {count}")
-            for column, kind in {"index": "i", "paths": "U", "source_bytes": "i"}.items():
-                entries = reader[column]
-                if entries.shape != (count,) or entries.dtype.kind != kind:
-                    raise FormatError(f"{column} is {entries.dtype} {entries.shape} beside {count} images")
+            for column in ("index", "paths", "source_bytes"):
+                if fault := column_fault(reader, column, manifest):
+                    raise FormatError(fault)
         except FormatError as exc:
             seen.problem(name, str(exc).removeprefix(f"{storage.path(name)}: "))
             continue

@@ -13,8 +13,9 @@ from ..output import JOB
 from ..plan import Plan
 from ..planning import require_moved
 from ..sources import open_source
-from ..sources.base import Item, Source, as_bytes
+from ..sources.base import Item, Source, as_text
 from ..sources.dicom import split_frame
+from ..sources.rows import below
 from ..storage import Storage
 
 _NO_LABELS = {"labels": "none", "split": None, "split_by": None, "split_seed": 0}
@@ -44,13 +45,11 @@ class Originals:
                 "the dataset again, with it"
             )
         try:
-            name = as_bytes(path)
-        except UnicodeEncodeError:
-            name = b""
-        if b"\0" in name or {*name.split(b"/")} & {b"", b".", b".."}:
-            raise FormatError(f"{path!r} is no path below SRC; run gpu-npz verify")
+            name = below(path, self.source.location)
+        except ValueError as exc:
+            raise FormatError(f"item {index} {exc}") from exc
         _, frame = split_frame(name)
-        return Item(index, path, None, () if frame is None else (frame,))
+        return Item(index, as_text(name), None, () if frame is None else (frame,))
 
 
 def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[str] | None) -> Originals:

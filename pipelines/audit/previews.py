@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import json
 import math
 import os
 import random
@@ -19,11 +18,11 @@ from PIL import Image, ImageDraw, ImageFile, ImageFont
 from ..decode.pillow import PillowDecoder, opened
 from ..errors import FormatError, ShardError, UsageError
 from ..geometry import Geometry
-from ..manifest import Manifest
+from ..manifest import Manifest, reject_of
 from ..normalize import levels, table
 from ..output import REJECTS
 from ..readers.arrays import Dataset, open_dataset
-from ..rejects import BadItem, Reject
+from ..rejects import BadItem
 from ..sources.base import countable, read_item
 from ..storage import LocalStorage, Storage
 from .originals import Originals, originals
@@ -192,8 +191,8 @@ def _rejects(storage: Storage, count: int, seed: int) -> tuple[list[list[Tile]],
     if not lines:
         raise UsageError(f"no item of {storage.root!r} was rejected; leave --rejects out")
     try:
-        rejects = [Reject.from_json(json.loads(lines[at])) for at in _some(len(lines), count, seed)]
-    except (ValueError, RecursionError) as exc:
+        rejects = [reject_of(lines[at]) for at in _some(len(lines), count, seed)]
+    except ValueError as exc:
         raise FormatError(f"{storage.path(REJECTS)!r}: not a reject a line: {exc}; the file is damaged") from exc
     return [[Tile(reject.path, index=reject.index, code=reject.code)] for reject in rejects], max(0, len(lines) - count)
 

@@ -26,7 +26,7 @@ from ..errors import FormatError, SourceError
 from ..manifest import Manifest, class_list
 from ..normalize import levels, table
 from ..plan import Plan
-from ..readers.arrays import open_index, open_shard, require_fit
+from ..readers.arrays import column_fault, open_index, open_shard, require_fit
 from ..selection import listed
 from ..sources import open_source
 from ..sources.base import LabelColumn, countable
@@ -164,8 +164,8 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
     def counted(shard: int) -> NDArray[np.int64]:
         reader = open_shard(storage, manifest, shard)
         stored, valid = reader.rows("images"), reader.get("valid")
-        if valid is not None and (valid.dtype != np.bool_ or valid.shape != (len(stored),)):
-            raise FormatError(f"{reader.path}: valid is {valid.dtype} {valid.shape} beside {len(stored)} images")
+        if valid is not None and (fault := column_fault(reader, "valid", manifest)):
+            raise FormatError(f"{reader.path}: {fault}")
         counts = np.zeros((len(values), every), np.int64)
         for start in range(0, len(stored), _ROWS_AT_ONCE):
             span = slice(start, start + _ROWS_AT_ONCE)

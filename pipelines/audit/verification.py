@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections import Counter
@@ -18,12 +17,11 @@ from numpy.typing import NDArray
 from ..environment import usable_cpus
 from ..errors import FormatError, UsageError
 from ..job import dataset_id
-from ..manifest import Manifest, shard_table_digest
+from ..manifest import Manifest, reject_of, shard_table_digest
 from ..normalize import row_shape, statistics, table, value_range
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
-from ..readers.arrays import open_index, open_shard
-from ..rejects import Reject
+from ..readers.arrays import column_fault, open_index, open_shard
 from ..sources.base import LabelColumn
 from ..storage import Storage, is_remote, open_storage
 
@@ -152,19 +150,12 @@ class _ShardChecker:
                 yield f"{name} differs from the index"
 
     def _column_faults(self, reader: NpzReader) -> Iterator[str]:
-        rows = len(reader.rows("images"))
-        kinds = {"index": "i", "source_bytes": "i", "paths": "U"}
-        label_columns = self._manifest.columns
-        if self._manifest.labelled:
-            kinds["labels"] = "f" if any(column.kind == "float" for column in label_columns) else "i"
-        kinds |= {"valid": "b"} if "valid" in reader else {}
-        for name, kind in kinds.items():
-            column = reader[name]
-            shape = (rows, len(label_columns)) if name == "labels" and len(label_columns) > 1 else (rows,)
-            if column.shape != shape or column.dtype.kind != kind:
-                yield f"{name} is {column.dtype} {column.shape}; {kind!r} {shape} belongs there"
-            elif name == "labels" and rows:
-                yield from self._label_faults(column.reshape(rows, -1))
+        more = {"labels": self._manifest.labelled, "valid": "valid" in reader}
+        for name in ("index", "source_bytes", "paths", *(name for name, there in more.items() if there)):
+            if fault := column_fault(reader, name, self._manifest):
+                yield fault
+            elif name == "labels" and len(reader[name]):
+                yield from self._label_faults(reader[name].reshape(len(reader[name]), -1))
 
     def _label_faults(self, labels: NDArray[Any]) -> Iterator[str]:
         """Of labels (N, K)."""
@@ -253,12 +244,12 @@ def _reject_faults(storage: Storage, manifest: Manifest, index: NpzReader | None
         yield "missing"
         return
     try:
-        rejects = [Reject.from_json(json.loads(line)) for line in content.splitlines()]
+        rejects = [reject_of(line) for line in content.splitlines()]
         places = np.array([reject.index for reject in rejects], np.int64)
-        codes = Counter(reject.code for reject in rejects)
-    except (ValueError, OverflowError, RecursionError) as exc:
-        yield f"not a reject a line: {exc!r}"
+    except (ValueError, OverflowError) as exc:
+        yield f"not a reject a line: {exc}"
         return
+    codes = Counter(reject.code for reject in rejects)
     if len(places) != manifest.counts.rejects:
         yield f"{len(places)} lines; the manifest says {manifest.counts.rejects}"
     elif codes != manifest.counts.rejects_by_code:

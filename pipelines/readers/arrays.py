@@ -24,6 +24,7 @@ from ..manifest import Manifest, so_far
 from ..npz.reader import DeflatedRows, Known, NpzReader
 from ..output import INDEX, MANIFEST, shard_name
 from ..preprocess import Preprocess
+from ..sources.base import label_form
 from ..storage import LocalStorage, Storage, is_remote
 
 # Maps that are kept. Before Python 3.13 each holds a file descriptor, of which a process may have 1,024, or fewer.
@@ -292,11 +293,9 @@ def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
     """The index.npz of a dataset. Raises FormatError if it is missing, damaged or another dataset's."""
     reader = _opened(storage, INDEX)
     _require_comment(reader, index_comment(manifest.id))
-    columns = manifest.columns
-    label_kind = np.float64 if any(column.kind == "float" for column in columns) else np.int64
-    kinds: dict[str, tuple[type, tuple[int, ...]]] = {
+    kinds: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
         "index": (np.int64, ()),
-        "labels": (label_kind, (len(columns),) if len(columns) > 1 else ()),
+        "labels": label_form(manifest.columns),
         "valid": (np.bool_, ()),
         "shard_rows": (np.int64, ()),
         "shard_bytes": (np.int64, ()),
@@ -339,6 +338,17 @@ def open_shard(storage: Storage, manifest: Manifest, number: int, before: Known 
         wanted = f"{manifest.images.dtype} (N, {', '.join(map(str, manifest.images.shape))})"
         raise FormatError(f"{reader.path}: images are {images.dtype} {images.shape}; the manifest says {wanted}")
     return reader
+
+
+def column_fault(reader: NpzReader, name: str, manifest: Manifest) -> str | None:
+    """What is wrong with type or shape of an array of a shard that stands beside the images; raises as `NpzReader`."""
+    label_type, label_shape = label_form(manifest.columns)
+    kinds = {"index": "i", "source_bytes": "i", "paths": "U", "valid": "b", "labels": np.dtype(label_type).kind}
+    shape = (len(reader.rows("images")), *(label_shape if name == "labels" else ()))
+    column, kind = reader[name], kinds[name]
+    if (column.shape, column.dtype.kind) == (shape, kind):
+        return None
+    return f"{name} is {column.dtype} {column.shape}; {kind!r} {shape} belongs there"
 
 
 def _require_comment(reader: NpzReader, expected: str) -> None:

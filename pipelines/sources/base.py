@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
@@ -157,6 +158,12 @@ def read_item(source: Source, item: Item) -> bytes:
                 raise BadItem("read", "empty", "zero bytes")
             return data
     raise AssertionError("unreachable")
+
+
+def label_form(columns: Sequence[LabelColumn]) -> tuple[type[np.generic], tuple[int, ...]]:
+    """Type and shape of an item's labels as stored: int64, or float64 if a column has floats; (), or (K,) of K columns."""
+    kind = np.float64 if any(column.kind == "float" for column in columns) else np.int64
+    return kind, (len(columns),) if len(columns) > 1 else ()
 
 
 def countable(class_names: Sequence[str] | None, columns: Sequence[LabelColumn]) -> bool:

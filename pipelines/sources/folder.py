@@ -173,7 +173,6 @@ class FolderSource(TreeSource, Listed[Listing]):
         else:
             super().__init__(os.path.abspath(location), None, "none")
             self._take_labels()
-            self.listing = self._listing.digest if self._listing else None
 
     def anew(self) -> FolderSource:
         """The same folder as another machine sees it, where a shared filesystem has another device number."""

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +39,15 @@ class Labels:
 class Found:
     """What `Listed._list` gives at least: labels, or None if there are none."""
 
+    digest: ClassVar[str | None] = None  # see `Source.listing`
     labels: Labels | None
 
 
 class _HasLabels(Protocol):
     @property
     def labels(self) -> Labels | None: ...
+    @property
+    def digest(self) -> str | None: ...
 
 
 L = TypeVar("L", bound=_HasLabels)
@@ -66,6 +69,7 @@ class Listed(Source, Generic[L]):
     def _take_labels(self) -> None:
         """For the constructor: reads, and finds the classes."""
         self._listing = self._list()
+        self.listing = self._listing.digest
         if labels := self._listing.labels:
             self.class_names, self.columns = labels.class_names, labels.columns
 

@@ -37,7 +37,8 @@ class LocalFiles:
 
         An item that is named as a frame stays that one.
         """
-        if group.places is not None or not any(map(_of_dicom, group.names)):
+        together = b"/".join(group.names).lower()  # most folders have none, which one look tells
+        if group.places is not None or not any(extension in together for extension in EXTENSIONS):
             return group
         names: list[bytes] = []
         frames: list[int] = []
@@ -45,10 +46,11 @@ class LocalFiles:
         for row, name in enumerate(group.names):
             path = group.folder + name
             file, frame = split_frame(path)
-            named = frame is not None and os.path.isfile(os.path.join(self._root, file))
-            count = 1 if named or not name.lower().endswith(EXTENSIONS) else self._frames(path)
+            if frame is None or not os.path.isfile(os.path.join(self._root, file)):
+                frame = _WHOLE
+            count = self._frames(path) if frame == _WHOLE and name.lower().endswith(EXTENSIONS) else 1
             names += [name] if count == 1 else [name + b"/%04d" % number for number in range(count)]
-            frames += range(count) if count > 1 else [frame if named and frame is not None else _WHOLE]
+            frames += [frame] if count == 1 else range(count)
             rows += [row] * count
         if {*frames} == {_WHOLE}:
             return group
@@ -90,10 +92,6 @@ class LocalFiles:
                 return count if count <= os.fstat(file.fileno()).st_size else 1
         except (OSError, BadItem):
             return 1
-
-
-def _of_dicom(name: bytes) -> bool:
-    return split_frame(name)[0].lower().endswith(EXTENSIONS)
 
 
 def _read(path: bytes) -> bytes:

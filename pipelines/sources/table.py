@@ -47,7 +47,6 @@ class TableSource(Listed[Listing]):
         self._key = key_column(config)
         self._classes = classes
         self._take_labels()
-        self.listing = self._listing.digest if self._listing else None
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**super().__getstate__(), "_table": None}  # from the web, it has been downloaded
