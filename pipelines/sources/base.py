@@ -161,7 +161,7 @@ def read_item(source: Source, item: Item) -> bytes:
 
 
 def label_form(columns: Sequence[LabelColumn]) -> tuple[type[np.generic], tuple[int, ...]]:
-    """Type and shape of an item's labels as stored: int64, or float64 if a column has floats; (), or (K,) of K columns."""
+    """Type and shape of an item's labels as stored: int64, or float64 if one is a float; (), or (K,) of K columns."""
     kind = np.float64 if any(column.kind == "float" for column in columns) else np.int64
     return kind, (len(columns),) if len(columns) > 1 else ()
 
