@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, features
 
 from ..config import BuildConfig
 from ..errors import ShardError, UsageError
@@ -25,7 +25,8 @@ from ..sources.base import Item, Source, read_item
 from ..sources.dicom import require_pydicom
 from .base import Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
-from .jpeg import check_scans
+from .exif import EXIF_HEADER, orientation_in
+from .jpeg import read_header
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -180,6 +181,7 @@ class PillowDecoder:
             self._check_pixels(*image.size)
             own = image.copy()
             own.format = image.format  # what a file of this format means by its samples
+            own.applist = getattr(image, "applist", [])  # where EXIF is
             whole, place = self._upright(own)
         with enough_memory(path):
             return self._place(whole, place)
@@ -206,7 +208,7 @@ class PillowDecoder:
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             self._check_webp(data)
         else:
-            check_scans(data)
+            read_header(data)  # raises for one that would take very long
 
     def _check_webp(self, data: bytes) -> None:
         # Pillow's WebP reader allocates the whole canvas when it opens a file, and has one message for every trouble.
@@ -363,19 +365,13 @@ def is_simd() -> bool:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8: 1 where there is none, or none that can be read."""
-    # What cannot be read does not say how to turn anything. Pillow turns TIFF by itself, whether asked to or not.
-    block = image.info.get("exif")
-    if not block or image.format == "TIFF":
+    """The orientation that a file's EXIF gives an image, 1 to 8, as `exif.py` says."""
+    if image.format == "TIFF":  # Pillow turns it upright by itself, whether asked to or not
         return 1
-    try:
-        # Not `image.getexif`: it also believes XMP, though only beside EXIF, and no other decoder here does.
-        exif = Image.Exif()
-        exif.load(block)
-        value = exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow's EXIF parser raises many kinds on damaged blocks; the pixels may well be whole
-        return 1
-    return value if isinstance(value, int) and value in _UPRIGHT else 1
+    # Pillow joins the EXIF segments of a JPEG, of which the first one counts.
+    segments = (body for name, body in getattr(image, "applist", ()) if name == "APP1")
+    block = next((body for body in segments if body.startswith(EXIF_HEADER)), image.info.get("exif"))
+    return orientation_in(block) if isinstance(block, bytes) else 1
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
