@@ -40,7 +40,7 @@ from ..plan import Batch
 from ..rejects import BadItem, Reject, clean
 from ..sources.base import Item, Source, read_item
 from ..tuning import Tuning
-from .base import Decoded, Stage
+from .base import DECODING_REVISION, Decoded, Stage
 from .pillow import PillowDecoder, versions
 from .routing import Route, route
 
@@ -272,8 +272,9 @@ class DaliDecoder:
         found = {
             "backend": "dali",
             "device": "cpu" if self._device is None else "cuda",
+            "decoding_revision": DECODING_REVISION,
             "dali": dali.__version__,
-            "nvimgcodec": importlib.import_module("nvidia.nvimgcodec").__version__,
+            "nvimgcodec": nvimgcodec.__version__,
             **versions(),
         }
         if self._device is not None:
@@ -339,8 +340,7 @@ class DaliDecoder:
     def _read(self, batches: Iterable[Batch]) -> Iterator[_Read]:
         """The batches with their items' bytes, and what the headers say."""
         for batch, encoded in self._by_dali(batches) if self._source.file_per_item else self._by_source(batches):
-            views = [memoryview(data) for data in encoded]
-            yield _Read(batch, encoded, route(views, self._config, self._geometry))
+            yield _Read(batch, encoded, route([data.data for data in encoded], self._config, self._geometry))
 
     def _by_source(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[NDArray[np.uint8]]]]:
         for batch in batches:

@@ -23,7 +23,7 @@ from ..plan import Batch
 from ..rejects import BadItem, Reject
 from ..sources.base import Item, Source, read_item
 from ..sources.dicom import require_pydicom
-from .base import Decoded, Stage, with_reads
+from .base import DECODING_REVISION, Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .exif import EXIF_HEADER, orientation_in
 from .jpeg import read_header
@@ -81,7 +81,7 @@ class PillowDecoder:
 
     def environment(self) -> dict[str, Any]:
         """The libraries whose versions decide the pixels."""
-        return {"backend": "pillow", "device": "cpu", **versions()}
+        return {"backend": "pillow", "device": "cpu", "decoding_revision": DECODING_REVISION, **versions()}
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
         """See `Decoder.decode`."""
