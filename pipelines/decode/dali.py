@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -26,7 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +38,11 @@ from ..config import BuildConfig
 from ..errors import BackendError, ShardError
 from ..geometry import Geometry
 from ..plan import Batch
-from ..rejects import BadItem, Reject, clean
+from ..rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
 from ..sources.base import Item, Source, read_item
 from ..tuning import Tuning
 from .base import DECODING_REVISION, Decoded, Stage
+from .fed_pipeline import FedPipeline
 from .pillow import PillowDecoder, versions
 from .routing import Route, route
 
@@ -64,81 +66,12 @@ _INPUTS = {  # type and dimensions; `routing.Route` says what they are
     "flipped": (types.BOOL, 0),
     "flips": (types.INT32, 1),
 }
-_FAILURES = (RuntimeError, MemoryError, UnicodeDecodeError)  # the last: a missing file whose name is not UTF-8
 _NO_MEMORY = re.compile("bad_alloc|out.of.memory|MemoryAllocation|allocation failed|can't allocate", re.IGNORECASE)
 _BROKEN_GPU = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
 _UNFINISHED = 2  # batches that wait for Pillow while DALI goes on: a few slow files in one of them do no harm
 
 
-T = TypeVar("T")
-
-
-class _FedPipeline(Generic[T]):
-    """A DALI pipeline that takes batches from an iterable and gives what becomes of each, in their order.
-
-    Args:
-        graph: a pipeline definition whose first argument is the source of its inputs. The last input and the last
-            output are the batch's number, by which a batch that is out of turn is noticed.
-        options: of the pipeline.
-    """
-
-    def __init__(self, graph: Callable[..., Any], **options: Any) -> None:
-        self._feed: Iterator[tuple[T, list[Any]]] = iter(())
-        # Given to DALI and not yet taken back, in order, with the inputs that it may still be reading.
-        self._ahead: deque[tuple[T, list[Any]]] = deque()
-        self._number = 0
-        self._failure: Exception | None = None
-        self._pipeline = graph(self._next, **options)
-        self._pipeline.build()
-
-    def run(
-        self, feed: Iterable[tuple[T, list[Any]]], stream: int | None = None
-    ) -> Generator[tuple[T, list[Any] | Exception], None, None]:
-        """For each batch of the feed, what came with its inputs, and its outputs or why DALI failed on it.
-
-        DALI works ahead. What the feed raises comes after the batches before it.
-        """
-        self._feed, self._failure = iter(feed), None
-        self._pipeline.reset()
-        try:
-            while True:
-                try:
-                    *outputs, numbers = self._pipeline.run(stream)
-                except StopIteration:
-                    break
-                except _FAILURES as exc:
-                    yield self._ahead.popleft()[0], exc
-                else:
-                    companion, inputs = self._ahead.popleft()
-                    if np.asarray(numbers.as_tensor())[0] != inputs[-1][0]:
-                        raise ShardError(f"DALI {dali.__version__} gave a batch out of turn; install DALI 2.4")
-                    yield companion, outputs
-        finally:
-            self._feed = iter(())
-            while self._ahead:  # what nobody will ask for any more
-                with contextlib.suppress(StopIteration, *_FAILURES):
-                    self._pipeline.run()
-                self._ahead.popleft()
-        if self._failure is not None:
-            raise self._failure
-
-    def close(self) -> None:
-        """Ends its threads, even while the frames of an exception still refer to it."""
-        self._pipeline.__del__()
-
-    def _next(self) -> list[Any]:
-        """The inputs of the next batch; DALI takes no exception but StopIteration."""
-        try:
-            companion, inputs = next(self._feed)
-        except StopIteration:
-            raise
-        except Exception as exc:  # for `run` to raise; out of here it would come again at every run
-            self._failure = exc
-            raise StopIteration from exc
-        self._number += 1
-        inputs = [*inputs, np.full(len(inputs[0]), self._number)]
-        self._ahead.append((companion, inputs))
-        return inputs
+_Encoded = list[NDArray[np.uint8]]
 
 
 @dataclass
@@ -146,7 +79,7 @@ class _Read:
     """A batch whose files have been read: each item's bytes, empty if it cannot be read, and where they go."""
 
     batch: Batch
-    encoded: list[NDArray[np.uint8]]
+    encoded: _Encoded
     route: Route
 
 
@@ -209,22 +142,14 @@ class DaliDecoder:
             self._on_stream = self._xp.cuda.ExternalStream(stream, device)
         elif device is not None:
             self._on_stream = self._xp.cuda.Device(device)
-        self._main: _FedPipeline[_Read] | None = None
-        self._repair: _FedPipeline[None] | None = None
+        self._main: FedPipeline[_Read] | None = None
+        self._repair: FedPipeline[None] | None = None
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> DaliDecoder:
         try:
             if self._source.file_per_item:
-                self._reader: _FedPipeline[Batch] = self._opened(
-                    _FedPipeline(
-                        _files,
-                        batch_size=self._tuning.batch_size,
-                        num_threads=self._tuning.threads,
-                        device_id=None,
-                        prefetch_queue_depth=self._tuning.prefetch,
-                    )
-                )
+                self._reader: FedPipeline[Batch] = self._opened(_files, None, self._tuning.prefetch)
             self._main = self._decoding(self._names, self._tuning.prefetch)
         except RuntimeError as exc:
             self._open.close()
@@ -245,25 +170,29 @@ class DaliDecoder:
         self._main = self._repair = None
         self._open.close()
 
-    def _decoding(self, names: Sequence[str], prefetch: int) -> _FedPipeline[Any]:
+    def _decoding(self, names: Sequence[str], prefetch: int) -> FedPipeline[Any]:
         """A pipeline that decodes, as far as its inputs say."""
         with _without_opencv():
             return self._opened(
-                _FedPipeline(
-                    _decoded,
-                    names=names,
-                    config=self._config,
-                    geometry=self._geometry,
-                    backend=self._backend,
-                    hw_decoder_load=self._tuning.hw_decoder_load,
-                    batch_size=self._tuning.batch_size,
-                    num_threads=self._tuning.threads,
-                    device_id=self._device,
-                    prefetch_queue_depth=prefetch,
-                )
+                _decoded,
+                self._device,
+                prefetch,
+                names=names,
+                config=self._config,
+                geometry=self._geometry,
+                backend=self._backend,
+                hw_decoder_load=self._tuning.hw_decoder_load,
             )
 
-    def _opened(self, pipeline: _FedPipeline[T]) -> _FedPipeline[T]:
+    def _opened(self, graph: Any, device: int | None, prefetch: int, **options: Any) -> FedPipeline[Any]:
+        pipeline: FedPipeline[Any] = FedPipeline(
+            graph,
+            batch_size=self._tuning.batch_size,
+            num_threads=self._tuning.threads,
+            device_id=device,
+            prefetch_queue_depth=prefetch,
+            **options,
+        )
         self._open.callback(pipeline.close)
         return pipeline
 
@@ -322,34 +251,37 @@ class DaliDecoder:
     def _run(self, batches: Iterable[Batch]) -> Generator[_Unfinished, None, None]:
         """What DALI makes of the batches, in order; what it has left begins at Pillow."""
         assert self._main is not None
-        feed = ((read, self._inputs(read, self._names)) for read in self._read(batches))
         start = time.perf_counter()
-        with contextlib.closing(self._main.run(feed, self._stream)) as runs:
-            for read, outputs in runs:
+        with contextlib.ExitStack() as stack:
+            reads = stack.enter_context(contextlib.closing(self._read(batches)))
+            feed = ((read, self._inputs(read, self._names)) for read in reads)
+            for read, outputs in stack.enter_context(contextlib.closing(self._main.run(feed, self._stream))):
                 with self._on_stream:
                     if isinstance(outputs, Exception):
                         log.info("DALI failed on a batch, which is decoded again in parts: %s", _reason(outputs))
                         rows = self._salvage(read, outputs)
                     else:
-                        rows = _Rows(self._pixels(outputs), _sizes(read.encoded), read.route.usable)
+                        rows = _Rows(self._pixels(outputs), _sizes(read.encoded), read.route.usable.copy())
                 left = np.flatnonzero(~rows.done)
-                results = [self._pool.submit(self._by_pillow, read.batch.items[position]) for position in left]
+                results = [self._pool.submit(self._by_pillow, read, position) for position in left.tolist()]
                 yield _Unfinished(read.batch, rows, left, results, time.perf_counter() - start)
                 start = time.perf_counter()
 
-    def _read(self, batches: Iterable[Batch]) -> Iterator[_Read]:
+    def _read(self, batches: Iterable[Batch]) -> Generator[_Read, None, None]:
         """The batches with their items' bytes, and what the headers say."""
-        for batch, encoded in self._by_dali(batches) if self._source.file_per_item else self._by_source(batches):
-            yield _Read(batch, encoded, route([data.data for data in encoded], self._config, self._geometry))
+        read = self._read_by_dali if self._source.file_per_item else self._read_by_source
+        with contextlib.closing(read(batches)) as reads:
+            for batch, encoded in reads:
+                yield _Read(batch, encoded, route([data.data for data in encoded], self._config, self._geometry))
 
-    def _by_source(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[NDArray[np.uint8]]]]:
+    def _read_by_source(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, _Encoded], None, None]:
         for batch in batches:
             yield batch, list(self._pool.map(self._encoded, self._checked(batch).items))
 
-    def _by_dali(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[NDArray[np.uint8]]]]:
+    def _read_by_dali(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, _Encoded], None, None]:
         """Reads files in DALI's threads; a batch in which one cannot be read, by Python."""
-        feed = ((batch, [[_array(self._source.local_path(item)) for item in self._checked(batch).items]])
-                for batch in batches)  # fmt: skip
+        path = self._source.local_path
+        feed = ((batch, [[_array(path(item)) for item in self._checked(batch).items]]) for batch in batches)
         with contextlib.closing(self._reader.run(feed)) as runs:
             for batch, outputs in runs:
                 if isinstance(outputs, Exception):
@@ -385,27 +317,30 @@ class DaliDecoder:
     def _finish(self, run: _Unfinished) -> Decoded:
         """The batch with Pillow's pixels where DALI has none."""
         start = time.perf_counter()
-        rows, rejects, mended, images = run.rows, [], [], []
+        rows, rejects, decoded, images = run.rows, [], [], []
         for position, future in zip(run.left.tolist(), run.results, strict=True):
             rows.source_bytes[position], result = future.result()
             if isinstance(result, Reject):
                 rejects.append(result)
             else:
-                mended.append(position)
+                decoded.append(position)
                 images.append(result)
-        if mended:
+        if decoded:
             with self._on_stream:
-                rows.pixels[self._xp.asarray(mended)] = self._xp.asarray(np.stack(images))
-            rows.done[mended] = True
+                rows.pixels[self._xp.asarray(decoded)] = self._xp.asarray(np.stack(images))
+            rows.done[decoded] = True
         seconds = {"read": 0.0, "decode": run.seconds + time.perf_counter() - start}
         return Decoded(run.batch, rows.pixels, np.flatnonzero(rows.done), rows.source_bytes, rejects, seconds)
 
-    def _by_pillow(self, item: Item) -> tuple[int, NDArray[np.uint8] | Reject]:
-        """The item's encoded size, 0 if it cannot be read, and its pixels or why it has none."""
-        data = b""
+    def _by_pillow(self, read: _Read, position: int) -> tuple[int, NDArray[np.uint8] | Reject]:
+        """An item's encoded size, 0 if it cannot be read, and its pixels or why it has none."""
+        item, encoded, data = read.batch.items[position], read.encoded[position], b""
+        frame = self._source.frame(item)
         try:
-            data = read_item(self._source, item)
-            return len(data), self._pillow.decode_image(data, item.path, self._source.frame(item))
+            # Reading again says why it failed, or what is too large; and the source keeps a file of several frames.
+            again = frame is not None or not 0 < len(encoded) <= MAX_ENCODED_BYTES
+            data = read_item(self._source, item) if again else encoded.tobytes()
+            return len(data), self._pillow.decode_image(data, item.path, frame)
         except BadItem as bad:
             return len(data), bad.of(item.path, item.index)
 
@@ -418,8 +353,9 @@ class DaliDecoder:
 
     def _salvage(self, read: _Read, failure: Exception) -> _Rows:
         """What DALI can decode of a batch that it failed on as a whole."""
-        items, done = read.batch.items, np.zeros(len(read.encoded), np.bool_)
-        rows = _Rows(self._xp.empty((len(items), *self._row_shape), np.uint8), _sizes(read.encoded), done)
+        count = len(read.encoded)
+        pixels = self._xp.empty((count, *self._row_shape), np.uint8)
+        rows = _Rows(pixels, _sizes(read.encoded), np.zeros(count, np.bool_))
         positions = np.flatnonzero(read.route.usable).tolist()
         if _is_no_memory(failure):
             dali.backend.ReleaseUnusedMemory()
@@ -428,14 +364,14 @@ class DaliDecoder:
             # DALI names one image at most. Whatever Pillow rejects is a good guess at them all, and mostly leaves one
             # run for the others. But what DALI does with an image alone decides, or its pixels would depend on its
             # neighbours.
-            results = self._pool.map(self._by_pillow, [items[position] for position in positions])
+            results = self._pool.map(self._by_pillow, itertools.repeat(read), positions)
             suspects = [p for p, (_, result) in zip(positions, results, strict=True) if isinstance(result, Reject)]
             groups = [[position for position in positions if position not in suspects], *([p] for p in suspects)]
         for group in filter(None, groups):
-            self._mend(rows, read, group)
+            self._decode_again(rows, read, group)
         return rows
 
-    def _mend(self, rows: _Rows, read: _Read, positions: list[int]) -> None:
+    def _decode_again(self, rows: _Rows, read: _Read, positions: list[int]) -> None:
         """Decodes these items by DALI, in halves where that fails."""
         self._repair = self._repair or self._decoding(self._names, 1)
         feed = [(None, self._inputs(read, self._names, positions))]
@@ -456,7 +392,7 @@ class DaliDecoder:
             dali.backend.ReleaseUnusedMemory()
         if len(positions) > 1:
             for half in _halves(positions):
-                self._mend(rows, read, half)
+                self._decode_again(rows, read, half)
         elif no_memory:  # never another decoder for want of memory: its pixels would differ
             raise ShardError(
                 "no memory to decode one image; end what else uses it, or lower --workers or --open-shards, and "
