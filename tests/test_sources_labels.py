@@ -164,7 +164,7 @@ def test_texts_of_digits_are_numbers_where_they_fit(tmp_path: Path, texts: tuple
         assert len({label for _, label in found}) == 3
 
 
-WHOLE: list[Any] = ["1", "1.0", "1e0", " 1", "+1", "01", "1.", "10e-1", "0001.000", 1, 1.0, "１"]
+WHOLE: list[Any] = ["1", "1.0", "1e0", " 1", "+1", "01", "1.", "10e-1", "0001.000", 1, 1.0, "\uff11"]
 
 
 @pytest.mark.parametrize("spelled", WHOLE, ids=repr)
@@ -188,7 +188,9 @@ def test_what_is_no_whole_number_is_refused_as_one(tmp_path: Path, spelled: Any)
     root = touch(tmp_path / "images", "0.jpg", "1.jpg")
     rows = ({"path": "0.jpg", "label": 2}, {"path": "1.jpg", "label": spelled})
     path = table(tmp_path / "l.jsonl", *map(json.dumps, rows))
-    message = f"column 'label' has {spelled!r} for row 2, which is no whole number; mend it, or say --labels label:class"
+    message = (
+        f"column 'label' has {spelled!r} for row 2, which is no whole number; mend it, or say --labels label:class"
+    )
     assert message in refusal(root, labels=f"{path}:label:integer")
 
 

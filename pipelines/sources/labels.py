@@ -197,22 +197,58 @@ def _refuse_inexact(columns: Sequence[LabelColumn], numbers: Sequence[NDArray[An
             )
 
 
-def number_array(
-    name: str, values: NDArray[Any], location: str, classes: Sequence[str] | None, names: Sequence[str] | None = None
+def array_labels(
+    name: str,
+    values: NDArray[Any],
+    location: str,
+    classes: Sequence[str] | None,
+    *,
+    names: Sequence[str] | None = None,
+    kind: Kind | None = None,
 ) -> Labels:
-    """As `read_labels`, for a source with its labels in one array (N,), and maybe `names` for its whole numbers."""
+    """As `read_labels`, for a source with its labels in one array.
+
+    Args:
+        name: of the column; of several, what stands before their numbers.
+        values: (N,), or (N, K) for K columns. One-hot rows are classes, unless `kind` says something else.
+        location, classes: as for `read_labels`.
+        names: what the whole numbers of a single column mean, if the source says so.
+        kind: that the labels are said to have.
+
+    Raises:
+        SourceError, UsageError: as `read_labels`.
+    """
+    if values.ndim == 2 and kind in (None, "class") and _is_one_hot(values):
+        count = values.shape[1]
+        if classes is not None and len(classes) != count:
+            raise SourceError(
+                f"{location!r}: {name!r} has one-hot rows of {count} classes, and --classes-from names {len(classes)}; "
+                "give as many names"
+            )
+        known = tuple(map(str, range(count)) if classes is None else classes)
+        return Labels(known, (), values.argmax(axis=1).astype(np.int64))
+    single = values.ndim == 1
+    asked = [(name, kind)] if single else [(f"{name}_{number}", kind) for number in range(values.shape[1])]
     try:
-        listed = values.tolist()
+        listed = [values.tolist()] if single else values.T.tolist()
     except (SystemError, ValueError) as exc:  # code points that no text has
         raise SourceError(f"{location!r}: {name!r} has labels that are no text; save them again") from exc
     if values.dtype.kind == "S":
-        listed = [as_text(entry) for entry in listed]
+        listed = [[*map(as_text, column)] for column in listed]
     elif values.dtype.kind == "b":
-        listed = [int(entry) for entry in listed]
-    known = None if names is None else {name: names}
+        listed = [[*map(int, column)] for column in listed]
+    meaning = None if names is None else {name: names}
     return read_labels(
-        [(name, None)], [listed], location=location, where=lambda row: f"image {row}", classes=classes, known=known
+        asked, listed, location=location, where=lambda row: f"image {row}", classes=classes, known=meaning
     )
+
+
+def _is_one_hot(values: NDArray[Any]) -> bool:
+    """Whether each of the rows (N, K) is exactly one 1 among zeros."""
+    if values.dtype.kind not in "biuf":
+        return False
+    ones = np.count_nonzero(values == 1, axis=1)
+    return bool((ones == 1).all() and (np.count_nonzero(values, axis=1) == 1).all())
 
 
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
