@@ -224,8 +224,8 @@ class BuildConfig(BaseModel):
     )
     root: str | None = _setting(
         "operational", None,
-        "What paths in a table are relative to, the table's own folder unless given; or the folder in a tar or zip "
-        "that is taken.",
+        "What paths in a table are relative to, the table's own folder unless given; or the folder in a folder, tar or "
+        "zip that is taken.",
         "a folder",
         "DIR",
     )  # fmt: skip

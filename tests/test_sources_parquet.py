@@ -363,7 +363,7 @@ def test_columns_that_are_not_there_or_of_another_type_are_refused(tmp_path: Pat
     assert "has 2 columns of bytes among 'a', 'c'; --image-column NAME says" in refusal(path)
     pq.write_table(arrow.table([[b"1"], [b"2"]], ["image", "image"]), path)
     assert "two columns of one name" in refusal(path)
-    assert "--root goes with table, tar, zip; " in refusal(write(path, [b"a"]), root=str(tmp_path))
+    assert "--root goes with folder, table, tar, zip; " in refusal(write(path, [b"a"]), root=str(tmp_path))
 
 
 def test_files_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
