@@ -53,7 +53,8 @@ def command(src: str, out: str, config_file: str | None, as_json: bool, quiet: b
 
 def summary(report: BuildReport) -> str:
     """What a build did, for people."""
-    labels = f"labels {', '.join(report.label_columns)}" if report.label_columns else "no labels"
+    columns = report.label_columns
+    labels = f"labels {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
     labels = f" ({printable(labels)})" if report.classes is None else f" of {report.classes} classes"
     shards = f"{report.shards} shards, {size(report.dataset_bytes)}"
     lines = [

@@ -30,7 +30,7 @@ from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
 from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .parts import Part
-from .planning import Measuring, backend, begin, check_places, places, remarks, resume
+from .planning import Measuring, backend, begin, check_places, places, remarks, require_scaled, resume
 from .sources import open_source
 from .sources.base import Source
 from .space import require_space
@@ -133,6 +133,7 @@ def _build(
         raise UsageError(
             f"split {config.split} makes several datasets: call build_split, or name one: {config.split}/val"
         )
+    require_scaled(config)
     start = time.perf_counter()
     storage = open_storage(out)
     check_places(src, storage)

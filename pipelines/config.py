@@ -347,7 +347,10 @@ class BuildConfig(BaseModel):
     @field_validator("background", "mean", "std", "window", "dicom_window", mode="before")
     @classmethod
     def _split_numbers(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        inner = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)  # as Python and JSON have them
+        return [part.strip() for part in (inner[1] if inner else value).split(",")]
 
     @field_validator("shard_size", mode="before")
     @classmethod
@@ -540,6 +543,13 @@ def gpu_numbers(device: str) -> tuple[int, ...]:
 def settings_of(kind: Kind) -> list[str]:
     """The names of the settings of one kind, in the order in which they are declared."""
     return [name for name in BuildConfig.model_fields if _extra(name)["kind"] == kind]
+
+
+def as_option(name: str, value: Any) -> str:
+    """A setting's value, which is not None, as its option takes it: `0.485,0.456,0.406`, `224x224`, `true`."""
+    if isinstance(value, (tuple, list)):
+        return ("x" if name == "size" else ",").join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
