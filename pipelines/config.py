@@ -159,7 +159,7 @@ class BuildConfig(BaseModel):
         "Where labels are: class-dir (the first folder), none, or a table FILE; csv:NAME, a table in every folder; "
         "columns of a table or Parquet (A,B or A:class, A:integer, A:float), behind FILE: or csv:NAME: for such a "
         "table; cls (the default), txt or json:FIELD of a WebDataset; coarse of CIFAR-100; an array of an .npz, or an "
-        ".npy FILE.",
+        ".npy FILE, with a kind behind it if it needs one.",
         "class-dir, none, a table's path, csv:NAME, columns, cls, txt, json:FIELD, coarse, an array or FILE.npy",
         "WHERE",
     )
