@@ -400,8 +400,8 @@ def _look(source: Source, rejects_by_code: Mapping[str, int]) -> str:
     if source.kind == "table" and max(rejects_by_code, key=lambda code: rejects_by_code[code]) == "missing":
         root = source.root or os.path.dirname(source.location)
         return (
-            f"The paths of the table are looked for below {root!r}: if that is not their folder, or they lack an "
-            "extension, run it with the right --root or table and --overwrite"
+            f"If paths or --root are wrong (files are looked for below {root!r}; do the names lack an extension?), "
+            "give the right ones with --overwrite"
         )
     return "Look at some of the files"
 

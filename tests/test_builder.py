@@ -1062,8 +1062,8 @@ def test_a_build_that_stops_before_any_commit_says_what_to_do(
     config = settings(max_rejects="1", shard_size=shard_size, batch_size=4, **{**options, "root": str(wrong)})
     with pytest.raises(RejectLimitError, match=r"'a/\d+.jpg' for one: missing, No such file or directory") as caught:
         build(table, tmp_path / "out", config)
-    assert f"The paths of the table are looked for below '{wrong}': if that is not their folder" in str(caught.value)
-    assert "run it with the right --root or table and --overwrite" in str(caught.value)
+    assert f"If paths or --root are wrong (files are looked for below '{wrong}'; do the names" in str(caught.value)
+    assert "give the right ones with --overwrite" in str(caught.value)
     report = caught.value.report
     assert report.missing_shards
     committed = len(list((tmp_path / "out/.gpu-npz/commits").glob("*.json")))

@@ -341,7 +341,7 @@ def test_info_of_an_unfinished_build_says_how_far_it_is_and_what_to_do(
     rows = dict(line.split("  ", 1) for line in captured.out.splitlines())
     assert rows["shards"].strip() == "5 of 2 items, 4 are built"
     assert rows["images"].strip() == "6 of shape (3, 16, 16), float32, NCHW, rgb"
-    assert (rows["size"].strip(), rows["resize-mode"].strip()) == ("[16, 16]", "stretch")
+    assert (rows["size"].strip(), rows["resize-mode"].strip()) == ("16x16", "stretch")
     assert run(["info", out, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["built_shards"], found["counts"]["rows"], found["settings"]["size"]) == (4, 6, [16, 16])
