@@ -229,6 +229,9 @@ def array_labels(
         return Labels(known, (), values.argmax(axis=1).astype(np.int64))
     single = values.ndim == 1
     asked = [(name, kind)] if single else [(f"{name}_{number}", kind) for number in range(values.shape[1])]
+    if classes is None and names is None and (numbers := _numbers(values, kind)) is not None:
+        found: Kind = "float" if numbers.dtype == np.float64 else "integer"
+        return Labels(None, tuple(LabelColumn(name=each, kind=found) for each, _ in asked), numbers)
     try:
         listed = [values.tolist()] if single else values.T.tolist()
     except (SystemError, ValueError) as exc:  # code points that no text has
@@ -241,6 +244,15 @@ def array_labels(
     return read_labels(
         asked, listed, location=location, where=lambda row: f"image {row}", classes=classes, known=meaning
     )
+
+
+def _numbers(values: NDArray[Any], kind: Kind | None) -> NDArray[Any] | None:
+    """What `read_labels` makes of an array's entries, at once; None where each of these has to be looked at."""
+    if values.dtype.kind == "f" and kind in (None, "float") and np.isfinite(values).all():
+        return values.astype(np.float64)
+    if values.dtype.kind in "biu" and kind in (None, "integer") and (values <= np.int64(2**63 - 1)).all():
+        return values.astype(np.int64)
+    return None
 
 
 def _is_one_hot(values: NDArray[Any]) -> bool:
