@@ -60,8 +60,7 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
         )
     if source.bare:
         log.warning(
-            "%r: %d class folders hold no images and keep their class numbers all the same (%s); remove those that are "
-            "no classes",
+            "%r: %d class folders have no images, but keep their class numbers (%s); remove those that are no classes",
             source.location, len(source.bare), some(source.bare),
         )  # fmt: skip
     if config.labels is None and source.kind in ("folder", "tar", "zip"):
@@ -79,8 +78,8 @@ def _unlabelled(source: Source) -> tuple[str, str]:
     way = f"if {name!r} is a class, give the folder of all classes, {folder!r}; " if above else ""
     tables = [extension for extension in TABLES if source.left_out.get(extension)]
     if tables and source.file_per_item:
-        way += f"if a table in there has labels ({', '.join(tables)}), --labels FILE names it; "
-    return source.location, f"{way}--labels none says that it has none"
+        way += f"if a table there has labels ({', '.join(tables)}), --labels FILE names it; "
+    return source.location, f"{way}add --labels none if it has none"
 
 
 def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, str, str] | None:

@@ -76,7 +76,7 @@ def test_a_build_says_which_labels_it_has(src: str, tmp_path: Path, capsys: pyte
 
     line, warned = said("one", f"{src}/a")
     assert line.startswith(f"{tmp_path}/one: 4 images (no labels) in ")
-    assert f"if 'a' is a class, give the folder of all classes, '{src}'; --labels none says" in warned
+    assert f"if 'a' is a class, give the folder of all classes, '{src}'; add --labels none if" in warned
     line, warned = said("none", f"{src}/a", "--labels", "none")
     assert "(no labels)" in line
     assert not warned

@@ -196,7 +196,7 @@ def test_sides_of_a_split_are_no_classes_unless_it_is_said(tmp_path: Path, kind:
     with pytest.raises(SourceError) as caught:
         opened_as(kind, tmp_path, *SIDES)
     message = str(caught.value)
-    assert "has 'test', 'train', 'val' side by side, and 'cat', 'dog' in more than one of them" in message
+    assert "has 'test', 'train', 'val' side by side, with the same folders in them ('cat', 'dog')" in message
     commands = re.findall(r"gpu-npz build (.+? OUT/\w+(?: --classes-from OUT/train)?)(?:, then|;)", message)
     train, test = ([*map(str, shlex.split(command))] for command in commands)
     settings = {"root": train[2]} if train[1] == "--root" else {}
@@ -312,7 +312,7 @@ def test_class_folders_without_images_are_named(tmp_path: Path, kind: str, caplo
         caplog.clear()
         assert [item.label for item in taken(source)] == [0, 4]
         (record,) = caplog.records
-        assert "3 class folders hold no images and keep their class numbers" in record.getMessage()
+        assert "3 class folders have no images, but keep their class numbers" in record.getMessage()
         assert "('b', 'c', 'd'); remove those" in record.getMessage()
 
 
@@ -325,10 +325,8 @@ def test_a_folder_of_one_class_is_said_to_have_no_labels(
     (message,) = [text for record in caplog.records if "no labels" in (text := record.getMessage())]
     assert message.startswith(f"{source.location!r} has images and no class folders, so the dataset has no labels; ")
     above = f"if 'data set' is a class, give the folder of all classes, '{tmp_path}'; "
-    assert (
-        (above in message) == ("if a table in there has labels (.csv), --labels FILE" in message) == (kind == "folder")
-    )
-    assert message.endswith("; --labels none says that it has none")
+    assert (above in message) == ("if a table there has labels (.csv), --labels FILE" in message) == (kind == "folder")
+    assert message.endswith("; add --labels none if it has none")
     caplog.clear()
     taken(opened_as(kind, tmp_path, labels="none"), labels="none")
     assert not any("no labels" in record.getMessage() for record in caplog.records)

@@ -345,9 +345,7 @@ def test_arrays_that_are_left_over_are_named_where_none_has_labels(
 ) -> None:
     arrays = {"images": RGB, "grades": LABELS, "label_names": np.array(NAMES)}
     assert labels_in(tmp_path, arrays)[0] == [None] * 6
-    assert (
-        "is built without labels: it has 'grades' int64 (6,), 'label_names' <U10 (3,) beside the images" in caplog.text
-    )
+    assert "usual name of labels ('grades' int64 (6,), 'label_names' <U10 (3,)); --labels NAME takes" in caplog.text
     caplog.clear()
     assert labels_in(tmp_path, arrays, "grades")[0] == LABELS.tolist()
     assert labels_in(tmp_path, arrays, "none")[0] == [None] * 6

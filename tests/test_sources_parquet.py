@@ -127,9 +127,13 @@ def test_bytes_of_a_fixed_size_are_no_images_beside_others_or_beside_paths(tmp_p
 @pytest.mark.parametrize(
     ("kind", "value", "way"),
     [
-        (arrow.list_(STRUCT), [{"bytes": b"a"}], "a row is one image: write a row for each, as by explode of pandas"),
-        (arrow.large_list(arrow.binary()), [b"a"], "a row is one image: write a row for each"),
-        (arrow.list_(arrow.binary(), 1), [b"a"], "a row is one image: write a row for each"),
+        (
+            arrow.list_(STRUCT),
+            [{"bytes": b"a"}],
+            "one row for each, for example with explode of pandas",
+        ),
+        (arrow.large_list(arrow.binary()), [b"a"], "a row is one image: write one row for each"),
+        (arrow.list_(arrow.binary(), 1), [b"a"], "a row is one image: write one row for each"),
         (arrow.list_(arrow.uint8()), [1, 2], "images are binary, or a struct with bytes"),
         (arrow.list_(arrow.list_(arrow.uint8())), [[1], [2]], "images are binary, or a struct with bytes"),
         (arrow.struct([("path", arrow.string())]), {"path": "a.jpg"}, "images are binary, or a struct with bytes"),
@@ -144,9 +148,9 @@ def test_columns_of_something_like_images_are_refused_with_what_to_do(
     for settings in ({}, {"image_column": "image", "source": "parquet"}):
         message = refusal(path, **settings)
         assert f"column 'image' is of the type {str(kind).partition('<')[0]}<" in message
-        assert f"; {way}" in message
+        assert way in message
     pq.write_table(arrow.table({"image": column, "file_name": ["a.jpg", "b.jpg"]}), path)
-    if "explode" not in way and "row for each" not in way:
+    if "row for each" not in way:
         assert [item.path for item in items(opened(path))] == ["a.jpg", "b.jpg"]
 
 

@@ -252,9 +252,7 @@ def test_a_full_path_may_be_a_url_of_files(tmp_path: Path) -> None:
         "file://1.jpg",
     ):
         as_csv(path, {"path": ["1.jpg", name]})
-        message = (
-            f"row 2 has the path '{name}', which is not below '{tmp_path}'; 1 of 2 paths are full ones and 1 are not"
-        )
+        message = f"row 2 has the path '{name}', which is not below '{tmp_path}'; 1 of 2 paths are absolute and 1 are relative"
         assert message in refusal(path)
 
 
@@ -518,7 +516,7 @@ def test_a_root_that_is_no_folder_is_refused_with_the_option(tmp_path: Path) -> 
 
 def follow(message: str) -> Path:
     """Runs the command that a message ends with; the file that it writes."""
-    command = message.partition(", as by: ")[2]
+    command = message.partition(", for example with: ")[2]
     subprocess.run(["bash", "-euc", command], check=True)
     return Path(shlex.split(command)[-1])
 
@@ -536,7 +534,7 @@ def test_a_table_without_names_is_refused_and_the_advice_names_them(
     lines = [delimiter.join(row), delimiter.join(row).replace("1.jpg", "2.jpg")]
     path = table(tmp_path / name, "\n".join(lines) + "\n")
     message = refusal(path)
-    assert f"begins with a row ({', '.join(map(repr, row))}) in place of the names of columns; add a first" in message
+    assert f"has no line of column names: its first line is a row already ({', '.join(map(repr, row))}); add" in message
     named = follow(message)
     assert "\ufeff" in follow(refusal(table(path, b"\xef\xbb\xbf" + path.read_bytes()))).read_text()
     assert labelled(opened(named))[0][0] == "a/1.jpg"
@@ -548,15 +546,15 @@ def test_a_table_without_names_is_refused_and_the_advice_names_them(
     (root / "a").mkdir(parents=True)
     for number in (1, 2):
         (root / f"a/{number}.jpg").touch()
-    assert "in place of the names of columns" in refusal(root, labels=str(path))
+    assert "has no line of column names" in refusal(root, labels=str(path))
     shutil.copy(path, root / "a" / "l.csv")
-    assert "in place of the names of columns" in refusal(root, labels="csv:l.csv")
+    assert "has no line of column names" in refusal(root, labels="csv:l.csv")
 
 
 def test_a_table_of_numbers_for_names_is_read_and_one_without_a_path_says_what_it_may_lack(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", ",0,1\n0,1.jpg,5\n1,2.jpg,6\n")  # pandas, of a frame without names
     assert labelled(opened(path, image_column="0", labels="1")) == [("1.jpg", 5), ("2.jpg", 6)]
-    assert "if that is a row, and no names, add a line of names before it" in refusal(path)
+    assert "if that is a row already, add a line of column names before it" in refusal(path)
 
 
 @each_form
@@ -590,7 +588,7 @@ def test_full_paths_are_refused_with_the_deepest_folder_of_all(
     assert message[-len(option) :] == refusal(path, root=str(tmp_path / "other"))[-len(option) :]
     (tmp_path / "other" / "1.jpg").touch()
     message = refusal(tmp_path / "other", labels=str(path))
-    assert message.endswith(f"all {len(names)} paths are below {common!r}; give that as SRC")
+    assert message.endswith(f"all {len(names)} paths are below {common!r}; give that folder as SRC")
 
 
 @pytest.mark.parametrize(
@@ -632,13 +630,13 @@ def test_paths_of_another_machine_are_refused_with_a_way_to_relative_ones(
     for extension, writer in WRITERS.items():
         path = writer(tmp_path / f"t{extension}", {"path": paths})
         message = refusal(path)
-        assert "write all of them with slashes and relative to the folder that --root names" in message
-        assert ("which is one of Windows" in message) == (not paths[0].startswith("/"))
-        assert (", as by: sed" in message) == (extension in (".csv", ".tsv") and found is not None)
+        assert "write all of them with slashes, relative to the folder that --root names" in message
+        assert ("which is a Windows path" in message) == (not paths[0].startswith("/"))
+        assert (", for example with: sed" in message) == (extension in (".csv", ".tsv") and found is not None)
     if found is not None:
         written = follow(refusal(tmp_path / "t.csv"))
         if paths[0][:2] + paths[1][:2] == "C:D:":
-            assert "which is one of Windows" in refusal(written)
+            assert "which is a Windows path" in refusal(written)
         else:
             assert [name for name, _ in labelled(opened(written))] == found
 

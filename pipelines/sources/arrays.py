@@ -212,8 +212,8 @@ class NumpySource(Listed[Found]):
         others = {name: array for name, array in arrays.items() if name != self._name and not _like_images(array)}
         if not found and others:
             log.warning(
-                "%r is built without labels: it has %s beside the images, and no usual name of labels; --labels NAME "
-                "takes an array, --labels none says that there are no labels",
+                "%r is built without labels: none of its other arrays has a usual name of labels (%s); --labels NAME "
+                "takes one of them, and --labels none is for images without labels",
                 self.location, _shown(others),
             )  # fmt: skip
         return found[0] if found else None

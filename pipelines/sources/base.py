@@ -281,9 +281,9 @@ def refuse_sides(location: str, folders: Mapping[str, Iterable[str]], command: C
     if common:
         first, second, *_ = sorted(folders, key=lambda side: "train" not in side.lower())
         raise SourceError(
-            f"{location!r} has {', '.join(map(repr, folders))} side by side, and {some(common)} in more than one of "
-            f"them: these look like the sides of a split, not like classes. Build each by itself: {command(first)} "
-            f"{quote(f'OUT/{first}')}, then {command(second)} {quote(f'OUT/{second}')} --classes-from "
+            f"{location!r} has {', '.join(map(repr, folders))} side by side, with the same folders in them "
+            f"({some(common)}): these look like the sides of a split, not like classes. Build each by itself: "
+            f"{command(first)} {quote(f'OUT/{first}')}, then {command(second)} {quote(f'OUT/{second}')} --classes-from "
             f"{quote(f'OUT/{first}')}; or say --labels class-dir if they are classes"
         )
 

@@ -304,7 +304,7 @@ def _has_images(schema: Any, column: str | None) -> bool:
 def _no_images(path: str, field: Any) -> SourceError:
     way = "images are binary, or a struct with bytes; for paths of images say --source table"
     if _several(field.type):
-        way = "a row is one image: write a row for each, as by explode of pandas"
+        way = "a row is one image: write one row for each, for example with explode of pandas"
     return SourceError(f"{path!r}: column {field.name!r} is of the type {field.type}; {way}")
 
 

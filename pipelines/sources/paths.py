@@ -44,7 +44,7 @@ class Base:
         """As `below`. Raises ValueError; of it `ForeignPath` where all paths of the table tell what to do."""
         form, _ = _form(text)
         if form == "windows" and (is_remote(self.root) or not os.path.lexists(os.path.join(self.root, text))):
-            raise ForeignPath(f"has the path {text[:200]!r}, which is one of Windows", self)
+            raise ForeignPath(f"has the path {text[:200]!r}, which is a Windows path", self)
         if form == "full" and _under(self.root, text) is None:
             raise ForeignPath(f"has the path {text[:200]!r}, which is not below {self.root!r}", self)
         return below(text, self.root)
@@ -65,19 +65,19 @@ class Base:
                 if form != "relative":
                     shared = _shared_folder(path, shared)
         if forms["windows"]:
-            found = f"{forms['windows']} of {forms.total()} paths are those of Windows"
+            found = f"{forms['windows']} of {forms.total()} paths are Windows paths"
         elif forms["relative"]:
-            found = f"{forms['full']} of {forms.total()} paths are full ones and {forms['relative']} are not"
+            found = f"{forms['full']} of {forms.total()} paths are absolute and {forms['relative']} are relative"
         elif not shared:
             return f"the {forms.total()} paths have no folder in common; make a table for each place"
         else:
             found = f"all {forms.total()} paths are below {shared!r}"
             if is_remote(shared) or os.path.isdir(shared):
                 return f"{found}; " + (
-                    "give that as SRC" if self.option is None else f"say {self.option} {quote(shared)}"
+                    "give that folder as SRC" if self.option is None else f"say {self.option} {quote(shared)}"
                 )
             found += ", which is not there"
-        advice = f"{found}; write all of them with slashes and relative to "
+        advice = f"{found}; write all of them with slashes, relative to "
         advice += "SRC" if self.option is None else f"the folder that {self.option} names"
         if forms["relative"] or is_remote(table) or not table.endswith(_SED):
             return advice
@@ -87,7 +87,7 @@ class Base:
             steps.append(f"s#(file:///?)?{pattern}##g")
         stem, extension = os.path.splitext(table)
         command = f"sed -E {quote('; '.join(steps))} {quote(table)} > {quote(f'{stem}-relative{extension}')}"
-        return f"{advice}, as by: {command}"
+        return f"{advice}, for example with: {command}"
 
 
 def _form(text: str) -> tuple[Literal["windows", "full", "relative"], str]:

@@ -131,10 +131,10 @@ class Table:
         first = self._delimiter.join(names).replace("\t", "\\t")
         stem, extension = os.path.splitext(self.location)
         command = f"{{ printf '{first}\\n'; cat {quote(self.location)}; }} > {quote(f'{stem}-named{extension}')}"
-        way = "" if is_remote(self.location) else f", as by: {command}"
+        way = "" if is_remote(self.location) else f", for example with: {command}"
         raise SourceError(
-            f"{self.location!r} begins with a row ({', '.join(map(repr, self.columns[:5]))}) in place of the names of "
-            f"columns; add a first line such as {first!r}{way}"
+            f"{self.location!r} has no line of column names: its first line is a row already "
+            f"({', '.join(map(repr, self.columns[:5]))}); add a line such as {first!r} before it{way}"
         )
 
     @contextlib.contextmanager
