@@ -252,7 +252,7 @@ def test_a_full_path_may_be_a_url_of_files(tmp_path: Path) -> None:
         "file://1.jpg",
     ):
         as_csv(path, {"path": ["1.jpg", name]})
-        message = f"row 2 has the path '{name}', which is not below '{tmp_path}'; 1 of 2 paths are absolute and 1 are relative"
+        message = f"row 2 has the path '{name}', which is not below '{tmp_path}'; 1 of 2 paths are absolute"
         assert message in refusal(path)
 
 
