@@ -546,6 +546,23 @@ def test_shards_of_another_environment_are_refused_unless_accepted(mixed: Path, 
     assert (copied / "shard-00000.npz").read_bytes() == (whole / "shard-00000.npz").read_bytes()
 
 
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
+def test_a_build_that_another_revision_of_the_decoding_code_began_is_not_continued(
+    backend: str, mixed: Path, out: Path
+) -> None:
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    build(mixed, out, settings(backend=backend))
+    (out / "shard-00000.npz").unlink()
+    for path in (out / ".gpu-npz/commits").iterdir():
+        record = json.loads(path.read_text())
+        assert record["environment"].pop("decoding_revision") > 1
+        path.write_text(json.dumps(record))
+    with pytest.raises(MismatchError, match=r"decoding_revision: an unknown one made them, \d+ is here"):
+        build(mixed, out, settings(backend=backend))
+    assert not (out / "shard-00000.npz").exists()
+
+
 @pytest.mark.parametrize("name", [".gpu-npz/job.json", ".gpu-npz/commits/shard-00001.json"])
 def test_a_damaged_record_is_an_error_that_names_it(mixed: Path, copied: Path, name: str) -> None:
     (copied / name).write_text('{"version": 1')

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import headers
 import numpy as np
 import pytest
 from headers import adobe, exif, frame, joined, jpeg, segments
+from PIL import Image
 
 import gpu_npz
 
@@ -102,6 +104,13 @@ def in_scan(marker: int, body: bytes) -> bytes:
     return joined(parts)
 
 
+def mpo() -> bytes:
+    file = io.BytesIO()
+    first, second = (Image.fromarray(headers.picture(*size, 9)) for size in ((64, 96), (200, 300)))
+    first.save(file, "MPO", save_all=True, append_images=[second], exif=exif(6))
+    return file.getvalue()
+
+
 CRAFTED: dict[str, Callable[[], bytes]] = {
     "a smaller lossless frame hidden": lambda: hidden(0xC3, 32, 48),
     "a smaller baseline frame hidden": lambda: hidden(0xC0, 32, 48),
@@ -111,6 +120,7 @@ CRAFTED: dict[str, Callable[[], bytes]] = {
     "a second picture in the scan": lambda: in_scan(0xD8, b""),
     "DNL behind the scan": lambda: in_scan(0xDC, b"\0\x20"),
     "two pictures": lambda: jpeg(64, 96, 9) + jpeg(300, 400, 9),
+    "a file of two pictures": lambda: mpo(),
     "a thumbnail": lambda: joined([(0xE1, exif(6) + jpeg(200, 300, 9)), *segments(jpeg(64, 96, 9))]),
     "CMYK": lambda: jpeg(64, 96, 9, "CMYK"),
     "CMYK without an Adobe marker": lambda: joined(
