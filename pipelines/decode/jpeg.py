@@ -28,3 +28,16 @@ def _scans(data: bytes) -> int:
             scans += marker == 0xDA
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return scans
+
+
+def sof_type(data: bytes) -> int | None:
+    """The n of the first frame header SOFn of a JPEG (ITU-T T.81, table B.1): 3 is lossless. None if it has none."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xDA:
+            break
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables, and one that is reserved
+            return marker - 0xC0
+        position += 1 if marker == 0xFF else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return None

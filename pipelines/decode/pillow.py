@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import struct
 import threading
 import time
 import warnings
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from ..config import BuildConfig
-from ..errors import ShardError, UsageError
+from ..errors import BackendError, ShardError, UsageError
 from ..geometry import Geometry, Placement
 from ..plan import Batch
 from ..rejects import BadItem, Reject
@@ -25,7 +27,9 @@ from ..sources.base import Item, Source, read_item
 from ..sources.dicom import require_pydicom
 from .base import Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
-from .jpeg import check_scans
+from .jpeg import check_scans, sof_type
+from .png import is_png, samples16, set_transparency, without_extras
+from .tiff import Tiff, is_tiff
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -46,6 +50,10 @@ _UPRIGHT = {
 # What a collection holds. Pillow opens more: rare formats with rarely read parsers, and PostScript, which it runs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_COLOURED = ("RGB", "RGBX", "RGBA", "LA")
+_DEEP_FORMATS = ("PNG", "PPM", "TIFF")  # in a BMP, 16 bits are those of all three colours
+_UNSIGNED = ("DIB", "PPM")  # formats whose first bytes may be anything's
+_LOSSLESS = 3  # SOF3 (ITU-T T.81, table B.1)
 
 
 class PillowDecoder:
@@ -56,7 +64,7 @@ class PillowDecoder:
             files keep, their window decides.
     """
 
-    _whole_files: tuple[str, ...] = ("JPEG",)  # formats of which a file gives other pixels than a PIL image of it
+    _whole_files: tuple[str, ...] = ("JPEG", "PNG", "TIFF")  # formats of which a file gives other pixels than a PIL image of it
 
     def __init__(self, config: BuildConfig, geometry: Geometry, source: Source | None) -> None:
         self._config = config
@@ -64,8 +72,7 @@ class PillowDecoder:
         self._source = source
         self._mode = "L" if config.channels == "gray" else "RGB"
         self._filter = _FILTERS[config.interpolation]
-        # Decoding at a half or a quarter is only for filters that would average those pixels anyway.
-        self._may_draft = config.interpolation != "nearest" and geometry.mode != "none"
+        self._may_draft = reduces(config)
         self.deep: str | None = None
         self._frames = threading.local()
 
@@ -112,13 +119,11 @@ class PillowDecoder:
             for item, read in zip(batch.items, reads, strict=True):
                 with contextlib.suppress(BadItem):
                     data = read()
+                    frame = self._source.frame(item)
                     if last == "resize":
-                        self.decode_image(data, item.path, self._source.frame(item))
-                    elif last == "decode" and is_dicom(data):
-                        self._of_dicom(data, item.path, self._source.frame(item))
-                    elif last == "decode":
-                        self.check_data(data)
-                        with opened(data, item.path) as image:
+                        self.decode_image(data, item.path, frame)
+                    elif last == "decode" and self._elsewhere(data, item.path, frame) is None:
+                        with opened(self.prepared(data), item.path) as image:
                             self._upright(image)
             yield batch
 
@@ -135,15 +140,33 @@ class PillowDecoder:
             BackendError: it is DICOM, and pydicom is missing.
             ShardError: there is not enough memory.
         """
-        if is_dicom(data):
-            return self.pixels_of(self._of_dicom(data, path, frame), path)
-        self.check_data(data)
-        with opened(data, path) as image:
+        levels = self._elsewhere(data, path, frame)
+        if levels is not None:
+            return self.pixels_of(levels, path)
+        with opened(self.prepared(data), path) as image:
             if self.deep is None and self._config.bit_depth == 8 and is_deep(image):
                 self.deep = path
             picture, place = self._upright(image)
         with enough_memory(path):
             return self._place(picture, place)
+
+    def _elsewhere(self, data: bytes, path: str, frame: int | None) -> NDArray[Any] | None:
+        """The levels, upright, of a file that is not for Pillow: DICOM, and some TIFF. None for all else."""
+        if is_dicom(data):
+            return self._of_dicom(data, path, frame)
+        tiff = self.tiff_elsewhere(data)
+        if tiff is None:
+            return None
+        if self.deep is None and self._config.bit_depth == 8 < tiff.bits:
+            self.deep = path
+        self._check_pixels(*reversed(tiff.size))
+        with _blamed(path):
+            return turned(tiff.decode(self._config.bit_depth), tiff.orientation if self._config.exif_orientation else 1)
+
+    def tiff_elsewhere(self, data: bytes) -> Tiff | None:
+        """A TIFF whose levels Pillow does not give right; None for all else. Raises BadItem as `Tiff`."""
+        tiff = Tiff(data) if is_tiff(data) else None
+        return None if tiff is None or tiff.by_pillow(self._config.bit_depth) else tiff
 
     def _of_dicom(self, data: bytes, path: str, frame: int | None) -> NDArray[Any]:
         require_pydicom()
@@ -186,11 +209,11 @@ class PillowDecoder:
 
     def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
         """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
-        self.check_data(data)
-        if is_dicom(data):
-            height, width = self._of_dicom(data, path, 0).shape[:2]
+        levels = self._elsewhere(data, path, 0)
+        if levels is not None:
+            height, width = levels.shape[:2]
             return height, width
-        with opened(data, path) as image:
+        with opened(self.prepared(data), path) as image:
             self._check_pixels(*image.size)
             image.load()
             turned = self._config.exif_orientation and orientation_of(image) >= 5
@@ -201,12 +224,18 @@ class PillowDecoder:
         if width * height > self._config.max_pixels:
             raise BadItem("decode", "too-large", f"{width} x {height} pixels; at most {self._config.max_pixels}")
 
-    def check_data(self, data: bytes) -> None:
-        """What must be known before Pillow opens the data. Raises BadItem."""
+    def prepared(self, data: bytes) -> bytes:
+        """The data as Pillow is to see it. Raises BadItem for what must be known before Pillow opens it."""
+        if is_png(data):
+            return without_extras(data)
+        if is_tiff(data):
+            tiff = Tiff(data)
+            return data if self._config.exif_orientation else tiff.unturned()
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             self._check_webp(data)
         else:
             check_scans(data)
+        return data
 
     def _check_webp(self, data: bytes) -> None:
         # Pillow's WebP reader allocates the whole canvas when it opens a file, and has one message for every trouble.
@@ -221,7 +250,10 @@ class PillowDecoder:
 
     def _upright(self, image: Image.Image) -> tuple[Image.Image, Placement]:
         """The whole image, 8-bit L or RGB, and where it goes."""
+        exact = file_of(image) if "transparency" in image.info and deep_samples(image) else None
         orientation, place = self._loaded(image)
+        if exact is not None:  # a colour of 16-bit samples, of which Pillow has kept 8
+            image = Image.fromarray((samples16(exact) >> 8).astype(np.uint8))
         return plain(upright(image, orientation), self._mode, self._config.background), place
 
     def _loaded(self, image: Image.Image) -> tuple[int, Placement]:
@@ -236,7 +268,8 @@ class PillowDecoder:
         if orientation >= 5:
             height, width = width, height
         place = self._placement(height, width)
-        if self._may_draft and image.format == "JPEG":
+        # libjpeg-turbo cannot scale what is lossless.
+        if self._may_draft and image.format == "JPEG" and sof_type(file_of(image) or b"") != _LOSSLESS:
             wanted = (2 * place.width, 2 * place.height)
             image.draft(None, wanted if orientation < 5 else wanted[::-1])  # never below what was asked for
         image.load()
@@ -271,8 +304,11 @@ class PillowDecoder:
         return canvas
 
 
+_tifffile_log = logging.getLogger("tifffile")
+
+
 class _PillowSettings:
-    """What decoding needs of Pillow, as long as any decoder of this process is at work."""
+    """What decoding needs of Pillow and tifffile, as long as any decoder of this process is at work."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -291,6 +327,7 @@ class _PillowSettings:
             self._warnings = warnings.catch_warnings()
             self._warnings.__enter__()
             warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.")
+            self._silent, _tifffile_log.disabled = _tifffile_log.disabled, True
 
     def restore(self) -> None:
         """For one less."""
@@ -299,6 +336,7 @@ class _PillowSettings:
             if not self._users:
                 Image.MAX_IMAGE_PIXELS = self._limit
                 self._warnings.__exit__(None, None, None)
+                _tifffile_log.disabled = self._silent
 
 
 _pillow_settings = _PillowSettings()
@@ -315,8 +353,25 @@ def enough_memory(path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def opened(data: bytes, path: str) -> Iterator[Image.Image]:
     """An image whose header has been read. What its body raises for the image's sake becomes a BadItem."""
-    with _blamed(path), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _blamed(path), _open(data) as image:
+        raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None
+        if isinstance(raw_mode, str):
+            set_transparency(image, raw_mode)
         yield image
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:  # which does not say why; the reader whose first bytes these are does
+        for name in _FORMATS:
+            reader, accepts = Image.OPEN[name]
+            if name not in _UNSIGNED and accepts is not None and accepts(data[:16]) is True:
+                try:
+                    reader(io.BytesIO(data), "")
+                except SyntaxError as exc:  # it stands for some others, which then are its cause
+                    raise exc.__cause__ or BadItem("decode", "undecodable", f"begins as {name}, but: {exc}") from exc
+        raise
 
 
 @contextlib.contextmanager
@@ -327,13 +382,16 @@ def _blamed(path: str) -> Iterator[None]:
             yield
     except (BadItem, ShardError):
         raise
+    except BackendError as exc:  # a library is missing that most builds do without
+        raise BadItem("decode", "undecodable", str(exc)) from exc
     except UnidentifiedImageError as exc:
         raise BadItem("decode", "not-an-image", "no decoder knows this content") from exc
     except Exception as exc:
         # Pillow's readers meet hostile data with many kinds of exception. The bytes are in memory by now, so whatever
         # they raise is a property of the file.
         text = str(exc) or type(exc).__name__
-        truncated = isinstance(exc, EOFError) or "truncated" in text.lower()
+        ended = isinstance(exc, (EOFError, IndexError, struct.error)) or "not enough image data" in text
+        truncated = ended or "truncated" in text.lower()
         raise BadItem("decode", "truncated" if truncated else "undecodable", text) from exc
 
 
@@ -426,6 +484,14 @@ def file_of(image: Image.Image) -> bytes | None:
     return data
 
 
+def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Pixels (H, W, ...) turned as `upright` turns images."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
 def upright(image: Image.Image, orientation: int) -> Image.Image:
     """The image turned as its EXIF orientation says."""
     return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
@@ -436,7 +502,7 @@ def deep_samples(image: Image.Image) -> tuple[str, int] | None:
 
     CMYK is not among them: Pillow alone converts it, in 8 bits.
     """
-    tiles = getattr(image, "tile", ()) if image.mode in ("RGB", "RGBX", "RGBA", "LA") else ()  # by the file
+    tiles = getattr(image, "tile", ()) if image.mode in _COLOURED and image.format in _DEEP_FORMATS else ()
     arguments = tiles[0][3] if tiles else ""
     raw_mode, *rest = (arguments,) if isinstance(arguments, str) else arguments
     most = rest[0] if image.format == "PPM" and rest else 65_535 if ";16" in str(raw_mode) else 255
@@ -447,6 +513,12 @@ def is_deep(image: Image.Image) -> bool:
     """Whether an image that is not loaded has 16 bits a channel, as far as Pillow tells."""
     gray = image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
     return gray or deep_samples(image) is not None
+
+
+def opacity(image: Image.Image) -> NDArray[np.bool_] | None:
+    """Which pixels of 16-bit gray are opaque; None where no level is transparent."""
+    level = image.info.get("transparency")
+    return None if level is None else np.asarray(np.asarray(image) != level)
 
 
 def is_gray16(image: Image.Image) -> bool:
@@ -461,16 +533,27 @@ def is_gray16(image: Image.Image) -> bool:
     return True
 
 
+def reduces(config: BuildConfig) -> bool:
+    """Whether JPEGs much larger than the size are decoded at a half or less."""
+    # Only for filters that would average those pixels anyway, and where there is a size.
+    return config.reduced_decoding and config.interpolation != "nearest" and config.resize_mode != "none"
+
+
 def plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
     """The image as 8-bit L or RGB: alpha put on the background, 16-bit gray scaled, the rest converted."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image if image.mode == "L" or mode == "RGB" else image.convert(mode)
     if is_gray16(image):
         scale = ((np.arange(65_536) + 128) // 257).astype(np.uint8)  # round(v * 255 / 65535)
-        return Image.fromarray(scale[np.asarray(image)])
+        levels = Image.fromarray(scale[np.asarray(image)])
+        if (opaque := opacity(image)) is None:
+            return levels
+        image = Image.merge("LA", (levels, Image.fromarray(opaque * np.uint8(255))))
     if image.mode in ("I", "F"):
         raise BadItem("decode", "undecodable", f"samples of 32 bits (mode {image.mode})")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode == "La":  # by whose alpha gray was multiplied
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         canvas = Image.new("RGBA", layer.size, (*background, 255))
         canvas.alpha_composite(layer)

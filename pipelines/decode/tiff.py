@@ -1,0 +1,285 @@
+"""TIFF (revision 6.0, and BigTIFF): what the first directory says, its bounds, and what Pillow does not read right.
+
+Pillow decodes whatever it reads as the specification says. tifffile, with the codecs of imagecodecs, decodes the rest:
+16-bit gray whose zero is white, depths such as 6 or 12, planes of 16 bits or with alpha, 16-bit gray with alpha; and
+for 16-bit levels all that has more than 8 bits. Of a sample whose largest value is top it makes the level
+
+    round(255 * value / top)      in 8 bits, of gray and of up to 8 bits
+    floor(value / 256)            in 8 bits, of 16-bit colours, as Pillow does; of 9 to 15 bits as of 16
+    round(65535 * value / top)    in 16 bits
+
+Alpha by which colours were multiplied is divided out, and zero becomes black.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..environment import require_bits16
+from ..rejects import BadItem
+
+_PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # the third and fourth as Pillow takes them
+_TYPES = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}  # BYTE, SHORT, LONG (section 2), and LONG8 of BigTIFF
+_WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
+_ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _PREDICTOR = 274, 277, 278, 284, 317
+_TILE_WIDTH, _TILE_LENGTH, _INK_SET, _EXTRA, _FORMAT = 322, 323, 332, 338, 339
+_STRIPS, _TILES = (273, 279), (324, 325)  # offsets and byte counts
+_TAGS = {
+    _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR,
+    _PREDICTOR, _TILE_WIDTH, _TILE_LENGTH, _INK_SET, _EXTRA, _FORMAT, *_STRIPS, *_TILES,
+}  # fmt: skip
+_MAX_TAGS = 4096
+_MAX_SAMPLES = 16
+_MAX_TILE_PIXELS = 1 << 22  # of a tile that is larger than its image; usual are 256 x 256 to 1024 x 1024
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _CMYK = 0, 1, 2, 5
+_COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _CMYK: 4}
+_BY_PILLOW_ALONE = (3, 6, 8)  # palette, YCbCr and CIE L*a*b*
+_RAW, _OLD_JPEG = 1, 6
+_PACKED = {_RAW, 5, 8, 32946, 32773, 34925, 50000}  # and LZW, Deflate, Deflate, PackBits, LZMA, Zstandard
+_ALPHA, _ASSOCIATED = (1, 2), 1  # ExtraSamples: colours are multiplied by the first kind of alpha
+_FORMATS = {2: "int", 3: "float", 5: "complex int", 6: "complex float"}  # SampleFormat; 4, undefined, as unsigned
+
+
+def is_tiff(data: bytes) -> bool:
+    """Whether a file is TIFF or BigTIFF by its first bytes."""
+    return data[:4] in _PREFIXES
+
+
+class Tiff:
+    """A TIFF whose first directory has been read.
+
+    Attributes:
+        size: height and width as stored.
+        orientation: how the image is to be turned, 1 to 8, as EXIF numbers it.
+        bits: of a sample.
+
+    Raises:
+        BadItem: the directory is cut off or contradicts itself; decoding would take far more memory than the image
+            needs; or nothing that could be installed reads such samples right.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._order = "<" if data[:2] == b"II" else ">"
+        self._large = 43 in data[2:4]  # BigTIFF
+        self._entries: dict[int, tuple[int, int, int]] = {}  # of each tag type, count, and place of the values
+        self._read_directory()
+        width, height = self._number(_WIDTH, 0), self._number(_LENGTH, 0)
+        if not width or not height:
+            raise _bad(f"{width} x {height} pixels")
+        self.size = height, width
+        self.orientation = turn if 1 <= (turn := self._number(_ORIENTATION, 1)) <= 8 else 1
+        self._compression = self._number(_COMPRESSION, _RAW)
+        self._photometric = self._number(_PHOTOMETRIC, _WHITE_IS_ZERO)
+        self._samples = self._number(_SAMPLES, 3 if self._compression == _OLD_JPEG else 1)
+        self._planar = self._number(_PLANAR, 1) == 2 and self._samples > 1
+        self._extra = self._values(_EXTRA, _MAX_SAMPLES)
+        self.bits = self._check_samples()
+        self._pillow_is_right = self._check_kind()
+        self._check_segments()
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name for an image of such samples, about."""
+        return {_RGB: "RGB", _CMYK: "CMYK"}.get(self._photometric, "L" if self.bits <= 8 else "I;16")
+
+    def by_pillow(self, depth: int) -> bool:
+        """Whether Pillow gives the right levels of so many bits."""
+        return self._pillow_is_right and (depth == 8 or self.bits <= 8 or self._photometric == _CMYK)
+
+    def unturned(self) -> bytes:
+        """The file, which says that nothing is to be turned: Pillow would turn a TIFF unasked."""
+        if self.orientation == 1:
+            return self._data
+        kind, _, at = self._entries[_ORIENTATION]
+        upright = np.array([1], self._order + _TYPES[kind]).tobytes()
+        return self._data[:at] + upright + self._data[at + len(upright) :]
+
+    def decode(self, depth: int) -> NDArray[Any]:
+        """The levels as stored, not turned: (H, W), (H, W, 3) in R,G,B or (H, W, 4) with alpha.
+
+        Args:
+            depth: 8 for uint8; 16 for uint16, or uint8 where samples have no more bits.
+
+        Raises:
+            BackendError: tifffile or imagecodecs is missing.
+            BadItem: tifffile reads another image than the directory says.
+            Exception: whatever tifffile raises for a damaged file.
+        """
+        count, alpha = _COLOURS[self._photometric], self._alpha()
+        samples = self._by_tifffile()
+        wanted = samples[..., :count] if alpha is None else samples[..., [*range(count), alpha]]
+        levels = self._levels(depth)[wanted]
+        if alpha is not None and self._extra[alpha - count :][:1] == (_ASSOCIATED,):
+            _divide_out(levels)
+        colours = levels[..., :count]
+        if self._photometric == _WHITE_IS_ZERO:
+            np.subtract(np.iinfo(levels.dtype).max, colours, out=colours)
+        if self._photometric == _CMYK:
+            colours = np.asarray(Image.fromarray(np.ascontiguousarray(colours), "CMYK").convert("RGB"))
+        if alpha is None:
+            return colours[..., 0] if colours.shape[2] == 1 else colours
+        return np.concatenate([colours.repeat(3 // colours.shape[2], axis=2), levels[..., count:]], axis=2)
+
+    def _by_tifffile(self) -> NDArray[Any]:
+        """The samples (H, W, samples), unsigned."""
+        planes = " in planes" if self._planar else ""
+        white = ", whose zero is white," if self._photometric == _WHITE_IS_ZERO else ""
+        tifffile = require_bits16(f"a TIFF of {self.bits}-bit samples{planes}{white}").tifffile
+        with tifffile.TiffFile(io.BytesIO(self._data)) as file:
+            page, (height, width) = file.pages[0], self.size
+            shape = (self._samples, 1, height, width, 1) if self._planar else (1, 1, height, width, self._samples)
+            if (page.shaped, page.bitspersample, page.compression) != (shape, self.bits, self._compression):
+                raise _bad("tags that two libraries read differently")
+            if self._compression == _RAW:
+                page.predictor = 1  # which is only for compressed samples (section 14)
+            found: NDArray[Any] = page.asarray(maxworkers=1, squeeze=False)
+        samples = found[:, 0, ..., 0].transpose(1, 2, 0) if self._planar else found[0, 0]
+        if samples.dtype == np.bool_:
+            return samples.view(np.uint8)
+        # Where differences were summed up, the bits before those of a sample are carries.
+        return samples if self.bits in (8, 16) else samples & samples.dtype.type((1 << self.bits) - 1)
+
+    def _levels(self, depth: int) -> NDArray[Any]:
+        """The level of every value that a sample can have."""
+        top = (1 << self.bits) - 1
+        values = np.arange(top + 1, dtype=np.uint32)
+        if self.bits > 8 and depth == 16 and self._photometric != _CMYK:
+            return ((values * 65_535 + top // 2) // top).astype(np.uint16)
+        if self.bits > 8 and _COLOURS[self._photometric] > 1:
+            return ((values * 65_535 + top // 2) // top >> 8).astype(np.uint8)
+        return ((values * 255 + top // 2) // top).astype(np.uint8)
+
+    def _alpha(self) -> int | None:
+        """Which sample is alpha; the fourth of RGB that says nothing of it, as Pillow takes it."""
+        count = _COLOURS[self._photometric]
+        if self._photometric == _RGB and not self._extra and self._samples == count + 1:
+            return count
+        return next((count + at for at, kind in enumerate(self._extra) if kind in _ALPHA), None)
+
+    def _check_samples(self) -> int:
+        """How many bits a sample has. Raises BadItem if they are of a kind that cannot be decoded."""
+        if self._samples > _MAX_SAMPLES:
+            raise _bad(f"{self._samples} samples a pixel; at most {_MAX_SAMPLES}")
+        depths = sorted({*self._values(_BITS, self._samples)} or {1})
+        kinds = sorted({_FORMATS[kind] for kind in self._values(_FORMAT, self._samples) if kind in _FORMATS})
+        if len(depths) > 1:
+            raise _bad(f"samples of {', '.join(map(str, depths))} bits in one pixel")
+        if kinds or not 1 <= depths[0] <= 16:
+            raise _bad(f"{(kinds or ['uint'])[0]}{depths[0]} samples; allowed are unsigned ones of up to 16 bits")
+        return depths[0]
+
+    def _check_kind(self) -> bool:
+        """Whether Pillow gives the right levels in 8 bits. Raises BadItem if neither it nor tifffile does."""
+        kind, packed = self._photometric, self._compression in _PACKED
+        name = f"{self.bits}-bit samples of photometric interpretation {kind} and compression {self._compression}"
+        known = not self._large or self._order == "<"  # to Pillow, whose BigTIFF is little-endian
+        if kind not in _COLOURS or not packed:
+            if not known or self.bits > 8 or kind not in (*_COLOURS, *_BY_PILLOW_ALONE) or (packed and self._planar):
+                raise _bad(name)
+            return True
+        if kind == _CMYK and self._number(_INK_SET, 1) != 1:
+            raise _bad("inks other than cyan, magenta, yellow and black")
+        more = self._samples - _COLOURS[kind]
+        if known and self._plain(more):
+            return True
+        if not 0 <= more <= (1 if kind < _RGB else _MAX_SAMPLES) or (kind < _RGB and len(self._extra) != more):
+            raise _bad(f"{self._samples} samples a pixel of photometric interpretation {kind}")
+        if (predictor := self._number(_PREDICTOR, 1)) != 1 and (predictor != 2 or self.bits < 8):
+            raise _bad(f"{name} with predictor {predictor}")
+        return False
+
+    def _plain(self, more: int) -> bool:
+        """Whether Pillow reads such samples right, of which so `many more` are not colours."""
+        kind, bits, extra = self._photometric, self.bits, self._extra
+        gray, in_order = kind < _RGB, self._number(_FILL_ORDER, 1) == 1
+        if self._planar:
+            return bits == 8 and in_order and not gray and (more == 0 or (more == 1 and extra == (2,)))
+        if bits < 8 or not in_order:
+            return gray and more == 0 and bits in (1, 2, 4)
+        if bits == 16:
+            return kind == _BLACK_IS_ZERO and more == 0 if gray else more <= 1
+        behind = extra[1:] if kind == _RGB else extra if kind == _CMYK else ()
+        return bits == 8 and (more == 0 or kind != _WHITE_IS_ZERO) and not any(behind)
+
+    def _check_segments(self) -> None:
+        """Raises BadItem if strips or tiles are beyond the file's end, or tiles far larger than the image."""
+        height, width = self.size
+        tiled = _TILE_WIDTH in self._entries
+        if tiled:
+            wide, high = self._number(_TILE_WIDTH, 0), self._number(_TILE_LENGTH, 0)
+            if wide * high > max(_MAX_TILE_PIXELS, 4 * width * height):
+                raise _bad(f"tiles of {wide} x {high} pixels for an image of {width} x {height}")
+        else:
+            wide, high = width, min(self._number(_ROWS_PER_STRIP, height), height)
+        if not wide or not high:
+            raise _bad(f"tiles or strips of {wide} x {high} pixels")
+        count = -(-width // wide) * -(-height // high) * (self._samples if self._planar else 1)
+        # Old writers list tiles under the names of strips, as libtiff allows.
+        names = _TILES if _TILES[0] in self._entries else _STRIPS
+        offsets, sizes = (self._array(tag, count) for tag in names)
+        if self._pillow_is_right and (self._compression == _RAW or len(offsets) != len(sizes)):
+            return  # whose sizes Pillow does not look at, or which it reads in its own way
+        if len(offsets) < count or len(sizes) < count or not offsets.all() or not sizes.all():
+            raise _bad(f"{np.count_nonzero(sizes)} strips or tiles with data; {count} are needed")
+        room = np.uint64(len(self._data))
+        if (sizes > room).any() or (offsets > room - sizes).any():
+            raise BadItem("decode", "truncated", f"{room} bytes, which end before the last strip or tile does")
+
+    def _read_directory(self) -> None:
+        large = self._large
+        pointer, entry, inline = ("u8", 20, 8) if large else ("u4", 12, 4)
+        (at,) = self._read(pointer, 8 if large else 4)
+        (count,) = self._read("u8" if large else "u2", at)
+        if count > _MAX_TAGS:
+            raise _bad(f"{count} tags; at most {_MAX_TAGS}")
+        start = at + (8 if large else 2)
+        self._read("u1", start, count * entry)
+        for at in range(start, start + count * entry, entry):
+            tag, kind = self._read("u2", at, 2)
+            if tag not in _TAGS:
+                continue
+            (number,) = self._read(pointer, at + 4)
+            if tag in self._entries or kind not in _TYPES:
+                raise _bad(f"tag {tag} of type {kind}" if kind not in _TYPES else f"tag {tag} twice")
+            place = at + entry - inline
+            if number * int(_TYPES[kind][1]) > inline:
+                (place,) = self._read(pointer, place)
+            self._entries[tag] = kind, number, place
+
+    def _number(self, tag: int, default: int) -> int:
+        values = self._values(tag, 1)
+        return values[0] if values else default
+
+    def _values(self, tag: int, most: int) -> tuple[int, ...]:
+        """The first values of a tag, up to `most`; none where there is no such tag."""
+        return tuple(self._array(tag, most).tolist())
+
+    def _array(self, tag: int, most: int) -> NDArray[np.uint64]:
+        if tag not in self._entries:
+            return np.zeros(0, np.uint64)
+        kind, count, at = self._entries[tag]
+        return self._read(_TYPES[kind], at, min(count, most)).astype(np.uint64)
+
+    def _read(self, kind: str, at: int, count: int = 1) -> NDArray[Any]:
+        """So many numbers of a NumPy type. Raises BadItem if the data ends before them."""
+        if at + count * int(kind[1]) > len(self._data):
+            raise BadItem("decode", "truncated", f"{len(self._data)} bytes, which end before the tags do")
+        return np.frombuffer(self._data, self._order + kind, count, int(at))
+
+
+def _divide_out(levels: NDArray[Any]) -> None:
+    """Divides colours by the alpha behind them, by which they were multiplied; in 8 bits rounded down, as by Pillow."""
+    top = np.iinfo(levels.dtype).max
+    alpha = np.maximum(levels[..., -1:], 1).astype(np.uint32)
+    half = alpha // 2 if top > 255 else 0
+    levels[..., :-1] = np.minimum((levels[..., :-1].astype(np.uint32) * top + half) // alpha, top)
+
+
+def _bad(what: str) -> BadItem:
+    return BadItem("decode", "undecodable", f"a TIFF of {what}")
