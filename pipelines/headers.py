@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from .config import BuildConfig
 from .decode.dicom import is_dicom
-from .decode.pillow import PillowDecoder, dicom_size, is_deep, opened, orientation_of, reduces
+from .decode.pillow import PillowDecoder, dicom_size, opened, orientation_of, reduces
+from .decode.samples import is_deep
 from .environment import Choice
 from .geometry import Geometry
 from .plan import Plan

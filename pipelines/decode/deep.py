@@ -1,9 +1,10 @@
 """Decoding and resizing with 16 bits a channel: by Pillow where it keeps them, else by imagecodecs and tifffile.
 
-Pillow cuts the samples of 16-bit colours to 8 bits. It still decodes every PNG and PPM, so what is rejected does not
-depend on the bit depth; imagecodecs, and NumPy for PPM, then read those files again. tifffile decodes TIFF of more than
-8 bits, of gray too; see `tiff.py`. Samples of 8 bits are scaled by 257, so that white stays white. All that follows is as in 8 bits: alpha on the background, gray as ITU-R BT.601-7 weighs it, (299 R + 587 G + 114 B) /
-1000, in integers rounded half up; resizing by Pillow's filters in 32-bit floats, plane by plane, rounded half to even.
+Pillow cuts the samples of 16-bit colours to 8 bits. It still decodes every PNG and PPM, so that what is rejected does
+not depend on the bit depth; imagecodecs then decodes such a PNG again, and NumPy reads such a PPM. TIFF of more than 8
+bits is for tifffile; see `tiff.py`. Samples of 8 bits are scaled by 257, so that white stays white. All that follows is
+as in 8 bits: alpha on the background, gray as ITU-R BT.601-7 weighs it, (299 R + 587 G + 114 B) / 1000, in integers
+rounded half up; resizing by Pillow's filters in 32-bit floats, plane by plane, rounded half to even.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from PIL import Image
 from ..config import BuildConfig
 from ..environment import require_bits16
 from ..geometry import Geometry, Placement
-from ..rejects import BadItem
 from ..sources.base import Source
-from .pillow import PillowDecoder, deep_samples, enough_memory, file_of, is_gray16, opacity, plain, upright
+from .pillow import PillowDecoder, enough_memory, file_of, upright
 from .png import samples16
+from .samples import deep_samples, is_gray16, opacity, plain
 
 _WHITE = 65_535
 _LUMA = (299, 587, 114)
@@ -55,10 +56,11 @@ class DeepDecoder(PillowDecoder):
     def _upright(self, image: Image.Image) -> tuple[Any, Placement]:
         """The whole image as planes of 32-bit floats, and where they go."""
         kind = deep_samples(image)  # which loading forgets, as it does the place of the samples
-        data, tiles = None if kind is None else file_of(image), getattr(image, "tile", ())
+        data = None if kind is None else file_of(image)
+        tile: Any = next(iter(getattr(image, "tile", ())), None)
         orientation, place = self._loaded(image)
         if kind is not None and data is not None:
-            samples = samples16(data) if image.format == "PNG" else _pnm(data, image.size, kind[1], tiles[0])
+            samples = samples16(data) if image.format == "PNG" else _pnm(data, image.size, kind[1], tile)
         elif is_gray16(image):
             samples = np.asarray(image)[..., None]
             if (opaque := opacity(image)) is not None:

@@ -29,6 +29,7 @@ from .base import Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .jpeg import check_scans, sof_type
 from .png import is_png, samples16, set_transparency, without_extras
+from .samples import deep_samples, is_deep, plain, turned
 from .tiff import Tiff, is_tiff
 
 _FILTERS = {
@@ -49,10 +50,8 @@ _UPRIGHT = {
 }
 # What a collection holds. Pillow opens more: rare formats with rarely read parsers, and PostScript, which it runs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-_COLOURED = ("RGB", "RGBX", "RGBA", "LA")
-_DEEP_FORMATS = ("PNG", "PPM", "TIFF")  # in a BMP, 16 bits are those of all three colours
 _UNSIGNED = ("DIB", "PPM")  # formats whose first bytes may be anything's
+_ENDED = ("index out of range", "not enough image data")  # what Pillow says where bytes are missing
 _LOSSLESS = 3  # SOF3 (ITU-T T.81, table B.1)
 
 
@@ -64,7 +63,8 @@ class PillowDecoder:
             files keep, their window decides.
     """
 
-    _whole_files: tuple[str, ...] = ("JPEG", "PNG", "TIFF")  # formats of which a file gives other pixels than a PIL image of it
+    # Formats of which a file may give other pixels than a PIL image of it.
+    _whole_files: tuple[str, ...] = ("JPEG", "PNG", "TIFF")
 
     def __init__(self, config: BuildConfig, geometry: Geometry, source: Source | None) -> None:
         self._config = config
@@ -354,9 +354,9 @@ def enough_memory(path: str) -> Iterator[None]:
 def opened(data: bytes, path: str) -> Iterator[Image.Image]:
     """An image whose header has been read. What its body raises for the image's sake becomes a BadItem."""
     with _blamed(path), _open(data) as image:
-        raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None
-        if isinstance(raw_mode, str):
-            set_transparency(image, raw_mode)
+        if image.format == "PNG":
+            set_transparency(image)
+        image.info.pop("xmp", None)  # by which Pillow would turn a TIFF that says nothing of it itself
         yield image
 
 
@@ -369,8 +369,11 @@ def _open(data: bytes) -> Image.Image:
             if name not in _UNSIGNED and accepts is not None and accepts(data[:16]) is True:
                 try:
                     reader(io.BytesIO(data), "")
-                except SyntaxError as exc:  # it stands for some others, which then are its cause
-                    raise exc.__cause__ or BadItem("decode", "undecodable", f"begins as {name}, but: {exc}") from exc
+                except SyntaxError as exc:
+                    if isinstance(exc.__cause__, (EOFError, IndexError, struct.error)):
+                        raise exc.__cause__ from exc
+                    detail = f"a {name} file whose header is damaged or of a kind that Pillow does not read ({exc})"
+                    raise BadItem("decode", "undecodable", detail) from exc
         raise
 
 
@@ -390,8 +393,9 @@ def _blamed(path: str) -> Iterator[None]:
         # Pillow's readers meet hostile data with many kinds of exception. The bytes are in memory by now, so whatever
         # they raise is a property of the file.
         text = str(exc) or type(exc).__name__
-        ended = isinstance(exc, (EOFError, IndexError, struct.error)) or "not enough image data" in text
-        truncated = ended or "truncated" in text.lower()
+        if isinstance(exc, (EOFError, struct.error)) or text in _ENDED:
+            text = "truncated: the data ends before the image does"
+        truncated = "truncated" in text.lower()
         raise BadItem("decode", "truncated" if truncated else "undecodable", text) from exc
 
 
@@ -484,78 +488,12 @@ def file_of(image: Image.Image) -> bytes | None:
     return data
 
 
-def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Pixels (H, W, ...) turned as `upright` turns images."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
-    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
-
-
 def upright(image: Image.Image, orientation: int) -> Image.Image:
     """The image turned as its EXIF orientation says."""
     return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
-
-
-def deep_samples(image: Image.Image) -> tuple[str, int] | None:
-    """Pillow's name for the samples of an image that is not loaded, and the largest; None where Pillow keeps them all.
-
-    CMYK is not among them: Pillow alone converts it, in 8 bits.
-    """
-    tiles = getattr(image, "tile", ()) if image.mode in _COLOURED and image.format in _DEEP_FORMATS else ()
-    arguments = tiles[0][3] if tiles else ""
-    raw_mode, *rest = (arguments,) if isinstance(arguments, str) else arguments
-    most = rest[0] if image.format == "PPM" and rest else 65_535 if ";16" in str(raw_mode) else 255
-    return (str(raw_mode), int(most)) if most > 255 else None
-
-
-def is_deep(image: Image.Image) -> bool:
-    """Whether an image that is not loaded has 16 bits a channel, as far as Pillow tells."""
-    gray = image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    return gray or deep_samples(image) is not None
-
-
-def opacity(image: Image.Image) -> NDArray[np.bool_] | None:
-    """Which pixels of 16-bit gray are opaque; None where no level is transparent."""
-    level = image.info.get("transparency")
-    return None if level is None else np.asarray(np.asarray(image) != level)
-
-
-def is_gray16(image: Image.Image) -> bool:
-    """Whether an image is gray with samples of up to 16 bits. Raises BadItem if it says so and has larger ones."""
-    if image.mode in _SIXTEEN_BIT:
-        return True
-    if image.mode != "I" or image.format not in ("PNG", "PPM", None):
-        return False
-    low, high = image.getextrema()
-    if low < 0 or high > 65_535:
-        raise BadItem("decode", "undecodable", "samples of more than 16 bits")
-    return True
 
 
 def reduces(config: BuildConfig) -> bool:
     """Whether JPEGs much larger than the size are decoded at a half or less."""
     # Only for filters that would average those pixels anyway, and where there is a size.
     return config.reduced_decoding and config.interpolation != "nearest" and config.resize_mode != "none"
-
-
-def plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
-    """The image as 8-bit L or RGB: alpha put on the background, 16-bit gray scaled, the rest converted."""
-    if image.mode in ("L", "RGB") and "transparency" not in image.info:
-        return image if image.mode == "L" or mode == "RGB" else image.convert(mode)
-    if is_gray16(image):
-        scale = ((np.arange(65_536) + 128) // 257).astype(np.uint8)  # round(v * 255 / 65535)
-        levels = Image.fromarray(scale[np.asarray(image)])
-        if (opaque := opacity(image)) is None:
-            return levels
-        image = Image.merge("LA", (levels, Image.fromarray(opaque * np.uint8(255))))
-    if image.mode in ("I", "F"):
-        raise BadItem("decode", "undecodable", f"samples of 32 bits (mode {image.mode})")
-    if image.mode == "La":  # by whose alpha gray was multiplied
-        image = image.convert("LA")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, (*background, 255))
-        canvas.alpha_composite(layer)
-        image = canvas
-    return image.convert(mode)

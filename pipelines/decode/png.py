@@ -58,16 +58,12 @@ def _decides(name: bytes, chunk: memoryview) -> bool:
     return name == b"tRNS" or (name == b"eXIf" and zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:], "big"))
 
 
-def set_transparency(image: Image.Image, raw_mode: str) -> None:
-    """Makes the transparent colour of an open PNG comparable with the samples that Pillow will give.
+def set_transparency(image: Image.Image) -> None:
+    """Makes the transparent colour of a PNG that is not loaded comparable with the samples that Pillow will give.
 
     Pillow scales samples of 2 and 4 bits to 8, and leaves the colour as the file has it: in the lowest bits (11.3.1.1).
-
-    Args:
-        image: not loaded yet.
-        raw_mode: Pillow's name for the samples in the file.
     """
-    colour, depth = image.info.get("transparency"), _DEPTHS.get(raw_mode)
+    colour, depth = image.info.get("transparency"), _DEPTHS.get(image.tile[0][3]) if image.tile else None
     if colour is None or depth is None:
         return
     top = (1 << depth) - 1

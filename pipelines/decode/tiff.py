@@ -117,11 +117,11 @@ class Tiff:
         levels = self._levels(depth)[wanted]
         if alpha is not None and self._extra[alpha - count :][:1] == (_ASSOCIATED,):
             _divide_out(levels)
-        colours = levels[..., :count]
+        colours: NDArray[Any] = levels[..., :count]
         if self._photometric == _WHITE_IS_ZERO:
             np.subtract(np.iinfo(levels.dtype).max, colours, out=colours)
         if self._photometric == _CMYK:
-            colours = np.asarray(Image.fromarray(np.ascontiguousarray(colours), "CMYK").convert("RGB"))
+            colours = np.asarray(Image.frombytes("CMYK", self.size[::-1], colours.tobytes()).convert("RGB"))
         if alpha is None:
             return colours[..., 0] if colours.shape[2] == 1 else colours
         return np.concatenate([colours.repeat(3 // colours.shape[2], axis=2), levels[..., count:]], axis=2)
@@ -139,21 +139,23 @@ class Tiff:
             if self._compression == _RAW:
                 page.predictor = 1  # which is only for compressed samples (section 14)
             found: NDArray[Any] = page.asarray(maxworkers=1, squeeze=False)
-        samples = found[:, 0, ..., 0].transpose(1, 2, 0) if self._planar else found[0, 0]
+        samples: NDArray[Any] = found[:, 0, ..., 0].transpose(1, 2, 0) if self._planar else found[0, 0]
         if samples.dtype == np.bool_:
-            return samples.view(np.uint8)
-        # Where differences were summed up, the bits before those of a sample are carries.
-        return samples if self.bits in (8, 16) else samples & samples.dtype.type((1 << self.bits) - 1)
+            samples = samples.view(np.uint8)
+        elif self.bits not in (8, 16):  # where differences were summed up, the bits above are carries
+            samples = samples & samples.dtype.type((1 << self.bits) - 1)
+        return samples
 
     def _levels(self, depth: int) -> NDArray[Any]:
         """The level of every value that a sample can have."""
-        top = (1 << self.bits) - 1
+        top, deep = (1 << self.bits) - 1, self.bits > 8
         values = np.arange(top + 1, dtype=np.uint32)
-        if self.bits > 8 and depth == 16 and self._photometric != _CMYK:
-            return ((values * 65_535 + top // 2) // top).astype(np.uint16)
-        if self.bits > 8 and _COLOURS[self._photometric] > 1:
-            return ((values * 65_535 + top // 2) // top >> 8).astype(np.uint8)
-        return ((values * 255 + top // 2) // top).astype(np.uint8)
+        in_16, in_8 = (values * 65_535 + top // 2) // top, (values * 255 + top // 2) // top
+        if deep and depth == 16 and self._photometric != _CMYK:
+            levels: NDArray[Any] = in_16.astype(np.uint16)
+        else:
+            levels = (in_16 >> 8 if deep and _COLOURS[self._photometric] > 1 else in_8).astype(np.uint8)
+        return levels
 
     def _alpha(self) -> int | None:
         """Which sample is alpha; the fourth of RGB that says nothing of it, as Pillow takes it."""
