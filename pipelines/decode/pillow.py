@@ -29,7 +29,7 @@ from .base import Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .jpeg import check_scans, sof_type
 from .png import is_png, samples16, set_transparency, without_extras
-from .samples import deep_samples, is_deep, plain, turned
+from .samples import deep_samples, format_of, is_deep, plain, turned
 from .tiff import Tiff, is_tiff
 
 _FILTERS = {
@@ -374,6 +374,9 @@ def _open(data: bytes) -> Image.Image:
                         raise exc.__cause__ from exc
                     detail = f"a {name} file whose header is damaged or of a kind that Pillow does not read ({exc})"
                     raise BadItem("decode", "undecodable", detail) from exc
+        if (other := format_of(data)) is not None:
+            detail = f"{other}, which is not decoded; allowed are JPEG, PNG, WebP, GIF, BMP, TIFF, PPM and DICOM"
+            raise BadItem("decode", "undecodable", detail) from None
         raise
 
 

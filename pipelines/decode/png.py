@@ -31,9 +31,9 @@ def without_extras(data: bytes) -> bytes:
     CRC. Of an animation, the image that all decoders show is left.
 
     Raises:
-        BadItem: the data ends before the pixels begin, there are two headers, or no palette where one is needed.
+        BadItem: there are no pixels, or the data ends before them; there are two headers, or a palette is missing.
     """
-    view, kept, found = memoryview(data), [], set()
+    view, kept, found = memoryview(data), bytearray(), set()
     begin, position = 0, len(_MAGIC)
     while position + 8 <= len(data) and b"IEND" not in found:
         name = data[position + 4 : position + 8]
@@ -43,14 +43,16 @@ def without_extras(data: bytes) -> bytes:
                 raise BadItem("decode", "undecodable", "a PNG of two headers")
             found.add(name)
         elif name[0] & _ANCILLARY and not _decides(name, view[position + 4 : end]):
-            kept.append(view[begin:position])
+            kept += view[begin:position]
             begin = end
         position = end
-    if not found & {b"IDAT", b"IEND"}:
+    if b"IDAT" not in found:
+        if b"IEND" in found:
+            raise BadItem("decode", "undecodable", "a PNG without pixels")
         raise BadItem("decode", "truncated", f"{len(data)} bytes, which end before the pixels begin")
     if data[12:16] == b"IHDR" and data[25] == _PALETTE and b"PLTE" not in found:
         raise BadItem("decode", "undecodable", "a PNG of palette indices without a palette")
-    return b"".join([*kept, view[begin:]]) if kept else data
+    return b"".join((kept, view[begin:])) if kept else data
 
 
 def _decides(name: bytes, chunk: memoryview) -> bool:

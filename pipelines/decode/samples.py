@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,17 @@ from ..rejects import BadItem
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _COLOURED = ("RGB", "RGBX", "RGBA", "LA")
 _DEEP_FORMATS = ("PNG", "PPM", "TIFF")  # in a BMP, 16 bits are those of all three colours
+# Formats of images that no decoder here is for, by the first bytes of a file.
+_OTHERS = {
+    "AVIF": rb".{4}ftypavi[fs]", "HEIF": rb".{4}ftyp(hei|hev|mif1|msf1)", "JPEG XL": rb"\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "OpenEXR": rb"\x76\x2f\x31\x01", "Photoshop": rb"8BPS\0",
+    "ICO": rb"\0\0\x01\0",
+}  # fmt: skip
+
+
+def format_of(data: bytes) -> str | None:
+    """The name of an image format that is not decoded; None if the data begins as no such file."""
+    return next((name for name, pattern in _OTHERS.items() if re.match(pattern, data, re.DOTALL)), None)
 
 
 def deep_samples(image: Image.Image) -> tuple[str, int] | None:

@@ -27,22 +27,22 @@ _PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # the 
 _TYPES = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}  # BYTE, SHORT, LONG (section 2), and LONG8 of BigTIFF
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _PREDICTOR = 274, 277, 278, 284, 317
-_TILE_WIDTH, _TILE_LENGTH, _INK_SET, _EXTRA, _FORMAT = 322, 323, 332, 338, 339
+_TILE_WIDTH, _TILE_LENGTH, _INK_SET, _EXTRA, _FORMAT, _SUBSAMPLING = 322, 323, 332, 338, 339, 530
 _STRIPS, _TILES = (273, 279), (324, 325)  # offsets and byte counts
 _TAGS = {
     _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR,
-    _PREDICTOR, _TILE_WIDTH, _TILE_LENGTH, _INK_SET, _EXTRA, _FORMAT, *_STRIPS, *_TILES,
+    _PREDICTOR, _TILE_WIDTH, _TILE_LENGTH, _INK_SET, _EXTRA, _FORMAT, _SUBSAMPLING, *_STRIPS, *_TILES,
 }  # fmt: skip
 _MAX_TAGS = 4096
 _MAX_SAMPLES = 16
+_BLOCK_SAMPLES = 1 << 20  # that are converted at a time, in some 16 bytes each
 _MAX_TILE_PIXELS = 1 << 22  # of a tile that is larger than its image; usual are 256 x 256 to 1024 x 1024
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _CMYK = 0, 1, 2, 5
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _CMYK: 4}
-_BY_PILLOW_ALONE = (3, 6, 8)  # palette, YCbCr and CIE L*a*b*
 _RAW, _OLD_JPEG = 1, 6
 _PACKED = {_RAW, 5, 8, 32946, 32773, 34925, 50000}  # and LZW, Deflate, Deflate, PackBits, LZMA, Zstandard
 _ALPHA, _ASSOCIATED = (1, 2), 1  # ExtraSamples: colours are multiplied by the first kind of alpha
-_FORMATS = {2: "int", 3: "float", 5: "complex int", 6: "complex float"}  # SampleFormat; 4, undefined, as unsigned
+_UNSIGNED, _FORMATS = 1, {2: "int", 3: "float", 5: "complex int", 6: "complex float"}  # SampleFormat
 
 
 def is_tiff(data: bytes) -> bool:
@@ -76,6 +76,8 @@ class Tiff:
         self.orientation = turn if 1 <= (turn := self._number(_ORIENTATION, 1)) <= 8 else 1
         self._compression = self._number(_COMPRESSION, _RAW)
         self._photometric = self._number(_PHOTOMETRIC, _WHITE_IS_ZERO)
+        if self._photometric not in (*_COLOURS, _PALETTE, _YCBCR, _LAB):
+            raise _bad(f"photometric interpretation {self._photometric}")
         self._samples = self._number(_SAMPLES, 3 if self._compression == _OLD_JPEG else 1)
         self._planar = self._number(_PLANAR, 1) == 2 and self._samples > 1
         self._extra = self._values(_EXTRA, _MAX_SAMPLES)
@@ -108,23 +110,33 @@ class Tiff:
 
         Raises:
             BackendError: tifffile or imagecodecs is missing.
-            BadItem: tifffile reads another image than the directory says.
-            Exception: whatever tifffile raises for a damaged file.
+            BadItem: tifffile reads another image than the directory says, or cannot decode it.
+            Exception: whatever tifffile raises for a damaged file that it cannot open.
         """
-        count, alpha = _COLOURS[self._photometric], self._alpha()
-        samples = self._by_tifffile()
-        wanted = samples[..., :count] if alpha is None else samples[..., [*range(count), alpha]]
-        levels = self._levels(depth)[wanted]
-        if alpha is not None and self._extra[alpha - count :][:1] == (_ASSOCIATED,):
-            _divide_out(levels)
-        colours: NDArray[Any] = levels[..., :count]
+        samples, table = self._by_tifffile(), self._levels(depth)
+        alpha, gray = self._alpha(), _COLOURS[self._photometric] == 1
+        channels = 4 if alpha is not None else 1 if gray else 3
+        levels = np.empty((*self.size, channels), table.dtype)
+        step = max(1, _BLOCK_SAMPLES // (samples.shape[1] * samples.shape[2]))
+        for row in range(0, len(samples), step):
+            levels[row : row + step] = self._converted(samples[row : row + step], table, alpha)
+        return levels[..., 0] if channels == 1 else levels
+
+    def _converted(self, samples: NDArray[Any], table: NDArray[Any], alpha: int | None) -> NDArray[Any]:
+        """The levels of some rows, gray or R,G,B, and alpha if there is any."""
+        count = _COLOURS[self._photometric]
+        colours: NDArray[Any] = table[samples[..., :count]]
+        behind = None if alpha is None else table[samples[..., alpha : alpha + 1]]
+        if behind is not None and alpha is not None and self._extra[alpha - count :][:1] == (_ASSOCIATED,):
+            colours = _divided(colours, behind)
         if self._photometric == _WHITE_IS_ZERO:
-            np.subtract(np.iinfo(levels.dtype).max, colours, out=colours)
+            np.subtract(np.iinfo(colours.dtype).max, colours, out=colours)
         if self._photometric == _CMYK:
-            colours = np.asarray(Image.frombytes("CMYK", self.size[::-1], colours.tobytes()).convert("RGB"))
-        if alpha is None:
-            return colours[..., 0] if colours.shape[2] == 1 else colours
-        return np.concatenate([colours.repeat(3 // colours.shape[2], axis=2), levels[..., count:]], axis=2)
+            height, width = colours.shape[:2]
+            colours = np.asarray(Image.frombytes("CMYK", (width, height), colours.tobytes()).convert("RGB"))
+        if behind is None:
+            return colours
+        return np.concatenate([colours.repeat(3 // colours.shape[2], axis=2), behind], axis=2)
 
     def _by_tifffile(self) -> NDArray[Any]:
         """The samples (H, W, samples), unsigned."""
@@ -138,7 +150,12 @@ class Tiff:
                 raise _bad("tags that two libraries read differently")
             if self._compression == _RAW:
                 page.predictor = 1  # which is only for compressed samples (section 14)
-            found: NDArray[Any] = page.asarray(maxworkers=1, squeeze=False)
+            try:
+                found: NDArray[Any] = page.asarray(maxworkers=1, squeeze=False)
+            except MemoryError:
+                raise
+            except Exception as exc:
+                raise _bad(f"strips or tiles that tifffile cannot decode ({exc})") from exc
         samples: NDArray[Any] = found[:, 0, ..., 0].transpose(1, 2, 0) if self._planar else found[0, 0]
         if samples.dtype == np.bool_:
             samples = samples.view(np.uint8)
@@ -162,52 +179,59 @@ class Tiff:
         count = _COLOURS[self._photometric]
         if self._photometric == _RGB and not self._extra and self._samples == count + 1:
             return count
-        return next((count + at for at, kind in enumerate(self._extra) if kind in _ALPHA), None)
+        more = self._extra[: self._samples - count]
+        return next((count + at for at, kind in enumerate(more) if kind in _ALPHA), None)
 
     def _check_samples(self) -> int:
         """How many bits a sample has. Raises BadItem if they are of a kind that cannot be decoded."""
         if self._samples > _MAX_SAMPLES:
             raise _bad(f"{self._samples} samples a pixel; at most {_MAX_SAMPLES}")
         depths = sorted({*self._values(_BITS, self._samples)} or {1})
-        kinds = sorted({_FORMATS[kind] for kind in self._values(_FORMAT, self._samples) if kind in _FORMATS})
+        formats = {*self._values(_FORMAT, self._samples)} - {_UNSIGNED}
         if len(depths) > 1:
             raise _bad(f"samples of {', '.join(map(str, depths))} bits in one pixel")
-        if kinds or not 1 <= depths[0] <= 16:
-            raise _bad(f"{(kinds or ['uint'])[0]}{depths[0]} samples; allowed are unsigned ones of up to 16 bits")
+        if formats or not 1 <= depths[0] <= 16:
+            kind = _FORMATS.get(max(formats), f"SampleFormat {max(formats)} of ") if formats else "uint"
+            raise _bad(f"{kind}{depths[0]} samples; allowed are unsigned ones of up to 16 bits")
         return depths[0]
 
     def _check_kind(self) -> bool:
         """Whether Pillow gives the right levels in 8 bits. Raises BadItem if neither it nor tifffile does."""
         kind, packed = self._photometric, self._compression in _PACKED
         name = f"{self.bits}-bit samples of photometric interpretation {kind} and compression {self._compression}"
-        known = not self._large or self._order == "<"  # to Pillow, whose BigTIFF is little-endian
+        # Pillow's BigTIFF is little-endian, and its tiles are listed as such, as those of old writers are not.
+        known = not self._large or self._order == "<"
+        known = known and not (self._compression == _RAW and {_TILE_WIDTH, _STRIPS[0]} <= self._entries.keys())
         if kind not in _COLOURS or not packed:
-            if not known or self.bits > 8 or kind not in (*_COLOURS, *_BY_PILLOW_ALONE) or (packed and self._planar):
+            if not known or self.bits > 8 or (self._planar and self._compression == _RAW):
                 raise _bad(name)
             return True
         if kind == _CMYK and self._number(_INK_SET, 1) != 1:
             raise _bad("inks other than cyan, magenta, yellow and black")
         more = self._samples - _COLOURS[kind]
-        if known and self._plain(more):
+        if more >= 0 and known and self._plain(more):
             return True
-        if not 0 <= more <= (1 if kind < _RGB else _MAX_SAMPLES) or (kind < _RGB and len(self._extra) != more):
+        if more < 0 or (kind < _RGB and (more > 1 or len(self._extra) < more)):
             raise _bad(f"{self._samples} samples a pixel of photometric interpretation {kind}")
         if (predictor := self._number(_PREDICTOR, 1)) != 1 and (predictor != 2 or self.bits < 8):
             raise _bad(f"{name} with predictor {predictor}")
         return False
 
     def _plain(self, more: int) -> bool:
-        """Whether Pillow reads such samples right, of which so `many more` are not colours."""
+        """Whether Pillow reads such samples right, `more` of which are not colours."""
         kind, bits, extra = self._photometric, self.bits, self._extra
         gray, in_order = kind < _RGB, self._number(_FILL_ORDER, 1) == 1
+        if len(extra) != more and not (kind == _RGB and more == 1 and not extra):
+            return False
         if self._planar:
             return bits == 8 and in_order and not gray and (more == 0 or (more == 1 and extra == (2,)))
         if bits < 8 or not in_order:
             return gray and more == 0 and bits in (1, 2, 4)
         if bits == 16:
-            return kind == _BLACK_IS_ZERO and more == 0 if gray else more <= 1
-        behind = extra[1:] if kind == _RGB else extra if kind == _CMYK else ()
-        return bits == 8 and (more == 0 or kind != _WHITE_IS_ZERO) and not any(behind)
+            return (more == 0 and kind != _WHITE_IS_ZERO) or (kind == _RGB and more == 1)
+        if gray:
+            return bits == 8 and (more == 0 or (kind == _BLACK_IS_ZERO and more == 1))
+        return bits == 8 and more <= 6 - _COLOURS[kind] and not any(extra[1:] if kind == _RGB else extra)
 
     def _check_segments(self) -> None:
         """Raises BadItem if strips or tiles are beyond the file's end, or tiles far larger than the image."""
@@ -225,33 +249,36 @@ class Tiff:
         # Old writers list tiles under the names of strips, as libtiff allows.
         names = _TILES if _TILES[0] in self._entries else _STRIPS
         offsets, sizes = (self._array(tag, count) for tag in names)
-        if self._pillow_is_right and (self._compression == _RAW or len(offsets) != len(sizes)):
-            return  # whose sizes Pillow does not look at, or which it reads in its own way
-        if len(offsets) < count or len(sizes) < count or not offsets.all() or not sizes.all():
+        subsampled = self._values(_SUBSAMPLING, 2) != (1, 1) and sizes.sum() != 3 * width * height
+        if self._photometric == _YCBCR and self._compression == _RAW and subsampled:
+            raise _bad("uncompressed YCbCr samples whose chroma is subsampled")
+        if not self._pillow_is_right and not (len(offsets) == len(sizes) == count and offsets.all() and sizes.all()):
             raise _bad(f"{np.count_nonzero(sizes)} strips or tiles with data; {count} are needed")
-        room = np.uint64(len(self._data))
-        if (sizes > room).any() or (offsets > room - sizes).any():
+        if self._pillow_is_right and self._compression == _RAW:
+            return  # Pillow looks at offsets alone, and says what is cut off
+        room, number = np.uint64(len(self._data)), min(len(offsets), len(sizes))
+        if (sizes > room).any() or (offsets[:number] > room - sizes[:number]).any():
             raise BadItem("decode", "truncated", f"{room} bytes, which end before the last strip or tile does")
 
     def _read_directory(self) -> None:
-        large = self._large
-        pointer, entry, inline = ("u8", 20, 8) if large else ("u4", 12, 4)
-        (at,) = self._read(pointer, 8 if large else 4)
-        (count,) = self._read("u8" if large else "u2", at)
+        pointer, entry, inline = ("u8", 20, 8) if self._large else ("u4", 12, 4)
+        start = self._integer(pointer, 8 if self._large else 4)
+        count = self._integer("u8" if self._large else "u2", start)
         if count > _MAX_TAGS:
             raise _bad(f"{count} tags; at most {_MAX_TAGS}")
-        start = at + (8 if large else 2)
+        start += 8 if self._large else 2
         self._read("u1", start, count * entry)
         for at in range(start, start + count * entry, entry):
-            tag, kind = self._read("u2", at, 2)
+            tag = self._integer("u2", at)
             if tag not in _TAGS:
                 continue
-            (number,) = self._read(pointer, at + 4)
-            if tag in self._entries or kind not in _TYPES:
-                raise _bad(f"tag {tag} of type {kind}" if kind not in _TYPES else f"tag {tag} twice")
-            place = at + entry - inline
+            kind, number, place = self._integer("u2", at + 2), self._integer(pointer, at + 4), at + entry - inline
+            if kind not in _TYPES:
+                raise _bad(f"tag {tag} of type {kind}")
+            if tag in self._entries:
+                raise _bad(f"tag {tag} twice")
             if number * int(_TYPES[kind][1]) > inline:
-                (place,) = self._read(pointer, place)
+                place = self._integer(pointer, place)
             self._entries[tag] = kind, number, place
 
     def _number(self, tag: int, default: int) -> int:
@@ -268,19 +295,24 @@ class Tiff:
         kind, count, at = self._entries[tag]
         return self._read(_TYPES[kind], at, min(count, most)).astype(np.uint64)
 
-    def _read(self, kind: str, at: int, count: int = 1) -> NDArray[Any]:
+    def _integer(self, kind: str, at: int) -> int:
+        return int(self._read(kind, at, 1)[0])
+
+    def _read(self, kind: str, at: int, count: int) -> NDArray[Any]:
         """So many numbers of a NumPy type. Raises BadItem if the data ends before them."""
         if at + count * int(kind[1]) > len(self._data):
             raise BadItem("decode", "truncated", f"{len(self._data)} bytes, which end before the tags do")
-        return np.frombuffer(self._data, self._order + kind, count, int(at))
+        return np.frombuffer(self._data, self._order + kind, count, at)
 
 
-def _divide_out(levels: NDArray[Any]) -> None:
-    """Divides colours by the alpha behind them, by which they were multiplied; in 8 bits rounded down, as by Pillow."""
-    top = np.iinfo(levels.dtype).max
-    alpha = np.maximum(levels[..., -1:], 1).astype(np.uint32)
-    half = alpha // 2 if top > 255 else 0
-    levels[..., :-1] = np.minimum((levels[..., :-1].astype(np.uint32) * top + half) // alpha, top)
+def _divided(colours: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
+    """Colours that were multiplied by alpha, divided by it; in 8 bits rounded down, as by Pillow."""
+    top = np.iinfo(colours.dtype).max
+    divisor = np.maximum(alpha, 1).astype(np.uint32)
+    half = divisor // 2 if top > 255 else 0
+    divided = (colours.astype(np.uint32) * top + half) // divisor
+    found: NDArray[Any] = np.minimum(divided, top).astype(colours.dtype)
+    return found
 
 
 def _bad(what: str) -> BadItem:
