@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, TiffImagePlugin, features
 
 from ..environment import require_bits16
 from ..rejects import BadItem
@@ -41,7 +41,7 @@ _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _CMYK: 4}
 _RAW, _OLD_JPEG = 1, 6
 _PACKED = {_RAW, 5, 8, 32946, 32773, 34925, 50000}  # and LZW, Deflate, Deflate, PackBits, LZMA, Zstandard
-_ALPHA, _ASSOCIATED = (1, 2), 1  # ExtraSamples: colours are multiplied by the first kind of alpha
+_ASSOCIATED, _UNASSOCIATED = 1, 2  # ExtraSamples: alpha, by which colours are multiplied or not
 _UNSIGNED, _FORMATS = 1, {2: "int", 3: "float", 5: "complex int", 6: "complex float"}  # SampleFormat
 
 
@@ -180,7 +180,7 @@ class Tiff:
         if self._photometric == _RGB and not self._extra and self._samples == count + 1:
             return count
         more = self._extra[: self._samples - count]
-        return next((count + at for at, kind in enumerate(more) if kind in _ALPHA), None)
+        return next((count + at for at, kind in enumerate(more) if kind in (_ASSOCIATED, _UNASSOCIATED)), None)
 
     def _check_samples(self) -> int:
         """How many bits a sample has. Raises BadItem if they are of a kind that cannot be decoded."""
@@ -201,10 +201,13 @@ class Tiff:
         name = f"{self.bits}-bit samples of photometric interpretation {kind} and compression {self._compression}"
         # Pillow's BigTIFF is little-endian, and its tiles are listed as such, as those of old writers are not.
         known = not self._large or self._order == "<"
-        known = known and not (self._compression == _RAW and {_TILE_WIDTH, _STRIPS[0]} <= self._entries.keys())
+        if self._compression == _RAW:
+            known = known and not {_TILE_WIDTH, _STRIPS[0]} <= self._entries.keys()
+        else:
+            known = known and features.check_codec("libtiff")
         if kind not in _COLOURS or not packed:
             if not known or self.bits > 8 or (self._planar and self._compression == _RAW):
-                raise _bad(name)
+                raise _bad(f"{name}, which Pillow does not read")
             return True
         if kind == _CMYK and self._number(_INK_SET, 1) != 1:
             raise _bad("inks other than cyan, magenta, yellow and black")
@@ -218,20 +221,14 @@ class Tiff:
         return False
 
     def _plain(self, more: int) -> bool:
-        """Whether Pillow reads such samples right, `more` of which are not colours."""
-        kind, bits, extra = self._photometric, self.bits, self._extra
-        gray, in_order = kind < _RGB, self._number(_FILL_ORDER, 1) == 1
-        if len(extra) != more and not (kind == _RGB and more == 1 and not extra):
+        """Whether Pillow reads such samples, right, of which `more` are not colours."""
+        kind, bits, extra, order = self._photometric, self.bits, self._extra, self._number(_FILL_ORDER, 1)
+        prefix = b"II" if self._order == "<" else b"MM"
+        if (prefix, kind, (_UNSIGNED,), order, (bits,) * self._samples, extra) not in TiffImagePlugin.OPEN_INFO:
             return False
         if self._planar:
-            return bits == 8 and in_order and not gray and (more == 0 or (more == 1 and extra == (2,)))
-        if bits < 8 or not in_order:
-            return gray and more == 0 and bits in (1, 2, 4)
-        if bits == 16:
-            return (more == 0 and kind != _WHITE_IS_ZERO) or (kind == _RGB and more == 1)
-        if gray:
-            return bits == 8 and (more == 0 or (kind == _BLACK_IS_ZERO and more == 1))
-        return bits == 8 and more <= 6 - _COLOURS[kind] and not any(extra[1:] if kind == _RGB else extra)
+            return bits == 8 and order == 1 and kind >= _RGB and extra in ((), (_UNASSOCIATED,)) and more == len(extra)
+        return bits < 8 or (order == 1 and (bits == 8 or (bits == 16 and kind != _WHITE_IS_ZERO)))
 
     def _check_segments(self) -> None:
         """Raises BadItem if strips or tiles are beyond the file's end, or tiles far larger than the image."""
