@@ -159,14 +159,19 @@ class PillowDecoder:
             return None
         if self.deep is None and self._config.bit_depth == 8 < tiff.bits:
             self.deep = path
-        self._check_pixels(*reversed(tiff.size))
         with _blamed(path):
             return turned(tiff.decode(self._config.bit_depth), tiff.orientation if self._config.exif_orientation else 1)
 
     def tiff_elsewhere(self, data: bytes) -> Tiff | None:
-        """A TIFF whose levels Pillow does not give right; None for all else. Raises BadItem as `Tiff`."""
-        tiff = Tiff(data) if is_tiff(data) else None
+        """A TIFF whose levels Pillow does not give right; None for all else. Raises BadItem as `prepared`."""
+        tiff = self._tiff(data) if is_tiff(data) else None
         return None if tiff is None or tiff.by_pillow(self._config.bit_depth) else tiff
+
+    def _tiff(self, data: bytes) -> Tiff:
+        tiff = Tiff(data)
+        self._check_pixels(*reversed(tiff.size))
+        tiff.check_segments()
+        return tiff
 
     def _of_dicom(self, data: bytes, path: str, frame: int | None) -> NDArray[Any]:
         require_pydicom()
@@ -229,7 +234,7 @@ class PillowDecoder:
         if is_png(data):
             return without_extras(data)
         if is_tiff(data):
-            tiff = Tiff(data)
+            tiff = self._tiff(data)
             return data if self._config.exif_orientation else tiff.unturned()
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             self._check_webp(data)

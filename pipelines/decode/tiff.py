@@ -14,7 +14,7 @@ Alpha by which colours were multiplied is divided out, and zero becomes black.
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from ..environment import require_bits16
 from ..rejects import BadItem
 
 _PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # the third and fourth as Pillow takes them
-_TYPES = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}  # BYTE, SHORT, LONG (section 2), and LONG8 of BigTIFF
+_TYPES = {1: 1, 3: 2, 4: 4, 16: 8}  # bytes of BYTE, SHORT, LONG (section 2), and LONG8 of BigTIFF
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _PREDICTOR = 274, 277, 278, 284, 317
 _TILE_WIDTH, _TILE_LENGTH, _INK_SET, _EXTRA, _FORMAT, _SUBSAMPLING = 322, 323, 332, 338, 339, 530
@@ -59,13 +59,12 @@ class Tiff:
         bits: of a sample.
 
     Raises:
-        BadItem: the directory is cut off or contradicts itself; decoding would take far more memory than the image
-            needs; or nothing that could be installed reads such samples right.
+        BadItem: the directory is cut off or contradicts itself, or nothing here reads such samples right.
     """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._order = "<" if data[:2] == b"II" else ">"
+        self._order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
         self._large = 43 in data[2:4]  # BigTIFF
         self._entries: dict[int, tuple[int, int, int]] = {}  # of each tag type, count, and place of the values
         self._read_directory()
@@ -83,7 +82,6 @@ class Tiff:
         self._extra = self._values(_EXTRA, _MAX_SAMPLES)
         self.bits = self._check_samples()
         self._pillow_is_right = self._check_kind()
-        self._check_segments()
 
     @property
     def mode(self) -> str:
@@ -99,7 +97,7 @@ class Tiff:
         if self.orientation == 1:
             return self._data
         kind, _, at = self._entries[_ORIENTATION]
-        upright = np.array([1], self._order + _TYPES[kind]).tobytes()
+        upright = (1).to_bytes(_TYPES[kind], self._order)
         return self._data[:at] + upright + self._data[at + len(upright) :]
 
     def decode(self, depth: int) -> NDArray[Any]:
@@ -200,7 +198,7 @@ class Tiff:
         kind, packed = self._photometric, self._compression in _PACKED
         name = f"{self.bits}-bit samples of photometric interpretation {kind} and compression {self._compression}"
         # Pillow's BigTIFF is little-endian, and its tiles are listed as such, as those of old writers are not.
-        known = not self._large or self._order == "<"
+        known = not self._large or self._order == "little"
         if self._compression == _RAW:
             known = known and not {_TILE_WIDTH, _STRIPS[0]} <= self._entries.keys()
         else:
@@ -216,22 +214,26 @@ class Tiff:
             return True
         if more < 0 or (kind < _RGB and (more > 1 or len(self._extra) < more)):
             raise _bad(f"{self._samples} samples a pixel of photometric interpretation {kind}")
-        if (predictor := self._number(_PREDICTOR, 1)) != 1 and (predictor != 2 or self.bits < 8):
+        predictor = 1 if self._compression == _RAW else self._number(_PREDICTOR, 1)
+        if predictor != 1 and (predictor != 2 or self.bits < 8):
             raise _bad(f"{name} with predictor {predictor}")
         return False
 
     def _plain(self, more: int) -> bool:
         """Whether Pillow reads such samples, right, of which `more` are not colours."""
         kind, bits, extra, order = self._photometric, self.bits, self._extra, self._number(_FILL_ORDER, 1)
-        prefix = b"II" if self._order == "<" else b"MM"
+        prefix = b"II" if self._order == "little" else b"MM"
         if (prefix, kind, (_UNSIGNED,), order, (bits,) * self._samples, extra) not in TiffImagePlugin.OPEN_INFO:
             return False
         if self._planar:
             return bits == 8 and order == 1 and kind >= _RGB and extra in ((), (_UNASSOCIATED,)) and more == len(extra)
         return bits < 8 or (order == 1 and (bits == 8 or (bits == 16 and kind != _WHITE_IS_ZERO)))
 
-    def _check_segments(self) -> None:
-        """Raises BadItem if strips or tiles are beyond the file's end, or tiles far larger than the image."""
+    def check_segments(self) -> None:
+        """Raises BadItem if strips or tiles are missing or cut off, or tiles far larger than the image.
+
+        What it takes itself is in proportion to the file.
+        """
         height, width = self.size
         tiled = _TILE_WIDTH in self._entries
         if tiled:
@@ -242,40 +244,44 @@ class Tiff:
             wide, high = width, min(self._number(_ROWS_PER_STRIP, height), height)
         if not wide or not high:
             raise _bad(f"tiles or strips of {wide} x {high} pixels")
-        count = -(-width // wide) * -(-height // high) * (self._samples if self._planar else 1)
+        across, down, planes = -(-width // wide), -(-height // high), self._samples if self._planar else 1
+        count = across * down * planes
         # Old writers list tiles under the names of strips, as libtiff allows.
         names = _TILES if _TILES[0] in self._entries else _STRIPS
         offsets, sizes = (self._array(tag, count) for tag in names)
         subsampled = self._values(_SUBSAMPLING, 2) != (1, 1) and sizes.sum() != 3 * width * height
         if self._photometric == _YCBCR and self._compression == _RAW and subsampled:
             raise _bad("uncompressed YCbCr samples whose chroma is subsampled")
-        if not self._pillow_is_right and not (len(offsets) == len(sizes) == count and offsets.all() and sizes.all()):
+        sparse = not self._pillow_is_right and not (len(sizes) == count and offsets.all() and sizes.all())
+        if sparse or (len(offsets) < count and (self._compression == _RAW or not self._pillow_is_right)):
             raise _bad(f"{np.count_nonzero(sizes)} strips or tiles with data; {count} are needed")
-        if self._pillow_is_right and self._compression == _RAW:
-            return  # Pillow looks at offsets alone, and says what is cut off
+        if self._compression == _RAW:  # whose sizes need not be as they are said to be
+            rows = np.full(down, high) if tiled else np.minimum(high, height - high * np.arange(down))
+            line = -(-wide * self._samples * self.bits // (8 * planes))
+            sizes = np.tile(np.repeat(rows * line, across), planes).astype(np.uint64)
         room, number = np.uint64(len(self._data)), min(len(offsets), len(sizes))
         if (sizes > room).any() or (offsets[:number] > room - sizes[:number]).any():
             raise BadItem("decode", "truncated", f"{room} bytes, which end before the last strip or tile does")
 
     def _read_directory(self) -> None:
-        pointer, entry, inline = ("u8", 20, 8) if self._large else ("u4", 12, 4)
-        start = self._integer(pointer, 8 if self._large else 4)
-        count = self._integer("u8" if self._large else "u2", start)
+        pointer, entry = (8, 20) if self._large else (4, 12)
+        start = self._integer(8 if self._large else 4, pointer)
+        count = self._integer(start, 8 if self._large else 2)
         if count > _MAX_TAGS:
             raise _bad(f"{count} tags; at most {_MAX_TAGS}")
         start += 8 if self._large else 2
-        self._read("u1", start, count * entry)
+        self._require(start + count * entry)
         for at in range(start, start + count * entry, entry):
-            tag = self._integer("u2", at)
+            tag = self._integer(at, 2)
             if tag not in _TAGS:
                 continue
-            kind, number, place = self._integer("u2", at + 2), self._integer(pointer, at + 4), at + entry - inline
+            kind, number, place = self._integer(at + 2, 2), self._integer(at + 4, pointer), at + entry - pointer
             if kind not in _TYPES:
                 raise _bad(f"tag {tag} of type {kind}")
             if tag in self._entries:
                 raise _bad(f"tag {tag} twice")
-            if number * int(_TYPES[kind][1]) > inline:
-                place = self._integer(pointer, place)
+            if number * _TYPES[kind] > pointer:  # the values stand elsewhere
+                place = self._integer(place, pointer)
             self._entries[tag] = kind, number, place
 
     def _number(self, tag: int, default: int) -> int:
@@ -284,22 +290,24 @@ class Tiff:
 
     def _values(self, tag: int, most: int) -> tuple[int, ...]:
         """The first values of a tag, up to `most`; none where there is no such tag."""
-        return tuple(self._array(tag, most).tolist())
+        kind, count, at = self._entries.get(tag, (3, 0, 0))
+        return tuple(self._integer(at + _TYPES[kind] * value, _TYPES[kind]) for value in range(min(count, most)))
 
     def _array(self, tag: int, most: int) -> NDArray[np.uint64]:
-        if tag not in self._entries:
-            return np.zeros(0, np.uint64)
-        kind, count, at = self._entries[tag]
-        return self._read(_TYPES[kind], at, min(count, most)).astype(np.uint64)
+        """As `_values`."""
+        kind, count, at = self._entries.get(tag, (3, 0, 0))
+        count = min(count, most)
+        self._require(at + count * _TYPES[kind])
+        order = "<" if self._order == "little" else ">"
+        return np.frombuffer(self._data, f"{order}u{_TYPES[kind]}", count, at).astype(np.uint64)
 
-    def _integer(self, kind: str, at: int) -> int:
-        return int(self._read(kind, at, 1)[0])
+    def _integer(self, at: int, size: int) -> int:
+        self._require(at + size)
+        return int.from_bytes(self._data[at : at + size], self._order)
 
-    def _read(self, kind: str, at: int, count: int) -> NDArray[Any]:
-        """So many numbers of a NumPy type. Raises BadItem if the data ends before them."""
-        if at + count * int(kind[1]) > len(self._data):
+    def _require(self, end: int) -> None:
+        if end > len(self._data):
             raise BadItem("decode", "truncated", f"{len(self._data)} bytes, which end before the tags do")
-        return np.frombuffer(self._data, self._order + kind, count, at)
 
 
 def _divided(colours: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
