@@ -100,7 +100,15 @@ class BuildConfig(BaseModel):
     )
     pad_value: int = _setting("identity", 0, "For pad: the level that fills the border.", "0 to 255", "LEVEL")
     interpolation: Interpolation = _setting("identity", "bilinear", "Resampling filter; all but nearest antialias.")
-    exif_orientation: bool = _setting("identity", True, "Turn images as their EXIF orientation says.")
+    reduced_decoding: bool = _setting(
+        "identity",
+        True,
+        "Let Pillow decode JPEGs of more than twice the size at a half or less, which is faster; without it, decoded "
+        "pixels give the same row as their file.",
+    )
+    exif_orientation: bool = _setting(
+        "identity", True, "Turn images as their EXIF orientation (in a TIFF, its own) says."
+    )
     background: tuple[int, int, int] = _setting(
         "identity", (0, 0, 0), "The colour under transparent pixels.", "R,G,B, each 0 to 255", "R,G,B"
     )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .config import BuildConfig, gpu_numbers
 from .errors import BackendError, UsageError
@@ -114,7 +114,7 @@ def dotted(cuda: int) -> str:
 def _choose(config: BuildConfig, machine: Machine) -> Choice:
     backend, device = config.backend, config.device
     if config.bit_depth == 16:
-        require_opencv()
+        require_bits16("--bit-depth 16")
         warning = "16 BITS A CHANNEL: decoding on the CPU with pillow, for DALI decodes 8" if device == "auto" else None
         return Choice("pillow", (), warning)
     if backend == "pillow" and config.require_gpu:
@@ -141,12 +141,21 @@ def _choose(config: BuildConfig, machine: Machine) -> Choice:
     return Choice("dali", every if device == "all" else gpu_numbers(device) or every[:1])
 
 
-def require_opencv() -> Any:
-    """OpenCV, which decodes what Pillow would cut to 8 bits. Raises BackendError if it cannot be imported."""
+class Bits16(NamedTuple):
+    """The libraries that read what Pillow would cut to 8 bits, reads wrongly, or not at all."""
+
+    tifffile: Any
+    imagecodecs: Any
+
+
+def require_bits16(what: str) -> Bits16:
+    """The libraries of the extra `bits16`. Raises BackendError if they cannot be imported; `what` needs them."""
     try:
-        return importlib.import_module("cv2")
+        return Bits16(*map(importlib.import_module, Bits16._fields))
     except ImportError as exc:
-        raise BackendError(f"--bit-depth 16 needs OpenCV ({exc}); run: pip install 'gpu-npz[bits16]'") from exc
+        raise BackendError(
+            f"{what} needs tifffile and imagecodecs ({exc}); run: pip install 'gpu-npz[bits16]'"
+        ) from exc
 
 
 def _need_dali(backend: BackendName, machine: Machine) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from .config import BuildConfig
 from .decode.dicom import is_dicom
-from .decode.pillow import PillowDecoder, dicom_size, is_deep, opened, orientation_of
+from .decode.pillow import PillowDecoder, dicom_size, opened, orientation_of, reduces
+from .decode.samples import is_deep
 from .environment import Choice
 from .geometry import Geometry
 from .plan import Plan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _SAMPLED_ITEMS = 1000
 _BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # Pillow keeps three channels as four
 _DICOM_BYTES_A_PIXEL = 34  # as it is stored, then four times in float64
+_TIFF_BYTES_A_PIXEL = 40  # by tifffile: samples, their levels and a picture of them, with alpha, in 16 bits
 _DEEP_BYTES_A_PIXEL = 24  # samples of 16 bits, and planes of 32-bit floats
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
@@ -79,7 +81,7 @@ def sample_headers(
 ) -> Sample:
     """Reads some 1,000 headers, spread over the plan."""
     # Only Pillow decodes a JPEG at a half or less, and not where it stays as it is.
-    drafts = choice.backend == "pillow" and config.interpolation != "nearest" and config.resize_mode != "none"
+    drafts = choice.backend == "pillow" and reduces(config)
     geometry = Geometry.of(config, config.size) if config.size and drafts else None
     unreadable: Counter[str] = Counter()
     over = 0
@@ -116,13 +118,17 @@ def sample_headers(
 
 def _picture(data: bytes, path: str, decoder: PillowDecoder, config: BuildConfig, geometry: Geometry | None) -> Picture:
     """What a header says. Raises BadItem if it cannot be read."""
-    decoder.check_data(data)
     if is_dicom(data):
         height, width = dicom_size(data, path)
         held = 2 * len(data) + _DICOM_BYTES_A_PIXEL * height * width
         share = len(data) // frame_count(data)  # of a frame
         return Picture(path, height, width, "I;16", "DICOM", False, False, False, share, held)
-    with opened(data, path) as image:
+    if (tiff := decoder.tiff_elsewhere(data)) is not None:
+        turned = config.exif_orientation and tiff.orientation > 1
+        height, width = tiff.size[::-1] if turned and tiff.orientation >= 5 else tiff.size
+        held = len(data) + _TIFF_BYTES_A_PIXEL * height * width
+        return Picture(path, height, width, tiff.mode, "TIFF", False, turned, tiff.bits > 8, len(data), held)
+    with opened(decoder.prepared(data), path) as image:
         orientation = orientation_of(image) if config.exif_orientation else 1
         width, height = image.size if orientation < 5 else image.size[::-1]
         progressive = image.format == "JPEG" and bool(image.info.get("progressive"))

@@ -32,7 +32,8 @@ _RESIZE = {
 }
 # Settings that change what a model sees. Dtype and layout only say how the same values are stored.
 _CONTRACT = (
-    "channels", "bit_depth", "resize_mode", "interpolation", "exif_orientation", "background", "dicom_window"
+    "channels", "bit_depth", "resize_mode", "interpolation", "reduced_decoding", "exif_orientation", "background",
+    "dicom_window",
 )  # fmt: skip
 
 

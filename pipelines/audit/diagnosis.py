@@ -16,7 +16,8 @@ from ..environment import Machine, dotted, inspect, usable_cpus
 
 # Of a build's extras: what is imported, the extra that brings it, and what it is for.
 _EXTRAS = {
-    "OpenCV": ("cv2", "bits16", "--bit-depth 16"),
+    "imagecodecs": ("imagecodecs", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
+    "tifffile": ("tifffile", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
     "pydicom": ("pydicom", "dicom", "DICOM files"),
     "PyArrow": ("pyarrow", "parquet", "Parquet files"),
     "SciPy": ("scipy", "imagenet", "the devkit of ILSVRC2012"),

@@ -260,8 +260,7 @@ class _Thumbnails:
         item = self._found.item(tile.index, tile.path)
         with contextlib.suppress(BadItem, ShardError):
             data = read_item(self._found.source, item)
-            self._decoder.check_data(data)
-            with opened(data, tile.path) as image:
+            with opened(self._decoder.prepared(data), tile.path) as image:
                 whole = image.width * image.height
                 image.draft("RGB", (self._side, self._side))  # a JPEG at an eighth, where that is enough
                 held = whole if image.info.get("progressive") else image.width * image.height

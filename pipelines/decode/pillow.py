@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import struct
 import threading
 import time
 import warnings
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
 from ..config import BuildConfig
-from ..errors import ShardError, UsageError
+from ..errors import BackendError, ShardError, UsageError
 from ..geometry import Geometry, Placement
 from ..plan import Batch
 from ..rejects import BadItem, Reject
@@ -27,6 +29,9 @@ from .base import DECODING_REVISION, Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .exif import EXIF_HEADER, orientation_in
 from .jpeg import read_header
+from .png import is_png, samples16, set_transparency, without_extras
+from .samples import deep_samples, format_of, is_deep, plain, turned
+from .tiff import Tiff, is_tiff
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -46,7 +51,9 @@ _UPRIGHT = {
 }
 # What a collection holds. Pillow opens more: rare formats with rarely read parsers, and PostScript, which it runs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_UNSIGNED = ("DIB", "PPM")  # formats whose first bytes may be anything's
+_ENDED = ("index out of range", "not enough image data")  # what Pillow says where bytes are missing
+_LOSSLESS = 0xC3  # a frame of a JPEG (ITU-T T.81, table B.1)
 
 
 class PillowDecoder:
@@ -57,7 +64,8 @@ class PillowDecoder:
             files keep, their window decides.
     """
 
-    _whole_files: tuple[str, ...] = ("JPEG",)  # formats of which a file gives other pixels than a PIL image of it
+    # Formats of which a file may give other pixels than a PIL image of it.
+    _whole_files: tuple[str, ...] = ("JPEG", "PNG", "TIFF")
 
     def __init__(self, config: BuildConfig, geometry: Geometry, source: Source | None) -> None:
         self._config = config
@@ -65,8 +73,7 @@ class PillowDecoder:
         self._source = source
         self._mode = "L" if config.channels == "gray" else "RGB"
         self._filter = _FILTERS[config.interpolation]
-        # Decoding at a half or a quarter is only for filters that would average those pixels anyway.
-        self._may_draft = config.interpolation != "nearest" and geometry.mode != "none"
+        self._may_draft = reduces(config)
         self.deep: str | None = None
         self._frames = threading.local()
 
@@ -113,13 +120,11 @@ class PillowDecoder:
             for item, read in zip(batch.items, reads, strict=True):
                 with contextlib.suppress(BadItem):
                     data = read()
+                    frame = self._source.frame(item)
                     if last == "resize":
-                        self.decode_image(data, item.path, self._source.frame(item))
-                    elif last == "decode" and is_dicom(data):
-                        self._of_dicom(data, item.path, self._source.frame(item))
-                    elif last == "decode":
-                        self.check_data(data)
-                        with opened(data, item.path) as image:
+                        self.decode_image(data, item.path, frame)
+                    elif last == "decode" and self._elsewhere(data, item.path, frame) is None:
+                        with opened(self.prepared(data), item.path) as image:
                             self._upright(image)
             yield batch
 
@@ -136,15 +141,38 @@ class PillowDecoder:
             BackendError: it is DICOM, and pydicom is missing.
             ShardError: there is not enough memory.
         """
-        if is_dicom(data):
-            return self.pixels_of(self._of_dicom(data, path, frame), path)
-        self.check_data(data)
-        with opened(data, path) as image:
+        levels = self._elsewhere(data, path, frame)
+        if levels is not None:
+            return self.pixels_of(levels, path)
+        with opened(self.prepared(data), path) as image:
             if self.deep is None and self._config.bit_depth == 8 and is_deep(image):
                 self.deep = path
             picture, place = self._upright(image)
         with enough_memory(path):
             return self._place(picture, place)
+
+    def _elsewhere(self, data: bytes, path: str, frame: int | None) -> NDArray[Any] | None:
+        """The levels, upright, of a file that is not for Pillow: DICOM, and some TIFF. None for all else."""
+        if is_dicom(data):
+            return self._of_dicom(data, path, frame)
+        tiff = self.tiff_elsewhere(data)
+        if tiff is None:
+            return None
+        if self.deep is None and self._config.bit_depth == 8 < tiff.bits:
+            self.deep = path
+        with _blamed(path):
+            return turned(tiff.decode(self._config.bit_depth), tiff.orientation if self._config.exif_orientation else 1)
+
+    def tiff_elsewhere(self, data: bytes) -> Tiff | None:
+        """A TIFF whose levels Pillow does not give right; None for all else. Raises BadItem as `prepared`."""
+        tiff = self._tiff(data) if is_tiff(data) else None
+        return None if tiff is None or tiff.by_pillow(self._config.bit_depth) else tiff
+
+    def _tiff(self, data: bytes) -> Tiff:
+        tiff = Tiff(data)
+        self._check_pixels(*reversed(tiff.size))
+        tiff.check_segments()
+        return tiff
 
     def _of_dicom(self, data: bytes, path: str, frame: int | None) -> NDArray[Any]:
         require_pydicom()
@@ -188,11 +216,11 @@ class PillowDecoder:
 
     def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
         """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
-        self.check_data(data)
-        if is_dicom(data):
-            height, width = self._of_dicom(data, path, 0).shape[:2]
+        levels = self._elsewhere(data, path, 0)
+        if levels is not None:
+            height, width = levels.shape[:2]
             return height, width
-        with opened(data, path) as image:
+        with opened(self.prepared(data), path) as image:
             self._check_pixels(*image.size)
             image.load()
             turned = self._config.exif_orientation and orientation_of(image) >= 5
@@ -203,12 +231,18 @@ class PillowDecoder:
         if width * height > self._config.max_pixels:
             raise BadItem("decode", "too-large", f"{width} x {height} pixels; at most {self._config.max_pixels}")
 
-    def check_data(self, data: bytes) -> None:
-        """What must be known before Pillow opens the data. Raises BadItem."""
+    def prepared(self, data: bytes) -> bytes:
+        """The data as Pillow is to see it. Raises BadItem for what must be known before Pillow opens it."""
+        if is_png(data):
+            return without_extras(data)
+        if is_tiff(data):
+            tiff = self._tiff(data)
+            return data if self._config.exif_orientation else tiff.unturned()
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             self._check_webp(data)
         else:
             read_header(data)  # raises for one that would take very long
+        return data
 
     def _check_webp(self, data: bytes) -> None:
         # Pillow's WebP reader allocates the whole canvas when it opens a file, and has one message for every trouble.
@@ -223,7 +257,10 @@ class PillowDecoder:
 
     def _upright(self, image: Image.Image) -> tuple[Image.Image, Placement]:
         """The whole image, 8-bit L or RGB, and where it goes."""
+        exact = file_of(image) if "transparency" in image.info and deep_samples(image) else None
         orientation, place = self._loaded(image)
+        if exact is not None:  # a colour of 16-bit samples, of which Pillow has kept 8
+            image = Image.fromarray((samples16(exact) >> 8).astype(np.uint8))
         return plain(upright(image, orientation), self._mode, self._config.background), place
 
     def _loaded(self, image: Image.Image) -> tuple[int, Placement]:
@@ -238,7 +275,7 @@ class PillowDecoder:
         if orientation >= 5:
             height, width = width, height
         place = self._placement(height, width)
-        if self._may_draft and image.format == "JPEG":
+        if self._may_draft and image.format == "JPEG" and not _is_lossless(image):
             wanted = (2 * place.width, 2 * place.height)
             image.draft(None, wanted if orientation < 5 else wanted[::-1])  # never below what was asked for
         image.load()
@@ -273,8 +310,11 @@ class PillowDecoder:
         return canvas
 
 
+_tifffile_log = logging.getLogger("tifffile")
+
+
 class _PillowSettings:
-    """What decoding needs of Pillow, as long as any decoder of this process is at work."""
+    """What decoding needs of Pillow and tifffile, as long as any decoder of this process is at work."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -293,6 +333,7 @@ class _PillowSettings:
             self._warnings = warnings.catch_warnings()
             self._warnings.__enter__()
             warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.")
+            self._silent, _tifffile_log.disabled = _tifffile_log.disabled, True
 
     def restore(self) -> None:
         """For one less."""
@@ -301,6 +342,7 @@ class _PillowSettings:
             if not self._users:
                 Image.MAX_IMAGE_PIXELS = self._limit
                 self._warnings.__exit__(None, None, None)
+                _tifffile_log.disabled = self._silent
 
 
 _pillow_settings = _PillowSettings()
@@ -317,8 +359,31 @@ def enough_memory(path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def opened(data: bytes, path: str) -> Iterator[Image.Image]:
     """An image whose header has been read. What its body raises for the image's sake becomes a BadItem."""
-    with _blamed(path), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _blamed(path), _open(data) as image:
+        if image.format == "PNG":
+            set_transparency(image)
+        image.info.pop("xmp", None)  # by which Pillow would turn a TIFF that says nothing of it itself
         yield image
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:  # which does not say why; the reader whose first bytes these are does
+        for name in _FORMATS:
+            reader, accepts = Image.OPEN[name]
+            if name not in _UNSIGNED and accepts is not None and accepts(data[:16]) is True:
+                try:
+                    reader(io.BytesIO(data), "")
+                except SyntaxError as exc:
+                    if isinstance(exc.__cause__, (EOFError, IndexError, struct.error)):
+                        raise exc.__cause__ from exc
+                    detail = f"a {name} file whose header is damaged or of a kind that Pillow does not read ({exc})"
+                    raise BadItem("decode", "undecodable", detail) from exc
+        if (other := format_of(data)) is not None:
+            detail = f"{other}, which is not decoded; allowed are JPEG, PNG, WebP, GIF, BMP, TIFF, PPM and DICOM"
+            raise BadItem("decode", "undecodable", detail) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -329,13 +394,17 @@ def _blamed(path: str) -> Iterator[None]:
             yield
     except (BadItem, ShardError):
         raise
+    except BackendError as exc:  # a library is missing that most builds do without
+        raise BadItem("decode", "undecodable", str(exc)) from exc
     except UnidentifiedImageError as exc:
         raise BadItem("decode", "not-an-image", "no decoder knows this content") from exc
     except Exception as exc:
         # Pillow's readers meet hostile data with many kinds of exception. The bytes are in memory by now, so whatever
         # they raise is a property of the file.
         text = str(exc) or type(exc).__name__
-        truncated = isinstance(exc, EOFError) or "truncated" in text.lower()
+        if isinstance(exc, (EOFError, struct.error)) or text in _ENDED:
+            text = "truncated: the data ends before the image does"
+        truncated = "truncated" in text.lower()
         raise BadItem("decode", "truncated" if truncated else "undecodable", text) from exc
 
 
@@ -410,6 +479,12 @@ def dicom_size(data: bytes, path: str) -> tuple[int, int]:
         return size_of(data)
 
 
+def _is_lossless(image: Image.Image) -> bool:
+    """Whether a JPEG is lossless, which libjpeg-turbo cannot scale."""
+    header = read_header(file_of(image) or b"")
+    return header is not None and header.frame == _LOSSLESS
+
+
 def file_of(image: Image.Image) -> bytes | None:
     """The file of an image whose pixels nobody has asked for yet: it can still be decoded as a build does it."""
     file = getattr(image, "fp", None)
@@ -427,48 +502,7 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
 
 
-def deep_samples(image: Image.Image) -> tuple[str, int] | None:
-    """Pillow's name for the samples of an image that is not loaded, and the largest; None where Pillow keeps them all.
-
-    CMYK is not among them: Pillow alone converts it, in 8 bits.
-    """
-    tiles = getattr(image, "tile", ()) if image.mode in ("RGB", "RGBX", "RGBA", "LA") else ()  # by the file
-    arguments = tiles[0][3] if tiles else ""
-    raw_mode, *rest = (arguments,) if isinstance(arguments, str) else arguments
-    most = rest[0] if image.format == "PPM" and rest else 65_535 if ";16" in str(raw_mode) else 255
-    return (str(raw_mode), int(most)) if most > 255 else None
-
-
-def is_deep(image: Image.Image) -> bool:
-    """Whether an image that is not loaded has 16 bits a channel, as far as Pillow tells."""
-    gray = image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    return gray or deep_samples(image) is not None
-
-
-def is_gray16(image: Image.Image) -> bool:
-    """Whether an image is gray with samples of up to 16 bits. Raises BadItem if it says so and has larger ones."""
-    if image.mode in _SIXTEEN_BIT:
-        return True
-    if image.mode != "I" or image.format not in ("PNG", "PPM", None):
-        return False
-    low, high = image.getextrema()
-    if low < 0 or high > 65_535:
-        raise BadItem("decode", "undecodable", "samples of more than 16 bits")
-    return True
-
-
-def plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
-    """The image as 8-bit L or RGB: alpha put on the background, 16-bit gray scaled, the rest converted."""
-    if image.mode in ("L", "RGB") and "transparency" not in image.info:
-        return image if image.mode == "L" or mode == "RGB" else image.convert(mode)
-    if is_gray16(image):
-        scale = ((np.arange(65_536) + 128) // 257).astype(np.uint8)  # round(v * 255 / 65535)
-        return Image.fromarray(scale[np.asarray(image)])
-    if image.mode in ("I", "F"):
-        raise BadItem("decode", "undecodable", f"samples of 32 bits (mode {image.mode})")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, (*background, 255))
-        canvas.alpha_composite(layer)
-        image = canvas
-    return image.convert(mode)
+def reduces(config: BuildConfig) -> bool:
+    """Whether JPEGs much larger than the size are decoded at a half or less."""
+    # Only for filters that would average those pixels anyway, and where there is a size.
+    return config.reduced_decoding and config.interpolation != "nearest" and config.resize_mode != "none"

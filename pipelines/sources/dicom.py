@@ -43,7 +43,7 @@ def require_pydicom() -> Any:
 
 
 def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) -> Any:
-    """Some attributes of a DICOM file as a `pydicom.FileDataset`, and whether it `was_deflated`.
+    """Some attributes of a DICOM file as a `pydicom.FileDataset`, and whether it `was_deflated` or `was_cut`.
 
     Args:
         file: read from where it stands.
@@ -52,12 +52,22 @@ def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) ->
 
     Raises:
         BackendError: pydicom is missing.
-        BadItem: it has more elements, or inflates to more bytes, than any image should.
+        BadItem: it has more elements, or inflates to more bytes, than any image should; or it is cut off.
         Exception: whatever pydicom raises for a damaged file.
     """
 
     def read(data: BinaryIO) -> Any:
-        return pydicom.dcmread(_Bounded(data), stop_before_pixels=not pixels, specific_tags=list(names))
+        bounded = _Bounded(data)
+        try:
+            found = pydicom.dcmread(bounded, stop_before_pixels=not pixels, specific_tags=list(names))
+        except (_Deflated, BadItem):
+            raise
+        except Exception as exc:
+            if bounded.cut:
+                raise BadItem("decode", "truncated", f"a DICOM file that ends too early ({exc})") from exc
+            raise
+        found.was_cut = bounded.cut
+        return found
 
     pydicom = require_pydicom()
     try:
@@ -71,6 +81,22 @@ def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) ->
             raise BadItem("decode", "undecodable", "deflated data within deflated data") from exc
         header.was_deflated = True
     return header
+
+
+def require_attributes(header: Any, *names: str) -> None:
+    """Raises BadItem if the file does not say how it is encoded, or lacks one of these attributes of an image."""
+    meta = getattr(header, "file_meta", {})
+    for place, name in ((meta, "TransferSyntaxUID"), *((header, name) for name in names)):
+        try:
+            found = place.get(name) not in (None, "")
+        except Exception:  # pydicom interprets a value when it is asked for
+            if not header.was_cut:
+                raise
+            found = False
+        if not found and header.was_cut:
+            raise BadItem("decode", "truncated", f"a DICOM file that ends before its {name}")
+        if not found:
+            raise BadItem("decode", "undecodable", f"a DICOM file without {name}, which an image needs")
 
 
 def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
@@ -101,6 +127,7 @@ def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
 
 def frames_of(header: Any, size: int) -> int:
     """How many images a DICOM file of so many bytes holds, by `FRAME_NAMES` of it. Raises BadItem if it cannot."""
+    require_attributes(header)
     count = max(1, int(header.get("NumberOfFrames") or 1))
     if count > _MAX_FRAMES:
         raise BadItem("decode", "too-large", f"{count} frames in a file; at most {_MAX_FRAMES}")
@@ -110,7 +137,7 @@ def frames_of(header: Any, size: int) -> int:
         rows, columns, samples, bits = (int(header.get(name) or 1) for name in FRAME_NAMES[1:])
         least = max(1, rows * columns * min(samples, 2) * bits // 8)  # 2 of YBR_FULL_422 (PS3.3, C.7.6.3.1.2)
     if count > 1 and count * least > size * (_MOST_DEFLATED if header.was_deflated else 1):
-        raise BadItem("decode", "undecodable", f"{count} frames of at least {least} bytes in a file of {size}")
+        raise BadItem("decode", "truncated", f"{count} frames of at least {least} bytes in a file of {size}")
     return count
 
 
@@ -133,10 +160,15 @@ class _Deflated(Exception):
 
 
 class _Bounded:
-    """A file of which pydicom may read so much, so many times, and does not get what it would inflate."""
+    """A file of which pydicom may read so much, so many times, and does not get what it would inflate.
+
+    Attributes:
+        cut: whether pydicom was given less than it asked for; at the end of a whole file it asks once, for a tag.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._reads, self._bytes = file, 0, 0
+        self._file, self._reads, self._bytes, self._ends = file, 0, 0, 0
+        self.cut = False
         self.seek, self.tell = file.seek, file.tell
         start = self.tell()
         self._end = self.seek(0, os.SEEK_END)
@@ -147,7 +179,11 @@ class _Bounded:
         self._reads += 1
         if self._reads > _MAX_READS:
             raise BadItem("decode", "undecodable", f"more than {_MAX_READS} data elements, or parts of them")
-        left = max(0, self._end - self.tell())
+        left = self._end - self.tell()
+        if size is not None and left < size:
+            self._ends += 1
+            self.cut |= left != 0 or self._ends > 1
+        left = max(0, left)
         wanted = left if size is None else min(size, left)  # of a claimed size, memory is taken in advance
         self._bytes += wanted
         if self._bytes > _MAX_BYTES:

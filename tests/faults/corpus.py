@@ -10,9 +10,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import cv2
+import imagecodecs
 import numpy as np
 import pydicom
+import tifffile
 from PIL import Image, features
 
 SIDE = (40, 56)
@@ -73,10 +74,21 @@ def deep(seed: int) -> Any:
     return pixels(seed).astype(np.uint16) * 257 - np.uint16(seed)
 
 
-def by_opencv(form: str, seed: int, *, gray: bool, compression: int | None = None) -> bytes:
-    """The picture in 16 bits, as a file of OpenCV's; `compression` as TIFF numbers them."""
-    options = [] if compression is None else [cv2.IMWRITE_TIFF_COMPRESSION, compression]
-    return cv2.imencode(f".{form}", deep(seed)[..., 0] if gray else deep(seed), options)[1].tobytes()
+def png(samples: Any) -> bytes:
+    """A picture in 16 bits as a file of libpng's."""
+    return bytes(imagecodecs.png_encode(np.ascontiguousarray(samples)))
+
+
+def tiff(pixels: Any, **options: Any) -> bytes:
+    """A picture as a file of tifffile's."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, metadata=None, rowsperstrip=None if "tile" in options else 16, **options)
+    return file.getvalue()
+
+
+def planar(seed: int, **options: Any) -> bytes:
+    """The picture in 16 bits as a TIFF of three planes."""
+    return tiff(np.moveaxis(deep(seed), 2, 0), photometric="rgb", planarconfig="separate", **options)
 
 
 def dicom(seed: int, syntax: str = _EXPLICIT, *, frames: int = 1) -> bytes:
@@ -122,12 +134,18 @@ KINDS: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "tiff lzw": ("tif", lambda seed: encoded("TIFF", seed, compression="tiff_lzw")),
     "webp": ("webp", lambda seed: encoded("WEBP", seed, quality=80)),
     "gif": ("gif", lambda seed: encoded("GIF", seed)),
-    "png gray16": ("png", lambda seed: by_opencv("png", seed, gray=True)),
-    "png rgb16": ("png", lambda seed: by_opencv("png", seed, gray=False)),
-    "tiff gray16": ("tif", lambda seed: by_opencv("tiff", seed, gray=True, compression=1)),
-    "tiff gray16 deflate": ("tif", lambda seed: by_opencv("tiff", seed, gray=True, compression=8)),
-    "tiff rgb16": ("tif", lambda seed: by_opencv("tiff", seed, gray=False, compression=1)),
-    "tiff rgb16 lzw": ("tif", lambda seed: by_opencv("tiff", seed, gray=False, compression=5)),
+    "png gray16": ("png", lambda seed: png(deep(seed)[..., 0])),
+    "png rgb16": ("png", lambda seed: png(deep(seed))),
+    "png trns": ("png", lambda seed: _png_with(png(deep(seed)), b"tRNS", bytes(6))),
+    "tiff tiled": ("tif", lambda seed: tiff(pixels(seed), tile=(16, 32), compression="zlib", photometric="rgb")),
+    "tiff gray12": ("tif", lambda seed: tiff(deep(seed)[..., 0] >> 4, bitspersample=12)),
+    "tiff gray16": ("tif", lambda seed: tiff(deep(seed)[..., 0])),
+    "tiff gray16 deflate": ("tif", lambda seed: tiff(deep(seed)[..., 0], compression="zlib")),
+    "tiff white16": ("tif", lambda seed: tiff(deep(seed)[..., 0], photometric="miniswhite", compression="packbits")),
+    "tiff rgb16": ("tif", lambda seed: tiff(deep(seed), photometric="rgb")),
+    "tiff rgb16 lzw": ("tif", lambda seed: tiff(deep(seed), photometric="rgb", compression="lzw")),
+    "tiff planar16": ("tif", lambda seed: planar(seed)),
+    "tiff planar16 zstd": ("tif", lambda seed: planar(seed, compression="zstd", predictor=True)),
     "dicom": ("dcm", dicom),
     "dicom deflated": ("dcm", lambda seed: dicom(seed, _DEFLATED)),
     "dicom rle": ("dcm", lambda seed: dicom(seed, _RLE)),
@@ -159,6 +177,11 @@ def _png_size(width: int, height: int) -> Callable[[bytes], bytes]:
 
 def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def _png_with(data: bytes, name: bytes, content: bytes) -> bytes:
+    """A chunk behind the header."""
+    return data[:33] + _chunk(name, content) + data[33:]
 
 
 def _deflated_zeros(gigabytes: int, before: bytes = b"") -> bytes:
@@ -368,6 +391,9 @@ CRAFTED: tuple[tuple[str, str, Callable[[bytes], bytes]], ...] = (
     ("png", "absurd size", _png_size(2**31 - 1, 2**31 - 1)),
     ("png", "said to be larger", _png_size(5_000, 5_000)),
     ("png", "bomb", _png_bomb(1, 0, 1 / 8)),
+    ("png", "bomb in a text", lambda data: _png_with(data, b"zTXt", b"a\0\0\x78\xda" + _deflated_zeros(2))),
+    ("png", "bomb in a profile", lambda data: _png_with(data, b"iCCP", b"a\0\0\x78\xda" + _deflated_zeros(2))),
+    ("png", "1,000,000 chunks", lambda data: data[:33] + _chunk(b"teXt", b"") * 1_000_000 + data[33:]),
     ("bmp", "0x0", lambda data: _patched(data, 18, bytes(8))),
     ("bmp", "absurd size", lambda data: _patched(data, 18, b"\xff\xff\xff\x7f" * 2)),
     ("bmp", "negative height", lambda data: _patched(data, 22, struct.pack("<i", -(2**31)))),
@@ -385,6 +411,18 @@ CRAFTED: tuple[tuple[str, str, Callable[[bytes], bytes]], ...] = (
     ("png rgb16", "said to be larger", _png_size(5_000, 5_000)),
     ("png rgb16", "two sizes", _png_two_sizes),
     ("png rgb16", "bomb", _png_bomb(16, 2, 6)),
+    ("tiff", "absurd rows a strip", _tiff_tag(0x0116, 2**32 - 1)),
+    ("tiff tiled", "a tile of 26,000 x 16", _tiff_tag(0x0142, 26_000)),
+    ("tiff tiled", "a tile of 32 x 2**31", _tiff_tag(0x0143, 2**31)),
+    ("tiff tiled", "a tile of no rows", _tiff_tag(0x0143, 0)),
+    ("tiff gray12", "absurd rows a strip", _tiff_tag(0x0116, 2**32 - 1)),
+    ("tiff gray12", "said to be larger", _tiff_tag(0x0101, 5_000)),
+    ("tiff white16", "absurd strip", _tiff_tag(0x0117, 2**32 - 1)),
+    ("tiff planar16", "absurd size", _tiff_tag(0x0100, 2**31 - 1)),
+    ("tiff planar16", "said to be larger", _tiff_tag(0x0101, 5_000)),
+    ("tiff planar16", "65,535 samples", _tiff_tag(0x0115, 65_535)),
+    ("tiff planar16", "two widths", _tiff_two_widths),
+    ("tiff planar16 zstd", "cyclic", _tiff_cycle),
     ("tiff gray16", "absurd size", _tiff_tag(0x0100, 2**31 - 1)),
     ("tiff rgb16", "cyclic", _tiff_cycle),
     ("tiff rgb16", "absurd size", _tiff_tag(0x0100, 2**31 - 1)),

@@ -11,7 +11,7 @@ import pytest
 
 
 def test_no_file_harms_the_process_its_neighbours_or_the_agreement_of_the_backends(tmp_path: Path) -> None:
-    for module in ("nvidia.dali", "cv2", "pydicom"):
+    for module in ("nvidia.dali", "imagecodecs", "tifffile", "pydicom"):
         pytest.importorskip(module)
     script = Path(__file__).parent / "hostile"
     options = ["--truncations", "12", "--flips", "25", "--seed", "1", "--json", str(tmp_path / "result.json")]

@@ -1,0 +1,90 @@
+"""PNG: the chunks that decide pixels, and samples of 16 bits (W3C Portable Network Graphics, third edition)."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..environment import require_bits16
+from ..rejects import BadItem
+
+_MAGIC = b"\x89PNG\r\n\x1a\n"
+_CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+_PALETTE = 3  # the colour type that has one (11.2.1)
+_ANCILLARY = 0x20  # bit 5 of the first letter of a chunk's name (5.4)
+_DEPTHS = {"L;2": 2, "L;4": 4, "L": 8, "RGB": 8}  # of the samples that Pillow names so
+
+
+def is_png(data: bytes) -> bool:
+    """Whether a file is PNG by its signature (5.2)."""
+    return data.startswith(_MAGIC)
+
+
+def without_extras(data: bytes) -> bytes:
+    """A PNG without the ancillary chunks that no pixel depends on; the same object if it has none.
+
+    Pillow refuses a whole file for what is wrong with one of them: text or a colour profile beyond its limits, a wrong
+    CRC. Of an animation, the image that all decoders show is left.
+
+    Raises:
+        BadItem: there are no pixels, or the data ends before them; there are two headers, or a palette is missing.
+    """
+    view, kept, found = memoryview(data), bytearray(), set()
+    begin, position = 0, len(_MAGIC)
+    while position + 8 <= len(data) and b"IEND" not in found:
+        name = data[position + 4 : position + 8]
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if name in _CRITICAL:
+            if name == b"IHDR" and name in found:
+                raise BadItem("decode", "undecodable", "a PNG of two headers")
+            found.add(name)
+        elif name not in found and _decides(name, view[position + 4 : end]):
+            found.add(name)  # of several, the first one counts
+        elif name[0] & _ANCILLARY:
+            kept += view[begin:position]
+            begin = end
+        position = end
+    if b"IDAT" not in found:
+        if b"IEND" in found:
+            raise BadItem("decode", "undecodable", "a PNG without pixels")
+        raise BadItem("decode", "truncated", f"{len(data)} bytes, which end before the pixels begin")
+    if data[12:16] == b"IHDR" and data[25] == _PALETTE and b"PLTE" not in found:
+        raise BadItem("decode", "undecodable", "a PNG of palette indices without a palette")
+    return b"".join((kept, view[begin:])) if kept else data
+
+
+def _decides(name: bytes, chunk: memoryview) -> bool:
+    """Whether an ancillary chunk (name, content, CRC) says what the pixels are; a damaged orientation says nothing."""
+    return name == b"tRNS" or (name == b"eXIf" and zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:], "big"))
+
+
+def set_transparency(image: Image.Image) -> None:
+    """Makes the transparent colour of a PNG that is not loaded comparable with the samples that Pillow will give.
+
+    Pillow scales samples of 2 and 4 bits to 8, and leaves the colour as the file has it: in the lowest bits (11.3.1.1).
+    """
+    colour, depth = image.info.get("transparency"), _DEPTHS.get(image.tile[0][3]) if image.tile else None
+    if colour is None or depth is None:
+        return
+    top = (1 << depth) - 1
+    scaled = [(level & top) * 255 // top for level in (colour if isinstance(colour, tuple) else (colour,))]
+    image.info["transparency"] = tuple(scaled) if isinstance(colour, tuple) else scaled[0]
+
+
+def samples16(data: bytes) -> NDArray[np.uint16]:
+    """The samples of a 16-bit PNG: (H, W, 1), (H, W, 3), or (H, W, 4) with alpha, also where one colour is transparent.
+
+    Raises:
+        BackendError: imagecodecs is missing.
+        BadItem: it finds no samples of 16 bits.
+        Exception: whatever imagecodecs raises for a damaged file.
+    """
+    found: NDArray[Any] = require_bits16("a transparent colour of 16-bit samples").imagecodecs.png_decode(data)
+    if found.dtype != np.uint16:
+        raise BadItem("decode", "undecodable", f"imagecodecs finds samples of type {found.dtype}, not of 16 bits")
+    samples = found.reshape(*found.shape[:2], -1)
+    return samples[..., [0, 0, 0, 1]] if samples.shape[2] == 2 else samples
