@@ -127,8 +127,11 @@ def test_an_open_image_is_refused_where_a_build_would_reject_its_file(tmp_path: 
     Image.fromarray(np.arange(1200, dtype=np.int32).reshape(40, 30)).save(path)  # 16 bits of 32 are in use
     with Image.open(path) as picture:
         for image in (path, picture):
-            with pytest.raises(ImageError, match="samples of 32 bits"):
+            with pytest.raises(ImageError, match="a TIFF of int32 samples"):
                 preprocess(image)
+        picture.load()
+        with pytest.raises(ImageError, match="samples of 32 bits"):
+            preprocess(picture)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])

@@ -309,11 +309,11 @@ class PillowDecoder:
         return canvas
 
 
-_tifffile_log = logging.getLogger("tifffile")
+_LOGS = [logging.getLogger(name) for name in ("tifffile", "pydicom")]
 
 
 class _PillowSettings:
-    """What decoding needs of Pillow and tifffile, as long as any decoder of this process is at work."""
+    """What decoding needs of Pillow, tifffile and pydicom, as long as any decoder of this process is at work."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -332,7 +332,9 @@ class _PillowSettings:
             self._warnings = warnings.catch_warnings()
             self._warnings.__enter__()
             warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.")
-            self._silent, _tifffile_log.disabled = _tifffile_log.disabled, True
+            self._silent = [log.disabled for log in _LOGS]
+            for log in _LOGS:
+                log.disabled = True
 
     def restore(self) -> None:
         """For one less."""
@@ -341,7 +343,8 @@ class _PillowSettings:
             if not self._users:
                 Image.MAX_IMAGE_PIXELS = self._limit
                 self._warnings.__exit__(None, None, None)
-                _tifffile_log.disabled = self._silent
+                for log, disabled in zip(_LOGS, self._silent, strict=True):
+                    log.disabled = disabled
 
 
 _pillow_settings = _PillowSettings()
