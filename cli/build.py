@@ -53,10 +53,12 @@ def command(src: str, out: str, config_file: str | None, as_json: bool, quiet: b
 
 def summary(report: BuildReport) -> str:
     """What a build did, for people."""
-    classes = "" if report.classes is None else f" of {report.classes} classes"
+    columns = report.label_columns
+    labels = f"labels {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
+    labels = f" ({printable(labels)})" if report.classes is None else f" of {report.classes} classes"
     shards = f"{report.shards} shards, {size(report.dataset_bytes)}"
     lines = [
-        f"{printable(report.out)}: {report.rows} images{classes} in {shards}",
+        f"{printable(report.out)}: {report.rows} images{labels} in {shards}",
         f"  rejects     {_rejects(report)}",
     ]
     if report.missing_shards:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from gpu_npz.cli.console import print_json, printable
+from gpu_npz.config import as_option
 from gpu_npz.errors import IncompleteError
 from gpu_npz.manifest import Manifest, so_far
 from gpu_npz.storage import open_storage
@@ -45,6 +46,7 @@ def _show(manifest: Manifest, built: int | None, as_json: bool) -> None:
     codes = ", ".join(f"{count} {code}" for code, count in counts.rejects_by_code.items())
     progress = "" if built is None else f", {built} are built"
     made_with = (", ".join(f"{k} {v}" for k, v in made.items()) for made in manifest.environments)
+    settings = ((name, value) for name, value in manifest.settings.items() if value is not None)
     rows: dict[str, Any] = {
         "id": manifest.id,
         "images": f"{counts.rows} of shape {images.shape}, {images.dtype}, {images.layout}, {images.channels}",
@@ -52,7 +54,7 @@ def _show(manifest: Manifest, built: int | None, as_json: bool) -> None:
         "rejects": f"{counts.rejects} of {counts.items} items" + (f" ({codes})" if codes else ""),
         "label columns" if manifest.columns else "classes": _labels(manifest),
         "made with": "; ".join(made_with) or "nothing yet",
-        **{name.replace("_", "-"): value for name, value in manifest.settings.items() if value is not None},
+        **{name.replace("_", "-"): as_option(name, value) for name, value in settings},
     }
     width = max(map(len, rows))
     click.echo("\n".join(f"{name:{width}}  {printable(str(value))}" for name, value in rows.items()))

@@ -37,7 +37,8 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> None:
     """Say what the pixels of SRC, decoded as a build would, or of a dataset are like: mean, std, histograms, classes.
 
-    Exact, by counts of levels. The last line has the options that normalize a build by these statistics.
+    Exact, by counts of levels. The last line has the options that normalize a build by these statistics. With --split
+    they are those of train, unless another side is named, as in val=0.2/val.
     """
     from gpu_npz.audit.statistics import of_dataset, of_source  # loads Pillow, which the help does not need
 
@@ -77,8 +78,9 @@ def _is_dataset(src: str) -> bool:
 
 def _lines(found: Statistics) -> list[str]:
     codes = ", ".join(f"{count} {code}" for code, count in found.rejects_by_code.items())
+    side = "" if found.side is None else f" of {found.side} alone, as --split takes them"
     lines = [
-        f"{printable(found.path)}: {found.images} images{f'; rejects: {codes}' if codes else ''}",
+        f"{printable(found.path)}: {found.images} images{side}{f'; rejects: {codes}' if codes else ''}",
         f"  {'channel':8} {'mean':>8} {'std':>8} {'min':>4} {'max':>4}  levels 0 to {len(found.histograms[0]) - 1}",
     ]
     rows = zip(found.channels, found.mean, found.std, found.min, found.max, found.histograms, strict=True)

@@ -30,7 +30,7 @@ from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
 from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .parts import Part
-from .planning import Measuring, backend, begin, check_places, places, remarks, resume
+from .planning import Measuring, backend, begin, check_places, places, remarks, require_scaled, resume
 from .sources import open_source
 from .sources.base import Source
 from .space import require_space
@@ -61,7 +61,8 @@ Tell = Callable[[Started | Measuring | Event], None]
 class BuildReport:
     """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset.
 
-    `classes` is None where labels are none. `timeline` shows how this run went: items done by then, and what a worker
+    `classes` is None where labels are not classes, `label_columns` then names their columns, of which there are none
+    without labels. `timeline` shows how this run went: items done by then, and what a worker
     held. `changed_files` were written to, or went, while this run read them. `worker_memory_bytes` and
     `gpu_memory_bytes` are the most that a worker of it has held (see `WorkerEnded`).
     """
@@ -72,6 +73,7 @@ class BuildReport:
     missing_shards: int
     items: int
     classes: int | None
+    label_columns: tuple[str, ...]
     rows: int
     rejects: int
     rejects_by_code: dict[str, int]
@@ -131,6 +133,7 @@ def _build(
         raise UsageError(
             f"split {config.split} makes several datasets: call build_split, or name one: {config.split}/val"
         )
+    require_scaled(config)
     start = time.perf_counter()
     storage = open_storage(out)
     check_places(src, storage)
@@ -247,14 +250,14 @@ def run(
     records = committed(storage, job)
     mine = part.shards(plan.shard_count) if part else range(plan.shard_count)
     todo = [shard for shard in mine if shard not in records]
-    built_items = sum(len(plan.shard_range(shard)) for shard in todo)
+    items, todo_items = (sum(len(plan.shard_range(shard)) for shard in shards) for shards in (mine, todo))
     row_bytes = math.prod(job.row_shape) * job.dtype.itemsize
     choice = backend(job, config) if todo else Choice(record.backend)
     shard_rows = min(plan.shard_rows, plan.item_count)
     tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=len(todo))
-    items = sum(len(plan.shard_range(shard)) for shard in mine)
-    progress(Started(items, items - built_items, record.backend, record.device, tuning.workers))
+    progress(Started(items, items - todo_items, record.backend, record.device, tuning.workers))
     ended: list[WorkerEnded] = []
+    built: set[int] = set()
     watch = Watch(config.reject_limit(plan.item_count), storage.root if config.preflight else None)
     if todo:
         if records and record.device == "cpu" and config.device not in ("auto", "cpu"):
@@ -262,7 +265,7 @@ def run(
                 "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
             )
         if config.preflight and job.settings.deflate_level is None:  # how far images shrink is not known
-            need = {"rows": built_items, "row_bytes": row_bytes, "shards": len(todo)}
+            need = {"rows": todo_items, "row_bytes": row_bytes, "shards": len(todo)}
             require_space(storage.root, **need, dtype=job.settings.dtype, pixel_dtype=job.settings.pixel_dtype)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
         task = Task(storage.root, source, None, tuning, _environment(records, config))
@@ -271,6 +274,7 @@ def run(
                 watch.see(event)
                 if isinstance(event, Committed):
                     records[event.record.shard] = event.record
+                    built.add(event.record.shard)
                 elif isinstance(event, WorkerEnded):
                     ended.append(event)
                 progress(event)
@@ -287,6 +291,7 @@ def run(
     for each in ended:
         stages.update(each.stage_seconds)
     rejects = Counter(reject.code for commit in records.values() for reject in commit.rejects)
+    built_items = sum(len(plan.shard_range(shard)) for shard in built)
     seconds = time.perf_counter() - start
     report = BuildReport(
         out=storage.root,
@@ -295,6 +300,7 @@ def run(
         missing_shards=plan.shard_count - len(records),
         items=plan.item_count,
         classes=None if record.class_names is None else len(record.class_names),
+        label_columns=tuple(column.name for column in record.columns),
         rows=sum(commit.rows for commit in records.values()),
         rejects=rejects.total(),
         rejects_by_code=dict(sorted(rejects.items())),
@@ -303,7 +309,7 @@ def run(
         backend=record.backend,
         device=record.device,
         tuning=tuning,
-        built_shards=len(todo),
+        built_shards=len(built),
         built_items=built_items,
         seconds=seconds,
         images_per_second=built_items / seconds,
@@ -323,7 +329,7 @@ def run(
             f"stopped early: {watch.rejects} of the {watch.items} items of this run were rejected "
             f"({watch.reject.path!r} for one: {watch.reject.code}, {watch.reject.detail}); --max-rejects "
             f"{config.max_rejects} allows {config.reject_limit(plan.item_count)} of {plan.item_count}. "
-            f"{_look(source, report)}; run the same command with a higher --max-rejects to go on all the same",
+            f"{_look(source, watch.codes)}; run the same command with a higher --max-rejects to go on all the same",
             report,
         )
     if not complete and not report.missing_shards:
@@ -389,11 +395,14 @@ def _hints(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[str
     return tuple(hints)
 
 
-def _look(source: Source, report: BuildReport) -> str:
+def _look(source: Source, rejects_by_code: Mapping[str, int]) -> str:
     """What to do about rejects."""
-    codes = report.rejects_by_code
-    if source.kind == "table" and max(codes, key=lambda code: codes[code]) == "missing":
-        return "If paths or --root are wrong (a name's extension?), start anew with --overwrite"
+    if source.kind == "table" and max(rejects_by_code, key=lambda code: rejects_by_code[code]) == "missing":
+        root = source.root or os.path.dirname(source.location)
+        return (
+            f"If paths or --root are wrong (files are looked for below {root!r}; do the names lack an extension?), "
+            "give the right ones with --overwrite"
+        )
     return "Look at some of the files"
 
 
@@ -401,8 +410,8 @@ def _too_many(storage: Storage, source: Source, report: BuildReport, config: Bui
     return (
         f"{report.rejects} of {report.items} items were rejected ({_codes(report.rejects_by_code)}); --max-rejects "
         f"{config.max_rejects} allows {config.reject_limit(report.items)}. All shards are built and stay; "
-        f"{storage.path(REJECTS)!r} names the items. {_look(source, report)}; run the same command with a higher "
-        "--max-rejects to finish at once"
+        f"{storage.path(REJECTS)!r} names the items. {_look(source, report.rejects_by_code)}; run the same command "
+        "with a higher --max-rejects to finish at once"
     )
 
 

@@ -167,7 +167,7 @@ class BuildConfig(BaseModel):
         "Where labels are: class-dir (the first folder), none, or a table FILE; csv:NAME, a table in every folder; "
         "columns of a table or Parquet (A,B or A:class, A:integer, A:float), behind FILE: or csv:NAME: for such a "
         "table; cls (the default), txt or json:FIELD of a WebDataset; coarse of CIFAR-100; an array of an .npz, or an "
-        ".npy FILE.",
+        ".npy FILE, with a kind behind it if it needs one.",
         "class-dir, none, a table's path, csv:NAME, columns, cls, txt, json:FIELD, coarse, an array or FILE.npy",
         "WHERE",
     )
@@ -232,8 +232,8 @@ class BuildConfig(BaseModel):
     )
     root: str | None = _setting(
         "operational", None,
-        "What paths in a table are relative to, the table's own folder unless given; or the folder in a tar or zip "
-        "that is taken.",
+        "What paths in a table are relative to, the table's own folder unless given; or the folder in a folder, tar or "
+        "zip that is taken.",
         "a folder",
         "DIR",
     )  # fmt: skip
@@ -355,7 +355,10 @@ class BuildConfig(BaseModel):
     @field_validator("background", "mean", "std", "window", "dicom_window", mode="before")
     @classmethod
     def _split_numbers(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        inner = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)  # as Python and JSON have them
+        return [part.strip() for part in (inner[1] if inner else value).split(",")]
 
     @field_validator("shard_size", mode="before")
     @classmethod
@@ -548,6 +551,13 @@ def gpu_numbers(device: str) -> tuple[int, ...]:
 def settings_of(kind: Kind) -> list[str]:
     """The names of the settings of one kind, in the order in which they are declared."""
     return [name for name in BuildConfig.model_fields if _extra(name)["kind"] == kind]
+
+
+def as_option(name: str, value: Any) -> str:
+    """A setting's value, which is not None, as its option takes it: `0.485,0.456,0.406`, `224x224`, `true`."""
+    if isinstance(value, (tuple, list)):
+        return ("x" if name == "size" else ",").join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ rounds the offset half to even (torchvision.transforms.functional, `_compute_res
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -55,7 +56,7 @@ class Geometry:
         """The geometry that `config` asks for; `image_size` is the plan's (height, width)."""
         return cls(config.resize_mode, *image_size, config.crop_pct)
 
-    @property
+    @functools.cached_property
     def cover(self) -> tuple[int, int]:
         """(Hc, Wc): the size that a resized image covers before center-crop cuts it."""
         pct = Fraction(str(self.crop_pct))

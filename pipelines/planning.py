@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import environment, space
-from .config import MIN_STD, BuildConfig
+from .config import MIN_STD, BuildConfig, as_option
 from .counting import count_source, mean_of, std_of
 from .decode import image_size
 from .engines import ray
@@ -162,8 +162,30 @@ def doubts(config: BuildConfig) -> Iterator[str]:
             "--normalize dataset measures these images; for a validation set give those of its training set, as "
             "`gpu-npz info` shows them: --mean R,G,B --std R,G,B"
         )
-    if config.mean is not None and max(config.mean) > 1:
-        yield f"--mean {','.join(f'{mean:g}' for mean in config.mean)}: pixels are scaled to 0..1 before; divide by 255"
+
+
+def require_scaled(config: BuildConfig) -> None:
+    """Raises UsageError for a mean or a std of levels: pixels are scaled to 0..1 first, so neither can be above 1.
+
+    Only a build is refused: a dataset that has such settings can be read.
+    """
+    if config.mean is None or config.std is None or max(*config.mean, *config.std) <= 1:
+        return
+    given = {"mean": config.mean, "std": config.std}
+    level = 255 if max(*config.mean, *config.std) <= 255 else config.max_level
+    of_levels = {"mean": max(config.mean) > 1, "std": max(config.std) >= 1}  # a std of 1 leaves levels as they are
+    scaled = {
+        name: tuple(float(f"{number / level:.6g}") for number in numbers) if of_levels[name] else numbers
+        for name, numbers in given.items()
+    }
+    refused, advised = (
+        " ".join(f"--{name} {as_option(name, numbers)}" for name, numbers in options.items())
+        for options in (given, scaled)
+    )
+    way = "`gpu-npz stats SRC` finds those of your images"
+    if max(*scaled["mean"], *scaled["std"]) <= 1:
+        way = f"if these are of levels 0 to {level}, give {advised}"
+    raise UsageError(f"{refused}: pixels are scaled to 0..1 before, so neither a mean nor a std is above 1; {way}")
 
 
 def _measured(

@@ -24,7 +24,7 @@ from .manifest import class_list, committed
 from .normalize import row_shape, table
 from .output import JOB, shard_name
 from .plan import Plan, collect
-from .planning import backend, doubts, inspect, places, remarks, resume
+from .planning import backend, doubts, inspect, places, remarks, require_scaled, resume
 from .rejects import Reject
 from .selection import listed
 from .sources import open_source
@@ -142,6 +142,7 @@ def survey(
         ShardError: the measured run failed for a reason that lies outside the images.
     """
     config = given = config or BuildConfig()
+    require_scaled(config)
     measures_first = config.normalize == "dataset" and config.mean is None
     if measures_first:
         config = BuildConfig(**{**config.model_dump(), "normalize": "unit"})  # the same work

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 from .config import TRAIN, BuildConfig
 from .errors import UsageError
 from .plan import Plan, collect
-from .sources.base import Group, Source, as_bytes, as_text, extensions, files_left_out, no_images
+from .sources.base import Group, Source, as_bytes, as_text, extensions, files_left_out, is_side, no_images, some
 from .sources.dicom import split_frame
+from .sources.rows import EXTENSIONS as TABLES
 
 log = logging.getLogger(__name__)
 Positions = NDArray[np.int64]
-_SIDES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}  # of datasets as they are shared
 _LOOKED_AT = 1000
 
 
@@ -57,16 +58,34 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
             files_left_out(source.left_out),
             extensions(),
         )
-    by_folder = config.labels in (None, "class-dir") and source.kind in ("folder", "tar", "zip")
-    if by_folder and (doubt := _doubtful_classes(source, arrays)) is not None:
-        log.warning("%r: the classes are %s alone; if they should be folders below, %s", *doubt)
+    if source.bare:
+        log.warning(
+            "%r: %d class folders have no images, but keep their class numbers (%s); remove those that are no classes",
+            source.location, len(source.bare), some(source.bare),
+        )  # fmt: skip
+    if config.labels is None and source.kind in ("folder", "tar", "zip"):
+        if "labels" not in arrays and (arrays["group_labels"] < 0).all():
+            log.warning("%r has images and no class folders, so the dataset has no labels; %s", *_unlabelled(source))
+        elif (doubt := _doubtful_classes(source, arrays)) is not None:
+            log.warning("%r: the classes are %s alone; if they should be folders below, %s", *doubt)
     return arrays
+
+
+def _unlabelled(source: Source) -> tuple[str, str]:
+    """Location, and where labels may come from, of a source whose images stand in no folders."""
+    folder, name = os.path.split(source.location)
+    above = source.kind == "folder" and not folder.endswith(("/", ":"))
+    way = f"if {name!r} is a class, give the folder of all classes, {folder!r}; " if above else ""
+    tables = [extension for extension in TABLES if source.left_out.get(extension)]
+    if tables and source.file_per_item:
+        way += f"if a table there has labels ({', '.join(tables)}), --labels FILE names it; "
+    return source.location, f"{way}add --labels none if it has none"
 
 
 def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, str, str] | None:
     """Location, classes, and a way out, of a source whose classes look like folders one level too high."""
     names = source.class_names or ()
-    sides = len(names) > 0 and all(name.lower() in _SIDES for name in names)
+    sides = len(names) > 0 and all(map(is_side, names))
     if not sides and len(names) == 1:
         looked_at = Plan(arrays, 1).items(0, min(_LOOKED_AT, len(arrays.get("order", arrays["name_ends"]))))
         files = (as_text(split_frame(b"/" + as_bytes(item.path))[0]) for item in looked_at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 from .errors import StorageError
@@ -47,12 +48,14 @@ class Watch:
     Attributes:
         items, rejects: of this run so far.
         reject: one of this run, None before there is any.
+        codes: of the rejects of this run, by one of each batch: those of commit records are not all.
         changed: files of SRC that were written to while this run read them.
     """
 
     def __init__(self, reject_limit: int, storage_root: str | None) -> None:
         self.items = self.rejects = self.changed = 0
         self.reject: Reject | None = None
+        self.codes: Counter[str] = Counter()
         self._deep = False
         self._limit = reject_limit
         self._root = storage_root
@@ -72,7 +75,9 @@ class Watch:
             self.items += event.items
             self.rejects += event.rejects
             self.changed += event.changed
-            self.reject = self.reject or event.reject
+            if event.reject:
+                self.reject = self.reject or event.reject
+                self.codes[event.reject.code] += event.rejects
             if event.deep and not self._deep:
                 self._deep = True
                 log.warning(

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,9 @@ from .storage import open_storage
 from .tuning import Tuning
 
 _PULSE_S = 1.0
+# What a worker may grow by before another one takes its place, for libraries leak: libjpeg-turbo inside DALI keeps the
+# buffer of every image in whose data it gives up.
+_MAX_GROWTH_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,26 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
     yield WorkerEnded({**seconds, **sink.seconds}, _peak_bytes(), gpu_memory_bytes)
 
 
+def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
+    """The shards that a worker asks for, until there are none, or its process should be replaced by a fresh one.
+
+    That is when it has grown by a gigabyte since it ended its first shard. macOS does not say.
+
+    Args:
+        ask: gives the next shard, None if there is none.
+        open_shards: how many a worker takes before it ends one.
+    """
+    taken, allowed = 0, sys.maxsize
+    while _memory_bytes() <= allowed:
+        shard = ask()
+        if shard is None:
+            return
+        yield shard
+        taken += 1
+        if taken == open_shards:
+            allowed = _memory_bytes() + _MAX_GROWTH_BYTES
+
+
 def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[Batch]:
     """The batches of several shards in turn, as many as may be open, so that their threads write at the same time."""
     coming, turns = iter(shards), deque[Iterator[Batch]]()
@@ -279,11 +302,18 @@ def _deflater(job: Job) -> dict[str, str]:
 
 def _pulse() -> Pulse:
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
         folders = (len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task"))
-        return Pulse(os.getpid(), pages * resource.getpagesize(), *folders)
+        return Pulse(os.getpid(), _memory_bytes(), *folders)
     except OSError:  # macOS
         return Pulse(os.getpid(), 0, 0, 0)
+
+
+def _memory_bytes() -> int:
+    """Main memory that this process holds; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def _peak_bytes() -> int:
@@ -296,7 +326,7 @@ def _require_environment(expected: dict[str, Any] | None, found: dict[str, Any])
         return
     names = sorted({*expected, *found})
     differences = [
-        f"  {name}: {expected.get(name)} made them, {found.get(name)} is here"
+        f"  {name}: {expected.get(name, 'an unknown one')} made them, {found.get(name, 'none')} is here"
         for name in names
         if expected.get(name) != found.get(name)
     ]

@@ -547,6 +547,23 @@ def test_shards_of_another_environment_are_refused_unless_accepted(mixed: Path, 
     assert (copied / "shard-00000.npz").read_bytes() == (whole / "shard-00000.npz").read_bytes()
 
 
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
+def test_a_build_that_another_revision_of_the_decoding_code_began_is_not_continued(
+    backend: str, mixed: Path, out: Path
+) -> None:
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    build(mixed, out, settings(backend=backend))
+    (out / "shard-00000.npz").unlink()
+    for path in (out / ".gpu-npz/commits").iterdir():
+        record = json.loads(path.read_text())
+        assert record["environment"].pop("decoding_revision") > 1
+        path.write_text(json.dumps(record))
+    with pytest.raises(MismatchError, match=r"decoding_revision: an unknown one made them, \d+ is here"):
+        build(mixed, out, settings(backend=backend))
+    assert not (out / "shard-00000.npz").exists()
+
+
 @pytest.mark.parametrize("name", [".gpu-npz/job.json", ".gpu-npz/commits/shard-00001.json"])
 def test_a_damaged_record_is_an_error_that_names_it(mixed: Path, copied: Path, name: str) -> None:
     (copied / name).write_text('{"version": 1')
@@ -1044,6 +1061,40 @@ def test_a_build_that_is_plainly_going_wrong_stops_early_and_goes_on_when_told(
     assert not (tmp_path / "out/dataset.json").exists()
     report = build(src, tmp_path / "out", config.model_copy(update={"max_rejects": "100%"}))
     assert (report.complete, report.rows, report.rejects) == (True, 25, 75)
+
+
+@pytest.mark.parametrize("options", [{}, {"part": "1/2"}, {"workers": 2}, {"split": "val=0.1/val"}], ids=str)
+@pytest.mark.parametrize("shard_size", ["4", "1000"])
+def test_a_build_that_stops_before_any_commit_says_what_to_do(
+    make_tree: MakeTree,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    shard_size: str,
+) -> None:
+    monkeypatch.setattr("gpu_npz.watch._EARLY_REJECTS", 2)
+    right, wrong = make_tree({f"a/{number:03}.jpg": "jpeg" for number in range(60)}), tmp_path / "wrong"
+    wrong.mkdir()
+    table = tmp_path / "t.csv"
+    table.write_text("path,label\n" + "".join(f"a/{number:03}.jpg,{number % 3}\n" for number in range(60)))
+    config = settings(max_rejects="1", shard_size=shard_size, batch_size=4, **{**options, "root": str(wrong)})
+    with pytest.raises(RejectLimitError, match=r"'a/\d+.jpg' for one: missing, No such file or directory") as caught:
+        build(table, tmp_path / "out", config)
+    assert f"If paths or --root are wrong (files are looked for below '{wrong}'; do the names" in str(caught.value)
+    assert "give the right ones with --overwrite" in str(caught.value)
+    report = caught.value.report
+    assert report.missing_shards
+    committed = len(list((tmp_path / "out/.gpu-npz/commits").glob("*.json")))
+    assert report.built_shards == committed or options.get("workers")  # which may commit one that is not heard of
+    assert report.rejects == report.built_items <= 60
+    fixed = {"root": str(right), "overwrite": "part" not in options}
+    if "part" in options:
+        shutil.rmtree(tmp_path / "out")
+    report = build(table, tmp_path / "out", config.model_copy(update=fixed))
+    assert (report.rejects, report.rows) == (0, report.built_items)
+    make_tree({f"b/{number:03}.jpg": "text" for number in range(60)})
+    with pytest.raises(RejectLimitError, match=r"not-an-image, .*Look at some of the files"):
+        build(right / "b", tmp_path / "other", config.model_copy(update={"root": None}))
 
 
 def test_a_build_with_some_rejects_over_the_limit_is_not_stopped_early(

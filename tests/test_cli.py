@@ -68,6 +68,26 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 # What goes where
 
 
+def test_a_build_says_which_labels_it_has(src: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(name: str, *arguments: str) -> tuple[str, str]:
+        assert run(["build", *arguments, str(tmp_path / name), *SMALL, "--max-rejects", "100%"]) == 0
+        captured = capsys.readouterr()
+        return captured.out.splitlines()[0], captured.err
+
+    line, warned = said("one", f"{src}/a")
+    assert line.startswith(f"{tmp_path}/one: 4 images (no labels) in ")
+    assert f"if 'a' is a class, give the folder of all classes, '{src}'; add --labels none if" in warned
+    line, warned = said("none", f"{src}/a", "--labels", "none")
+    assert "(no labels)" in line
+    assert not warned
+    (tmp_path / "t.csv").write_text(
+        "path,grade,age\n" + "".join(f"a/{number}.jpg,1,{number}.5\n" for number in range(4))
+    )
+    line, warned = said("table", str(tmp_path / "t.csv"), "--root", src, "--labels", "grade,age")
+    assert line.startswith(f"{tmp_path}/table: 4 images (labels grade, age) in ")
+    assert not warned
+
+
 def test_a_build_says_what_it_made_on_stdout_and_nothing_on_stderr(
     src: str, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,7 +361,7 @@ def test_info_of_an_unfinished_build_says_how_far_it_is_and_what_to_do(
     rows = dict(line.split("  ", 1) for line in captured.out.splitlines())
     assert rows["shards"].strip() == "5 of 2 items, 4 are built"
     assert rows["images"].strip() == "6 of shape (3, 16, 16), float32, NCHW, rgb"
-    assert (rows["size"].strip(), rows["resize-mode"].strip()) == ("[16, 16]", "stretch")
+    assert (rows["size"].strip(), rows["resize-mode"].strip()) == ("16x16", "stretch")
     assert run(["info", out, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["built_shards"], found["counts"]["rows"], found["settings"]["size"]) == (4, 6, [16, 16])

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from gpu_npz.config import MIN_REJECT_LIMIT, BuildConfig, Kind, load_toml, settings_of
+from gpu_npz.config import MIN_REJECT_LIMIT, BuildConfig, Kind, as_option, load_toml, settings_of
 from gpu_npz.errors import UsageError
 
 VARIED: list[dict[str, Any]] = [
@@ -38,6 +38,21 @@ def test_settings_survive_json_in_both_ways(settings: dict[str, Any]) -> None:
     assert BuildConfig.model_validate_json(text) == config
     assert BuildConfig(**json.loads(text)) == config
     assert hash(BuildConfig(**json.loads(text))) == hash(config)
+
+
+@pytest.mark.parametrize("settings", VARIED, ids=lambda settings: ",".join(settings) or "defaults")
+def test_settings_are_taken_as_they_are_shown(settings: dict[str, Any]) -> None:
+    identity = BuildConfig(**settings).identity()
+    shown = {name: as_option(name, value) for name, value in identity.items() if value is not None}
+    assert all(isinstance(value, str) for value in shown.values())
+    assert BuildConfig(**shown).identity() == identity
+
+
+@pytest.mark.parametrize("text", ["0.5,0.25,1e-3", "[0.5, 0.25, 0.001]", " (0.5,0.25, .001) "])
+def test_numbers_are_taken_as_options_json_and_python_have_them(text: str) -> None:
+    assert BuildConfig(mean=text, std="1,1,1").mean == (0.5, 0.25, 0.001)
+    with pytest.raises(UsageError, match=r"mean: got"):
+        BuildConfig(mean=text.strip(" [(") + "]", std="1,1,1")
 
 
 @pytest.mark.parametrize("percentage", ["0.00001%", "33.333333%"])

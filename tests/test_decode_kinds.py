@@ -17,7 +17,6 @@ from PIL import Image
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.decode import pillow_decoder
-from gpu_npz.decode.jpeg import sof_type
 from gpu_npz.decode.pillow import PillowDecoder
 from gpu_npz.demo import paint
 from gpu_npz.geometry import Geometry
@@ -77,20 +76,6 @@ def test_a_lossless_jpeg_is_decoded_at_every_size(backend: str, tmp_path: Path, 
     preprocess = Preprocess(BuildConfig(size=8, dtype="uint8"), (8, 8))  # which decodes at reduced size where it can
     for pixels in pictures.values():
         np.testing.assert_array_equal(preprocess(lossless(pixels)), preprocess(pixels))
-
-
-@pytest.mark.parametrize(
-    ("options", "kind"),
-    [({}, 0), ({"progressive": True}, 2), ({"exif": b"Exif\0\0\xff\xc3\0\x11\x08"}, 0), ({"comment": b"\xff\xc3"}, 0)],
-    ids=["baseline", "progressive", "EXIF", "comment"],
-)
-def test_the_kind_of_a_jpeg_is_that_of_its_first_frame(encode: Encode, options: dict[str, Any], kind: int) -> None:
-    data = encode(paint(20, 30, 0), **options)
-    assert sof_type(data) == kind
-    assert sof_type(data[:2] + b"\xff\xff" + data[2:]) == kind  # fill bytes
-    assert sof_type(lossless(paint(20, 30, 0))) == 3
-    for cut in (b"", data[:2], data[:6], b"no JPEG at all"):
-        assert sof_type(cut) is None
 
 
 def test_decoding_in_full_gives_pixels_the_row_of_their_file(tmp_path: Path, encode: Encode) -> None:

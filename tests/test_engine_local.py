@@ -25,7 +25,10 @@ FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 # Loaded by every worker before anything else of the package: a decoder that dies or hangs on some images.
 SABOTAGE = """
 import ctypes, os, signal, time
+import gpu_npz.worker
 from gpu_npz.decode.pillow import PillowDecoder
+gpu_npz.worker._MAX_GROWTH_BYTES = 1 << 25
+leaked = []
 whole = PillowDecoder.decode_image
 def decode_image(self, data, path, frame=None):
     name = os.path.basename(path)
@@ -37,6 +40,8 @@ def decode_image(self, data, path, frame=None):
         time.sleep(3600)
     if name.startswith("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if name.startswith("leak"):
+        leaked.append(b"x" * (1 << 24))
     if name.startswith("once"):
         marker = os.path.join(os.environ["ONCE"], name)
         if not os.path.exists(marker):
@@ -144,6 +149,21 @@ def test_a_worker_that_dies_once_is_replaced_and_nothing_is_rejected(src: Callab
     report = build(src("once-1.jpg", "once-2.jpg"), tmp_path / "out", settings())
     assert (report.rows, report.rejects) == (26, 1)
     assert (tmp_path / "once-1.jpg").exists()
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_a_worker_that_grows_too_large_is_replaced_between_two_shards(src: Callable[..., Path], tmp_path: Path) -> None:
+    root = src(*(f"leak-{number}.jpg" for number in range(20)))
+    seen: list[Started | worker.Event] = []
+    report = build(root, tmp_path / "out", settings(workers=1), progress=seen.append)
+    assert (report.rows, report.rejects, report.complete) == (44, 1, True)
+    ended = [event for event in seen if isinstance(event, worker.WorkerEnded)]
+    assert len(ended) > 2
+    assert max(event.memory_bytes for event in ended) - min(event.memory_bytes for event in ended) < 1 << 28
+    assert min(step.items for step in seen if isinstance(step, worker.Progress)) > 0  # nothing was lost
+    build(root, tmp_path / "undisturbed", settings(workers=0))
+    ours, theirs = (gpu_npz.open_dataset(tmp_path / name) for name in ("out", "undisturbed"))
+    np.testing.assert_array_equal(ours[:], theirs[:])
 
 
 @pytest.mark.usefixtures("sabotaged")

@@ -84,10 +84,38 @@ def test_items_classes_and_shards_are_those_of_the_build(tree: Path, tmp_path: P
     assert look(tree, limit=3).items == 3
 
 
-def test_a_mean_of_another_scale_is_doubted(tree: Path) -> None:
-    doubt = "--mean 123.7,0.4,0.4: pixels are scaled to 0..1 before; divide by 255"
-    assert doubt in look(tree, mean="123.7,0.4,0.4", std="58,57,57").warnings
-    assert not any("scaled" in each for each in look(tree, mean="1,0.4,0", std="1,1,1").warnings)
+@pytest.mark.parametrize(
+    ("given", "advised"),
+    [
+        ({"mean": "123.675,116.28,103.53", "std": "58.395,57.12,57.375"}, "0.485,0.456,0.406 --std 0.229,0.224,0.225"),
+        ({"mean": "127.5,127.5,127.5", "std": "127.5,127.5,127.5"}, "0.5,0.5,0.5 --std 0.5,0.5,0.5"),
+        ({"mean": "0,0,0", "std": "255,255,255"}, "0.0,0.0,0.0 --std 1.0,1.0,1.0"),
+        ({"mean": "102,51,255", "std": "1,1,1"}, "0.4,0.2,1.0 --std 0.00392157,0.00392157,0.00392157"),
+        ({"mean": "102,51,255", "std": "0.2,0.2,0.2"}, "0.4,0.2,1.0 --std 0.2,0.2,0.2"),
+        ({"mean": "0.4,0.4,0.4", "std": "51,51,51"}, "0.4,0.4,0.4 --std 0.2,0.2,0.2"),
+        ({"channels": "gray", "mean": "102", "std": "51"}, "0.4 --std 0.2"),
+        ({"channels": "gray", "mean": "26214", "std": "13107", "bit_depth": 16}, "0.4 --std 0.2"),
+        ({"channels": "gray", "mean": "300", "std": "9"}, None),
+    ],
+)
+def test_a_mean_and_a_std_of_levels_are_refused_with_those_to_give(
+    tree: Path, tmp_path: Path, given: dict[str, Any], advised: str | None
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        look(tree, **given)
+    message = str(caught.value)
+    assert ": pixels are scaled to 0..1 before, so neither a mean nor a std is above 1; " in message
+    with pytest.raises(UsageError, match="pixels are scaled"):
+        build(tmp_path / "nothing", tmp_path / "out", BuildConfig(**given))
+    assert not (tmp_path / "out").exists()
+    if advised is None:
+        assert message.endswith("; `gpu-npz stats SRC` finds those of your images")
+        return
+    level = 65535 if given.get("bit_depth") else 255
+    assert message.endswith(f"; if these are of levels 0 to {level}, give --mean {advised}")
+    options = dict(zip(("mean", "std"), advised.split(" --std "), strict=True))
+    assert look(tree, **{**given, **options}).items == 40
+    assert look(tree, mean="1,0.4,0", std="1,1,1").items == 40
 
 
 def test_the_sample_says_what_the_headers_say(make_tree: MakeTree) -> None:

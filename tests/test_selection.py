@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
+import tarfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,10 @@ import pytest
 from listing import pack
 
 import gpu_npz
+from gpu_npz.audit.comparison import compare
 from gpu_npz.builder import build, build_split
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import FormatError, MismatchError, StorageError, UsageError
+from gpu_npz.errors import FormatError, MismatchError, SourceError, StorageError, UsageError
 from gpu_npz.job import Job
 from gpu_npz.plan import Plan
 from gpu_npz.selection import listed
@@ -129,12 +134,12 @@ def test_what_has_no_name_of_an_image_is_counted(tmp_path: Path, caplog: pytest.
 @pytest.mark.parametrize(
     ("names", "classes"),
     [
-        (("train/cat/1.jpg", "val/cat/2.jpg"), "'train', 'val'"),
+        (("train/cat/1.jpg", "val/dog/2.jpg"), "'train', 'val'"),
+        (("test/1.jpg", "train_set/2.jpg"), "'test', 'train_set'"),
         (("src/cat/1.jpg", "src/dog/2.jpg"), "'src'"),
         (("src/cat/1.jpg", "src/dog/2.jpg", "src/3.jpg"), None),
         (("train/1.jpg", "car/2.jpg"), None),
         (("train/1/2/3.jpg", "car/2.jpg"), None),
-        (("1.jpg",), None),
     ],
 )
 def test_classes_that_look_like_the_folder_above_are_doubted(
@@ -148,6 +153,183 @@ def test_classes_that_look_like_the_folder_above_are_doubted(
         "those in that one"
     )
     assert [record.getMessage()[: len(expected)] for record in caplog.records] == [expected] * (classes is not None)
+
+
+def saved(root: Path, *names: str) -> dict[str, Path]:
+    """Files of these names, which may end with a slash, in a folder, a tar, a zip, and as a zip of the folder's own."""
+    folder = root / "data set"
+    for name in names:
+        target = folder / name
+        (target if name.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            target.touch()
+    with tarfile.open(root / "a b.tar", "w") as tar, zipfile.ZipFile(root / "a b.zip", "w") as packed:
+        for path in sorted(folder.rglob("*")):
+            tar.add(path, path.relative_to(folder), recursive=False)
+            packed.write(path, path.relative_to(folder))
+    return {"folder": folder, "tar": root / "a b.tar", "zip": root / "a b.zip"}
+
+
+def remote(folder: Path) -> str:
+    """The folder on a store of fsspec."""
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    store.rm("/bucket", recursive=True) if store.exists("/bucket") else None
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.pipe(f"/bucket/{path.relative_to(folder)}", b"x")
+    return "memory://bucket"
+
+
+KINDS = ("folder", "tar", "zip", "remote")
+
+
+def opened_as(kind: str, place: Path, *names: str, **settings: Any) -> Source:
+    found = saved(place, *names)
+    return open_source(remote(found["folder"]) if kind == "remote" else found[kind], BuildConfig(**settings))
+
+
+SIDES = ("test/cat/3.jpg", "train/cat/1.jpg", "train/dog/2.jpg", "val/dog/2.jpg", "notes/a.txt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sides_of_a_split_are_no_classes_unless_it_is_said(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        opened_as(kind, tmp_path, *SIDES)
+    message = str(caught.value)
+    assert "has 'test', 'train', 'val' side by side, with the same folders in them ('cat', 'dog')" in message
+    commands = re.findall(r"gpu-npz build (.+? OUT/\w+(?: --classes-from OUT/train)?)(?:, then|;)", message)
+    train, test = ([*map(str, shlex.split(command))] for command in commands)
+    settings = {"root": train[2]} if train[1] == "--root" else {}
+    source = open_source(train[0], BuildConfig(**settings))
+    assert (source.class_names, [item.path for item in taken(source)]) == (("cat", "dog"), ["cat/1.jpg", "dog/2.jpg"])
+    assert test[:3] in (
+        [train[0], "--root", "test"],
+        [train[0].replace("/train", "/test"), "OUT/test", "--classes-from"],
+    )
+    assert opened_as(kind, tmp_path, labels="class-dir").class_names == ("notes", "test", "train", "val")
+    assert len(taken(opened_as(kind, tmp_path, labels="none"), labels="none")) == 4
+    source = opened_as(kind, tmp_path, root="val")
+    assert (source.class_names, [item.path for item in taken(source)]) == (("dog",), ["dog/2.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("names", "sides"),
+    [
+        (("Training/a/1.jpg", "Testing/a/2.jpg"), "'Testing', 'Training'"),
+        (("training_set/a/1.jpg", "test_set/a/2.jpg"), "'test_set', 'training_set'"),
+        (("train2017/a/1.jpg", "val2017/a/2.jpg", "car/1.jpg"), "'train2017', 'val2017'"),
+        (("valid/a/1.jpg", "validation/b/2.jpg", "dev/a/3.jpg"), "'dev', 'valid', 'validation'"),
+        (("train/car/1.jpg", "car/1.jpg", "bus/1.jpg"), None),
+        (("train/a/1.jpg", "test/b/1.jpg"), None),
+        (("train/1.jpg", "test/2.jpg"), None),
+        (("train_station/a/1.jpg", "test_tube/a/1.jpg"), None),
+        (("contest/a/1.jpg", "train/a/1.jpg"), None),
+        (("train/.a/1.jpg", "train/1.jpg", "test/.a/2.jpg", "test/1.jpg"), None),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_side_is_called(tmp_path: Path, kind: str, names: tuple[str, ...], sides: str | None) -> None:
+    if sides is None:
+        assert opened_as(kind, tmp_path, *names).class_names
+        return
+    with pytest.raises(SourceError, match=f"has {sides} side by side"):
+        opened_as(kind, tmp_path, *names)
+
+
+def test_sides_in_a_folder_of_an_archive_are_built_with_both_folders_as_root(tmp_path: Path) -> None:
+    names = [f"data/{name}" for name in SIDES]
+    with pytest.raises(SourceError, match=r"gpu-npz build '.*a b\.zip' --root data/train OUT/train, then"):
+        opened_as("zip", tmp_path, *names, root="data")
+    assert opened_as("zip", tmp_path, root="data/train").class_names == ("cat", "dog")
+
+
+def test_root_takes_a_folder_of_a_folder_and_none_out_of_it(tmp_path: Path) -> None:
+    folder = saved(tmp_path, *SIDES)["folder"]
+    for root in ("train", "./train/", "val/../train", str(folder / "train")):
+        source = open_source(folder, BuildConfig(root=root))
+        assert (source.location, source.root, source.class_names) == (f"{folder}/train", None, ("cat", "dog"))
+    for root in ("..", "../other", str(tmp_path), "s3://b/train", "a\0b"):
+        with pytest.raises(UsageError, match=r"--root .*; give the path of a folder in SRC"):
+            open_source(folder, BuildConfig(root=root))
+    source = open_source(folder, BuildConfig(root=".", labels="class-dir"))
+    assert source.class_names == ("notes", "test", "train", "val")
+    with pytest.raises(SourceError, match=r"gone.*No such file or directory"):
+        open_source(folder, BuildConfig(root="gone"))
+
+
+def test_a_build_of_a_folder_by_root_is_that_of_the_folder(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree, tmp_path / "all" / "train")
+    shutil.copytree(tree, tmp_path / "all" / "val")
+    config = BuildConfig(device="cpu", size=8, workers=0)
+    with pytest.raises(SourceError, match="'train', 'val' side by side"):
+        build(tmp_path / "all", tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    by_root = config.model_copy(update={"root": "train"})
+    assert build(tmp_path / "all", tmp_path / "out", by_root).classes == 3
+    assert build(tmp_path / "all", tmp_path / "out", by_root).built_shards == 0
+    assert build(tmp_path / "all" / "train", tmp_path / "out", config).built_shards == 0
+    assert gpu_npz.verify(tmp_path / "out").ok
+    assert not compare(tmp_path / "out", 5).problems
+    assert build(tmp_path / "all", tmp_path / "both", config.model_copy(update={"labels": "class-dir"})).classes == 2
+
+
+CLUTTER = (
+    "__MACOSX/cat/._1.jpg", "__MACOSX/cat/1.jpg", "__MACOSX/9.jpg", "cat/._1.jpg", "cat/.DS_Store", "cat/Thumbs.db",
+    "cat/thumbs.db", "cat/desktop.ini", ".DS_Store", "._cat", "cat/__MACOSX/2.jpg", "@eaDir/1.jpg", "dog/@eaDir/x.jpg",
+    ".cache/1.jpg", "$RECYCLE.BIN/1.jpg", "System Volume Information/1.jpg", "lost+found/",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_systems_leave_behind_is_neither_image_nor_class(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = opened_as(kind, tmp_path, "cat/1.jpg", "dog/2.jpg", *CLUTTER)
+    assert source.class_names == ("cat", "dog")
+    assert [(item.path, item.label) for item in taken(source)] == [("cat/1.jpg", 0), ("dog/2.jpg", 1)]
+    assert not source.left_out
+    assert not caplog.records
+    flat = opened_as(kind, tmp_path / "flat", "1.jpg", *CLUTTER[:11], labels="none")
+    assert [item.path for item in taken(flat)] == ["1.jpg"]
+
+
+def test_what_systems_leave_behind_does_not_hide_the_form_of_a_source(tmp_path: Path) -> None:
+    samples = {"._1.jpg": b"", "._1.cls": b"", "1.jpg": b"", "1.cls": b"4", "__MACOSX/1.jpg": b"", "a/.b/2.jpg": b""}
+    source = open_source(pack(tmp_path / "w.tar", samples))
+    assert (source.kind, [(item.path, item.label) for item in taken(source)]) == ("webdataset", [("1.jpg", 4)])
+    (tmp_path / "p" / "__MACOSX").mkdir(parents=True)
+    (tmp_path / "p" / "._a.parquet").touch()
+    (tmp_path / "p" / "a.parquet").touch()
+    with pytest.raises(SourceError, match=r"a\.parquet.*is no whole Parquet file"):
+        open_source(tmp_path / "p")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_class_folders_without_images_are_named(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    source = opened_as(kind, tmp_path, "a/1.jpg", "b/", "c/.hidden.jpg", "d/e/", "f/deep/2.jpg")
+    assert source.class_names == ("a", "b", "c", "d", "f")
+    for _ in range(2):
+        caplog.clear()
+        assert [item.label for item in taken(source)] == [0, 4]
+        (record,) = caplog.records
+        assert "3 class folders have no images, but keep their class numbers" in record.getMessage()
+        assert "('b', 'c', 'd'); remove those" in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_of_one_class_is_said_to_have_no_labels(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = opened_as(kind, tmp_path, "1.jpg", "2.jpg", "metadata.csv")
+    assert [item.label for item in taken(source)] == [None, None]
+    (message,) = [text for record in caplog.records if "no labels" in (text := record.getMessage())]
+    assert message.startswith(f"{source.location!r} has images and no class folders, so the dataset has no labels; ")
+    above = f"if 'data set' is a class, give the folder of all classes, '{tmp_path}'; "
+    assert (above in message) == ("if a table there has labels (.csv), --labels FILE" in message) == (kind == "folder")
+    assert message.endswith("; add --labels none if it has none")
+    caplog.clear()
+    taken(opened_as(kind, tmp_path, labels="none"), labels="none")
+    assert not any("no labels" in record.getMessage() for record in caplog.records)
 
 
 def test_frames_are_not_doubted(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -185,7 +186,7 @@ def test_labels_are_those_of_the_file_that_was_named_in_whatever_folder(
 def test_labels_are_another_array_or_another_file_or_none(tmp_path: Path) -> None:
     texts = np.array(["b", "a", "c", "c", "a", "b"])
     arrays = {"images": RGB, "labels": LABELS, "texts": texts, "bytes": texts.astype("S"), "short": LABELS[:5],
-              "flags": LABELS > 0, "depths": LABELS / 2, "pairs": np.zeros((6, 2))}  # fmt: skip
+              "flags": LABELS > 0, "depths": LABELS / 2}  # fmt: skip
     location = save(tmp_path / "a.npz", arrays)
 
     def labelled(labels: str | None, classes: Any = None) -> tuple[list[Any], Any]:
@@ -199,11 +200,8 @@ def test_labels_are_another_array_or_another_file_or_none(tmp_path: Path) -> Non
     assert labelled("texts", ["c", "b", "a"]) == ([1, 2, 0, 0, 2, 1], ("c", "b", "a"))
     assert labelled("flags")[0] == [1, 0, 1, 1, 0, 1]
     assert labelled("depths")[0] == [1.0, 0.0, 0.5, 0.5, 0.0, 1.0]
-    for name in ("short", "pairs"):
-        with pytest.raises(
-            SourceError, match=rf"array '{name}' has shape .*one number or text for each of the 6 images"
-        ):
-            labelled(name)
+    with pytest.raises(SourceError, match=r"array 'short' has shape .*one number or text for each of the 6 images"):
+        labelled("short")
     with pytest.raises(SourceError, match="no array 'other'; it has 'images'"):
         labelled("other")
     with pytest.raises(UsageError, match="contradict"):
@@ -217,8 +215,143 @@ def test_labels_are_another_array_or_another_file_or_none(tmp_path: Path) -> Non
         labelled("labels")
     with pytest.raises(SourceError, match="has no labels; leave --classes-from out"):
         labelled(None, NAMES)
-    location = save(tmp_path / "short.npz", {"images": RGB, "labels": LABELS[:5]})
-    assert labelled(None) == ([None] * 6, None)
+
+
+def labels_in(tmp_path: Path, arrays: dict[str, Any], labels: str | None = None, classes: Any = None) -> list[Any]:
+    """Labels, names of classes, and names and kinds of columns, of an .npz of these arrays."""
+    source = open_source(save(tmp_path / "a.npz", arrays), BuildConfig(labels=labels), classes)
+    return [labels_of(source), source.class_names, [(each.name, each.kind) for each in source.columns]]
+
+
+INTEGERS = [("labels", "integer")]
+
+
+@pytest.mark.parametrize(
+    ("images", "name"),
+    [
+        *[("images", name) for name in ("label", "Labels", "target", "targets", "Y", "y", "class", "category")],
+        *[("pictures", name) for name in ("labels", "y", "y_train", "train_labels")],
+        ("images", "image_labels"), ("X_train", "y_train"), ("x_test", "y_test"), ("Xtrain", "ytrain"),
+        ("x_train", "y"),
+        ("trainX", "trainY"), ("images_val", "labels_val"), ("TestImages", "TestLabels"), ("data", "target"),
+        ("left", "left_labels"), ("arr_0", "arr_1"), ("arr_1", "arr_0"), ("arr_0", "labels"),
+    ],
+)  # fmt: skip
+def test_labels_are_recognised_by_the_usual_names(tmp_path: Path, images: str, name: str) -> None:
+    assert labels_in(tmp_path, {images: RGB, name: LABELS, "ids": np.arange(6)})[0] == LABELS.tolist()
+
+
+def test_arrays_without_names_are_images_and_the_labels_behind_them(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", RGB, LABELS, RGB[::-1], LABELS[::-1], np.arange(3))
+    assert labels_of(open_source(tmp_path / "a.npz")) == LABELS.tolist()
+    assert labels_of(open_source(f"{tmp_path}/a.npz/arr_2.npy")) == LABELS[::-1].tolist()
+    np.savez(tmp_path / "a.npz", RGB, RGB, LABELS, LABELS)
+    assert labels_of(open_source(tmp_path / "a.npz")) == [None] * 6
+
+
+ONE_HOT = np.eye(4)[LABELS]
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float16, np.float64])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_one_hot_rows_are_classes(tmp_path: Path, dtype: Any, order: Any) -> None:
+    arrays = {"images": RGB, "labels": np.asarray(ONE_HOT.astype(dtype), order=order)}
+    assert labels_in(tmp_path, arrays) == [LABELS.tolist(), ("0", "1", "2", "3"), []]
+    assert labels_in(tmp_path, arrays, "labels:class") == [LABELS.tolist(), ("0", "1", "2", "3"), []]
+    assert labels_in(tmp_path, arrays, classes=["a", "b", "c", "d"])[:2] == [LABELS.tolist(), ("a", "b", "c", "d")]
+    with pytest.raises(SourceError, match="one-hot rows of 4 classes, and --classes-from names 3; give as many"):
+        labels_in(tmp_path, arrays, classes=NAMES)
+    columns = [(f"labels_{number}", "integer") for number in range(4)]
+    assert labels_in(tmp_path, arrays, "labels:integer") == [ONE_HOT.tolist(), None, columns]
+    location = save(tmp_path / "a.npy", RGB)
+    alone = save(tmp_path / "y.npy", arrays["labels"])
+    assert labels_of(open_source(location, BuildConfig(labels=alone))) == LABELS.tolist()
+    assert labels_of(open_source(location, BuildConfig(labels=f"{alone}:float"))) == ONE_HOT.tolist()
+
+
+def changed(values: Any, place: tuple[int, int], value: Any) -> Any:
+    values = values.copy()
+    values[place] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        changed(ONE_HOT, (1, 0), 0.9),
+        changed(ONE_HOT, (1, 1), 1),
+        changed(ONE_HOT, (1, 0), 0),
+        changed(ONE_HOT, (1, 1), 1e-7),
+        ONE_HOT * 255,
+        ONE_HOT * 2 - 1,
+        RANDOM.integers(0, 2, (6, 14)),
+    ],
+    ids=["soft", "two", "none", "almost", "255", "-1", "14"],
+)
+def test_rows_that_are_not_one_hot_are_columns(tmp_path: Path, values: Any) -> None:
+    kind = "float" if values.dtype.kind == "f" else "integer"
+    columns = [(f"labels_{number}", kind) for number in range(values.shape[1])]
+    assert labels_in(tmp_path, {"images": RGB, "labels": values}) == [values.tolist(), None, columns]
+    with pytest.raises(UsageError, match="--classes-from names one column's classes"):
+        labels_in(tmp_path, {"images": RGB, "labels": values}, classes=NAMES)
+
+
+def test_columns_of_texts_and_kinds_that_are_said(tmp_path: Path) -> None:
+    texts = np.array([["a", "x"], ["b", "y"]] * 3)
+    assert labels_in(tmp_path, {"images": RGB, "y": texts})[::2] == [
+        [[0, 0], [1, 1]] * 3, [("y_0", "class"), ("y_1", "class")]
+    ]  # fmt: skip
+    halves = {"images": RGB, "y": LABELS.astype(float)}
+    assert labels_in(tmp_path, halves)[2] == [("y", "float")]
+    assert labels_in(tmp_path, halves, "y:integer") == [LABELS.tolist(), None, [("y", "integer")]]
+    assert labels_in(tmp_path, halves, "y:class") == [LABELS.tolist(), ("0", "1", "2"), []]
+    assert labels_in(tmp_path, {"images": RGB, "labels": LABELS[:, None]}) == [LABELS.tolist(), None, INTEGERS]
+
+
+@pytest.mark.parametrize(
+    ("values", "way"),
+    [
+        (LABELS[:5], "fix it, or say --labels NAME for another array, or --labels none"),
+        (np.r_[LABELS, 0], "fix it"),
+        (ONE_HOT.T, r"its axes are in the wrong order: save array\.T"),
+        (LABELS[None], r"its axes are in the wrong order: save array\.T"),
+        (np.zeros((6, 0)), "fix it"),
+        (np.zeros((6, 9, 7), np.uint8), "fix it"),
+        (np.int64(3), "fix it"),
+    ],
+    ids=["few", "many", "KN", "1N", "N0", "NHW", "scalar"],
+)
+@pytest.mark.parametrize("name", ["labels", "y_train"])
+def test_labels_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path, name: str, values: Any, way: str) -> None:
+    arrays = {"images" if name == "labels" else "x_train": RGB, name: values}
+    shapes = re.escape(f"has shape {np.shape(values)}, and '{tmp_path}/a.npz': array '{next(iter(arrays))}' has (6, 9,")
+    for labels in (None, name):
+        with pytest.raises(SourceError, match=rf"array '{name}' {shapes}.*each of the 6 images, \(6,\).*{way}"):
+            labels_in(tmp_path, arrays, labels)
+    assert labels_in(tmp_path, arrays, "none")[0] == [None] * 6
+
+
+def test_several_arrays_with_usual_names_are_not_guessed_at(tmp_path: Path) -> None:
+    arrays = {"images": RGB, "label": LABELS, "target": LABELS / 2}
+    with pytest.raises(
+        SourceError, match=r"'label', 'target' have usual names of labels; --labels label takes that one"
+    ):
+        labels_in(tmp_path, arrays)
+    assert labels_in(tmp_path, arrays, "label")[0] == LABELS.tolist()
+
+
+def test_arrays_that_are_left_over_are_named_where_none_has_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrays = {"images": RGB, "grades": LABELS, "label_names": np.array(NAMES)}
+    assert labels_in(tmp_path, arrays)[0] == [None] * 6
+    assert "usual name of labels ('grades' int64 (6,), 'label_names' <U10 (3,)); --labels NAME takes" in caplog.text
+    caplog.clear()
+    assert labels_in(tmp_path, arrays, "grades")[0] == LABELS.tolist()
+    assert labels_in(tmp_path, arrays, "none")[0] == [None] * 6
+    assert labels_in(tmp_path, {**arrays, "labels": LABELS})[0] == LABELS.tolist()
+    assert labels_in(tmp_path, {"arr_0": RGB})[0] == [None] * 6
+    assert not caplog.records
 
 
 HUGE = 1 << 40

@@ -54,6 +54,12 @@ def test_the_train_tar_is_read_within_its_tars(tmp_path: Path, caplog: pytest.Lo
     assert "has 4 images of 2 classes; ILSVRC2012's train tar has 1281167 of 1000" in caplog.text
 
 
+def test_what_macos_puts_before_its_tars_is_passed_over(tmp_path: Path) -> None:
+    inner = tarred({f"._{WNIDS[0]}_7.JPEG": b"x", f"{WNIDS[0]}_7.JPEG": b"y"})
+    source = opened(tar(tmp_path / "t.tar", {f"._{WNIDS[0]}.tar": b"x", f"{WNIDS[0]}.tar": inner}))
+    assert (source.kind, labelled(source)) == ("imagenet", [(f"{WNIDS[0]}/{WNIDS[0]}_7.JPEG", 0)])
+
+
 def val(path: Path) -> Path:
     return tar(path, {f"ILSVRC2012_val_{number:08}.JPEG": b"%d" % number for number in (2, 1, 3)})
 

@@ -164,6 +164,62 @@ def test_texts_of_digits_are_numbers_where_they_fit(tmp_path: Path, texts: tuple
         assert len({label for _, label in found}) == 3
 
 
+WHOLE: list[Any] = ["1", "1.0", "1e0", " 1", "+1", "01", "1.", "10e-1", "0001.000", 1, 1.0, "\uff11"]
+
+
+@pytest.mark.parametrize("spelled", WHOLE, ids=repr)
+def test_a_whole_number_is_one_in_every_spelling(tmp_path: Path, spelled: Any) -> None:
+    root = touch(tmp_path / "images", "0.jpg", "1.jpg")
+    rows = ({"path": "0.jpg", "label": spelled}, {"path": "1.jpg", "label": 2})
+    path = table(tmp_path / "l.jsonl", *map(json.dumps, rows))
+    found = opened(root, labels=f"{path}:label:integer")
+    (group,) = found.groups()
+    assert group.labels is not None
+    assert (group.labels.dtype, group.labels.tolist(), found.columns[0].kind) == (np.int64, [1, 2], "integer")
+    named = opened(root, ["zero", "one", "two"], labels=str(path))
+    assert [label for _, label in labelled(named)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "spelled", ["1.5", "1e-1", "1_0", "0x1", "1.0e19", "9223372036854775808", "1e9999999", "inf", "one", 1.5, 2.0**60],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_whole_number_is_refused_as_one(tmp_path: Path, spelled: Any) -> None:
+    root = touch(tmp_path / "images", "0.jpg", "1.jpg")
+    rows = ({"path": "0.jpg", "label": 2}, {"path": "1.jpg", "label": spelled})
+    path = table(tmp_path / "l.jsonl", *map(json.dumps, rows))
+    message = (
+        f"column 'label' has {spelled!r} for row 2, which is no whole number; mend it, or say --labels label:class"
+    )
+    assert message in refusal(root, labels=f"{path}:label:integer")
+
+
+@pytest.mark.parametrize("kind", ["", ":integer", ":float"])
+def test_decimal_commas_are_refused_as_such_beside_numbers_too(tmp_path: Path, kind: str) -> None:
+    root = touch(tmp_path / "images", "0.jpg", "1.jpg")
+    path = table(tmp_path / "l.csv", "path;label", "0.jpg;2", "1.jpg;1,0")
+    message = "column 'label' has decimal commas ('1,0' for row 2); write points, or say --labels label:class"
+    assert message in refusal(root, labels=f"{path}:label{kind}")
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (("1.0", "10.0", "2.0"), ("1", "2", "10")),
+        (("1", "1.0", "+1"), ("1",)),
+        (("01", "02", "10"), ("01", "02", "10")),  # identifiers
+        (("1.0", "1.5", "2.0"), ("1.0", "1.5", "2.0")),  # versions, say
+        (("1.0", "1", "x"), ("1", "1.0", "x")),
+    ],
+)
+def test_classes_of_whole_numbers_have_one_name_a_number(
+    tmp_path: Path, texts: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    root = touch(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
+    path = table(tmp_path / "l.csv", "path,label", *(f"{row}.jpg,{text}" for row, text in enumerate(texts)))
+    assert opened(root, labels=f"{path}:label:class").class_names == names
+
+
 @pytest.mark.parametrize("extension", [".csv", ".jsonl"])
 def test_blanks_around_a_text_make_no_other_class_and_no_other_patient(tmp_path: Path, extension: str) -> None:
     root = touch(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")

@@ -92,6 +92,68 @@ def test_a_shuffled_build_has_the_images_that_its_paths_say(
     np.testing.assert_array_equal(read_shards(out), plain[order])
 
 
+IN_STRUCT = {"struct": arrow.binary(), "struct of a view": arrow.binary_view(), "struct of fixed": arrow.binary(3)}
+FORMS = {
+    "view": arrow.array([b"abc", b"def"], arrow.binary_view()),
+    "fixed": arrow.array([b"abc", b"def"], arrow.binary(3)),
+    "dictionary": arrow.array([b"abc", b"def"]).dictionary_encode(),
+    "fixed dictionary": arrow.array([b"abc", b"def"], arrow.binary(3)).dictionary_encode(),
+    **{
+        name: arrow.array([{"bytes": b"abc"}, {"bytes": b"def"}], arrow.struct([("bytes", kind)]))
+        for name, kind in IN_STRUCT.items()
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bytes_are_read_in_every_form_of_arrow(tmp_path: Path, form: str) -> None:
+    labels = arrow.array(["x", "y"], arrow.string_view())
+    pq.write_table(arrow.table({"photo": FORMS[form], "label": labels}), path := tmp_path / "t.parquet")
+    source = opened(path)
+    assert (source.kind, source.class_names) == ("parquet", ("x", "y"))
+    assert [read_item(source, item) for item in items(source)] == [b"abc", b"def"]
+    source = opened(path, image_column="photo")
+    assert [read_item(source, item) for item in items(source)] == [b"abc", b"def"]
+
+
+def test_bytes_of_a_fixed_size_are_no_images_beside_others_or_beside_paths(tmp_path: Path) -> None:
+    uuids = arrow.array([bytes(16)], arrow.binary(16))
+    pq.write_table(arrow.table({"id": uuids, "data": [b"image"]}), path := tmp_path / "t.parquet")
+    assert read_item(opened(path), items(opened(path))[0]) == b"image"
+    pq.write_table(arrow.table({"id": uuids, "path": arrow.array(["a.jpg"], arrow.string_view())}), path)
+    assert [item.path for item in items(opened(path))] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "way"),
+    [
+        (
+            arrow.list_(STRUCT),
+            [{"bytes": b"a"}],
+            "one row for each, for example with explode of pandas",
+        ),
+        (arrow.large_list(arrow.binary()), [b"a"], "a row is one image: write one row for each"),
+        (arrow.list_(arrow.binary(), 1), [b"a"], "a row is one image: write one row for each"),
+        (arrow.list_(arrow.uint8()), [1, 2], "images are binary, or a struct with bytes"),
+        (arrow.list_(arrow.list_(arrow.uint8())), [[1], [2]], "images are binary, or a struct with bytes"),
+        (arrow.struct([("path", arrow.string())]), {"path": "a.jpg"}, "images are binary, or a struct with bytes"),
+    ],
+    ids=str,
+)
+def test_columns_of_something_like_images_are_refused_with_what_to_do(
+    tmp_path: Path, kind: Any, value: Any, way: str
+) -> None:
+    column = arrow.array([value, value], kind)
+    pq.write_table(arrow.table({"image": column, "label": [1, 2]}), path := tmp_path / "t.parquet")
+    for settings in ({}, {"image_column": "image", "source": "parquet"}):
+        message = refusal(path, **settings)
+        assert f"column 'image' is of the type {str(kind).partition('<')[0]}<" in message
+        assert way in message
+    pq.write_table(arrow.table({"image": column, "file_name": ["a.jpg", "b.jpg"]}), path)
+    if "row for each" not in way:
+        assert [item.path for item in items(opened(path))] == ["a.jpg", "b.jpg"]
+
+
 @pytest.mark.parametrize("kind", [arrow.binary(), arrow.large_binary()])
 def test_a_plain_column_of_bytes_is_read_too(tmp_path: Path, kind: Any) -> None:
     table = arrow.table({"img": arrow.array([b"a", b"b"], kind), "class": ["x", "y"], "other": [b"1", b"2"]})
@@ -363,7 +425,7 @@ def test_columns_that_are_not_there_or_of_another_type_are_refused(tmp_path: Pat
     assert "has 2 columns of bytes among 'a', 'c'; --image-column NAME says" in refusal(path)
     pq.write_table(arrow.table([[b"1"], [b"2"]], ["image", "image"]), path)
     assert "two columns of one name" in refusal(path)
-    assert "--root goes with table, tar, zip; " in refusal(write(path, [b"a"]), root=str(tmp_path))
+    assert "--root goes with folder, table, tar, zip; " in refusal(write(path, [b"a"]), root=str(tmp_path))
 
 
 def test_files_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -250,7 +252,8 @@ def test_a_full_path_may_be_a_url_of_files(tmp_path: Path) -> None:
         "file://1.jpg",
     ):
         as_csv(path, {"path": ["1.jpg", name]})
-        assert f"row 2 has the path '{name}', which is not below '{tmp_path}'; --root says" in refusal(path)
+        message = f"row 2 has the path '{name}', which is not below '{tmp_path}'; 1 of 2 paths are absolute"
+        assert message in refusal(path)
 
 
 @pytest.mark.parametrize("start", ["data:image/png;base64,", "data:,", ""])
@@ -509,6 +512,163 @@ def test_decimal_commas_are_no_classes(tmp_path: Path) -> None:
 def test_a_root_that_is_no_folder_is_refused_with_the_option(tmp_path: Path) -> None:
     path = as_csv(tmp_path / "t.csv", {"path": ["1.jpg"]})
     assert "gone' is no folder; --root says what" in refusal(path, root=str(tmp_path / "gone"))
+
+
+def follow(message: str) -> Path:
+    """Runs the command that a message ends with; the file that it writes."""
+    command = message.partition(", for example with: ")[2]
+    subprocess.run(["bash", "-euc", command], check=True)
+    return Path(shlex.split(command)[-1])
+
+
+@pytest.mark.parametrize("name", ["t.csv", "it's 1.tsv"])
+@pytest.mark.parametrize(
+    ("row", "first"),
+    [(["a/1.jpg", "7"], "path,label"), (["7", "a/1.jpg"], "label,path"), (["a/1.jpg"], "path"),
+     (["7", "a/1.jpg", "8"], "column1,path,column3")],
+)  # fmt: skip
+def test_a_table_without_names_is_refused_and_the_advice_names_them(
+    tmp_path: Path, name: str, row: list[str], first: str
+) -> None:
+    delimiter = {".csv": ",", ".tsv": "\t"}[Path(name).suffix]
+    lines = [delimiter.join(row), delimiter.join(row).replace("1.jpg", "2.jpg")]
+    path = table(tmp_path / name, "\n".join(lines) + "\n")
+    message = refusal(path)
+    assert f"has no line of column names: its first line is a row already ({', '.join(map(repr, row))}); add" in message
+    named = follow(message)
+    assert "\ufeff" in follow(refusal(table(path, b"\xef\xbb\xbf" + path.read_bytes()))).read_text()
+    assert labelled(opened(named))[0][0] == "a/1.jpg"
+    named = follow(refusal(table(path, "\n".join(lines) + "\n")))
+    assert named.read_text().splitlines() == [first.replace(",", delimiter), *lines]
+    labels = [None, None] if first.count(",") != 1 else [7, 7]
+    assert labelled(opened(named)) == [("a/1.jpg", labels[0]), ("a/2.jpg", labels[1])]
+    root = tmp_path / "images"
+    (root / "a").mkdir(parents=True)
+    for number in (1, 2):
+        (root / f"a/{number}.jpg").touch()
+    assert "has no line of column names" in refusal(root, labels=str(path))
+    shutil.copy(path, root / "a" / "l.csv")
+    assert "has no line of column names" in refusal(root, labels="csv:l.csv")
+
+
+def test_a_table_of_numbers_for_names_is_read_and_one_without_a_path_says_what_it_may_lack(tmp_path: Path) -> None:
+    path = table(tmp_path / "t.csv", ",0,1\n0,1.jpg,5\n1,2.jpg,6\n")  # pandas, of a frame without names
+    assert labelled(opened(path, image_column="0", labels="1")) == [("1.jpg", 5), ("2.jpg", 6)]
+    assert "if that is a row already, add a line of column names before it" in refusal(path)
+
+
+@each_form
+@pytest.mark.parametrize("start", ["", "file://"])
+@pytest.mark.parametrize(
+    ("names", "deepest"),
+    [
+        (("a/1.jpg", "a/b/2.jpg", "ab/3.jpg"), ""),
+        (("a/b/1.jpg", "a/b/c d/2.jpg"), "a/b"),
+        (("a/it's/1.jpg",), "a/it's"),
+    ],
+)
+def test_full_paths_are_refused_with_the_deepest_folder_of_all(
+    tmp_path: Path, extension: str, start: str, names: tuple[str, ...], deepest: str
+) -> None:
+    root = tmp_path / "images"
+    for name in names:
+        table(root / name, b"x")
+    columns = {"path": [f"{start}{root}/{name}" for name in names], "label": [*range(len(names))]}
+    (tmp_path / "tables").mkdir()
+    path = WRITERS[extension](tmp_path / "tables" / f"t{extension}", columns)
+    common = str(root / deepest)
+    message = refusal(path)
+    assert f"row 1 has the path {f'{start}{root}/{names[0]}'!r}, which is not below '{tmp_path}/tables'" in message
+    _, _, option = message.partition(f"; all {len(names)} paths are below {common!r}; say ")
+    flag, value = shlex.split(option)
+    assert (flag, value) == ("--root", common)
+    found = labelled(opened(path, root=value))
+    assert found == [(os.path.relpath(root / name, common), number) for number, name in enumerate(names)]
+    os.mkdir(tmp_path / "other")
+    assert message[-len(option) :] == refusal(path, root=str(tmp_path / "other"))[-len(option) :]
+    (tmp_path / "other" / "1.jpg").touch()
+    message = refusal(tmp_path / "other", labels=str(path))
+    assert message.endswith(f"all {len(names)} paths are below {common!r}; give that folder as SRC")
+
+
+@pytest.mark.parametrize(
+    ("paths", "root"),
+    [
+        (["s3://b/c/1.jpg", "s3://b/c/d/2.jpg"], "s3://b/c"),
+        (["s3://b/c/1.jpg", "s3://b/d/2.jpg"], "s3://b"),
+        (["s3://b/1.jpg", "s3://bc/2.jpg"], None),
+        (["s3://b/1.jpg", "https://b/2.jpg"], None),
+        (["s3://b/1.jpg", "/b/2.jpg"], None),
+        (["/b/2.jpg", "s3://b/1.jpg"], None),
+        (["/bin/1.jpg", "/usr/2.jpg"], "/"),
+    ],
+)
+def test_urls_have_a_folder_in_common_or_none(tmp_path: Path, paths: list[str], root: str | None) -> None:
+    message = refusal(as_csv(tmp_path / "t.csv", {"path": paths}))
+    if root is None:
+        assert message.endswith("; the 2 paths have no folder in common; make a table for each place")
+    else:
+        assert message.endswith(f"; all 2 paths are below {root!r}; say --root {root}")
+
+
+@pytest.mark.parametrize(
+    ("paths", "found"),
+    [
+        (["C:\\my data\\img\\a.jpg", "C:\\my data\\img\\b\\c.jpg"], ["a.jpg", "b/c.jpg"]),
+        (["C:/d/img/a.jpg", "file:///C:/d/img/b/c.jpg"], ["a.jpg", "b/c.jpg"]),
+        (["\\\\host\\share\\a.jpg", "\\\\host\\share\\b\\c.jpg"], ["a.jpg", "b/c.jpg"]),
+        (["a.jpg", "b\\c.jpg"], None),
+        (["img\\a.jpg", "img\\b\\c.jpg"], ["img/a.jpg", "img/b/c.jpg"]),
+        (["C:\\img\\a.jpg", "D:\\img\\c.jpg"], ["C:/img/a.jpg", "D:/img/c.jpg"]),
+        (["/no such/folder.1/a.jpg", "file:///no such/folder.1/b/c.jpg"], ["a.jpg", "b/c.jpg"]),
+    ],
+    ids=["backslashes", "slashes", "share", "mixed", "relative", "drives", "elsewhere"],
+)
+def test_paths_of_another_machine_are_refused_with_a_way_to_relative_ones(
+    tmp_path: Path, paths: list[str], found: list[str] | None
+) -> None:
+    for extension, writer in WRITERS.items():
+        path = writer(tmp_path / f"t{extension}", {"path": paths})
+        message = refusal(path)
+        assert "write all of them with slashes, relative to the folder that --root names" in message
+        assert ("which is a Windows path" in message) == (not paths[0].startswith("/"))
+        assert (", for example with: sed" in message) == (extension in (".csv", ".tsv") and found is not None)
+    if found is not None:
+        written = follow(refusal(tmp_path / "t.csv"))
+        if paths[0][:2] + paths[1][:2] == "C:D:":
+            assert "which is a Windows path" in refusal(written)
+        else:
+            assert [name for name, _ in labelled(opened(written))] == found
+
+
+def test_a_backslash_in_the_name_of_a_file_is_a_part_of_it(tmp_path: Path) -> None:
+    names = ["a\\1.jpg", "b/c\\2.jpg"]
+    for name in names:
+        table(tmp_path / name, b"x")
+    assert [name for name, _ in labelled(opened(as_csv(tmp_path / "t.csv", {"path": names})))] == names
+    as_csv(tmp_path / "b" / "l.csv", {"path": ["c\\2.jpg"], "label": [1]})
+    assert labelled(opened(tmp_path / "b", labels="csv:l.csv")) == [("c\\2.jpg", 1)]
+    as_csv(tmp_path / "b" / "l.csv", {"path": ["d\\2.jpg"], "label": [1]})
+    assert "a table in every folder has names of files of that folder" in refusal(tmp_path / "b", labels="csv:l.csv")
+
+
+def test_json_lines_have_the_columns_of_all_lines(tmp_path: Path) -> None:
+    def of(*rows: Any, **settings: Any) -> Any:
+        return opened(table(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows)), **settings)
+
+    first = {"path": "1.jpg"}
+    assert labelled(of(first, {"label": 4, "path": "2.jpg"}, labels="none")) == [("1.jpg", None), ("2.jpg", None)]
+    for missing in (first, {**first, "label": None}, {**first, "label": " "}):
+        with pytest.raises(SourceError, match="column 'label' has no label for row 1; fill it in, or remove the rows"):
+            of(missing, {"label": 4, "path": "2.jpg"})
+    rows = {"label": 1, **first}, {"score": 0.5, "path": "2.jpg", "label": 2}, {"path": "3.jpg", "label": 3, "a": [1]}
+    assert [label for _, label in labelled(of(*rows))] == [1, 2, 3]
+    with pytest.raises(SourceError, match="has the columns 'label', 'target'; say --labels label"):
+        of({**first, "label": 1}, {"path": "2.jpg", "target": 2})
+    with pytest.raises(SourceError, match="row 2 has no path"):
+        of({**first, "label": 1}, {"file": "2.jpg", "label": 2})
+    with pytest.raises(SourceError, match="row 2 has a dict as label"):
+        of({**first, "label": 1}, {"path": "2.jpg", "label": {"id": 1}})
 
 
 def test_a_question_mark_in_a_path_is_a_part_of_it(tmp_path: Path) -> None:

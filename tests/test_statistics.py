@@ -145,7 +145,7 @@ def test_what_cannot_be_counted_says_why(make_tree: MakeTree, tmp_path: Path) ->
 
 def test_values_that_do_not_tell_levels_apart_and_cut_shards_are_refused(tree: Path, tmp_path: Path) -> None:
     flat, cut = tmp_path / "flat", tmp_path / "cut"
-    gpu_npz.build(tree, flat, settings(mean=(1e8,) * 3, std=(1,) * 3, limit=2))
+    gpu_npz.build(tree, flat, settings(mean=(-1e8,) * 3, std=(1,) * 3, limit=2))
     gpu_npz.build(tree, tmp_path / "own", settings(normalize="minmax", limit=2))
     with pytest.raises(FormatError, match=r"by its own statistics \(minmax\), .*; give SRC instead"):
         of_dataset(tmp_path / "own")
@@ -185,6 +185,47 @@ def test_a_collection_of_one_level_has_no_line_for_a_build(
     out = capsys.readouterr().out
     assert "there is no --std for it" in out
     assert "classes" not in out
+
+
+def test_of_a_split_the_statistics_are_those_of_train(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(split="val=0.3", normalize="dataset")
+    gpu_npz.build_split(tree, tmp_path / "out", config)
+    train = of_source(tree, config)
+    assert train == of_source(tree, settings(split="val=0.3/train"))
+    assert (train.side, train.images, train.histograms) == ("train", 28, of_dataset(tmp_path / "out/train").histograms)
+    assert gpu_npz.open_dataset(tmp_path / "out/val").manifest.settings["mean"] == list(train.mean)
+    val = of_source(tree, settings(split="val=0.3/val"))
+    assert (val.side, val.images, val.histograms) == ("val", 12, of_dataset(tmp_path / "out/val").histograms)
+    options = ["--size", "16", "--device", "cpu", "--workers", "0"]
+    assert run(["stats", str(tree), "--split", "val=0.3", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{tree}: 28 images of train alone, as --split takes them"
+    assert run(["stats", str(tree), "--split", "val=0.3", "--json", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["side"] == "train"
+    assert of_source(tree, settings()).side is None
+
+
+@pytest.mark.parametrize("channels", ["rgb", "gray"])
+@pytest.mark.parametrize("bits", ["8", "16"])
+def test_options_that_statistics_and_info_print_are_taken_by_a_build(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], channels: str, bits: str
+) -> None:
+    options = ["--size", "16", "--device", "cpu", "--workers", "0", "--channels", channels, "--bit-depth", bits]
+    if bits == "16":
+        pytest.importorskip("cv2")
+    assert run(["stats", str(tree), *options]) == 0
+    printed = capsys.readouterr().out.splitlines()[-1].split()
+    assert run(["build", str(tree), str(tmp_path / "a"), *options, *printed]) == 0
+    measured = ["--normalize", "dataset", "--background", "1,2,3"]
+    assert run(["build", str(tree), str(tmp_path / "b"), *options, *measured]) == 0
+    capsys.readouterr()
+    assert run(["info", str(tmp_path / "b")]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    given = ["--mean", rows["mean"], "--std", rows["std"], "--size", rows["size"], "--background", rows["background"]]
+    assert run(["build", str(tree), str(tmp_path / "c"), *options, *given]) == 0
+    there, here = (gpu_npz.open_dataset(tmp_path / name) for name in "bc")
+    np.testing.assert_array_equal(there[:], here[:])
 
 
 def test_settings_are_refused_for_a_dataset(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,7 @@ def test_a_sound_dataset_passes_and_is_counted(built: Path) -> None:
         {"on_reject": "blank", "dtype": "uint8", "channels": "bgr"},
         {"channels": "gray", "normalize": "signed", "shuffle": 1},
         {"normalize": "none", "limit": 5},
-        {"mean": "0.1,0.2,0.3", "std": "4,5,6", "shard_size": 1},
+        {"mean": "0.1,0.2,0.3", "std": "0.4,0.5,0.6", "shard_size": 1},
         {"resize_mode": "none", "size": None},
         {"normalize": "log", "dtype": "float16", "channels": "bgr"},
         {"window": "20.5,99", "channels": "gray"},

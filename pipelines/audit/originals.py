@@ -15,7 +15,7 @@ from ..planning import require_moved
 from ..sources import open_source
 from ..sources.base import Item, Source, as_text
 from ..sources.dicom import split_frame
-from ..sources.rows import below
+from ..sources.paths import below
 from ..storage import Storage
 
 _NO_LABELS = {"labels": "none", "split": None, "split_by": None, "split_seed": 0}

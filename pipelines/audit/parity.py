@@ -125,8 +125,9 @@ def parity(
     """
     if sides[0] == sides[1]:
         raise UsageError(f"both sides are {sides[0]}; choose two different decoders")
+    config = config.model_copy(update={"limit": images, "labels": "none"})  # which make no difference here
     source = open_source(src, config)
-    arrays = listed(source, config.model_copy(update={"limit": images}))
+    arrays = listed(source, config)
     plan = Plan(arrays, len(arrays["name_ends"]))
     size = image_size(plan, source, config)
     row_bytes = math.prod(size) * config.channel_count

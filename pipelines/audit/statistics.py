@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import BuildConfig
+from ..config import TRAIN, BuildConfig
 from ..counting import count_levels, count_source, mean_of, std_of
 from ..decode import image_size
 from ..environment import choose, inspect
@@ -44,6 +44,7 @@ class Statistics:
 
     Attributes:
         path: SRC or OUT.
+        side: of a split, whose items alone were taken; None for all.
         images: how many were counted.
         rejects_by_code: items that could not be.
         channels: red, green, blue, or gray: the order of all that follows, which is that of `--mean` and `--std`, also
@@ -59,6 +60,7 @@ class Statistics:
     channels: tuple[str, ...]
     histograms: tuple[tuple[int, ...], ...]
     class_counts: dict[str, int] | None
+    side: str | None = None
 
     @functools.cached_property
     def mean(self) -> tuple[float, ...]:
@@ -86,6 +88,7 @@ class Statistics:
         columns = zip(self.channels, *(getattr(self, name) for name in names), self.histograms, strict=True)
         return {
             "path": self.path,
+            "side": self.side,
             "images": self.images,
             "rejects_by_code": self.rejects_by_code,
             "channels": [dict(zip(("name", *names, "histogram"), column, strict=True)) for column in columns],
@@ -103,7 +106,8 @@ def of_source(
 
     Args:
         src: a folder of class folders, or of images.
-        config: as for `build`; how values are normalized and stored makes no difference.
+        config: as for `build`; how values are normalized and stored makes no difference. Of a split train is taken,
+            whose statistics normalize all sides, unless one is named.
         progress: called with items done and items in all.
 
     Raises:
@@ -112,6 +116,7 @@ def of_source(
         ShardError: trouble that is not an image's, or a process died.
     """
     config = config or BuildConfig()
+    config = config.sides.get(TRAIN, config)
     source = open_source(src, config, class_list(config.classes_from))
     choice = choose(config, inspect(config.device))
     if choice.warning:
@@ -129,6 +134,7 @@ def of_source(
         channels=_CHANNELS[config.channel_count],
         histograms=_histograms(tally.counts),
         class_counts=_class_counts(source.class_names, source.columns, tally.labels),
+        side=config.side,
     )
 
 

@@ -46,6 +46,10 @@ def on_host(pixels: Any) -> NDArray[Any]:
     return host
 
 
+# Raised by one whenever the same libraries may give other pixels or verdicts for the same file. It is part of what
+# `Decoder.environment` gives, so a build never continues with another revision.
+DECODING_REVISION = 3
+
 Reads = list[Callable[[], bytes]]
 
 
@@ -95,7 +99,7 @@ class Decoder(Protocol):
         ...
 
     def environment(self) -> dict[str, Any]:
-        """What decides the pixels besides the settings: libraries with versions, and the GPU's model."""
+        """What decides the pixels besides the settings: this code, libraries with versions, and the GPU's model."""
         ...
 
     def __enter__(self) -> Decoder: ...

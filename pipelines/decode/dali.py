@@ -1,9 +1,13 @@
-"""Decoding and resizing by DALI, on a GPU or by its CPU operators: whole JPEGs there, all else by Pillow.
+"""Decoding and resizing by DALI, on a GPU or by its CPU operators: plain JPEGs there, all else by Pillow.
 
-DALI answers one damaged image by failing its whole batch. So the graph looks at every item before it decodes: only a
-whole 8-bit JPEG within the limits reaches the decoder, and a blank image takes the place of any other, which is then
-Pillow's. A batch that fails all the same is decoded again in parts, until an image that DALI cannot decode stands
-alone; it too is Pillow's. So an image's pixels do not depend on its neighbours, and every verdict comes from one place.
+DALI decodes many images in one process, and a file that two of its parsers read differently could make it write beyond
+a buffer, into another image. So it decides nothing: one pipeline reads files, Python reads each header (`jpeg.py`), and
+a second pipeline gets the bytes with the size, the placement and the orientation that go with them. Only plain JPEGs
+within the limits reach its decoder; a blank image takes the place of any other, which is then Pillow's.
+
+DALI answers one damaged image by failing its whole batch. Such a batch is decoded again in parts, until an image that
+DALI cannot decode stands alone; it too is Pillow's. So an image's pixels do not depend on its neighbours, and every
+verdict comes from one place.
 """
 
 from __future__ import annotations
@@ -11,19 +15,23 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import logging
+import os
 import re
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia import dali
+from nvidia import dali, nvimgcodec
 from PIL import Image
 
 from ..config import BuildConfig
@@ -33,12 +41,13 @@ from ..plan import Batch
 from ..rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
 from ..sources.base import Item, Source, read_item
 from ..tuning import Tuning
-from .base import Decoded, Stage
+from .base import DECODING_REVISION, Decoded, Stage
+from .fed_pipeline import FedPipeline
 from .pillow import PillowDecoder, versions
+from .routing import Route, route
 
 log = logging.getLogger(__name__)
-fn: Any = dali.fn  # untyped all four: DALI's stubs leave out much of what it has
-math: Any = dali.math
+fn: Any = dali.fn  # untyped all three: DALI's stubs leave out much of what it has
 types: Any = dali.types
 pipeline_def: Any = dali.pipeline.pipeline_def
 
@@ -48,10 +57,30 @@ _FILTERS = {
     "lanczos": types.INTERP_LANCZOS3,
     "nearest": types.INTERP_NN,
 }
-_FAILURES = (RuntimeError, MemoryError, UnicodeDecodeError)  # the last: a missing file whose name is not UTF-8
+_INPUTS = {  # type and dimensions; `routing.Route` says what they are
+    "encoded": (types.UINT8, 1),
+    "shape": (types.INT32, 1),
+    "size": (types.FLOAT, 1),
+    "start": (types.INT32, 1),
+    "transposed": (types.BOOL, 0),
+    "flipped": (types.BOOL, 0),
+    "flips": (types.INT32, 1),
+}
 _NO_MEMORY = re.compile("bad_alloc|out.of.memory|MemoryAllocation|allocation failed|can't allocate", re.IGNORECASE)
 _BROKEN_GPU = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
 _UNFINISHED = 2  # batches that wait for Pillow while DALI goes on: a few slow files in one of them do no harm
+
+
+_Encoded = list[NDArray[np.uint8]]
+
+
+@dataclass
+class _Read:
+    """A batch whose files have been read: each item's bytes, empty if it cannot be read, and where they go."""
+
+    batch: Batch
+    encoded: _Encoded
+    route: Route
 
 
 @dataclass
@@ -75,7 +104,7 @@ class _Unfinished:
 
 
 class DaliDecoder:
-    """Decodes whole 8-bit JPEGs by DALI; every other item, and what DALI fails on, by Pillow.
+    """Decodes plain JPEGs by DALI; every other item, and what DALI fails on, by Pillow.
 
     Args:
         config: the settings of the build.
@@ -96,45 +125,34 @@ class DaliDecoder:
         device: int | None,
         stream: int | None = None,
     ) -> None:
+        self._config = config
+        self._geometry = geometry
         self._source = source
         self._pillow = PillowDecoder(config, geometry, source)
         self._tuning = tuning
         self._device = device
         self._stream = stream
         self._row_shape = (geometry.height, geometry.width, config.channel_count)
-        self._options = {
-            "config": config,
-            "geometry": geometry,
-            "backend": "cpu" if device is None else "mixed",
-            "hw_decoder_load": tuning.hw_decoder_load,
-            "batch_size": tuning.batch_size,
-            "num_threads": tuning.threads,
-            "device_id": device,
-        }
+        self._backend = "cpu" if device is None else "mixed"
+        self._names = _input_names("resize", geometry, self._backend)
+        self._blank = _blank(geometry.height, geometry.width)
         self._xp: Any = np if device is None else importlib.import_module("cupy")
         self._on_stream: Any = contextlib.nullcontext()
         if stream is not None:
             self._on_stream = self._xp.cuda.ExternalStream(stream, device)
         elif device is not None:
             self._on_stream = self._xp.cuda.Device(device)
-        self._batches: Iterator[Batch] = iter(())
-        self._ahead: deque[Batch] = deque()  # given to DALI and not yet taken back, in order
-        self._failure: Exception | None = None
-        self._main: Any = None
-        self._repair: Any = None
+        self._main: FedPipeline[_Read] | None = None
+        self._repair: FedPipeline[None] | None = None
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> DaliDecoder:
         try:
-            self._main = _from_source(
-                self._next,
-                "resize",
-                self._source.file_per_item,
-                prefetch_queue_depth=self._tuning.prefetch,
-                **self._options,
-            )
-            self._main.build()
+            if self._source.file_per_item:
+                self._reader: FedPipeline[Batch] = self._opened(_files, None, self._tuning.prefetch)
+            self._main = self._decoding(self._names, self._tuning.prefetch)
         except RuntimeError as exc:
+            self._open.close()
             advice = "see what `gpu-npz doctor` finds"
             if _NO_MEMORY.search(str(exc)):
                 advice = "`nvidia-smi` shows which processes hold the GPU's memory; end them, or take another GPU"
@@ -149,18 +167,43 @@ class DaliDecoder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pipeline in filter(None, (self._main, self._repair)):
-            pipeline.__del__()  # ends its threads even while the frames of an exception still refer to it
         self._main = self._repair = None
         self._open.close()
+
+    def _decoding(self, names: Sequence[str], prefetch: int) -> FedPipeline[Any]:
+        """A pipeline that decodes, as far as its inputs say."""
+        with _without_opencv():
+            return self._opened(
+                _decoded,
+                self._device,
+                prefetch,
+                names=names,
+                config=self._config,
+                geometry=self._geometry,
+                backend=self._backend,
+                hw_decoder_load=self._tuning.hw_decoder_load,
+            )
+
+    def _opened(self, graph: Any, device: int | None, prefetch: int, **options: Any) -> FedPipeline[Any]:
+        pipeline: FedPipeline[Any] = FedPipeline(
+            graph,
+            batch_size=self._tuning.batch_size,
+            num_threads=self._tuning.threads,
+            device_id=device,
+            prefetch_queue_depth=prefetch,
+            **options,
+        )
+        self._open.callback(pipeline.close)
+        return pipeline
 
     def environment(self) -> dict[str, Any]:
         """What decides the pixels besides the settings: DALI, its codecs, Pillow, and the GPU's model."""
         found = {
             "backend": "dali",
             "device": "cpu" if self._device is None else "cuda",
+            "decoding_revision": DECODING_REVISION,
             "dali": dali.__version__,
-            "nvimgcodec": importlib.import_module("nvidia.nvimgcodec").__version__,
+            "nvimgcodec": nvimgcodec.__version__,
             **versions(),
         }
         if self._device is not None:
@@ -188,282 +231,277 @@ class DaliDecoder:
         finally:
             for result in (result for batch in unfinished for result in batch.results):
                 result.cancel()
-        if self._failure is not None:
-            raise self._failure
 
     def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
         """See `Decoder.bare`; waits for each batch."""
-        self._batches, self._failure = iter(batches), None
-        pipeline = _from_source(
-            self._next, last, self._source.file_per_item, prefetch_queue_depth=self._tuning.prefetch, **self._options
-        )
+        reads = self._read(batches)
+        if last == "read":
+            yield from (read.batch for read in reads)
+            return
+        names = _input_names(last, self._geometry, self._backend)
+        pipeline = self._decoding(names, self._tuning.prefetch)
         try:
-            while True:
-                try:
-                    pipeline.run()
-                except StopIteration:
-                    break
-                except _FAILURES:
+            for read, outputs in pipeline.run((read, self._inputs(read, names)) for read in reads):
+                if isinstance(outputs, Exception):
                     log.debug("DALI failed on a batch")
-                yield self._ahead.popleft()
+                yield read.batch
         finally:
-            pipeline.__del__()
-            self._ahead.clear()
-        if self._failure is not None:
-            raise self._failure
+            pipeline.close()
 
     def _run(self, batches: Iterable[Batch]) -> Generator[_Unfinished, None, None]:
         """What DALI makes of the batches, in order; what it has left begins at Pillow."""
-        self._batches, self._failure = iter(batches), None
-        self._main.reset()
-        try:
-            while True:
-                start = time.perf_counter()
-                try:
-                    *outputs, index = self._main.run(self._stream)
-                except StopIteration:
-                    break
-                except _FAILURES as exc:
-                    log.info("DALI failed on a batch, which is decoded again in parts: %s", _reason(exc))
-                    batch = self._ahead.popleft()
-                    with self._on_stream:
-                        rows = self._salvage(batch, exc)
-                else:
-                    batch = self._ahead.popleft()
-                    if np.asarray(index.as_tensor()).tolist() != [item.index for item in batch.items]:
-                        raise ShardError(f"DALI {dali.__version__} gave a batch out of turn; install DALI 2.4")
-                    with self._on_stream:
-                        rows = self._rows(outputs)
+        assert self._main is not None
+        start = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            reads = stack.enter_context(contextlib.closing(self._read(batches)))
+            feed = ((read, self._inputs(read, self._names)) for read in reads)
+            for read, outputs in stack.enter_context(contextlib.closing(self._main.run(feed, self._stream))):
+                with self._on_stream:
+                    if isinstance(outputs, Exception):
+                        log.info("DALI failed on a batch, which is decoded again in parts: %s", _reason(outputs))
+                        rows = self._salvage(read, outputs)
+                    else:
+                        rows = _Rows(self._pixels(outputs), _sizes(read.encoded), read.route.usable.copy())
                 left = np.flatnonzero(~rows.done)
-                results = [self._pool.submit(self._by_pillow, batch.items[position]) for position in left]
-                yield _Unfinished(batch, rows, left, results, time.perf_counter() - start)
-        finally:
-            self._drain()
+                results = [self._pool.submit(self._by_pillow, read, position) for position in left.tolist()]
+                yield _Unfinished(read.batch, rows, left, results, time.perf_counter() - start)
+                start = time.perf_counter()
 
-    def _next(self) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
-        """Paths or encoded images of the next batch, and indices; DALI takes no exception but StopIteration."""
-        try:
-            batch = next(self._batches)
-            if not 1 <= len(batch.items) <= self._tuning.batch_size:
-                raise ValueError(f"a batch of {len(batch.items)} items; allowed are 1 to {self._tuning.batch_size}")
-            if self._source.file_per_item:
-                texts = [self._source.local_path(item) for item in batch.items]
-            else:  # a byte that is no image, where there is nothing to be had: Pillow's part says why
-                texts = [data or b"\0" for data in self._pool.map(self._encoded, batch.items)]
-        except StopIteration:
-            raise
-        except Exception as exc:  # for `decode` to raise; out of here it would come again at every run
-            self._failure = exc
-            raise StopIteration from exc
-        self._ahead.append(batch)
-        return [np.frombuffer(text, np.uint8) for text in texts], np.array(
-            [item.index for item in batch.items], np.int64
-        )
+    def _read(self, batches: Iterable[Batch]) -> Generator[_Read, None, None]:
+        """The batches with their items' bytes, and what the headers say."""
+        read = self._read_by_dali if self._source.file_per_item else self._read_by_source
+        with contextlib.closing(read(batches)) as reads:
+            for batch, encoded in reads:
+                yield _Read(batch, encoded, route([data.data for data in encoded], self._config, self._geometry))
 
-    def _drain(self) -> None:
-        """Takes back from DALI what nobody will ask for any more."""
-        self._batches = iter(())
-        while self._ahead:
-            self._ahead.popleft()
-            with contextlib.suppress(StopIteration, *_FAILURES):
-                self._main.run()
+    def _read_by_source(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, _Encoded], None, None]:
+        for batch in batches:
+            yield batch, list(self._pool.map(self._encoded, self._checked(batch).items))
 
-    def _rows(self, outputs: list[Any]) -> _Rows:
-        pixels, source_bytes, usable = (output.as_tensor() for output in outputs)
-        # The last two come from CPU operators, which have finished when a batch is handed out, whatever the stream
-        # (DALI's executor waits for its tasks before it gives outputs; not yet seen on a GPU).
-        images = np.asarray(pixels) if self._device is None else self._xp.from_dlpack(pixels)
-        return _Rows(images, np.array(source_bytes), np.array(usable))
+    def _read_by_dali(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, _Encoded], None, None]:
+        """Reads files in DALI's threads; a batch in which one cannot be read, by Python."""
+        path = self._source.local_path
+        feed = ((batch, [[_array(path(item)) for item in self._checked(batch).items]]) for batch in batches)
+        with contextlib.closing(self._reader.run(feed)) as runs:
+            for batch, outputs in runs:
+                if isinstance(outputs, Exception):
+                    yield batch, list(self._pool.map(self._encoded, batch.items))
+                else:
+                    yield batch, [np.asarray(data) for data in outputs[0]]
+
+    def _checked(self, batch: Batch) -> Batch:
+        if not 1 <= len(batch.items) <= self._tuning.batch_size:
+            raise ValueError(f"a batch of {len(batch.items)} items; allowed are 1 to {self._tuning.batch_size}")
+        return batch
+
+    def _inputs(self, read: _Read, names: Sequence[str], positions: Sequence[int] | None = None) -> list[Any]:
+        """What DALI is given of a batch, or of the items at some positions; a blank for what is not DALI's."""
+        route, encoded = read.route, read.encoded
+        chosen = list(range(len(encoded)) if positions is None else positions)
+        turns = route.turns[chosen]
+        found = {
+            "encoded": [encoded[position] if route.usable[position] else self._blank for position in chosen],
+            "shape": route.shapes[chosen],
+            "size": route.sizes[chosen],
+            "start": route.starts[chosen],
+            "transposed": turns[:, 0].astype(np.bool_),
+            "flipped": turns[:, 1:].any(axis=1),
+            "flips": turns[:, 1:].copy(),
+        }
+        return [found[name] for name in names]
+
+    def _pixels(self, outputs: list[Any]) -> Any:
+        pixels = outputs[0].as_tensor()
+        return np.asarray(pixels) if self._device is None else self._xp.from_dlpack(pixels)
 
     def _finish(self, run: _Unfinished) -> Decoded:
         """The batch with Pillow's pixels where DALI has none."""
         start = time.perf_counter()
-        rows, rejects, mended, images = run.rows, [], [], []
+        rows, rejects, decoded, images = run.rows, [], [], []
         for position, future in zip(run.left.tolist(), run.results, strict=True):
             rows.source_bytes[position], result = future.result()
             if isinstance(result, Reject):
                 rejects.append(result)
             else:
-                mended.append(position)
+                decoded.append(position)
                 images.append(result)
-        if mended:
+        if decoded:
             with self._on_stream:
-                rows.pixels[self._xp.asarray(mended)] = self._xp.asarray(np.stack(images))
-            rows.done[mended] = True
+                rows.pixels[self._xp.asarray(decoded)] = self._xp.asarray(np.stack(images))
+            rows.done[decoded] = True
         seconds = {"read": 0.0, "decode": run.seconds + time.perf_counter() - start}
         return Decoded(run.batch, rows.pixels, np.flatnonzero(rows.done), rows.source_bytes, rejects, seconds)
 
-    def _by_pillow(self, item: Item) -> tuple[int, NDArray[np.uint8] | Reject]:
-        """The item's encoded size, 0 if it cannot be read, and its pixels or why it has none."""
-        data = b""
+    def _by_pillow(self, read: _Read, position: int) -> tuple[int, NDArray[np.uint8] | Reject]:
+        """An item's encoded size, 0 if it cannot be read, and its pixels or why it has none."""
+        item, encoded, data = read.batch.items[position], read.encoded[position], b""
+        frame = self._source.frame(item)
         try:
-            data = read_item(self._source, item)
-            return len(data), self._pillow.decode_image(data, item.path, self._source.frame(item))
+            # Reading again says why it failed, or what is too large; and the source keeps a file of several frames.
+            again = frame is not None or not 0 < len(encoded) <= MAX_ENCODED_BYTES
+            data = read_item(self._source, item) if again else encoded.tobytes()
+            return len(data), self._pillow.decode_image(data, item.path, frame)
         except BadItem as bad:
             return len(data), bad.of(item.path, item.index)
 
-    def _encoded(self, item: Item) -> bytes:
+    def _encoded(self, item: Item) -> NDArray[np.uint8]:
         """The item's bytes, empty if it cannot be read."""
         try:
-            return read_item(self._source, item)
+            return _array(read_item(self._source, item))
         except BadItem:
-            return b""
+            return _array(b"")
 
-    def _salvage(self, batch: Batch, failure: Exception) -> _Rows:
+    def _salvage(self, read: _Read, failure: Exception) -> _Rows:
         """What DALI can decode of a batch that it failed on as a whole."""
-        count = len(batch.items)
-        rows = _Rows(
-            self._xp.empty((count, *self._row_shape), np.uint8), np.zeros(count, np.int64), np.zeros(count, np.bool_)
-        )
-        data = list(self._pool.map(self._encoded, batch.items))
-        positions = [position for position in range(count) if data[position]]
+        count = len(read.encoded)
+        pixels = self._xp.empty((count, *self._row_shape), np.uint8)
+        rows = _Rows(pixels, _sizes(read.encoded), np.zeros(count, np.bool_))
+        positions = np.flatnonzero(read.route.usable).tolist()
         if _is_no_memory(failure):
             dali.backend.ReleaseUnusedMemory()
             groups = list(_halves(positions))
         else:
             # DALI names one image at most. Whatever Pillow rejects is a good guess at them all, and mostly leaves one
-            # run for the others. But what DALI does with an image alone decides, lest its pixels depend on its
+            # run for the others. But what DALI does with an image alone decides, or its pixels would depend on its
             # neighbours.
-            results = self._pool.map(self._by_pillow, [batch.items[position] for position in positions])
+            results = self._pool.map(self._by_pillow, itertools.repeat(read), positions)
             suspects = [p for p, (_, result) in zip(positions, results, strict=True) if isinstance(result, Reject)]
             groups = [[position for position in positions if position not in suspects], *([p] for p in suspects)]
         for group in filter(None, groups):
-            self._mend(rows, data, group)
+            self._decode_again(rows, read, group)
         return rows
 
-    def _mend(self, rows: _Rows, data: Sequence[bytes], positions: list[int]) -> None:
+    def _decode_again(self, rows: _Rows, read: _Read, positions: list[int]) -> None:
         """Decodes these items by DALI, in halves where that fails."""
-        self._repair = self._repair or _from_memory(prefetch_queue_depth=1, **self._options)
-        try:
-            outputs = self._repair.run(self._stream, encoded=[np.frombuffer(data[p], np.uint8) for p in positions])
-        except _FAILURES as exc:
-            no_memory = _is_no_memory(exc)
-            if not no_memory and _BROKEN_GPU.search(str(exc)):
-                raise ShardError(
-                    f"GPU {self._device} is in an error state ({_reason(exc)}); "
-                    "look for Xid errors in dmesg, then run the same command to resume"
-                ) from exc
-            if no_memory:
-                dali.backend.ReleaseUnusedMemory()
-            if len(positions) > 1:
-                for half in _halves(positions):
-                    self._mend(rows, data, half)
-            elif no_memory:  # never another decoder for want of memory: its pixels would differ
-                raise ShardError(
-                    "no memory to decode one image; end what else uses it, or lower --workers or --open-shards, and "
-                    "run the command again to resume (with a lower --max-pixels, it starts anew)"
-                ) from exc
-        else:
-            part = self._rows(outputs)
-            rows.pixels[self._xp.asarray(positions)] = part.pixels
-            rows.source_bytes[positions] = part.source_bytes
-            rows.done[positions] = part.done
+        self._repair = self._repair or self._decoding(self._names, 1)
+        feed = [(None, self._inputs(read, self._names, positions))]
+        ((_, outputs),) = self._repair.run(feed, self._stream)
+        if not isinstance(outputs, Exception):
+            rows.pixels[self._xp.asarray(positions)] = self._pixels(outputs)
+            rows.done[positions] = True
             if self._device is not None:  # DALI may use the part's buffer again as soon as it is dropped
                 self._xp.cuda.get_current_stream().synchronize()
+            return
+        no_memory = _is_no_memory(outputs)
+        if not no_memory and _BROKEN_GPU.search(str(outputs)):
+            raise ShardError(
+                f"GPU {self._device} is in an error state ({_reason(outputs)}); "
+                "look for Xid errors in dmesg, then run the same command to resume"
+            ) from outputs
+        if no_memory:
+            dali.backend.ReleaseUnusedMemory()
+        if len(positions) > 1:
+            for half in _halves(positions):
+                self._decode_again(rows, read, half)
+        elif no_memory:  # never another decoder for want of memory: its pixels would differ
+            raise ShardError(
+                "no memory to decode one image; end what else uses it, or lower --workers or --open-shards, and "
+                "run the command again to resume (with a lower --max-pixels, it starts anew)"
+            ) from outputs
+
+
+@pipeline_def  # type: ignore[untyped-decorator]  # see above
+def _files(source: Callable[[], list[Any]]) -> Any:
+    """The bytes of the files whose paths `source` gives."""
+    paths, number = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0])
+    # Not mapped: plain reads are twice as fast, and a file that shrinks meanwhile does no harm.
+    return fn.io.file.read(paths, dont_use_mmap=True), number
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
-def _from_source(
-    source: Callable[[], Any],
-    last: Stage,
-    files: bool,
+def _decoded(
+    source: Callable[[], list[Any]],
+    names: Sequence[str],
     config: BuildConfig,
     geometry: Geometry,
     backend: str,
     hw_decoder_load: float | None,
 ) -> Any:
-    """What `source` gives at each call, paths of files or encoded images, up to the stage `last`; and its indices."""
-    encoded, index = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0])
-    if files:
-        # Not mapped: plain reads are twice as fast, and a file that shrinks meanwhile does no harm.
-        encoded = fn.io.file.read(encoded, dont_use_mmap=True)
-    outputs: tuple[Any, ...]
-    if last == "read":
-        outputs = (encoded.shape(),)
-    else:
-        outputs = _decoded(encoded, last, config, geometry, backend, hw_decoder_load)
-    return *outputs, index
-
-
-@pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
-def _from_memory(config: BuildConfig, geometry: Geometry, backend: str, hw_decoder_load: float | None) -> Any:
-    """What is fed as "encoded", decoded."""
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    return _decoded(encoded, "resize", config, geometry, backend, hw_decoder_load)
-
-
-def _decoded(
-    encoded: Any, last: Stage, config: BuildConfig, geometry: Geometry, backend: str, hw_decoder_load: float | None
-) -> tuple[Any, Any, Any]:
-    """The graph: pixels, encoded sizes, and which items DALI decoded, where the others' pixels are a blank's.
-
-    Up to the stage `decode`, pixels have the size that they are stored in.
-    """
-    out_height, out_width = geometry.height, geometry.width
-    max_pixels = min(config.max_pixels, 2**31 - 1)  # the largest constant that a graph can hold
-
-    source_bytes = encoded.shape()[0]
-    usable = (source_bytes >= 4) & (source_bytes <= MAX_ENCODED_BYTES)
-    if usable:  # a branch sees only its own items: no byte is asked of an empty file, no size of a text
-        usable = (encoded[0] == 0xFF) & (encoded[1] == 0xD8) & (encoded[-2] == 0xFF) & (encoded[-1] == 0xD9)
-    if usable:
-        shape = fn.peek_image_shape(encoded, adjust_orientation=config.exif_orientation)
-    else:
-        shape = types.Constant([0, 0, 0], dtype=types.INT64, device="cpu")
-    height, width = shape[0], shape[1]
-    usable = (height > 0) & (width > 0) & (height * width <= max_pixels)
-    size, start = [out_height, out_width], None
-    if geometry.mode == "none":
-        usable = usable & (height == out_height) & (width == out_width)
-    elif geometry.mode != "stretch":
-        high, wide, top, left = _place(geometry, math.max(height, 1), math.max(width, 1))
-        usable = usable & (high * wide <= max_pixels)
-        if usable:
-            size = fn.cast(fn.stack(high, wide), dtype=types.FLOAT)
-            start = fn.cast(fn.stack(top, left), dtype=types.INT32)
-        else:
-            size = types.Constant([out_height, out_width], dtype=types.FLOAT, device="cpu")
-            start = types.Constant([0, 0], dtype=types.INT32, device="cpu")
-    if not usable:
-        encoded = types.Constant(_blank(out_height, out_width), device="cpu")
-
-    images = fn.decoders.image(
-        encoded,
-        device=backend,
-        output_type=types.GRAY if config.channels == "gray" else types.RGB,
-        adjust_orientation=config.exif_orientation,
-        jpeg_fancy_upsampling=True,  # as Pillow does; without it, pixels of 4:2:0 images differ by up to 27 levels
-        **({} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}),
+    """Encoded images to pixels, as far as there are inputs for it, whose `names` are those of `_INPUTS`."""
+    *inputs, number = fn.external_source(
+        source,
+        num_outputs=len(names) + 1,
+        no_copy=backend == "cpu",  # a GPU may still be reading when the batch is handed out; not yet measured
+        dtype=[*(_INPUTS[name][0] for name in names), types.INT64],
+        ndim=[*(_INPUTS[name][1] for name in names), 0],
     )
-    if last == "resize" and geometry.mode != "none":
-        images = fn.resize(images, size=size, interp_type=_FILTERS[config.interpolation], subpixel_scale=False)
-    if last == "resize" and start is not None:
+    given = dict(zip(names, inputs))  # noqa: B905  # DALI's translation of this function has a zip without `strict`
+    options: dict[str, Any] = {
+        "device": backend,
+        "output_type": types.GRAY if config.channels == "gray" else types.RGB,
+        "adjust_orientation": False,  # by a parser that may take another EXIF segment than ours
+        "jpeg_fancy_upsampling": True,  # as Pillow does; without it, pixels of 4:2:0 images differ by up to 27 levels
+    }
+    if hw_decoder_load is not None:
+        options["hw_decoder_load"] = hw_decoder_load
+    if "shape" in given:
+        images = fn.decoders.image_slice(given["encoded"], start=[0, 0], shape=given["shape"], axes=[0, 1], **options)
+    else:
+        images = fn.decoders.image(given["encoded"], **options)
+    if "size" in given:
+        images = fn.resize(images, size=given["size"], interp_type=_FILTERS[config.interpolation], subpixel_scale=False)
+    if "flips" in given:
+        transposed, flipped, flips = (given[name] for name in ("transposed", "flipped", "flips"))
+        if transposed:
+            images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
+        if flipped:
+            images = fn.flip(images, horizontal=flips[0], vertical=flips[1])
+    if "start" in given:
         images = fn.slice(
             images,
-            start=start,
-            shape=[out_height, out_width],
+            start=given["start"],
+            shape=[geometry.height, geometry.width],
             axes=[0, 1],
             out_of_bounds_policy="pad",
             fill_values=config.pad_value,
         )
-    return images, source_bytes, usable
+    return images, number
 
 
-def _place(geometry: Geometry, height: Any, width: Any) -> tuple[Any, Any, Any, Any]:
-    """`Geometry.place` of center-crop and pad for int64 nodes, without branches; offsets are where to begin to cut."""
-    out_height, out_width = geometry.height, geometry.width
-    if geometry.mode == "center-crop":
-        cover_height, cover_width = geometry.cover
-        high = math.max(height * cover_width // width, cover_height)
-        wide = math.max(width * cover_height // height, cover_width)
-        top, left = (high - out_height) // 2, (wide - out_width) // 2
-        top += top & (high - out_height) & 1  # half to even
-        left += left & (wide - out_width) & 1
-    else:
-        high = math.clamp((2 * height * out_width + width) // (2 * width), 1, out_height)
-        wide = math.clamp((2 * width * out_height + height) // (2 * height), 1, out_width)
-        top, left = -((out_height - high) // 2), -((out_width - wide) // 2)
-    return high, wide, top, left
+def _input_names(last: Stage, geometry: Geometry, backend: str) -> list[str]:
+    """The inputs that a pipeline needs to go up to the stage `last`; DALI warns of any that it does not use."""
+    names = ["encoded"]
+    if backend == "cpu":
+        # The decoder compares a region with what it finds in the data; without one it trusts its parser. On a GPU, a
+        # region may change the engine that decodes: not yet measured.
+        names.append("shape")
+    if last == "resize":
+        names += ["transposed", "flipped", "flips"]
+        names += [] if geometry.mode == "none" else ["size"]
+        names += ["start"] if geometry.mode in ("center-crop", "pad") else []
+    return names
+
+
+@contextlib.contextmanager
+def _without_opencv() -> Iterator[None]:
+    """Decoders that are made meanwhile have all plug-ins of nvImageCodec but OpenCV's.
+
+    OpenCV decodes damaged JPEGs without an error, with gray where the data ends, and writes as many pixels as it finds
+    rather than as many as there is room for.
+    """
+    name = "NVIMGCODEC_EXTENSIONS_PATH"
+    before = os.environ.get(name)
+    folders = before.split(os.pathsep) if before else [os.path.join(os.path.dirname(nvimgcodec.__file__), "extensions")]
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-") as links:
+        for plugin in (plugin for folder in folders for plugin in Path(folder).glob("*.so*")):
+            if "opencv" not in plugin.name:
+                Path(links, plugin.name).symlink_to(plugin.resolve())
+        os.environ[name] = links
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+
+def _array(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8)
+
+
+def _sizes(encoded: Sequence[NDArray[np.uint8]]) -> NDArray[np.int64]:
+    return np.array([len(data) for data in encoded], np.int64)
 
 
 def _halves(positions: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -31,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from ..config import BuildConfig
 from ..rejects import BadItem
 from ..sources.dicom import FRAME_NAMES, blamed_on_its_end, frames_of, read_dicom, require_attributes
-from .jpeg import check_scans
+from .jpeg import read_header
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of them
 _GRAYS = ("MONOCHROME1", "MONOCHROME2")
@@ -142,7 +142,7 @@ def _check_frame(file: Any, frame: int, count: int) -> None:
     if syntax == _RLE:
         _check_rle(data, size[0] * size[1])
         return
-    check_scans(data)
+    read_header(data)  # raises for one that would take very long
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "JPEG2000")) as image:  # as pydicom itself
             found = image.size

@@ -1,15 +1,147 @@
-"""JPEGs that would take their decoder very long."""
+"""What a JPEG's header says, read once and for every decoder (ITU-T T.81, annex B).
+
+Decoders read headers with parsers of their own. Where two of them disagree, one allocates a buffer for another image
+than the other decodes. So only a JPEG whose header leaves no room for disagreement is `plain`, and only plain ones go
+to a decoder that works on many images in one process.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
+import struct
+from typing import NamedTuple
+
 from ..rejects import BadItem
+from .exif import EXIF_HEADER, orientation_in
 
 _MAX_SCANS = 256  # as nvImageCodec: each scan of a progressive JPEG costs a pass over the whole image
+_MAX_SEGMENTS = 65_536  # an ICC profile takes up to 255, extended XMP some thousands
+
+_segment = struct.Struct(">BBH").unpack_from
+_frame = struct.Struct(">BHHB").unpack_from
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xff]")
+
+_SOI, _EOI, _SOS, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xE1, 0xEE
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # these three are DHT, JPG and DAC
+_SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # frames that decoders take from their first scan, if it has all components
+_WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD9)))  # TEM, RST0 to RST7, SOI
+# What may stand in the header of a plain JPEG: SOF0 to SOF2, DHT, DQT, DRI, APP0 to APP15, COM, and SOS at its end.
+_PLAIN = frozenset((0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE, _SOS))
 
 
-def check_scans(data: bytes) -> None:
-    """Raises BadItem if data is a JPEG of too many scans."""
-    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS and (scans := _scans(data)) > _MAX_SCANS:
+class JpegHeader(NamedTuple):
+    """What stands before the data of a JPEG's first scan.
+
+    Attributes:
+        frame: the second byte of the first SOF marker, 0xC0 for a baseline JPEG; None if there is none.
+        height, width: pixels, as they are stored.
+        precision: bits a sample.
+        components: 1 for gray, 3 for color, 4 for CMYK or YCCK.
+        adobe_transform: the color transform of the last Adobe marker: 0, 1 or 2; None if there is none.
+        orientation: 1 to 8, by the first EXIF segment, as `exif.py` has it.
+        plain: whether it is a complete JPEG of 8 bits in gray or YCbCr whose header every decoder reads alike.
+    """
+
+    frame: int | None
+    height: int
+    width: int
+    precision: int
+    components: int
+    adobe_transform: int | None
+    orientation: int
+    plain: bool
+
+
+def read_header(data: bytes | memoryview) -> JpegHeader | None:
+    """The header of a JPEG; None if the data does not begin as one.
+
+    Behind damage it reads on at the next marker, as libjpeg does.
+
+    Args:
+        data: the whole file.
+
+    Raises:
+        BadItem: it has so many segments or scans that decoders would take very long.
+    """
+    end = len(data)
+    if end < 4 or data[0] != 0xFF or data[1] != _SOI:
+        return None
+    plain = data[end - 2] == 0xFF and data[end - 1] == _EOI
+    frame = adobe_transform = orientation = None
+    height = width = precision = components = segments = 0
+    names = scanned = b""  # of components: those of the frame, and those of its first scan
+    position = 2
+    while position + 4 <= end:
+        prefix, marker, length = _segment(data, position)
+        if prefix != 0xFF or marker in (0x00, 0xFF):
+            plain = False
+            found = _NEXT_MARKER.search(data, position)
+            if found is None:
+                break
+            position = found.start()
+            continue
+        if marker not in _PLAIN:
+            plain = False
+            if marker in _WITHOUT_LENGTH:
+                position += 2
+                continue
+        segments += 1
+        if segments > _MAX_SEGMENTS:
+            raise BadItem("decode", "undecodable", f"more than {_MAX_SEGMENTS} segments before the first scan")
+        body, after = position + 4, position + 2 + length
+        if after > end or length < 3 or marker == _EOI:
+            plain = False
+            break
+        if marker == _SOS:
+            scanned = bytes(data[body + 1 : after - 3 : 2])
+            plain = plain and length == 6 + 2 * data[body] and _are_of(scanned, names)
+            break
+        if marker in _FRAMES:
+            if frame is not None or length < 8:
+                plain = False
+            else:
+                frame = marker
+                precision, height, width, components = _frame(data, body)
+                specifications = bytes(data[body + 6 : after])
+                names = specifications[::3]
+                plain = plain and height > 0 and width > 0 and _is_plain_frame(precision, components, specifications)
+        elif marker == _APP1 and orientation is None and data[body : body + 6] == EXIF_HEADER:
+            orientation = orientation_in(data[body + 6 : after])
+        elif marker == _APP14 and length >= 14 and data[body : body + 5] == b"Adobe":
+            plain = plain and adobe_transform is None
+            adobe_transform = data[body + 11]
+        position = after
+    if not scanned or (components == 3 and adobe_transform not in (None, 1)):
+        plain = False
+    if not (frame in _SEQUENTIAL and len(scanned) == components):
+        _check_scans(bytes(data))
+    return JpegHeader(frame, height, width, precision, components, adobe_transform, orientation or 1, plain)
+
+
+@functools.lru_cache  # most files of a collection share one of a few combinations
+def _is_plain_frame(precision: int, components: int, specifications: bytes) -> bool:
+    """Whether the parameters of a frame (B.2.2) are ordinary; `specifications` has three bytes a component."""
+    names, factors, tables = specifications[::3], specifications[1::3], specifications[2::3]
+    return (
+        precision == 8
+        and components in (1, 3)
+        and len(specifications) == 3 * components
+        and _are_of(names, names)
+        and names != b"RGB"  # which libjpeg takes for R,G,B, and others for YCbCr
+        and all(0 < factor >> 4 <= 4 and 0 < factor & 15 <= 4 for factor in factors)
+        and max(tables) < 4
+    )
+
+
+@functools.lru_cache
+def _are_of(some: bytes, names: bytes) -> bool:
+    """Whether there are `some` components, each another one of those with these names."""
+    return 0 < len(some) == len({*some} & {*names})
+
+
+def _check_scans(data: bytes) -> None:
+    if data.count(b"\xff\xda") > _MAX_SCANS and (scans := _scans(data)) > _MAX_SCANS:
         raise BadItem("decode", "undecodable", f"{scans} scans; at most {_MAX_SCANS}")
 
 
@@ -22,22 +154,9 @@ def _scans(data: bytes) -> int:
             break
         if marker == 0xFF:  # fill byte
             position += 1
-        elif marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # a stuffed byte, or a marker without a segment
+        elif marker == 0x00 or marker in _WITHOUT_LENGTH:  # 0x00 is a stuffed byte
             position += 2
         else:
             scans += marker == 0xDA
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return scans
-
-
-def sof_type(data: bytes) -> int | None:
-    """The n of the first frame header SOFn of a JPEG (ITU-T T.81, table B.1): 3 is lossless. None if it has none."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xDA:
-            break
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables, and one that is reserved
-            return marker - 0xC0
-        position += 1 if marker == 0xFF else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return None

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, features
 
 from ..config import BuildConfig
 from ..errors import BackendError, ShardError, UsageError
@@ -25,9 +25,10 @@ from ..plan import Batch
 from ..rejects import BadItem, Reject
 from ..sources.base import Item, Source, read_item
 from ..sources.dicom import require_pydicom
-from .base import Decoded, Stage, with_reads
+from .base import DECODING_REVISION, Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
-from .jpeg import check_scans, sof_type
+from .exif import EXIF_HEADER, orientation_in
+from .jpeg import read_header
 from .png import is_png, samples16, set_transparency, without_extras
 from .samples import deep_samples, format_of, is_deep, plain, turned
 from .tiff import Tiff, is_tiff
@@ -52,7 +53,7 @@ _UPRIGHT = {
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 _UNSIGNED = ("DIB", "PPM")  # formats whose first bytes may be anything's
 _ENDED = ("index out of range", "not enough image data")  # what Pillow says where bytes are missing
-_LOSSLESS = 3  # SOF3 (ITU-T T.81, table B.1)
+_LOSSLESS = 0xC3  # SOF3 (ITU-T T.81, table B.1)
 
 
 class PillowDecoder:
@@ -87,7 +88,7 @@ class PillowDecoder:
 
     def environment(self) -> dict[str, Any]:
         """The libraries whose versions decide the pixels."""
-        return {"backend": "pillow", "device": "cpu", **versions()}
+        return {"backend": "pillow", "device": "cpu", "decoding_revision": DECODING_REVISION, **versions()}
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
         """See `Decoder.decode`."""
@@ -208,6 +209,7 @@ class PillowDecoder:
             self._check_pixels(*image.size)
             own = image.copy()
             own.format = image.format  # what a file of this format means by its samples
+            own.applist = getattr(image, "applist", [])  # where EXIF is
             whole, place = self._upright(own)
         with enough_memory(path):
             return self._place(whole, place)
@@ -239,7 +241,7 @@ class PillowDecoder:
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             self._check_webp(data)
         else:
-            check_scans(data)
+            read_header(data)  # raises for one that would take very long
         return data
 
     def _check_webp(self, data: bytes) -> None:
@@ -273,10 +275,12 @@ class PillowDecoder:
         if orientation >= 5:
             height, width = width, height
         place = self._placement(height, width)
-        # libjpeg-turbo cannot scale what is lossless.
-        if self._may_draft and image.format == "JPEG" and sof_type(file_of(image) or b"") != _LOSSLESS:
+        if self._may_draft and image.format == "JPEG":
             wanted = (2 * place.width, 2 * place.height)
-            image.draft(None, wanted if orientation < 5 else wanted[::-1])  # never below what was asked for
+            wanted = wanted if orientation < 5 else wanted[::-1]
+            reduced = image.width // wanted[0] > 1 and image.height // wanted[1] > 1
+            if not (reduced and _is_lossless(image)):  # which libjpeg-turbo decodes at its full size alone
+                image.draft(None, wanted)  # never below what was asked for
         image.load()
         return orientation, place
 
@@ -436,19 +440,13 @@ def is_simd() -> bool:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8: 1 where there is none, or none that can be read."""
-    # What cannot be read does not say how to turn anything. Pillow turns TIFF by itself, whether asked to or not.
-    block = image.info.get("exif")
-    if not block or image.format == "TIFF":
+    """The orientation that a file's EXIF gives an image, 1 to 8, as `exif.py` says."""
+    if image.format == "TIFF":  # Pillow turns it upright by itself, whether asked to or not
         return 1
-    try:
-        # Not `image.getexif`: it also believes XMP, though only beside EXIF, and no other decoder here does.
-        exif = Image.Exif()
-        exif.load(block)
-        value = exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow's EXIF parser raises many kinds on damaged blocks; the pixels may well be whole
-        return 1
-    return value if isinstance(value, int) and value in _UPRIGHT else 1
+    # Pillow joins the EXIF segments of a JPEG, of which the first one counts.
+    segments = (body for name, body in getattr(image, "applist", ()) if name == "APP1")
+    block = next((body for body in segments if body.startswith(EXIF_HEADER)), image.info.get("exif"))
+    return orientation_in(block) if isinstance(block, bytes) else 1
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
@@ -485,6 +483,12 @@ def dicom_size(data: bytes, path: str) -> tuple[int, int]:
     require_pydicom()
     with _blamed(path):
         return size_of(data)
+
+
+def _is_lossless(image: Image.Image) -> bool:
+    """Whether a JPEG that is not loaded is a lossless one."""
+    header = read_header(file_of(image) or b"")
+    return header is not None and header.frame == _LOSSLESS
 
 
 def file_of(image: Image.Image) -> bytes | None:

@@ -1,9 +1,10 @@
 """Worker processes on this machine. Only shard numbers and events travel between them, never pixels.
 
-A worker that dies or hangs is replaced, and the shards that it had begun are built again. A shard that loses its worker
-twice is built in careful mode: one image at a time in a process that says which one it is about to decode. An image
-that ends that process becomes a reject; the death of a process by SIGKILL, as the system does it when memory is short,
-is never taken for an image's fault.
+A worker that dies or hangs is replaced, and the shards that it had begun are built again. A worker that has grown too
+large ends by itself between two shards, and is replaced, too. A shard that loses its worker twice is built in careful
+mode: one image at a time in a process that says which one it is about to decode. An image that ends that process
+becomes a reject; the death of a process by SIGKILL, as the system does it when memory is short, is never taken for an
+image's fault.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from .. import processes
 from ..errors import GpuNpzError, ShardError
 from ..rejects import Code
-from ..worker import Committed, Decoding, Event, Progress, Task, work
+from ..worker import Committed, Decoding, Event, Progress, Task, asked, work
 
 log = logging.getLogger(__name__)
 _JOIN_S = 10.0
@@ -68,6 +69,7 @@ class _Worker:
     Attributes:
         progress: what it has done of each shard that it has begun and not committed.
         decoding: in careful mode, the item that is being decoded.
+        dismissed: whether it was told that there is no shard for it.
         silent_s: how long it has said nothing.
         hung: whether it was stopped for that.
     """
@@ -76,6 +78,7 @@ class _Worker:
     task: Task
     progress: dict[int, list[Progress]] = dataclasses.field(default_factory=dict)
     decoding: int | None = None
+    dismissed: bool = False
     silent_s: float = 0.0
     hung: bool = False
 
@@ -123,8 +126,11 @@ class _Pool:
                 except (EOFError, OSError):  # OSError where it died in the middle of a message
                     del self._workers[connection]
                     connection.close()
-                    if code := worker.process.wait():
+                    if (code := worker.process.wait()) or worker.progress:
                         yield from self._lost(worker, code)
+                    elif not worker.dismissed:
+                        log.info("a worker process has grown too large; another takes its place")
+                        self.start(worker.task)
                     continue
                 if isinstance(message, BaseException):
                     raise message
@@ -144,6 +150,7 @@ class _Pool:
         """A shard for a worker, None if there is none for it; begins the one that it gets."""
         queue = self._doubtful if worker.task.careful else self._todo
         shard = queue.popleft() if queue else None
+        worker.dismissed = shard is None
         if shard is not None:
             worker.progress[shard] = []
         return shard
@@ -193,17 +200,14 @@ def serve(descriptor: int) -> None:
     """
     connection = Connection(descriptor)
 
-    def asked() -> Iterator[int]:
-        while True:
-            connection.send(None)
-            shard = connection.recv()
-            if shard is None:
-                return
-            yield shard
+    def ask() -> int | None:
+        connection.send(None)
+        shard: int | None = connection.recv()
+        return shard
 
     try:
         task = connection.recv()
-        with contextlib.closing(_messages(task, asked())) as messages:
+        with contextlib.closing(_messages(task, asked(ask, task.tuning.open_shards))) as messages:
             for message in messages:
                 connection.send(message)
     except (ConnectionError, EOFError):

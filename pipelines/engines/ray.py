@@ -34,7 +34,7 @@ from ..job import Job
 from ..sources.base import Source
 from ..sources.folder import FolderSource
 from ..storage import PRIVATE, LocalStorage, is_remote, open_storage
-from ..worker import Committed, Event, Progress, Task, WorkerEnded, work
+from ..worker import Committed, Event, Progress, Task, WorkerEnded, asked, work
 from . import local
 
 log = logging.getLogger(__name__)
@@ -331,18 +331,16 @@ class _Actor:
 
     def _events(self, task: Task) -> Generator[Event, None, None]:
         if self._alone_s is None:
-            return work(task, self._shards())
+            return work(task, asked(self._ask, task.tuning.open_shards))
         alone = dataclasses.replace(task, tuning=dataclasses.replace(task.tuning, workers=1))
         gpus = () if task.gpu is None else (task.gpu,)
-        return local.run(alone, list(itertools.islice(self._shards(), 1)), gpus, self._alone_s)
+        return local.run(alone, [shard for shard in [self._ask()] if shard is not None], gpus, self._alone_s)
 
-    def _shards(self) -> Iterator[int]:
-        while not self._stopped:
-            self._messages.put(None)
-            shard = self._answers.get()
-            if shard is None:
-                return
-            yield shard
+    def _ask(self) -> int | None:
+        if self._stopped:
+            return None
+        self._messages.put(None)
+        return self._answers.get()
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..storage import is_remote
-from .base import Source, location_of
+from .base import Source, as_bytes, as_text, full_location, is_hidden, location_of
 from .columns import key_column
 from .folder import FolderSource
+from .paths import below
 from .stores import without_query
 
 _CIFAR_FILES = ("batches.meta", "meta")
@@ -23,7 +24,7 @@ _BY_EXTENSION = {
     ".parquet": "parquet", ".npy": "numpy", ".npz": "numpy",
 }  # fmt: skip
 _COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)  # which a tar's source refuses
-_KINDS_WITH = {"image_column": ("table", "parquet"), "root": ("table", "tar", "zip")}
+_KINDS_WITH = {"image_column": ("table", "parquet"), "root": ("folder", "table", "tar", "zip")}
 # A module and a class each: `(src, config, classes)` makes one. Loaded when it is asked for.
 _SOURCES = {
     "remote": ("remote", "RemoteSource"),
@@ -45,7 +46,7 @@ def open_source(
 
     Args:
         src: a path, a pattern of paths (`shard-{000..099}.tar`, `*.parquet`), or a URL of fsspec.
-        config: gives `source`, `labels`, `image_column` and `root`.
+        config: gives `source`, `labels`, `image_column` and `root`, which of a folder takes one in it.
         classes: the names of classes by number; found in the collection if None.
 
     Raises:
@@ -71,6 +72,8 @@ def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[
             raise UsageError(
                 f"--{name.replace('_', '-')} goes with {', '.join(kinds)}; {location!r} is of the kind {kind}"
             )
+    if kind == "folder" and config.root is not None:
+        location = _within(location, config.root)
     if kind == "folder" and is_remote(location):
         kind = "remote"
     if kind == "folder":
@@ -79,6 +82,17 @@ def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[
     source: Any = getattr(importlib.import_module(f".{module}", __name__), name)
     made: Source = source(location, config, classes)
     return made
+
+
+def _within(location: str, root: str) -> str:
+    """The folder of SRC that `--root` takes, as SRC. Raises UsageError if it is not in there."""
+    top = full_location(location)
+    if os.path.normpath(root) == ".":
+        return top
+    try:
+        return f"{top.rstrip('/')}/{as_text(below(root, top))}"
+    except ValueError as exc:
+        raise UsageError(f"--root {root}: SRC {exc}; give the path of a folder in SRC") from exc
 
 
 def _detected(location: str, image_column: str | None) -> str:
@@ -109,7 +123,9 @@ def _detected(location: str, image_column: str | None) -> str:
     parquet = False
     with contextlib.suppress(OSError), os.scandir(location) as entries:  # the folder's own listing says what it is
         for entry in entries:
-            if os.path.isdir(entry.path) and not entry.name.startswith("."):
+            if is_hidden(as_bytes(entry.name)):
+                continue
+            if os.path.isdir(entry.path):
                 return kind
             parquet = parquet or entry.name.endswith(".parquet")
     return "parquet" if parquet else kind

@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,13 +19,25 @@ import numpy as np
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from .base import Group, Item, Source, as_bytes, as_text, extension_of, no_images, numbered
+from .base import (
+    Group,
+    Item,
+    Source,
+    as_bytes,
+    as_text,
+    extension_of,
+    is_hidden,
+    is_side,
+    no_images,
+    numbered,
+    refuse_sides,
+    split_sides,
+)
 from .base import is_image as has_extension
 from .files import Files
 
 log = logging.getLogger(__name__)
 GROUP_ITEMS = 8192
-_FINDERS = b"__MACOSX"  # in its zips, a hidden file beside each
 _MAX_NAME_BYTES = 4096  # Linux's PATH_MAX
 
 
@@ -41,13 +54,15 @@ class Survey:
     """What all archives of a source hold.
 
     Attributes:
-        folders: of the first level, those without images, too.
+        folders: of the first level, those without images, too; with the folders in each that is called as a side is.
+        filled: those with images.
         loose, filed: the first image in no folder, and the first one in a folder.
         images: how many there are.
         others: files whose names are not those of images, by their extension.
     """
 
-    folders: set[bytes] = field(default_factory=set)
+    folders: dict[bytes, set[bytes]] = field(default_factory=dict)
+    filled: set[bytes] = field(default_factory=set)
     loose: bytes | None = None
     filed: bytes | None = None
     images: int = 0
@@ -59,12 +74,13 @@ class ArchiveSource(Source):
 
     As in a folder tree, the first folder within the archive, or within its folder `config.root`, is the class, and
     classes are numbered in the order of their names' bytes; images in no folder have no labels; `--labels none` takes
-    all images without labels. Items are in the order of the archives and of their members. Hidden names are skipped;
-    links, devices and sparse files are left out with a warning.
+    all images without labels. Items are in the order of the archives and of their members. Hidden names are skipped
+    (`is_hidden`); links, devices and sparse files are left out with a warning.
 
     Raises:
         SourceError: an archive is missing, damaged, cut, or without images; holds an absolute name, one with `..`, one
-            of more than 4096 bytes, or a name twice; or has images beside folders of images.
+            of more than 4096 bytes, or a name twice; or has images beside folders of images, or sides of a split for
+            classes.
         UsageError: `--labels` is for another form.
     """
 
@@ -100,6 +116,11 @@ class ArchiveSource(Source):
         if survey.loose is not None:
             return
         found = [as_text(folder) for folder in sorted(survey.folders)]
+        if config.labels is None:
+            top, src = as_text(self._top), quote(self.location)
+            sides = {side: map(as_text, survey.folders[as_bytes(side)]) for side in split_sides(found)}
+            refuse_sides(self.location, sides, lambda side: f"gpu-npz build {src} --root {quote(top + side)}")
+        self.bare = [name for name in found if as_bytes(name) not in survey.filled]
         self.class_names = tuple(found if classes is None else classes)
         numbers = numbered(list(self.class_names), found, self.location)
         self._numbers = {as_bytes(name): number for name, number in numbers.items()}
@@ -169,17 +190,25 @@ class ArchiveSource(Source):
             if member.kind == "other":
                 others, other = others + 1, other or member.name
                 continue
-            folder, slash, _ = path.partition(b"/")
-            if (slash or member.kind == "folder") and folder not in (b"", _FINDERS) and not _is_hidden(path):
-                survey.folders.add(folder)
-            if member.kind == "file" and is_image(path):
+            if is_hidden(path):
+                continue
+            folder, slash, below = path.partition(b"/")
+            if folder and (slash or member.kind == "folder"):
+                inner = survey.folders.setdefault(folder, set())
+                second, deeper, _ = below.partition(b"/")
+                if second and (deeper or member.kind == "folder") and is_side(as_text(folder)):
+                    inner.add(second)
+            if member.kind != "file":
+                continue
+            if has_extension(path):
                 names.add(path)
                 survey.images += 1
                 if slash:
                     survey.filed = survey.filed or path
+                    survey.filled.add(folder)
                 else:
                     survey.loose = survey.loose or path
-            elif member.kind == "file" and not has_extension(path) and not _is_hidden(path):
+            else:
                 survey.others[extension_of(path)] += 1
         if others:
             warn_of_others(self._files.path(number), others, other)
@@ -232,11 +261,7 @@ def path_of(name: bytes, archive: str) -> bytes:
 
 def is_image(path: bytes) -> bool:
     """Whether a path is an item: by its extension, and unless a part of it is hidden."""
-    return has_extension(path) and not _is_hidden(path)
-
-
-def _is_hidden(path: bytes) -> bool:
-    return path.startswith(b".") or b"/." in path
+    return has_extension(path) and not is_hidden(path)
 
 
 def warn_of_others(archive: str, count: int, first: bytes) -> None:

@@ -3,87 +3,40 @@
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import math
 import os
 import re
 import shutil
-import struct
 import tempfile
 import threading
 import weakref
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES
 from ..storage import is_remote
+from . import npy
 from .archives import GROUP_ITEMS, place_of, read_piece
 from .base import Group, Item
+from .columns import LABEL_COLUMNS
 from .files import Files
-from .labels import Found, Listed, number_array
+from .labels import KINDS, Found, Kind, Listed, array_labels
 from .netpbm import encoded
-from .zip import LOCAL_HEADER_BYTES, data_offset
+from .npy import Array
 
 log = logging.getLogger(__name__)
 _CHANNELS = (1, 3, 4)
-_MAX_HEADER_BYTES = 1 << 16
-_MAX_LABEL_BYTES = 1 << 30
-_MOST_DEFLATED = 1032  # bytes that one byte of deflate data can become (https://zlib.net/zlib_tech.html)
-_IMAGES = ("images", "x", "X", "x_train", "X_train", "train_images", "data", "arr_0")
-_LABELS = ("labels", "y", "y_train", "targets")
-
-
-@dataclass(frozen=True)
-class _Array:
-    """An array as its header has it, which `checked` has yet to believe.
-
-    Attributes:
-        where: the file, and its name there, for messages.
-        fortran: whether its elements are in Fortran order.
-        start: of its elements, in bytes from the beginning of the .npy.
-        held: how many bytes the .npy has.
-        member: the .npy in an .npz; None where it is a file of its own.
-    """
-
-    where: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    fortran: bool
-    start: int
-    held: int
-    member: zipfile.ZipInfo | None = None
-
-    @property
-    def size(self) -> int:
-        """Of its elements, in bytes."""
-        return self.dtype.itemsize * math.prod(self.shape)
-
-    def checked(self) -> _Array:
-        """Itself. Raises SourceError if its elements are not all there, in C order, as plain bytes."""
-        if self.dtype.hasobject:
-            raise SourceError(
-                f"{self.where} holds Python objects, which are a pickle and are never loaded; make one array of "
-                "numbers or texts of them (of images np.stack(images)), and save that"
-            )
-        if any(side < 0 for side in self.shape) or self.start + self.size > self.held:
-            raise SourceError(
-                f"{self.where}: {self.dtype} {str(self.shape)[:200]} does not fit into {self.held} bytes; it is "
-                "damaged or cut: copy or make it again"
-            )
-        if self.fortran and len(self.shape) > 1:
-            raise SourceError(
-                f"{self.where} is in Fortran order; save it in C order: np.save(file, np.ascontiguousarray(array))"
-            )
-        return self
+_IMAGES = ("images", "image", "imgs", "img", "x", "data")  # words in names of arrays, the likeliest first
+_LABELS = frozenset((*LABEL_COLUMNS, "targets", "y"))
+_WORD = re.compile(r"[xyXY](?=train|val|test|dev)|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_UNNAMED = re.compile(r"arr_(\d+)")  # what numpy.savez calls an array that has no name
 
 
 class NumpySource(Listed[Found]):
@@ -92,9 +45,13 @@ class NumpySource(Listed[Found]):
     The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 (R,G,B) or 4 (uint8 with alpha);
     three dimensions of which the last is 1, 3 or 4 are taken for one image without its N, and refused.
     uint16 keeps its 16 bits with `--bit-depth 16`. In an .npz it is the only one of that many dimensions, or the first
-    with a usual name (images, x, x_train, train_images, data, arr_0). Labels are one number or text an image:
-    `--labels NAME` of another array in the .npz, by default the one with the matching or a usual name (labels, y,
-    y_train, targets) if it has N entries; `--labels FILE.npy` for an .npy; or `none`.
+    with a usual name (images, image, imgs, img, x, data; the same with train; arr_0).
+
+    Labels are numbers or texts, (N,), or (N, K) for K columns, `NAME_0` and so on. One-hot rows, exactly one 1 among
+    zeros, are classes. `--labels NAME` says which array of the .npz has them, `--labels FILE.npy` which file, either
+    with a kind behind it (`NAME:integer` keeps one-hot rows as columns), and `none` that there are none. By default it
+    is the array that is called as the images are, with label, labels, class, target, targets, category or y for their
+    word (y_train of x_train, test_labels of test_images), or by that word alone; arr_1 of arr_0. Capitals do not count.
 
     Nothing is mapped or loaded: a row is read when it is asked for. An array that np.savez_compressed deflated has no
     rows to be read, so every process that reads it inflates it once, into a temporary file without a name (TMPDIR).
@@ -109,9 +66,7 @@ class NumpySource(Listed[Found]):
     kind = "numpy"
 
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        self._asked, self._classes = config.labels, classes
-        if config.labels and config.labels.lower().endswith(".npy") and not is_remote(config.labels):
-            self._asked = os.path.abspath(config.labels)  # another process may work in another folder
+        self._asked, self._classes = _asked(config.labels), classes
         path, wanted = location, ""
         if match := re.fullmatch(r"(.+\.npz)/([^/]+)\.npy", location, re.IGNORECASE | re.DOTALL):
             path, wanted = match.groups()
@@ -122,7 +77,7 @@ class NumpySource(Listed[Found]):
         self.files = self._files.stamps
         self.reads_at_once = self._files.reads_at_once
         self._start_anew()
-        arrays = _arrays(self._files)
+        arrays = npy.arrays(self._files)
         self._name = _choose(arrays, wanted, self.location)
         self._array = arrays[self._name].checked()
         self._planar, self._channels = _layout(self._array)
@@ -137,7 +92,7 @@ class NumpySource(Listed[Found]):
         # From where on the elements stand in the file that rows are read from.
         self._start = self._array.start
         if member is not None and not self._deflated:
-            self._start += _member_start(self._files, member)
+            self._start += npy.member_start(self._files, member)
         if self._deflated:
             log.warning(
                 "%s is compressed, so each process that reads it inflates it once, into %d MB in %s; np.savez, which "
@@ -227,112 +182,107 @@ class NumpySource(Listed[Found]):
         return made
 
     def _list(self) -> Found:
-        given = self._given_labels(_arrays(self._files))
-        return Found(None if given is None else number_array(*given, self.location, self._classes))
+        arrays = npy.arrays(self._files)
+        name, kind = self._asked or (self._usual_labels(arrays), None)
+        if name in (None, "none"):
+            return Found(None)
+        files, column, array = self._files, name, arrays.get(name)
+        if array is None and name.lower().endswith(".npy"):
+            files, column = Files(name), "labels"
+            array = npy.arrays(files).get("")
+            if array is None:
+                raise SourceError(f"--labels {name} is an .npz; give an .npy, or an .npz as SRC with its images, too")
+        elif self._array.member is None:
+            raise UsageError(f"--labels {name}: labels of an .npy are another FILE.npy, or none")
+        elif array is None:
+            raise SourceError(f"{self.location!r} has no array {name!r}; it has {_shown(arrays)}")
+        self._require_fit(array)
+        values = npy.values(files, array)
+        values = values[:, 0] if values.shape[1:] == (1,) else values
+        return Found(array_labels(column, values, self.location, self._classes, kind=kind))
 
-    def _given_labels(self, arrays: dict[str, _Array]) -> tuple[str, NDArray[Any]] | None:
-        """The array that has the labels, and what it is called as a column: by `--labels`, or by its name."""
-        labels, images = self._asked, self._name
-        if labels == "none":
-            return None
-        if labels is None:
-            # Of several arrays of images, each has its own labels: usual names say which only where there is one.
-            alone = sum(len(array.shape) in (3, 4) for array in arrays.values()) == 1
-            own = images.replace("images", "labels"), re.sub("^x", "y", images, flags=re.IGNORECASE)
-            names = (*own, *_LABELS) if alone or images in ("images", "x", "X") else own
-            labels = next((name for name in names if name in arrays and self._fits(arrays[name])), None)
-            return None if labels is None else (labels, _values(self._files, arrays[labels]))
-        files = self._files
-        if self._array.member is None:
-            if not labels.lower().endswith(".npy"):
-                raise UsageError(f"--labels {labels}: labels of an .npy are another FILE.npy, or none")
-            files = Files(labels)
-            found_there = _arrays(files)
-            if "" not in found_there:
-                raise SourceError(f"--labels {labels} is an .npz; give an .npy, or an .npz as SRC with its images, too")
-            labels, arrays = "labels", {"labels": found_there[""]}
-        if labels not in arrays:
-            raise SourceError(f"{self.location!r} has no array {labels!r}; {_shown(arrays)}")
-        if not self._fits(arrays[labels]):
+    def _usual_labels(self, arrays: Mapping[str, Array]) -> str | None:
+        """The array that has the labels by its name. Raises SourceError if there are several."""
+        found = _named_labels(self._name, arrays)
+        if len(found) > 1:
+            listed = ", ".join(map(repr, found))
             raise SourceError(
-                f"{arrays[labels].where} has shape {arrays[labels].shape}; labels are one number or text for each of "
-                f"the {self._count} images"
+                f"{self.location!r}: {listed} have usual names of labels; --labels {found[0]} takes that one"
             )
-        return labels, _values(files, arrays[labels])
+        others = {name: array for name, array in arrays.items() if name != self._name and not _like_images(array)}
+        if not found and others:
+            log.warning(
+                "%r is built without labels: none of its other arrays has a usual name of labels (%s); --labels NAME "
+                "takes one of them, and --labels none is for images without labels",
+                self.location, _shown(others),
+            )  # fmt: skip
+        return found[0] if found else None
 
-    def _fits(self, array: _Array) -> bool:
-        return array.shape in ((self._count,), (self._count, 1))
-
-
-def _arrays(files: Files) -> dict[str, _Array]:
-    """The arrays of an .npz by name, or that of an .npy by an empty name.
-
-    Raises:
-        SourceError: it is neither, damaged or cut.
-    """
-    path = files.path(0)
-    with files.opened(0) as file:
-        if file.read(4) not in (b"PK\3\4", b"PK\5\6"):
-            file.seek(0)
-            return {"": _header(file, files.size(0), repr(path))}
-        try:
-            found = {}
-            with zipfile.ZipFile(file) as archive:
-                for info in archive.infolist():
-                    if not info.filename.endswith(".npy"):
-                        continue
-                    name = info.filename.removesuffix(".npy")
-                    where = f"{path!r}: array {name[:200]!r}"
-                    _check_member(info, where, files.size(0))
-                    with archive.open(info) as member:
-                        found[name] = _header(member, info.file_size, where, info)
-            return found
-        except (
-            zipfile.BadZipFile,
-            NotImplementedError,
-            ValueError,
-            struct.error,
-            EOFError,
-            OSError,
-            zlib.error,
-        ) as exc:
-            raise SourceError(f"{path!r} is no .npz, damaged or cut ({exc}); copy or make it again") from exc
-
-
-def _check_member(info: zipfile.ZipInfo, where: str, end: int) -> None:
-    if info.flag_bits & 0x1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise SourceError(f"{where} is encrypted or compressed in another way than NumPy's; save it with np.savez")
-    stored = info.compress_type == zipfile.ZIP_STORED
-    most = info.compress_size if stored else info.compress_size * _MOST_DEFLATED
-    if info.header_offset + info.compress_size > end or info.file_size > most:
+    def _require_fit(self, labels: Array) -> None:
+        shape, count = labels.shape, self._count
+        if len(shape) in (1, 2) and shape[0] == count and 0 not in shape:
+            return
+        way = "fix it, or say --labels NAME for another array, or --labels none"
+        if len(shape) == 2 and shape[1] == count:
+            way = "its axes are in the wrong order: save array.T"
         raise SourceError(
-            f"{where}: {info.file_size} bytes from {info.compress_size} at byte {info.header_offset} of a file of "
-            f"{end} bytes; it is damaged or cut: copy or make it again"
+            f"{labels.where} has shape {shape}, and {self._array.where} has {self._array.shape}; labels are one number "
+            f"or text for each of the {count} images, ({count},), or a row for each, ({count}, K): {way}"
         )
 
 
-def _header(file: Any, size: int, where: str, member: zipfile.ZipInfo | None = None) -> _Array:
-    """The header of an .npy of so many bytes (NumPy's NEP 1), none of whose claims has been acted on."""
-    head = io.BytesIO(file.read(_MAX_HEADER_BYTES))
-    try:
-        version = np.lib.format.read_magic(head)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read(head)
-    except Exception as exc:  # whatever NumPy and Python's parser raise for a damaged one: no closed list
-        reason = f"{type(exc).__name__}: {exc}"[:200]
-        raise SourceError(f"{where} is no .npy that can be read ({reason}); save it again with np.save") from exc
-    return _Array(where, dtype, shape, fortran, head.tell(), size, member)
+def _asked(labels: str | None) -> tuple[str, Kind | None] | None:
+    """The array or file that `--labels` names, with the kind that it is said to have."""
+    if labels is None:
+        return None
+    name, colon, kind = labels.rpartition(":")
+    known = cast(Kind, kind) if colon and kind in KINDS else None
+    name = name if known else labels
+    if name.lower().endswith(".npy") and not is_remote(name):
+        name = os.path.abspath(name)  # another process may work in another folder
+    return name, known
 
 
-def _choose(arrays: dict[str, _Array], wanted: str, location: str) -> str:
+def _words(name: str) -> frozenset[str]:
+    """The words in a name: `train` and `x` of `X_train`, `xtrain` and `trainX`."""
+    return frozenset(word.lower() for word in _WORD.findall(name))
+
+
+def _like_images(array: Array) -> bool:
+    return len(array.shape) in (3, 4)
+
+
+def _named_labels(images: str, arrays: Mapping[str, Array]) -> list[str]:
+    """The arrays that have the labels of some images by their names, of which there should be one at most.
+
+    Where several arrays hold images, each has its own labels, and names without more than the word do not count.
+    """
+    alone = sum(map(_like_images, arrays.values())) == 1
+    own = _words(images).difference(_IMAGES)
+    parts = [own, *([frozenset[str](), frozenset({"train"}) - own] if alone else [])]
+    others = [name for name in arrays if name != images]
+    for part in parts:
+        named = [name for name in others if _words(name) & _LABELS and _words(name) - _LABELS - {*_IMAGES} == part]
+        if named:
+            return named
+    unnamed = [name for name in others if _UNNAMED.fullmatch(name) and not _like_images(arrays[name])]
+    if (match := _UNNAMED.fullmatch(images)) is None:
+        return []
+    following = f"arr_{int(match[1]) + 1}"
+    return unnamed if alone and len(unnamed) == 1 else [name for name in unnamed if name == following]
+
+
+def _choose(arrays: dict[str, Array], wanted: str, location: str) -> str:
     if wanted:
         if wanted not in arrays:
-            raise SourceError(f"{location!r}: there is no array {wanted!r}; {_shown(arrays)}")
+            raise SourceError(f"{location!r}: there is no array {wanted!r}; it has {_shown(arrays)}")
         return wanted
     if "" in arrays:
         return ""
-    many = [name for name, array in arrays.items() if len(array.shape) in (3, 4)]
-    name = many[0] if len(many) == 1 else next((name for name in _IMAGES if name in many), None)
+    many = [name for name, array in arrays.items() if _like_images(array)]
+    usual = [{word, *part} for part in ((), ("train",)) for word in _IMAGES]
+    found = [name for words in (*usual, {"arr", "0"}) for name in many if _words(name) == words]
+    name = many[0] if len(many) == 1 else next(iter(found), None)
     if name is not None and len(many) > 1:
         others = [other for other in many if other != name]
         log.warning(
@@ -341,21 +291,25 @@ def _choose(arrays: dict[str, _Array], wanted: str, location: str) -> str:
         )  # fmt: skip
     if name is None:
         raise SourceError(
-            f"{location!r}: {'no array has' if not many else 'several arrays have'} the dimensions of images; "
+            f"{location!r}: {'no array has' if not many else 'several arrays have'} the dimensions of images; it has "
             f"{_shown(arrays)}; allowed is (N, H, W), (N, H, W, C) or (N, C, H, W), and {location}/NAME.npy says which"
         )
     return name
 
 
-def _shown(arrays: dict[str, _Array]) -> str:
+def _shown(arrays: Mapping[str, Array]) -> str:
     listed = [f"{name!r} {array.dtype} {array.shape}" for name, array in arrays.items()]
-    return "it has " + (", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "") or "none")
+    return ", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "") or "none"
 
 
-def _layout(array: _Array) -> tuple[bool, int]:
+def _layout(array: Array) -> tuple[bool, int]:
     """Whether channels stand before rows, and how many there are. Raises SourceError if these are no images."""
     shape, dtype = array.shape, array.dtype
     got = f"{array.where} has {dtype} {shape}"
+    if array.fortran and len(shape) > 1:
+        raise SourceError(
+            f"{array.where} is in Fortran order; save it in C order: np.save(file, np.ascontiguousarray(array))"
+        )
     if dtype.kind != "u" or dtype.itemsize > 2 or dtype.subdtype is not None:
         raise SourceError(
             f"{got}; allowed are uint8 and uint16: scale it to 0 to 255 (or 65535), round, and save "
@@ -377,32 +331,3 @@ def _layout(array: _Array) -> tuple[bool, int]:
     if channels == 4 and dtype.itemsize == 2:
         raise SourceError(f"{got}; alpha goes with uint8 alone: leave it out, array[..., :3], or convert to uint8")
     return first, channels
-
-
-def _member_start(files: Files, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a stored member begin."""
-    offset = data_offset(files.read(0, member.header_offset, LOCAL_HEADER_BYTES))
-    if offset is None or member.header_offset + offset + member.file_size > files.size(0):
-        raise SourceError(f"{files.path(0)!r} is damaged or cut; copy or make it again")
-    return member.header_offset + offset
-
-
-def _values(files: Files, array: _Array) -> NDArray[Any]:
-    """All elements of an array of labels."""
-    if array.checked().dtype.kind not in "biufSU" or not array.dtype.itemsize:
-        raise SourceError(f"{array.where} has {array.dtype}; labels are numbers or texts: convert it, or --labels none")
-    if array.size > _MAX_LABEL_BYTES:
-        raise SourceError(f"{array.where}: {array.size} bytes of labels; at most {_MAX_LABEL_BYTES} are allowed")
-    try:
-        with files.opened(0) as file:
-            if array.member is None:
-                file.seek(array.start)
-                data = file.read(array.size)
-            else:
-                with zipfile.ZipFile(file) as archive, archive.open(array.member.filename) as member:
-                    data = member.read(array.start + array.size)[array.start :]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as exc:
-        raise SourceError(f"{array.where} is damaged ({exc}); copy or make it again") from exc
-    if len(data) < array.size:
-        raise SourceError(f"{array.where} is cut; copy or make it again")
-    return np.frombuffer(data, array.dtype).reshape(-1)

@@ -67,8 +67,7 @@ def rows(file: Any, path: str, names: Sequence[str]) -> Iterator[tuple[Any, ...]
     for name in names:
         kind = file.schema_arrow.field(name).type
         value = kind.value_type if types.is_dictionary(kind) else kind
-        is_text = types.is_string(value) or types.is_large_string(value)
-        if not (is_text or types.is_integer(value) or types.is_floating(value) or types.is_boolean(value)):
+        if not (is_text(kind) or types.is_integer(value) or types.is_floating(value) or types.is_boolean(value)):
             raise SourceError(f"{path!r}: column {name!r} is of the type {kind}; allowed: texts and numbers")
     for group in range(file.num_row_groups):
         count = 0
@@ -78,3 +77,12 @@ def rows(file: Any, path: str, names: Sequence[str]) -> Iterator[tuple[Any, ...]
                 yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
         if count != file.metadata.row_group(group).num_rows:
             raise SourceError(f"{path!r}: row group {group} has {count} rows, not as many as it says; write it anew")
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a type of Arrow is one of texts."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    view = getattr(types, "is_string_view", None)  # since pyarrow 16
+    return types.is_string(kind) or types.is_large_string(kind) or bool(view and view(kind))

@@ -8,8 +8,9 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,16 @@ IMAGE_EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .dcm .dicom".split()
 )  # the file's content decides how it is decoded; the extension only whether it is an item
 RETRY_DELAYS_S = (0.1, 0.5, 2.0)
+# What no user put there: hidden names, and what macOS, Windows, ext4 and Synology leave in folders and archives.
+_HIDDEN = re.compile(
+    rb"(?:^|/)(?:\.|(?:__MACOSX|@eaDir|lost\+found|System Volume Information|\$RECYCLE\.BIN|desktop\.ini|thumbs\.db)"
+    rb"(?:/|$))",
+    re.IGNORECASE,
+)
+# The name of a side of a split, also within a name: `training_set`, `train2017`.
+_SIDE = re.compile(
+    r"(?<![^\W_])(?:train|training|val|valid|validation|dev|eval|evaluation|test|testing|holdout)(?=sets?(?![^\W_])|[\W\d_]|$)"
+)
 _MISSING = {errno.ENOENT, errno.ENOTDIR}
 _UNREADABLE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG}
 
@@ -93,6 +104,7 @@ class Source(abc.ABC):
         reads_at_once: how many reads to have under way; more than one where each takes long.
         listing: what tells the items and labels that tables name from others; None where no table does.
         left_out: how many files the last listing has left out by their names, by `extension_of` these.
+        bare: class folders in which the last listing has found no image.
     """
 
     kind: str
@@ -105,6 +117,7 @@ class Source(abc.ABC):
     reads_at_once = 1
     listing: str | None = None
     left_out: Mapping[str, int] = MappingProxyType({})
+    bare: Sequence[str] = ()
 
     @abc.abstractmethod
     def groups(self) -> Iterator[Group]:
@@ -208,6 +221,11 @@ def is_image(name: bytes) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
+def is_hidden(path: bytes) -> bool:
+    """Whether a file or folder is passed over without a word, by a part of its path; see `_HIDDEN`."""
+    return _HIDDEN.search(path) is not None
+
+
 def extension_of(name: bytes) -> str:
     """A name's extension in lower case; empty if it has none that tells a form (`IM0001`, `1.2.840.113619`)."""
     extension = as_text(os.path.splitext(name)[1].lower())
@@ -235,6 +253,41 @@ def extensions() -> str:
     return " ".join(sorted(map(as_text, IMAGE_EXTENSIONS)))
 
 
+def is_side(name: str) -> bool:
+    """Whether a folder is called as a side of a split is: `train`, `Validation`, `test_set`, `train2017`."""
+    return _SIDE.search(name.lower()) is not None
+
+
+def split_sides(names: Iterable[str]) -> list[str]:
+    """Names of folders that are those of sides of a split, each beside at least one other: `train` and `val`, say."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        rest, count = _SIDE.subn("*", name.lower())
+        if count == 1:
+            alike.setdefault(rest, []).append(name)
+    return [name for group in alike.values() if len(group) > 1 for name in group]
+
+
+def refuse_sides(location: str, folders: Mapping[str, Iterable[str]], command: Callable[[str], str]) -> None:
+    """Raises SourceError where sides of a split would become classes.
+
+    Args:
+        location: SRC.
+        folders: the names of the folders in each of its folders that are called as sides are.
+        command: what builds such a folder, up to OUT.
+    """
+    counts = Counter(name for inner in folders.values() for name in {*inner})
+    common = sorted(name for name, count in counts.items() if count > 1)
+    if common:
+        first, second, *_ = sorted(folders, key=lambda side: "train" not in side.lower())
+        raise SourceError(
+            f"{location!r} has {', '.join(map(repr, folders))} side by side, with the same folders in them "
+            f"({some(common)}): these look like the sides of a split, not like classes. Build each by itself: "
+            f"{command(first)} {quote(f'OUT/{first}')}, then {command(second)} {quote(f'OUT/{second}')} --classes-from "
+            f"{quote(f'OUT/{first}')}; or say --labels class-dir if they are classes"
+        )
+
+
 def numbered(class_names: list[str], found: list[str], location: str) -> dict[str, int]:
     """The number of each class found, by a given list of names.
 
@@ -244,9 +297,13 @@ def numbered(class_names: list[str], found: list[str], location: str) -> dict[st
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = [name for name in found if name not in numbers]
     if unknown:
-        shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise SourceError(
-            f"{location!r} has {len(unknown)} classes that --classes-from does not name: {shown}; "
+            f"{location!r} has {len(unknown)} classes that --classes-from does not name: {some(unknown)}; "
             "leave these items out, or give a list that names them"
         )
     return {name: numbers[name] for name in found}
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, for messages."""
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")

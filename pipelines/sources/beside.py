@@ -12,7 +12,8 @@ from ..storage import is_remote
 from .base import Group, location_of
 from .columns import PATH_COLUMNS, named_columns, path_column, usual
 from .labels import Asked
-from .rows import EXTENSIONS, Listing, Table, below
+from .paths import Base, below
+from .rows import EXTENSIONS, Listing, Table
 
 _TABLE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, EXTENSIONS))}))(?::(.*))?", re.I | re.S)  # FILE.csv:A,B
 
@@ -61,7 +62,7 @@ def list_tables(
             f"labels; say --labels {match[1]}:{table.columns[-1]}"
         )
     listing = Listing(table.location, asked, key)
-    listing.add(table, path_column(None, table.columns, table.location), functools.partial(below, root=location))
+    listing.add(table, path_column(None, table.columns, table.location), Base(location, None).path)
     return listing.finish(classes)
 
 
@@ -111,7 +112,7 @@ def _columns(table: Table, names: str | None, before: str, key: str | None) -> t
 
 
 def _in_folder(text: str, folder: bytes, location: str) -> bytes:
-    if "/" in text:
+    if "/" in text or ("\\" in text and not os.path.lexists(os.path.join(location, os.fsdecode(folder), text))):
         raise ValueError(f"has {text!r}; a table in every folder has names of files of that folder alone")
     return folder + below(text, location)
 

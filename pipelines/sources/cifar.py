@@ -18,7 +18,7 @@ from . import pickles
 from .archives import place_of, read_piece
 from .base import Group, Item, as_text
 from .files import Files
-from .labels import Found, Listed, number_array
+from .labels import Found, Listed, array_labels
 from .netpbm import encoded
 
 SIDE = 32
@@ -231,7 +231,9 @@ class CifarSource(Listed[_Listing]):
             labels.append(batch.labels)
         if self._asked == "none":
             return _Listing(None, files)
-        return _Listing(number_array("labels", np.concatenate(labels), self.location, self._classes, names), files)
+        return _Listing(
+            array_labels("labels", np.concatenate(labels), self.location, self._classes, names=names), files
+        )
 
     def groups(self) -> Iterator[Group]:
         """The images, a group a file. Raises SourceError as the constructor, or the classes have changed meanwhile."""

@@ -34,7 +34,8 @@ def path_column(asked: str | None, columns: Sequence[str], location: str) -> str
     if found is None:
         raise SourceError(
             f"{location!r} has no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; it has "
-            f"{_shown(columns)}; name one of them so, or say --image-column NAME where SRC is the table"
+            f"{_shown(columns)}; name one of them so, or say --image-column NAME where SRC is the table; if that is a "
+            "row already, add a line of column names before it"
         )
     return require(found, columns, location)
 

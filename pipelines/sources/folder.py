@@ -10,11 +10,25 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from shlex import quote
 
 import numpy as np
 
 from ..errors import SourceError, UsageError
-from .base import Group, Item, Source, as_text, extension_of, is_image, no_images, numbered
+from .base import (
+    Group,
+    Item,
+    Source,
+    as_bytes,
+    as_text,
+    extension_of,
+    is_hidden,
+    is_image,
+    no_images,
+    numbered,
+    refuse_sides,
+    split_sides,
+)
 from .beside import absolute, list_tables
 from .labels import Listed
 from .local import LocalFiles
@@ -40,16 +54,18 @@ class Scan:
 class TreeSource(Source):
     """The images below a folder, wherever that is.
 
-    Order: the images of a folder, then its subfolders, each sorted by their names' bytes. Hidden names are skipped,
-    symbolic links followed. Places: the size of each image where the listing tells it. `labels` says where labels are:
+    Order: the images of a folder, then its subfolders, each sorted by their names' bytes. Hidden names are skipped
+    (`is_hidden`), symbolic links followed. Places: the size of each image where the listing tells it. `labels` says
+    where labels are:
 
     - `class-dir`, or None: a folder of the first level is a class, images deeper in it belong to that class, and
       classes are numbered in sorted order (or as `classes` says). A folder of images without such folders has none.
+      Sides of a split with the same folders in them are refused, unless it is said that they are classes.
     - `none`: nowhere; images and folders of images may stand beside each other.
 
     Raises:
-        SourceError: not a folder, unreadable, without images; images beside folders of images where folders are
-            classes.
+        SourceError: not a folder, unreadable, without images; images beside folders of images, or sides of a split,
+            where folders are classes.
         UsageError: `labels` is none of these.
     """
 
@@ -72,6 +88,9 @@ class TreeSource(Source):
                 self._refuse_mixture(top)
             return
         found = [as_text(folder) for folder in top.folders]
+        if labels is None:
+            sides = {side: map(as_text, self._scan(as_bytes(side) + b"/").folders) for side in split_sides(found)}
+            refuse_sides(self.location, sides, lambda side: f"gpu-npz build {quote(f'{self.location}/{side}')}")
         self.class_names = tuple(found if classes is None else classes)
         self._numbers = numbered(list(self.class_names), found, self.location)
 
@@ -90,6 +109,7 @@ class TreeSource(Source):
             SourceError: a folder cannot be read, or a class has come after the classes were numbered.
         """
         self.left_out.clear()
+        self.bare = bare = []
         if self._labels == "none":
             yield from self._walk(b"", -1)
             return
@@ -104,7 +124,12 @@ class TreeSource(Source):
                     raise SourceError(
                         f"{as_text(folder)!r} has come into {self.location!r} meanwhile; run the command again"
                     )
-                yield from self._walk(folder + b"/", label)
+                images = 0
+                for group in self._walk(folder + b"/", label):
+                    images += len(group.names)
+                    yield group
+                if not images:
+                    bare.append(as_text(folder))
 
     def _walk(self, top: bytes, label: int, also: Callable[[bytes], bool] = lambda folder: False) -> Iterator[Group]:
         """The folders that have images or are wanted `also`, each once: links may lead in several ways to one."""
@@ -249,7 +274,7 @@ def _scan(root: bytes, folder: bytes) -> Scan:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(b"."):
+                if is_hidden(name):
                     continue
                 if _is_folder(entry):
                     folders.append(name)

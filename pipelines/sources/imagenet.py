@@ -12,7 +12,7 @@ from typing import Any
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from .archives import Member, log
-from .base import as_text, numbered
+from .base import as_text, is_hidden, numbered
 from .tar import TarSource, members
 
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 1000, 1_281_167, 50_000
@@ -52,7 +52,7 @@ class ImageNetSource(TarSource):
 
     def _number_classes(self, config: BuildConfig, classes: Sequence[str] | None) -> None:
         self._truth: dict[int, int] | None = None
-        first = [member.name for member in itertools.islice(self._members(0), 1)]
+        first = [*itertools.islice((member.name for member in self._members(0) if not is_hidden(member.name)), 1)]
         if not first or not _VAL_IMAGE.fullmatch(first[0]):
             if first and not re.match(rb"n\d{8}(/|$)", first[0]):
                 raise SourceError(

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -126,7 +127,8 @@ def read_labels(
     """Numbers for the labels of all items.
 
     Whole numbers stay what they are, so do other numbers; texts are classes, without the blanks around them, numbered
-    in the order of their bytes, or of the numbers that they are.
+    in the order of their bytes, or of the numbers that they are. A column that is said to be of whole numbers, or
+    whose numbers have names, may spell them in any way, `1.0` and `1e0` too.
 
     Args:
         asked: name and kind of each column; None for the kind that its values have.
@@ -151,16 +153,13 @@ def read_labels(
         entries = [entry.strip() if isinstance(entry, str) else entry for entry in column]
         given, own = classes, (known or {}).get(name) if wanted in (None, "class") else None
         kind = _kind(name, wanted if own is None else None, entries, location, where)
-        if own is not None and kind == "integer":
-            numbered_here = [int(entry) for entry in entries]
-            own = _as_numbers(tuple(own), np.array(numbered_here, np.int64), name, location, where)
-            if classes is None:
-                given = own
-            else:
-                kind, entries = "class", [own[number] for number in numbered_here]
+        if own is not None and kind != "class":
+            own = tuple(own)
+            indices = _indices(entries, own, name, location, where)
+            kind, entries, given = "class", [own[index] for index in indices], own if given is None else given
         names: tuple[str, ...] | None = None
         if kind == "class":
-            texts = [str(entry) for entry in entries]
+            texts = _texts(entries)
             try:
                 found = sorted({*texts}, key=str.encode)
                 if all(_kind_of(text) == "integer" for text in found):
@@ -172,13 +171,12 @@ def read_labels(
             names = tuple(found if given is None else given)
             by_name = numbered(list(names), found, location)
             numbers.append(np.array([by_name[text] for text in texts], np.int64))
+        elif given is not None:
+            kind, names = "class", tuple(given)
+            numbers.append(np.array(_indices(entries, names, name, location, where), np.int64))
         else:
-            as_number = float if kind == "float" else int
-            read: NDArray[Any] = np.array([as_number(entry) for entry in entries], _DTYPES[kind])
-            if given is not None:
-                names = _as_numbers(tuple(given), read, name, location, where)
-                kind, read = "class", read.astype(np.int64)
-            numbers.append(read)
+            as_number = float if kind == "float" else whole_number
+            numbers.append(np.array([as_number(entry) for entry in entries], _DTYPES[kind]))
         columns.append(LabelColumn(name=name, kind=kind, classes=names))
     if {"float", "integer"} <= {column.kind for column in columns}:
         _refuse_inexact(columns, numbers, location)
@@ -199,25 +197,74 @@ def _refuse_inexact(columns: Sequence[LabelColumn], numbers: Sequence[NDArray[An
             )
 
 
-def number_array(
-    name: str, values: NDArray[Any], location: str, classes: Sequence[str] | None, names: Sequence[str] | None = None
+def array_labels(
+    name: str,
+    values: NDArray[Any],
+    location: str,
+    classes: Sequence[str] | None,
+    *,
+    names: Sequence[str] | None = None,
+    kind: Kind | None = None,
 ) -> Labels:
-    """As `read_labels`, for a source with its labels in one array (N,), and maybe `names` for its whole numbers."""
+    """As `read_labels`, for a source with its labels in one array.
+
+    Args:
+        name: of the column; of several, what stands before their numbers.
+        values: (N,), or (N, K) for K columns. One-hot rows are classes, unless `kind` says something else.
+        location, classes: as for `read_labels`.
+        names: what the whole numbers of a single column mean, if the source says so.
+        kind: that the labels are said to have.
+
+    Raises:
+        SourceError, UsageError: as `read_labels`.
+    """
+    if values.ndim == 2 and kind in (None, "class") and _is_one_hot(values):
+        count = values.shape[1]
+        if classes is not None and len(classes) != count:
+            raise SourceError(
+                f"{location!r}: {name!r} has one-hot rows of {count} classes, and --classes-from names {len(classes)}; "
+                "give as many names"
+            )
+        known = tuple(map(str, range(count)) if classes is None else classes)
+        return Labels(known, (), values.argmax(axis=1).astype(np.int64))
+    single = values.ndim == 1
+    asked = [(name, kind)] if single else [(f"{name}_{number}", kind) for number in range(values.shape[1])]
+    if classes is None and names is None and (numbers := _numbers(values, kind)) is not None:
+        found: Kind = "float" if numbers.dtype == np.float64 else "integer"
+        return Labels(None, tuple(LabelColumn(name=each, kind=found) for each, _ in asked), numbers)
     try:
-        listed = values.tolist()
+        listed = [values.tolist()] if single else values.T.tolist()
     except (SystemError, ValueError) as exc:  # code points that no text has
         raise SourceError(f"{location!r}: {name!r} has labels that are no text; save them again") from exc
     if values.dtype.kind == "S":
-        listed = [as_text(entry) for entry in listed]
+        listed = [[*map(as_text, column)] for column in listed]
     elif values.dtype.kind == "b":
-        listed = [int(entry) for entry in listed]
-    known = None if names is None else {name: names}
+        listed = [[*map(int, column)] for column in listed]
+    meaning = None if names is None else {name: names}
     return read_labels(
-        [(name, None)], [listed], location=location, where=lambda row: f"image {row}", classes=classes, known=known
+        asked, listed, location=location, where=lambda row: f"image {row}", classes=classes, known=meaning
     )
 
 
+def _numbers(values: NDArray[Any], kind: Kind | None) -> NDArray[Any] | None:
+    """What `read_labels` makes of an array's entries, at once; None where each of these has to be looked at."""
+    if values.dtype.kind == "f" and kind in (None, "float") and np.isfinite(values).all():
+        return values.astype(np.float64)
+    if values.dtype.kind in "biu" and kind in (None, "integer") and (values <= np.int64(2**63 - 1)).all():
+        return values.astype(np.int64)
+    return None
+
+
+def _is_one_hot(values: NDArray[Any]) -> bool:
+    """Whether each of the rows (N, K) is exactly one 1 among zeros."""
+    if values.dtype.kind not in "biuf":
+        return False
+    ones = np.count_nonzero(values == 1, axis=1)
+    return bool((ones == 1).all() and (np.count_nonzero(values, axis=1) == 1).all())
+
+
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
+_PLAIN = re.compile(r"-?\d+")
 _DTYPES = {"integer": np.int64, "float": np.float64}
 
 
@@ -229,31 +276,42 @@ def _kind(name: str, wanted: Kind | None, entries: Sequence[Any], location: str,
         raise SourceError(
             f"{location!r}: column {name!r} has no label for {where(missing[0])}{more}; fill it in, or remove the rows"
         )
-    if wanted == "class":
-        return wanted
+    if wanted == "class" or not entries:
+        return wanted or "class"
     kinds = [_kind_of(entry) for entry in entries]
     present: set[Kind] = {*kinds}
-    if wanted is None and present <= {"class"}:
-        if entries and all(_DECIMAL_COMMA.fullmatch(str(entry)) for entry in entries):
+    if "class" in present:
+        texts = [row for row, kind in enumerate(kinds) if kind == "class"]
+        first = f"{entries[texts[0]]!r} for {where(texts[0])}"
+        if all(_DECIMAL_COMMA.fullmatch(str(entries[row])) for row in texts):
             raise SourceError(
-                f"{location!r}: column {name!r} has decimal commas ({entries[0]!r} for {where(0)}); write points, or "
-                f"say --labels {name}:class"
+                f"{location!r}: column {name!r} has decimal commas ({first}); write points, or say --labels "
+                f"{name}:class"
             )
-        return "class"
-    if wanted is None and "class" in present:
-        text, number = kinds.index("class"), next(row for row, kind in enumerate(kinds) if kind != "class")
-        raise SourceError(
-            f"{location!r}: column {name!r} has both texts ({entries[text]!r} for {where(text)}) and numbers "
-            f"({entries[number]!r} for {where(number)}); mend it, or say --labels {name}:class"
-        )
-    allowed: set[Kind] = {"integer"} if wanted == "integer" else {"integer", "float"}
-    if not present <= allowed:
-        row = next(row for row, kind in enumerate(kinds) if kind not in allowed)
-        raise SourceError(
-            f"{location!r}: column {name!r} has {entries[row]!r} for {where(row)}, which is no "
-            f"{'whole ' if wanted == 'integer' else ''}number; mend it, or say --labels {name}:class"
-        )
+        if wanted is None and len(present) == 1:
+            return "class"
+        if wanted is None:
+            number = next(row for row, kind in enumerate(kinds) if kind != "class")
+            raise SourceError(
+                f"{location!r}: column {name!r} has both texts ({first}) and numbers ({entries[number]!r} for "
+                f"{where(number)}); mend it, or say --labels {name}:class"
+            )
+        raise _no_number(name, wanted, entries[texts[0]], texts[0], location, where)
+    if wanted == "integer" and present != {"integer"}:
+        for row, entry in enumerate(entries):
+            if whole_number(entry) is None:
+                raise _no_number(name, wanted, entry, row, location, where)
+        return wanted
     return "integer" if present == {"integer"} and wanted != "float" else "float"
+
+
+def _no_number(
+    name: str, wanted: Kind, entry: Any, row: int, location: str, where: Callable[[int], str]
+) -> SourceError:
+    return SourceError(
+        f"{location!r}: column {name!r} has {entry!r} for {where(row)}, which is no "
+        f"{'whole ' if wanted == 'integer' else ''}number; mend it, or say --labels {name}:class"
+    )
 
 
 def is_missing(entry: Any) -> bool:
@@ -263,9 +321,32 @@ def is_missing(entry: Any) -> bool:
     return isinstance(entry, float) and math.isnan(entry)
 
 
+def whole_number(entry: Any) -> int | None:
+    """The whole number, of 64 bits, that a label is in whatever spelling: `1`, `1.0`, `1e0`, ` +1`, `01`; None if none.
+
+    A float beyond 2**53 is none, since it may stand for its neighbours too.
+    """
+    if isinstance(entry, (int, np.integer)):
+        number = int(entry)
+    elif isinstance(entry, (float, np.floating)):
+        if not (abs(entry) <= 2**53 and float(entry).is_integer()):
+            return None
+        number = int(entry)
+    else:
+        try:
+            exact = Decimal(str(entry))
+        except InvalidOperation:
+            return None
+        # Without a bound, a text of ten bytes becomes an integer of gigabytes.
+        if "_" in str(entry) or not exact.is_finite() or exact.adjusted() > 20 or exact != exact.to_integral_value():
+            return None
+        number = int(exact)
+    return number if -(2**63) <= number < 2**63 else None
+
+
 def _kind_of(entry: Any) -> Kind:
     if isinstance(entry, (int, np.integer)):
-        return "integer" if -(2**63) <= int(entry) < 2**63 else "class"
+        return "integer" if whole_number(entry) is not None else "class"
     if isinstance(entry, (float, np.floating)):
         return "float" if math.isfinite(entry) else "class"
     text = str(entry)
@@ -280,13 +361,28 @@ def _kind_of(entry: Any) -> Kind:
         return "class"
 
 
-def _as_numbers(
-    classes: tuple[str, ...], numbers: NDArray[Any], name: str, location: str, where: Callable[[int], str]
-) -> tuple[str, ...]:
-    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(classes)) | (numbers != np.floor(numbers)))
-    if len(wrong):
-        raise SourceError(
-            f"{location!r}: column {name!r} has {numbers[wrong[0]]} for {where(int(wrong[0]))}; there are names for "
-            f"{len(classes)} classes, 0 to {len(classes) - 1}: mend it, or say --labels none"
-        )
-    return classes
+def _texts(entries: Sequence[Any]) -> list[str]:
+    """The names of classes that labels are; of a column of whole numbers, `1.0` and `1` are one."""
+    texts = [str(entry) for entry in entries]
+    if all(map(_PLAIN.fullmatch, texts)):
+        return texts
+    wholes = [whole_number(entry) for entry in entries]
+    if None in wholes:
+        return texts
+    return [text if _PLAIN.fullmatch(text) else str(whole) for text, whole in zip(texts, wholes, strict=True)]
+
+
+def _indices(
+    entries: Sequence[Any], names: Sequence[str], column: str, location: str, where: Callable[[int], str]
+) -> list[int]:
+    """The labels of a column of numbers as indices of names. Raises SourceError if one is none."""
+    indices = []
+    for row, entry in enumerate(entries):
+        number = whole_number(entry)
+        if number is None or not 0 <= number < len(names):
+            raise SourceError(
+                f"{location!r}: column {column!r} has {entry} for {where(row)}; there are names for {len(names)} "
+                f"classes, 0 to {len(names) - 1}: mend it, or say --labels none"
+            )
+        indices.append(number)
+    return indices

@@ -1,7 +1,8 @@
 """Parquet files that hold the images themselves, as Hugging Face stores them.
 
 The image column is a struct `{bytes: binary, path: string}` (https://huggingface.co/docs/datasets/about_dataset_features
-"Image") or plain binary; the names of classes are those of the `ClassLabel` in the schema's `huggingface` metadata.
+"Image") or plain binary, in any of the forms that Arrow has for bytes; the names of classes are those of the
+`ClassLabel` in the schema's `huggingface` metadata.
 
 Parquet is read from the beginning of a row group on. In the plan's order that costs nothing. With `--shuffle` each
 image costs up to a row group, unless a few of these are all there are. So write few rows a group (100, as `datasets`
@@ -24,9 +25,9 @@ import numpy as np
 from ..config import BuildConfig
 from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from .arrow import explained, open_parquet, rows
+from .arrow import explained, is_text, open_parquet, rows
 from .base import Group, Item, as_bytes
-from .columns import key_column, label_columns, require
+from .columns import PATH_COLUMNS, key_column, label_columns, require, usual
 from .files import Files
 from .labels import Found, Listed, is_missing, read_labels, shared
 
@@ -265,16 +266,15 @@ def image_column(file: Any, asked: str | None, path: str) -> str:
         SourceError: there is none, or it holds anything else.
     """
     schema = file.schema_arrow
-    able = [each.name for each in schema if _holds_bytes(each.type)]
+    able = _columns_of_bytes(schema)
     if asked is not None:
         require(asked, schema.names, path)
-        if asked not in able:
-            raise SourceError(
-                f"{path!r}: column {asked!r} is of the type {schema.field(asked).type}; images are binary, or a struct "
-                "with bytes; for paths of images say --source table"
-            )
+        if not _holds_bytes(schema.field(asked).type):
+            raise _no_images(path, schema.field(asked))
         return asked
     found = able if len(able) == 1 else [name for name in _USUAL_NAMES if name in able]
+    if not able and (other := next((each for each in schema if _looks_like_images(each)), None)) is not None:
+        raise _no_images(path, other)
     if not found:
         raise SourceError(
             f"{path!r} has {len(able)} columns of bytes among {', '.join(map(repr, schema.names[:30]))}; "
@@ -287,11 +287,46 @@ def kind_of(location: str, column: str | None) -> str:
     """`table` for a Parquet file that has no images but paths of them, else `parquet`."""
     with contextlib.suppress(SourceError):
         files = Files(location, "*.parquet")
-        file = open_parquet(files, 0)
-        types = [each.type for each in file.schema_arrow if column in (None, each.name)]
-        if len(files) == 1 and not any(map(_holds_bytes, types)):
+        if len(files) == 1 and not _has_images(open_parquet(files, 0).schema_arrow, column):
             return "table"
     return "parquet"
+
+
+def _has_images(schema: Any, column: str | None) -> bool:
+    """Whether a file has images, or what somebody may take for them, rather than paths."""
+    fields = [each for each in schema if column in (None, each.name)]
+    if any(_several(each.type) or (_holds_bytes(each.type) and not _is_fixed(each.type)) for each in fields):
+        return True
+    paths = column is None and any(is_text(schema.field(name).type) for name in usual(PATH_COLUMNS, schema.names))
+    return not paths and any(_holds_bytes(each.type) or _looks_like_images(each) for each in fields)
+
+
+def _no_images(path: str, field: Any) -> SourceError:
+    way = "images are binary, or a struct with bytes; for paths of images say --source table"
+    if _several(field.type):
+        way = "a row is one image: write one row for each, for example with explode of pandas"
+    return SourceError(f"{path!r}: column {field.name!r} is of the type {field.type}; {way}")
+
+
+def _columns_of_bytes(schema: Any) -> list[str]:
+    """The columns that can hold images; those of a fixed size, as hashes have, only where there are no others."""
+    found = [each for each in schema if _holds_bytes(each.type)]
+    return [each.name for each in [each for each in found if not _is_fixed(each.type)] or found]
+
+
+def _looks_like_images(field: Any) -> bool:
+    """Whether a column may be meant to hold images: lists of them, or of pixels."""
+    from pyarrow import types
+
+    return _several(field.type) or (types.is_nested(field.type) and field.name in _USUAL_NAMES)
+
+
+def _several(kind: Any) -> bool:
+    """Whether a row holds several images."""
+    from pyarrow import types
+
+    value = getattr(kind, "value_type", None)  # of all kinds of lists
+    return value is not None and not types.is_dictionary(kind) and _holds_bytes(value)
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -305,7 +340,15 @@ def _holds_bytes(kind: Any) -> bool:
 def _is_binary(kind: Any) -> bool:
     from pyarrow import types
 
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    view = getattr(types, "is_binary_view", None)  # since pyarrow 16
+    return types.is_binary(kind) or types.is_large_binary(kind) or _is_fixed(kind) or bool(view and view(kind))
+
+
+def _is_fixed(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_fixed_size_binary(kind))
 
 
 def _class_names(file: Any) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import BuildConfig
 from ..errors import SourceError
-from .base import Item, as_bytes, as_text, extension_of, is_image
+from .base import Item, as_bytes, as_text, extension_of, is_hidden, is_image
 from .folder import Scan, TreeSource
 from .stores import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
 
@@ -63,7 +63,7 @@ class RemoteSource(TreeSource):
             name = as_bytes(path.removeprefix(start))
             if not name or b"/" in name:
                 log.warning("%r has a name that no folder could have and is left out", entry["name"])
-            elif name.startswith(b"."):
+            elif is_hidden(name):
                 continue
             elif entry["type"] == "directory":
                 folders.add(name)

@@ -16,6 +16,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from shlex import quote
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,10 +26,11 @@ from ..errors import SourceError
 from ..rejects import BadItem
 from ..storage import is_remote
 from . import arrow
-from .base import Group, as_bytes, as_text
-from .columns import require
+from .base import Group, as_bytes, as_text, is_image
+from .columns import PATH_COLUMNS, require, usual
 from .files import Files
 from .labels import Asked, Labels, is_missing, read_labels, shared
+from .paths import ForeignPath
 from .stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of, without_query
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -60,8 +62,8 @@ class Table:
     """One table, a file or a URL.
 
     CSV as RFC 4180 has it, with a line of names first, or with semicolons or tabs where that line has no comma; TSV the
-    same with tabs; JSON lines (https://jsonlines.org): an object a line, the first of which has all the columns; texts
-    are UTF-8, or PEP 383 text where they are not.
+    same with tabs; JSON lines (https://jsonlines.org): an object a line, whose keys together are the columns; texts are
+    UTF-8, or PEP 383 text where they are not.
 
     Attributes:
         location: its absolute path or URL.
@@ -82,9 +84,12 @@ class Table:
         self._extension = os.path.splitext(without_query(self.location))[1].lower()
         if len(self._files) > 1 or self._extension not in EXTENSIONS:
             raise SourceError(f"{location!r} is no table; give one file with one of {' '.join(EXTENSIONS)}")
+        self._delimiter = ","
         self.columns = self._header()
         if not self.columns:
             raise SourceError(f"{self.location!r} is empty; a table starts with the names of its columns")
+        if self._extension in _DELIMITERS and not usual(PATH_COLUMNS, self.columns):
+            self._require_names()
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         """The values of some columns, a tuple a row; None where there is none.
@@ -114,7 +119,23 @@ class Table:
         with self._opened() as file:
             if self._extension in _DELIMITERS:
                 return tuple(name.strip() for name in next(self._records(file), ()))
-            return tuple(next(self._objects(file), ()))
+            return tuple(dict.fromkeys(key for each in self._objects(file) for key in each))
+
+    def _require_names(self) -> None:
+        """Raises SourceError, with a way to name the columns, if the first line has the path of an image already."""
+        images = [is_image(as_bytes(name)) for name in self.columns]
+        if not any(images):
+            return
+        at, other = images.index(True), "label" if len(images) == 2 else "column{}"
+        names = ["path" if number == at else other.format(number + 1) for number in range(len(images))]
+        first = self._delimiter.join(names).replace("\t", "\\t")
+        stem, extension = os.path.splitext(self.location)
+        command = f"{{ printf '{first}\\n'; cat {quote(self.location)}; }} > {quote(f'{stem}-named{extension}')}"
+        way = "" if is_remote(self.location) else f", for example with: {command}"
+        raise SourceError(
+            f"{self.location!r} has no line of column names: its first line is a row already "
+            f"({', '.join(map(repr, self.columns[:5]))}); add a line such as {first!r} before it{way}"
+        )
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
@@ -130,9 +151,7 @@ class Table:
                 raise self._damaged(number, "has a NUL byte", "save the table as UTF-8 text")
             if len(line) > _MAX_LINE_BYTES:
                 raise self._damaged(number, f"is longer than {_MAX_LINE_BYTES} bytes", "leave long columns out")
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            yield as_text(line)
+            yield as_text(line.removeprefix(codecs.BOM_UTF8))  # a line that was put before the first leaves one behind
 
     def _line(self, file: BinaryIO) -> bytes:
         try:
@@ -148,7 +167,7 @@ class Table:
         while not head[-1].strip() and (line := next(lines, "")):
             head.append(line)
         allowed = _DELIMITERS[self._extension]
-        delimiter = next((each for each in allowed if each in head[-1]), allowed[0])
+        delimiter = self._delimiter = next((each for each in allowed if each in head[-1]), allowed[0])
         width = held = 0
 
         def of_records() -> Iterator[str]:
@@ -228,7 +247,8 @@ class Listing:
         Args:
             table: the table.
             path_column: the column that has paths.
-            path_of: the path of an item by what stands there; raises ValueError, saying why it is none.
+            path_of: the path of an item by what stands there; raises ValueError, saying why it is none, and
+                `ForeignPath` where all paths tell what to do.
 
         Raises:
             SourceError: a row has no path, or one that leads elsewhere, or a value is neither a text nor a number.
@@ -249,7 +269,10 @@ class Listing:
                 for column, value in zip(self._values, values, strict=True):
                     column.append(self._value_of(value))
             except ValueError as exc:
-                raise SourceError(f"{table.location!r}: row {self._row(len(self))} {exc}") from exc
+                advice = ""
+                if isinstance(exc, ForeignPath):
+                    advice = "; " + exc.base.advice(table.location, (each for (each,) in table.rows([path_column])))
+                raise SourceError(f"{table.location!r}: row {self._row(len(self))} {exc}{advice}") from exc
             self._names += name
             self._ends.append(len(self._names))
             self._hashes.append(hash(name))
@@ -336,29 +359,3 @@ class Listing:
         if is_missing(value):
             raise ValueError(f"has no {self._key}, by which --split-by tells what belongs together; fill it in")
         return as_bytes(str(self._value_of(value)).strip())
-
-
-def below(text: str, root: str) -> bytes:
-    """A path of a table, relative to `root`, an absolute path or a URL.
-
-    A full path, a URL, or a full path behind `file://`, which is taken as it stands there, must lie below `root`.
-
-    Raises:
-        ValueError: it leads out of it, or is no path at all.
-    """
-    shown, within = f"has the path {text[:200]!r}", root.rstrip("/") + "/"
-    if "\0" in text:
-        raise ValueError(f"{shown} with a NUL byte; mend it")
-    path = text.removeprefix("file://") if text.startswith("file:///") else text
-    if is_remote(path) or path.startswith(("/", "file://")):
-        path = path if is_remote(path) else os.path.normpath(path)
-        if not path.startswith(within):
-            raise ValueError(f"{shown}, which is not below {root!r}; --root says what paths are below")
-        path = path[len(within) :]
-    path = os.path.normpath(path)
-    if path in (".", "..") or path.startswith(("../", "/")):
-        raise ValueError(f"{shown}, which leads out of {root!r}; --root says what paths are relative to")
-    try:
-        return as_bytes(path)
-    except UnicodeEncodeError as exc:
-        raise ValueError(f"{shown}, which is no text; mend it") from exc

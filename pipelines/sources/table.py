@@ -14,7 +14,8 @@ from .base import Group, Item, full_location
 from .columns import key_column, label_columns, path_column
 from .labels import Listed
 from .local import LocalFiles
-from .rows import Listing, Table, below
+from .paths import Base
+from .rows import Listing, Table
 from .stores import READS_AT_ONCE, fetch, store_of, without_query
 
 
@@ -64,7 +65,7 @@ class TableSource(Listed[Listing]):
 
     def _list(self) -> Listing:
         listing = Listing(self.location, self._asked, self._key)
-        listing.add(self._table or Table(self.location), self._path_column, functools.partial(below, root=self._root))
+        listing.add(self._table or Table(self.location), self._path_column, Base(self._root).path)
         return listing.finish(self._classes)
 
     def frame(self, item: Item) -> int | None:

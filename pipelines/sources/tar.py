@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from ..errors import SourceError
 from .archives import ArchiveSource, Member, place_of, read_piece
-from .base import IMAGE_EXTENSIONS, Item, as_text
+from .base import IMAGE_EXTENSIONS, Item, as_text, is_hidden
 from .files import Files
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def kind_of(location: str) -> str:
     files = Files(location, "*.tar")
     with files.opened(0) as file:
         walk = members(file, 0, files.size(0), files.path(0))
-        names = [name.removeprefix(b"./") for name, kind, _ in itertools.islice(walk, _LOOKED_AT) if kind == "file"]
+        first = [name.removeprefix(b"./") for name, kind, _ in itertools.islice(walk, _LOOKED_AT) if kind == "file"]
+    names = [name for name in first if not is_hidden(name)]
     if names and re.fullmatch(rb"n\d{8}\.tar|ILSVRC2012_val_\d{8}\.JPEG", names[0]):
         return "imagenet"
     samples: dict[bytes, set[bytes]] = {}

@@ -17,7 +17,7 @@ import numpy as np
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from .archives import GROUP_ITEMS, Names, log, path_of, warn_of_others
-from .base import IMAGE_EXTENSIONS, Group, as_text
+from .base import IMAGE_EXTENSIONS, Group, as_text, is_hidden
 from .labels import KINDS, Found, Kind, Listed, asked_columns, read_labels, shared
 from .tar import TarSource, members, split_key
 
@@ -123,7 +123,7 @@ def _samples(file: BinaryIO, size: int, archive: str, *, warn: bool = False) -> 
             continue
         path = path_of(name, archive)
         key, extension = split_key(path)
-        if not key or not extension:
+        if not key or not extension or is_hidden(path):
             continue
         if key != current:
             if sample:

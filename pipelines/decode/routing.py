@@ -1,0 +1,87 @@
+"""Which items of a batch DALI decodes, and what it is told of each: sizes, placement and orientation as plain numbers.
+
+All of it comes from one reading of each header, so no decoder decides a size or a rotation by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import BuildConfig
+from ..geometry import Geometry
+from ..rejects import MAX_ENCODED_BYTES, BadItem
+from .jpeg import read_header
+
+# By EXIF orientation: whether to transpose the stored image, then whether to flip it horizontally and vertically.
+_TURNS = {
+    1: (0, 0, 0),
+    2: (0, 1, 0),
+    3: (0, 1, 1),
+    4: (0, 0, 1),
+    5: (1, 0, 0),
+    6: (1, 1, 0),
+    7: (1, 1, 1),
+    8: (1, 0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Route:
+    """What becomes of the N items of a batch.
+
+    Attributes:
+        usable: bool (N,), whether DALI decodes the item; the other arrays have numbers for a blank image where not.
+        shapes: int32 (N, 2), height and width as stored.
+        sizes: float32 (N, 2), height and width to resize to, before the image is turned upright.
+        starts: int32 (N, 2), row and column of the upright image at which the output begins; negative for a border.
+        turns: int32 (N, 3), whether to transpose, then to flip horizontally, then vertically: 0 or 1.
+    """
+
+    usable: NDArray[np.bool_]
+    shapes: NDArray[np.int32]
+    sizes: NDArray[np.float32]
+    starts: NDArray[np.int32]
+    turns: NDArray[np.int32]
+
+
+def route(encoded: Sequence[memoryview], config: BuildConfig, geometry: Geometry) -> Route:
+    """The route of the encoded images of a batch, each one's bytes."""
+    blank = ((geometry.height, geometry.width), (geometry.height, geometry.width), (0, 0), _TURNS[1])
+    found = [_of(data, config, geometry) for data in encoded]
+    shapes, sizes, starts, turns = zip(*(numbers or blank for numbers in found), strict=True)
+    return Route(
+        np.array([numbers is not None for numbers in found], np.bool_),
+        np.array(shapes, np.int32),
+        np.array(sizes, np.float32),
+        np.array(starts, np.int32),
+        np.array(turns, np.int32),
+    )
+
+
+_Numbers = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int, int]]
+
+
+def _of(data: memoryview, config: BuildConfig, geometry: Geometry) -> _Numbers | None:
+    """Shape, size, start and turn of an image; None if it is not DALI's."""
+    if len(data) > MAX_ENCODED_BYTES:
+        return None
+    try:
+        header = read_header(data)
+    except BadItem:
+        return None
+    if header is None or not header.plain or header.height * header.width > config.max_pixels:
+        return None
+    shape = header.height, header.width
+    turn = _TURNS[header.orientation if config.exif_orientation else 1]
+    upright = shape[::-1] if turn[0] else shape
+    if geometry.mode == "none" and upright != (geometry.height, geometry.width):
+        return None
+    place = geometry.place(*upright)
+    if place.height * place.width > config.max_pixels:
+        return None
+    size = (place.width, place.height) if turn[0] else (place.height, place.width)
+    return shape, size, (-place.top, -place.left), turn
