@@ -487,6 +487,14 @@ class BuildConfig(BaseModel):
         return 1 if self.channels == "gray" else 3
 
     @property
+    def reduces_jpegs(self) -> bool:
+        """Whether Pillow decodes JPEGs much larger than the size at a half or less.
+
+        It does so only for filters that would average those pixels anyway.
+        """
+        return self.reduced_decoding and self.interpolation != "nearest" and self.resize_mode != "none"
+
+    @property
     def shares(self) -> dict[str, Fraction]:
         """The sides of a split but train, with their shares; empty where nothing is split."""
         parts = (self.split or "").partition("/")[0].split(",")

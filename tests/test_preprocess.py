@@ -187,7 +187,8 @@ def test_its_description_says_each_step() -> None:
     assert text.splitlines() == [
         "turned upright, as EXIF says: yes",
         "8 bits a channel, blue, green, red; what is transparent lies on colour (0, 0, 0)",
-        "resized to cover 23 x 27, of which the middle 20 x 24 is cut out, by bilinear interpolation, antialiased",
+        "resized to cover 23 x 27, of which the middle 20 x 24 is cut out, by bilinear interpolation, antialiased; "
+        "large JPEGs are decoded at a half or less first",
         "values: levels of 0 to 255 are stored; read as (level / 255 - mean) / std, with mean 0.406, 0.456, 0.485 and "
         "std 0.225, 0.224, 0.229 for b, g, r",
         "stored as uint8 of shape (20, 24, 3)",

@@ -73,7 +73,7 @@ class PillowDecoder:
         self._source = source
         self._mode = "L" if config.channels == "gray" else "RGB"
         self._filter = _FILTERS[config.interpolation]
-        self._may_draft = reduces(config)
+        self._may_draft = config.reduces_jpegs
         self.deep: str | None = None
         self._frames = threading.local()
 
@@ -506,9 +506,3 @@ def file_of(image: Image.Image) -> bytes | None:
 def upright(image: Image.Image, orientation: int) -> Image.Image:
     """The image turned as its EXIF orientation says."""
     return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
-
-
-def reduces(config: BuildConfig) -> bool:
-    """Whether JPEGs much larger than the size are decoded at a half or less."""
-    # Only for filters that would average those pixels anyway, and where there is a size.
-    return config.reduced_decoding and config.interpolation != "nearest" and config.resize_mode != "none"
