@@ -392,6 +392,7 @@ def test_without_the_extra_it_is_said_what_to_install_and_the_rest_is_as_before(
             assert detail.endswith("; run: pip install 'gpu-npz[bits16]'")
         report = gpu_npz.build(tmp_path / "src", tmp_path / "out", config)
         assert (report.rows, report.rejects_by_code) == (5, {"undecodable": 3})
+        assert survey(tmp_path / "src", config, seconds=0).sample.unreadable == {"undecodable": 3}
     retry(tmp_path / "out", config)
     data = gpu_npz.open_dataset(tmp_path / "out")
     for row, expected in zip(data[5:], rows.values(), strict=True):

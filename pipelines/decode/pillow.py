@@ -164,9 +164,17 @@ class PillowDecoder:
             return turned(tiff.decode(self._config.bit_depth), tiff.orientation if self._config.exif_orientation else 1)
 
     def tiff_elsewhere(self, data: bytes) -> Tiff | None:
-        """A TIFF whose levels Pillow does not give right; None for all else. Raises BadItem as `prepared`."""
+        """A TIFF whose levels Pillow does not give right; None for all else.
+
+        Raises:
+            BadItem: as `prepared`, or tifffile is missing.
+        """
         tiff = self._tiff(data) if is_tiff(data) else None
-        return None if tiff is None or tiff.by_pillow(self._config.bit_depth) else tiff
+        if tiff is None or tiff.by_pillow(self._config.bit_depth):
+            return None
+        with _blamed("a TIFF"):
+            tiff.require_tifffile()
+        return tiff
 
     def _tiff(self, data: bytes) -> Tiff:
         tiff = Tiff(data)

@@ -92,6 +92,12 @@ class Tiff:
         """Whether Pillow gives the right levels of so many bits."""
         return self._pillow_is_right and (depth == 8 or self.bits <= 8 or self._photometric == _CMYK)
 
+    def require_tifffile(self) -> Any:
+        """tifffile. Raises BackendError if it, or imagecodecs, cannot be imported."""
+        planes = " in planes" if self._planar else ""
+        white = ", whose zero is white," if self._photometric == _WHITE_IS_ZERO else ""
+        return require_bits16(f"a TIFF of {self.bits}-bit samples{planes}{white}").tifffile
+
     def unturned(self) -> bytes:
         """The file, which says that nothing is to be turned: Pillow would turn a TIFF unasked."""
         if self.orientation == 1:
@@ -138,10 +144,7 @@ class Tiff:
 
     def _by_tifffile(self) -> NDArray[Any]:
         """The samples (H, W, samples), unsigned."""
-        planes = " in planes" if self._planar else ""
-        white = ", whose zero is white," if self._photometric == _WHITE_IS_ZERO else ""
-        tifffile = require_bits16(f"a TIFF of {self.bits}-bit samples{planes}{white}").tifffile
-        with tifffile.TiffFile(io.BytesIO(self._data)) as file:
+        with self.require_tifffile().TiffFile(io.BytesIO(self._data)) as file:
             page, (height, width) = file.pages[0], self.size
             shape = (self._samples, 1, height, width, 1) if self._planar else (1, 1, height, width, self._samples)
             if (page.shaped, page.bitspersample, page.compression) != (shape, self.bits, self._compression):
