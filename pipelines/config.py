@@ -103,11 +103,11 @@ class BuildConfig(BaseModel):
     reduced_decoding: bool = _setting(
         "identity",
         True,
-        "Let Pillow decode JPEGs of more than twice the size at a half or less, which is faster; without it, decoded "
-        "pixels give the same row as their file.",
+        "Decode JPEGs of four times the size and more at a half or less, which is faster (Pillow alone does); without "
+        "it, Preprocess gives pixels the row that it gives their file.",
     )
     exif_orientation: bool = _setting(
-        "identity", True, "Turn images as their EXIF orientation (in a TIFF, its own) says."
+        "identity", True, "Turn images as their EXIF orientation says, and a TIFF as its Orientation tag."
     )
     background: tuple[int, int, int] = _setting(
         "identity", (0, 0, 0), "The colour under transparent pixels.", "R,G,B, each 0 to 255", "R,G,B"
@@ -485,6 +485,14 @@ class BuildConfig(BaseModel):
     def channel_count(self) -> int:
         """How many channels a stored image has: 1 or 3."""
         return 1 if self.channels == "gray" else 3
+
+    @property
+    def reduces_jpegs(self) -> bool:
+        """Whether Pillow decodes JPEGs much larger than the size at a half or less.
+
+        It does so only for filters that would average those pixels anyway.
+        """
+        return self.reduced_decoding and self.interpolation != "nearest" and self.resize_mode != "none"
 
     @property
     def shares(self) -> dict[str, Fraction]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .config import BuildConfig
 from .decode.dicom import is_dicom
-from .decode.pillow import PillowDecoder, dicom_size, opened, orientation_of, reduces
+from .decode.pillow import PillowDecoder, dicom_size, opened, orientation_of
 from .decode.samples import is_deep
 from .environment import Choice
 from .geometry import Geometry
@@ -81,7 +81,7 @@ def sample_headers(
 ) -> Sample:
     """Reads some 1,000 headers, spread over the plan."""
     # Only Pillow decodes a JPEG at a half or less, and not where it stays as it is.
-    drafts = choice.backend == "pillow" and reduces(config)
+    drafts = choice.backend == "pillow" and config.reduces_jpegs
     geometry = Geometry.of(config, config.size) if config.size and drafts else None
     unreadable: Counter[str] = Counter()
     over = 0

@@ -79,8 +79,9 @@ class Preprocess:
         Args:
             image: a path (of a frame as a dataset has it, `scan.dcm/0003`); an encoded image; a PIL image; or pixels:
                 uint8 (H, W), (H, W, 1), (H, W, 3) in R,G,B or (H, W, 4) with alpha, or uint16 (H, W); with `bit_depth`
-                16, any of these in uint16. Of a JPEG, a path, bytes, or a PIL image that is not loaded yet give the
-                stored row; pixels that somebody else decoded are resized from their full size.
+                16, any of these in uint16. A path, bytes, or a PIL image that is not loaded yet give the stored row;
+                pixels that somebody else decoded are resized from their full size, which gives the row of a large JPEG
+                only where the build had `reduced_decoding` False.
 
         Raises:
             ImageError: it cannot be decoded; the build would reject it.
@@ -120,6 +121,7 @@ class Preprocess:
             size=f"{height} x {width}", cover=f"{cover[0]} x {cover[1]}", pad_value=config.pad_value
         )
         antialiased = "" if config.interpolation == "nearest" else ", antialiased"
+        reduced = "; large JPEGs are decoded at a half or less first" if config.reduces_jpegs else ""
         names = {1: ("gray",), 3: tuple(config.channels)}[config.channel_count]
         values = self._formula(names)
         if config.dtype == config.pixel_dtype and config.normalize != "none":
@@ -133,7 +135,7 @@ class Preprocess:
             (
                 f"turned upright, as EXIF says: {'yes' if config.exif_orientation else 'no'}",
                 f"{config.bit_depth} bits a channel, {colour}; {colours}",
-                f"{resize}, by {config.interpolation} interpolation{antialiased}",
+                f"{resize}, by {config.interpolation} interpolation{antialiased}{reduced}",
                 f"values: {values}",
                 f"stored as {config.dtype} of shape {shape}",
             )

@@ -474,6 +474,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "crop_pct": {"crop_pct": 0.5},
     "pad_value": {"pad_value": 7},
     "interpolation": {"interpolation": "nearest"},
+    "reduced_decoding": {"reduced_decoding": False},
     "exif_orientation": {"exif_orientation": False},
     "background": {"background": "1,2,3"},
     "dicom_window": {"dicom_window": "-100,300"},

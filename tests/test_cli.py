@@ -416,11 +416,12 @@ def test_doctor_tells_what_extras_are_for_and_recommends_no_gpu_packages_without
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(environment, "_trouble", lambda package, *_: Missing(package.what, "not installed", "pip"))
-    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
     monkeypatch.setitem(sys.modules, "pydicom", SimpleNamespace(__version__="3.0"))
     found = {finding.what: finding for finding in diagnosis.diagnose()}
-    assert (found["OpenCV"].ok, found["OpenCV"].found) == (False, "not installed; optional, for --bit-depth 16")
-    assert found["OpenCV"].remedy == "pip install 'gpu-npz[bits16]'"
+    wanted = "not installed; optional, for --bit-depth 16, and TIFF that Pillow does not read"
+    assert (found["imagecodecs"].ok, found["imagecodecs"].found) == (False, wanted)
+    assert found["imagecodecs"].remedy == "pip install 'gpu-npz[bits16]'"
     assert (found["pydicom"].ok, found["pydicom"].found) == (True, "3.0, for DICOM files")
     assert (found["CuPy"].found, found["CuPy"].remedy) == ("not installed; of use on a machine with a GPU", "")
     extras = load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]

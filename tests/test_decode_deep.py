@@ -242,29 +242,52 @@ def test_bad_files_have_the_codes_of_8_bits(file_bytes: FileBytes, bad_kinds: di
         decoded(png(noise(3)), size=(9, 9), max_pixels=100)
 
 
-@pytest.mark.parametrize(("code", "error"), [(-4, ShardError), (-2, BadItem)])
-def test_trouble_of_opencv_is_the_file_s_unless_memory_is_short(
-    code: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("library", ["imagecodecs", "tifffile"])
+@pytest.mark.parametrize(("trouble", "error"), [(MemoryError("trouble"), ShardError), (ValueError("trouble"), BadItem)])
+def test_trouble_of_a_library_is_the_file_s_unless_memory_is_short(
+    library: str, trouble: Exception, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cv2 = pytest.importorskip("cv2")
-
-    def fail(*_: Any) -> None:
-        trouble = cv2.error("trouble")
-        trouble.code, trouble.err = code, "trouble"
+    def fail(*_: Any, **__: Any) -> None:
         raise trouble
 
-    monkeypatch.setattr(cv2, "imdecode", fail)
+    module = pytest.importorskip(library)
+    monkeypatch.setattr(*((module, "png_decode") if library == "imagecodecs" else (module.TiffPage, "asarray")), fail)
     with pytest.raises(error):
-        decoded(png(noise(3)))
+        decoded(png(noise(3)) if library == "imagecodecs" else tiff(noise(3)))
 
 
-def test_without_opencv_the_setting_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    message = r"--bit-depth 16 needs OpenCV .*; run: pip install 'gpu-npz\[bits16\]'"
+@pytest.mark.parametrize("library", ["imagecodecs", "tifffile"])
+def test_without_its_libraries_the_setting_is_refused_with_what_to_install(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    message = r"--bit-depth 16 needs tifffile and imagecodecs \(.*\); run: pip install 'gpu-npz\[bits16\]'"
     with pytest.raises(BackendError, match=message):
         choose(BuildConfig(bit_depth=16), Machine(0, None, None, None, None))
     with pytest.raises(BackendError, match=message):
         Preprocess(BuildConfig(bit_depth=16), (8, 8))(np.zeros((8, 8), np.uint8))
+
+
+def text_pnm(samples: Samples, most: int) -> bytes:
+    height, width, _ = samples.shape
+    lines = (" ".join(map(str, line)) + "  # a comment" for line in samples.reshape(height, -1))
+    return f"P3\n# a comment\n{width} {height} # another\n{most}\n".encode() + "\n".join(lines).encode() + b"\n"
+
+
+@pytest.mark.parametrize("most", [255, 1023, 65535])
+def test_samples_of_a_ppm_may_be_written_as_text(most: int) -> None:
+    samples = np.minimum(noise(3), most)
+    in_8_bits = np.rint(samples / most * 255)
+    expected = np.rint(samples.astype(np.float64) * 65535 / most) if most > 255 else in_8_bits * 257
+    np.testing.assert_array_equal(decoded(text_pnm(samples, most)), expected)
+    np.testing.assert_array_equal(decoded_in_8_bits(text_pnm(samples, most), (HEIGHT, WIDTH)), in_8_bits)
+
+
+def test_samples_above_the_white_of_a_pnm_are_white() -> None:
+    samples = noise(3) // 2
+    data = pnm(samples, 1000)
+    expected = np.floor(np.minimum(samples, 1000) * (65535 / 1000) + 0.5)
+    np.testing.assert_array_equal(decoded(data), expected)
 
 
 def test_a_gpu_is_left_alone_with_a_warning() -> None:

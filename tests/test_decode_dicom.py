@@ -26,7 +26,7 @@ from gpu_npz.audit.comparison import compare
 from gpu_npz.cli.main import run
 from gpu_npz.decode import pillow_decoder
 from gpu_npz.decode.dicom import DicomFile, is_dicom
-from gpu_npz.decode.pillow import PillowDecoder, first_size
+from gpu_npz.decode.pillow import PillowDecoder, dicom_size, first_size
 from gpu_npz.demo import paint
 from gpu_npz.errors import BackendError, ImageError
 from gpu_npz.geometry import Geometry
@@ -35,7 +35,7 @@ from gpu_npz.preflight import survey
 from gpu_npz.rejects import BadItem
 from gpu_npz.selection import _noted, listed
 from gpu_npz.sources import open_source
-from gpu_npz.sources.dicom import frame_count
+from gpu_npz.sources.dicom import FRAME_NAMES, frame_count, read_dicom
 from gpu_npz.sources.folder import FolderSource
 
 pydicom = pytest.importorskip("pydicom")
@@ -240,10 +240,10 @@ def half(data: bytes) -> bytes:
 
 
 BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
-    "half": ("undecodable", lambda: half(dicom(values("uint8")))),
-    "no pixels": ("undecodable", lambda: dicom(values("uint8"))[:300]),
-    "prefix alone": ("undecodable", lambda: bytes(128) + b"DICM"),
-    "noise": ("undecodable", lambda: bytes(128) + b"DICM" + bytes(range(256)) * 8),
+    "half": ("truncated", lambda: half(dicom(values("uint8")))),
+    "no pixels": ("truncated", lambda: dicom(values("uint8"))[:300]),
+    "prefix alone": ("truncated", lambda: bytes(128) + b"DICM"),
+    "noise": ("truncated", lambda: bytes(128) + b"DICM" + bytes(range(256)) * 8),
     "palette": ("undecodable", lambda: dicom(values("uint8"), PhotometricInterpretation="PALETTE COLOR")),
     "sigmoid": (
         "undecodable",
@@ -264,6 +264,42 @@ def test_what_cannot_be_decoded_is_a_reject(kind: str) -> None:
             decoded(make(), bit_depth=depth, max_pixels=9_999)
         assert (caught.value.stage, caught.value.code) == ("decode", code)
         assert caught.value.detail
+
+
+@pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, DEFLATED, RLE])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_file_that_is_cut_anywhere_is_truncated(syntax: str, frames: int) -> None:
+    stored = values("uint16", shape=(frames, HEIGHT, WIDTH) if frames > 1 else (HEIGHT, WIDTH))
+    data = dicom(stored, syntax, NumberOfFrames=frames)
+    between = 0
+    with decoder_of() as decoder:
+        for end in range(132, len(data) - 12):  # what ends an RLE frame is not missed
+            with pytest.raises(BadItem) as caught:
+                decoder.decode_image(data[:end], "scan.dcm", 0)
+            if caught.value.code != "truncated":  # it ends between two elements, as a whole file without an image may
+                assert caught.value.detail.endswith(", which an image needs"), (end, caught.value.detail)
+                between += 1
+    assert between <= 12  # elements before the size
+
+
+def test_a_file_without_an_image_is_not_truncated() -> None:
+    file = pydicom.dcmread(io.BytesIO(dicom(values("uint8"))))
+    for name in ("Rows", "Columns", "PixelData"):
+        del file[name]
+    buffer = io.BytesIO()
+    file.save_as(buffer)
+    for attempt in (lambda: decoded(buffer.getvalue()), lambda: dicom_size(buffer.getvalue(), "report.dcm")):
+        with pytest.raises(BadItem) as caught:
+            attempt()
+        assert (caught.value.code, caught.value.detail) == (
+            "undecodable", "a DICOM file without Rows, which an image needs",
+        )  # fmt: skip
+
+
+def test_whole_files_are_not_taken_for_cut_ones() -> None:
+    for syntax in (IMPLICIT, EXPLICIT, DEFLATED, RLE):
+        for pixels in (True, False):
+            assert not read_dicom(io.BytesIO(dicom(values("uint16"), syntax)), FRAME_NAMES, pixels=pixels).was_cut
 
 
 def deflated_bomb(content: bytes, megabytes: int) -> bytes:
@@ -442,7 +478,7 @@ def test_a_build_takes_them_beside_other_images(tmp_path: Path, file_bytes: Call
         size=(HEIGHT, WIDTH), dtype="uint8", layout="NHWC", dicom_window="-200,300", device="cpu", workers=0
     )
     report = gpu_npz.build(tmp_path / "src", tmp_path / "out", config)
-    assert (report.rows, report.rejects_by_code) == (2, {"undecodable": 1})
+    assert (report.rows, report.rejects_by_code) == (2, {"truncated": 1})
     data = gpu_npz.open_dataset(tmp_path / "out")
     np.testing.assert_array_equal(data[0], windowed(stored, -200, 300, 255))
     assert gpu_npz.verify(tmp_path / "out").ok

@@ -152,7 +152,9 @@ def test_samples_of_32_bits_are_rejected(encode: Encode) -> None:
     wide = np.full((20, 20), 70_000)
     assert rejected(encode(Image.fromarray(wide.astype(np.int32)), "TIFF"))[:2] == ("decode", "undecodable")
     stage, code, detail = rejected(encode(Image.fromarray(wide.astype(np.float32)), "TIFF"))
-    assert (stage, code, detail) == ("decode", "undecodable", "samples of 32 bits (mode F)")
+    assert (stage, code) == ("decode", "undecodable")
+    assert detail == "a TIFF of float32 samples; allowed are unsigned ones of up to 16 bits"
+    assert rejected(encode(Image.fromarray(wide.astype(np.float32)), "PPM"))[2] == "samples of 32 bits (mode F)"
 
 
 @pytest.mark.parametrize("background", [(0, 0, 0), (255, 0, 200)])

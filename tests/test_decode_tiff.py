@@ -103,7 +103,7 @@ def tiff(
     values = start + struct.calcsize(order + counter) + size * len(fields) + inline
     entries, behind = b"", b""
     for tag, (kind, numbers) in sorted(fields.items()):
-        raw = struct.pack(order + {1: "B", 3: "H", 4: "I", 9: "i", 16: "Q"}[kind] * len(numbers), *numbers)
+        raw = struct.pack(order + {1: "B", 3: "H", 4: "I", 9: "i", 11: "f"}[kind] * len(numbers), *numbers)
         if len(raw) > inline:
             raw, behind = struct.pack(order + pointer, values + len(behind)), behind + raw
         entries += struct.pack(order + "HH" + pointer, tag, kind, len(numbers)) + raw.ljust(inline, b"\0")
@@ -261,7 +261,7 @@ UNREADABLE: dict[str, tuple[str, bytes]] = {
     ),
     "65,535 samples": ("65535 samples a pixel; at most 16", tiff(noise(8, 1), 8, GRAY, tags={277: (3, [65535])})),
     "0 wide": ("0 x 14 pixels", tiff(noise(8, 1), 8, GRAY, tags={256: (3, [0])})),
-    "a size with a sign": ("tag 256 of type 9", tiff(noise(8, 1), 8, GRAY, tags={256: (9, [WIDTH])})),
+    "a fractional size": ("tag 256 of type 11", tiff(noise(8, 1), 8, GRAY, tags={256: (11, [WIDTH])})),
 }  # fmt: skip
 
 
@@ -310,6 +310,15 @@ def test_a_strip_may_say_that_it_has_room_for_more_rows_than_the_image(bits: int
     for planar, compression in itertools.product((False, True), (RAW, DEFLATE)):
         data = tiff(samples, bits, RGB, planar=planar, compression=compression, tags={278: (4, [2**32 - 1])})
         np.testing.assert_array_equal(decoded(data), level(samples, bits, 8, gray=False))
+
+
+def test_numbers_may_have_a_type_with_a_sign() -> None:
+    samples = noise(16, 3)
+    for planar in (False, True):
+        data = tiff(samples, 16, RGB, planar=planar, tags={256: (9, [WIDTH]), 257: (9, [HEIGHT]), 274: (9, [3])})
+        np.testing.assert_array_equal(decoded(data, bit_depth=16), samples[::-1, ::-1])
+        np.testing.assert_array_equal(decoded(data, bit_depth=16, exif_orientation=False), samples)
+    assert rejected(tiff(samples, 16, RGB, tags={257: (9, [-HEIGHT])}))[0] == "too-large"
 
 
 def test_a_small_image_may_lie_in_a_usual_tile() -> None:
@@ -392,6 +401,7 @@ def test_without_the_extra_it_is_said_what_to_install_and_the_rest_is_as_before(
             assert detail.endswith("; run: pip install 'gpu-npz[bits16]'")
         report = gpu_npz.build(tmp_path / "src", tmp_path / "out", config)
         assert (report.rows, report.rejects_by_code) == (5, {"undecodable": 3})
+        assert survey(tmp_path / "src", config, seconds=0).sample.unreadable == {"undecodable": 3}
     retry(tmp_path / "out", config)
     data = gpu_npz.open_dataset(tmp_path / "out")
     for row, expected in zip(data[5:], rows.values(), strict=True):

@@ -127,8 +127,11 @@ def test_an_open_image_is_refused_where_a_build_would_reject_its_file(tmp_path: 
     Image.fromarray(np.arange(1200, dtype=np.int32).reshape(40, 30)).save(path)  # 16 bits of 32 are in use
     with Image.open(path) as picture:
         for image in (path, picture):
-            with pytest.raises(ImageError, match="samples of 32 bits"):
+            with pytest.raises(ImageError, match="a TIFF of int32 samples"):
                 preprocess(image)
+        picture.load()
+        with pytest.raises(ImageError, match="samples of 32 bits"):
+            preprocess(picture)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -184,7 +187,8 @@ def test_its_description_says_each_step() -> None:
     assert text.splitlines() == [
         "turned upright, as EXIF says: yes",
         "8 bits a channel, blue, green, red; what is transparent lies on colour (0, 0, 0)",
-        "resized to cover 23 x 27, of which the middle 20 x 24 is cut out, by bilinear interpolation, antialiased",
+        "resized to cover 23 x 27, of which the middle 20 x 24 is cut out, by bilinear interpolation, antialiased; "
+        "large JPEGs are decoded at a half or less first",
         "values: levels of 0 to 255 are stored; read as (level / 255 - mean) / std, with mean 0.406, 0.456, 0.485 and "
         "std 0.225, 0.224, 0.229 for b, g, r",
         "stored as uint8 of shape (20, 24, 3)",

@@ -48,7 +48,7 @@ def on_host(pixels: Any) -> NDArray[Any]:
 
 # Raised by one whenever the same libraries may give other pixels or verdicts for the same file. It is part of what
 # `Decoder.environment` gives, so a build never continues with another revision.
-DECODING_REVISION = 2
+DECODING_REVISION = 3
 
 Reads = list[Callable[[], bytes]]
 

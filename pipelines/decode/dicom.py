@@ -30,7 +30,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..config import BuildConfig
 from ..rejects import BadItem
-from ..sources.dicom import FRAME_NAMES, frames_of, read_dicom, require_attributes
+from ..sources.dicom import FRAME_NAMES, blamed_on_its_end, frames_of, read_dicom, require_attributes
 from .jpeg import read_header
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of them
@@ -55,8 +55,9 @@ def is_dicom(data: bytes) -> bool:
 def size_of(data: bytes) -> tuple[int, int]:
     """Height and width by the header; raises what pydicom raises, and BackendError if it is missing."""
     header = read_dicom(io.BytesIO(data), ["Rows", "Columns"])
-    require_attributes(header, "Rows", "Columns")
-    return int(header.Rows), int(header.Columns)
+    with blamed_on_its_end(header):
+        require_attributes(header, "Rows", "Columns")
+        return int(header.Rows), int(header.Columns)
 
 
 class DicomFile:
@@ -73,10 +74,11 @@ class DicomFile:
 
     def __init__(self, data: bytes) -> None:
         self._file = file = read_dicom(io.BytesIO(data), _NAMES, pixels=True)
-        require_attributes(file, "Rows", "Columns", "PhotometricInterpretation")
-        self.size = int(file.Rows), int(file.Columns)
-        self.frames = frames_of(file, len(data))
-        kind = str(file.PhotometricInterpretation)
+        with blamed_on_its_end(file):
+            require_attributes(file, "Rows", "Columns", "PhotometricInterpretation")
+            self.size = int(file.Rows), int(file.Columns)
+            self.frames = frames_of(file, len(data))
+            kind = str(file.PhotometricInterpretation)
         if kind not in (*_GRAYS, *_COLOURS):
             raise BadItem("decode", "undecodable", f"photometric interpretation {kind}")
         for name in _GROUPS:
@@ -92,15 +94,9 @@ class DicomFile:
         """
         if not any(name in self._file for name in _PIXELS[:3]):
             raise BadItem("decode", "truncated", "a DICOM file that ends before its PixelData")
-        try:
+        with blamed_on_its_end(self._file):
             _check_frame(self._file, frame, self.frames)
             return _levels(self._file, frame, config)
-        except (BadItem, MemoryError):
-            raise
-        except Exception as exc:
-            if self._file.was_cut or "less than expected" in str(exc):
-                raise BadItem("decode", "truncated", f"a DICOM file that ends too early ({exc})") from exc
-            raise
 
 
 def _levels(file: Any, frame: int, config: BuildConfig) -> NDArray[Any]:

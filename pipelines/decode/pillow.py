@@ -53,7 +53,7 @@ _UPRIGHT = {
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 _UNSIGNED = ("DIB", "PPM")  # formats whose first bytes may be anything's
 _ENDED = ("index out of range", "not enough image data")  # what Pillow says where bytes are missing
-_LOSSLESS = 0xC3  # a frame of a JPEG (ITU-T T.81, table B.1)
+_LOSSLESS = 0xC3  # SOF3 (ITU-T T.81, table B.1)
 
 
 class PillowDecoder:
@@ -73,7 +73,7 @@ class PillowDecoder:
         self._source = source
         self._mode = "L" if config.channels == "gray" else "RGB"
         self._filter = _FILTERS[config.interpolation]
-        self._may_draft = reduces(config)
+        self._may_draft = config.reduces_jpegs
         self.deep: str | None = None
         self._frames = threading.local()
 
@@ -164,9 +164,17 @@ class PillowDecoder:
             return turned(tiff.decode(self._config.bit_depth), tiff.orientation if self._config.exif_orientation else 1)
 
     def tiff_elsewhere(self, data: bytes) -> Tiff | None:
-        """A TIFF whose levels Pillow does not give right; None for all else. Raises BadItem as `prepared`."""
+        """A TIFF whose levels Pillow does not give right; None for all else.
+
+        Raises:
+            BadItem: as `prepared`, or tifffile is missing.
+        """
         tiff = self._tiff(data) if is_tiff(data) else None
-        return None if tiff is None or tiff.by_pillow(self._config.bit_depth) else tiff
+        if tiff is None or tiff.by_pillow(self._config.bit_depth):
+            return None
+        with _blamed("a TIFF"):
+            tiff.require_tifffile()
+        return tiff
 
     def _tiff(self, data: bytes) -> Tiff:
         tiff = Tiff(data)
@@ -275,9 +283,12 @@ class PillowDecoder:
         if orientation >= 5:
             height, width = width, height
         place = self._placement(height, width)
-        if self._may_draft and image.format == "JPEG" and not _is_lossless(image):
+        if self._may_draft and image.format == "JPEG":
             wanted = (2 * place.width, 2 * place.height)
-            image.draft(None, wanted if orientation < 5 else wanted[::-1])  # never below what was asked for
+            wanted = wanted if orientation < 5 else wanted[::-1]
+            reduced = image.width // wanted[0] > 1 and image.height // wanted[1] > 1
+            if not (reduced and _is_lossless(image)):  # which libjpeg-turbo decodes at its full size alone
+                image.draft(None, wanted)  # never below what was asked for
         image.load()
         return orientation, place
 
@@ -310,11 +321,11 @@ class PillowDecoder:
         return canvas
 
 
-_tifffile_log = logging.getLogger("tifffile")
+_LOGS = [logging.getLogger(name) for name in ("tifffile", "pydicom")]
 
 
 class _PillowSettings:
-    """What decoding needs of Pillow and tifffile, as long as any decoder of this process is at work."""
+    """What decoding needs of Pillow, tifffile and pydicom, as long as any decoder of this process is at work."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -333,7 +344,9 @@ class _PillowSettings:
             self._warnings = warnings.catch_warnings()
             self._warnings.__enter__()
             warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.")
-            self._silent, _tifffile_log.disabled = _tifffile_log.disabled, True
+            self._silent = [log.disabled for log in _LOGS]
+            for log in _LOGS:
+                log.disabled = True
 
     def restore(self) -> None:
         """For one less."""
@@ -342,7 +355,8 @@ class _PillowSettings:
             if not self._users:
                 Image.MAX_IMAGE_PIXELS = self._limit
                 self._warnings.__exit__(None, None, None)
-                _tifffile_log.disabled = self._silent
+                for log, disabled in zip(_LOGS, self._silent, strict=True):
+                    log.disabled = disabled
 
 
 _pillow_settings = _PillowSettings()
@@ -480,7 +494,7 @@ def dicom_size(data: bytes, path: str) -> tuple[int, int]:
 
 
 def _is_lossless(image: Image.Image) -> bool:
-    """Whether a JPEG is lossless, which libjpeg-turbo cannot scale."""
+    """Whether a JPEG that is not loaded is a lossless one."""
     header = read_header(file_of(image) or b"")
     return header is not None and header.frame == _LOSSLESS
 
@@ -500,9 +514,3 @@ def file_of(image: Image.Image) -> bytes | None:
 def upright(image: Image.Image, orientation: int) -> Image.Image:
     """The image turned as its EXIF orientation says."""
     return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
-
-
-def reduces(config: BuildConfig) -> bool:
-    """Whether JPEGs much larger than the size are decoded at a half or less."""
-    # Only for filters that would average those pixels anyway, and where there is a size.
-    return config.reduced_decoding and config.interpolation != "nearest" and config.resize_mode != "none"

@@ -24,7 +24,8 @@ from ..environment import require_bits16
 from ..rejects import BadItem
 
 _PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # the third and fourth as Pillow takes them
-_TYPES = {1: 1, 3: 2, 4: 4, 16: 8}  # bytes of BYTE, SHORT, LONG (section 2), and LONG8 of BigTIFF
+# Bytes of BYTE, SHORT and LONG (section 2) and LONG8 (BigTIFF), and of the same with a sign, which none here needs.
+_TYPES = {1: 1, 3: 2, 4: 4, 16: 8, 6: 1, 8: 2, 9: 4, 17: 8}
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _PREDICTOR = 274, 277, 278, 284, 317
 _TILE_WIDTH, _TILE_LENGTH, _INK_SET, _EXTRA, _FORMAT, _SUBSAMPLING = 322, 323, 332, 338, 339, 530
@@ -92,6 +93,12 @@ class Tiff:
         """Whether Pillow gives the right levels of so many bits."""
         return self._pillow_is_right and (depth == 8 or self.bits <= 8 or self._photometric == _CMYK)
 
+    def require_tifffile(self) -> Any:
+        """tifffile. Raises BackendError if it, or imagecodecs, cannot be imported."""
+        planes = " in planes" if self._planar else ""
+        white = ", whose zero is white," if self._photometric == _WHITE_IS_ZERO else ""
+        return require_bits16(f"a TIFF of {self.bits}-bit samples{planes}{white}").tifffile
+
     def unturned(self) -> bytes:
         """The file, which says that nothing is to be turned: Pillow would turn a TIFF unasked."""
         if self.orientation == 1:
@@ -138,10 +145,7 @@ class Tiff:
 
     def _by_tifffile(self) -> NDArray[Any]:
         """The samples (H, W, samples), unsigned."""
-        planes = " in planes" if self._planar else ""
-        white = ", whose zero is white," if self._photometric == _WHITE_IS_ZERO else ""
-        tifffile = require_bits16(f"a TIFF of {self.bits}-bit samples{planes}{white}").tifffile
-        with tifffile.TiffFile(io.BytesIO(self._data)) as file:
+        with self.require_tifffile().TiffFile(io.BytesIO(self._data)) as file:
             page, (height, width) = file.pages[0], self.size
             shape = (self._samples, 1, height, width, 1) if self._planar else (1, 1, height, width, self._samples)
             if (page.shaped, page.bitspersample, page.compression) != (shape, self.bits, self._compression):

@@ -6,11 +6,12 @@ elements and items of sequences that a file claims. So it reads through `_Bounde
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from ..errors import BackendError
@@ -83,19 +84,26 @@ def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) ->
     return header
 
 
+@contextlib.contextmanager
+def blamed_on_its_end(header: Any) -> Iterator[None]:
+    """Raises whatever its body raises for the header's sake as a BadItem, if the file is cut off."""
+    try:
+        yield
+    except (BadItem, MemoryError):
+        raise
+    except Exception as exc:  # pydicom interprets values when they are asked for, and raises many kinds
+        if header.was_cut:
+            raise BadItem("decode", "truncated", f"a DICOM file that ends too early ({exc})") from exc
+        raise
+
+
 def require_attributes(header: Any, *names: str) -> None:
     """Raises BadItem if the file does not say how it is encoded, or lacks one of these attributes of an image."""
     meta = getattr(header, "file_meta", {})
     for place, name in ((meta, "TransferSyntaxUID"), *((header, name) for name in names)):
-        try:
-            found = place.get(name) not in (None, "")
-        except Exception:  # pydicom interprets a value when it is asked for
-            if not header.was_cut:
-                raise
-            found = False
-        if not found and header.was_cut:
-            raise BadItem("decode", "truncated", f"a DICOM file that ends before its {name}")
-        if not found:
+        if place.get(name) in (None, ""):
+            if header.was_cut:
+                raise BadItem("decode", "truncated", f"a DICOM file that ends before its {name}")
             raise BadItem("decode", "undecodable", f"a DICOM file without {name}, which an image needs")
 
 
@@ -116,7 +124,8 @@ def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         header = read_dicom(source, FRAME_NAMES)
-        return frames_of(header, source.seek(0, os.SEEK_END))
+        with blamed_on_its_end(header):
+            return frames_of(header, source.seek(0, os.SEEK_END))
     except (BackendError, BadItem, MemoryError):
         raise
     except Exception as exc:  # pydicom meets damaged files with many kinds of exception
