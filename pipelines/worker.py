@@ -36,6 +36,7 @@ _PULSE_S = 1.0
 # What a worker may grow by before another one takes its place, for libraries leak: libjpeg-turbo inside DALI keeps the
 # buffer of every image in whose data it gives up.
 _MAX_GROWTH_BYTES = 1 << 30
+_SETTLED_SHARDS = 4  # after which it has all the memory that it needs, even if a shard is a single batch
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
 def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
     """The shards that a worker asks for, until there are none, or its process should be replaced by a fresh one.
 
-    That is when it has grown by a gigabyte since it ended its first shard. macOS does not say.
+    That is when it has grown by a gigabyte since it ended its first few shards. macOS does not say.
 
     Args:
         ask: gives the next shard, None if there is none.
@@ -194,7 +195,7 @@ def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
             return
         yield shard
         taken += 1
-        if taken == open_shards:
+        if open_shards <= taken < open_shards + _SETTLED_SHARDS:
             allowed = _memory_bytes() + _MAX_GROWTH_BYTES
 
 

@@ -406,7 +406,7 @@ def test_a_jpeg_inside_is_of_the_header_s_size_and_of_few_scans(encode: Callable
     with pytest.raises(BadItem, match="an image of 1 x 1 pixels"):
         decoded(encapsulated(encode(np.zeros((1, 1), np.uint8)), jpeg))
     whole = encode(np.zeros((HEIGHT, WIDTH), np.uint8), progressive=True)
-    with pytest.raises(BadItem, match=r"30[0-9] scans; at most 256"):
+    with pytest.raises(BadItem, match="more than 256 scans"):
         decoded(encapsulated(whole[:-2] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 300 + whole[-2:], jpeg))
 
 

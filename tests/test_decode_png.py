@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import struct
 import sys
 import zlib
@@ -203,7 +202,7 @@ def test_a_wrong_crc_of_what_pixels_depend_on_is_a_reject() -> None:
 
 def test_a_file_is_copied_only_where_something_is_left_out() -> None:
     trns, exif = chunk(b"tRNS", bytes(6)), chunk(b"eXIf", b"MM\0*")
-    for before, behind in itertools.product((b"", trns, exif), (b"", exif)):
+    for before, behind in ((b"", b""), (b"", exif), (trns, b""), (trns, exif), (exif, b"")):
         data = png(noise(8, RGB), 8, RGB, before, behind)
         assert without_extras(data) is data
         assert without_extras(png(noise(8, RGB), 8, RGB, before + EXTRAS["text"], behind + EXTRAS["profile"])) == data

@@ -27,7 +27,7 @@ SABOTAGE = """
 import ctypes, os, signal, time
 import gpu_npz.worker
 from gpu_npz.decode.pillow import PillowDecoder
-gpu_npz.worker._MAX_GROWTH_BYTES = 1 << 25
+gpu_npz.worker._MAX_GROWTH_BYTES, gpu_npz.worker._SETTLED_SHARDS = 1 << 25, 1
 leaked = []
 whole = PillowDecoder.decode_image
 def decode_image(self, data, path, frame=None):

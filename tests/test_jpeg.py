@@ -12,7 +12,7 @@ import pytest
 from headers import Segment, adobe, exif, frame, joined, jpeg, segments
 from PIL import Image
 
-from gpu_npz.decode.jpeg import JpegHeader, read_header
+from gpu_npz.decode.jpeg import JpegHeader, read_header, without_metadata
 from gpu_npz.rejects import BadItem
 
 Edit = Callable[[list[Segment]], object]
@@ -123,6 +123,7 @@ NOT_PLAIN: dict[str, bytes] = {
     "a scan of none": edited(scan_edit(0, b"\0")),
     "R, G, B by the Adobe marker": edited(insert(0xEE, adobe(0))),
     "YCCK in 3 components": edited(insert(0xEE, adobe(2))),
+    "a short Adobe marker": edited(insert(0xEE, b"Adobe\0\x64")),
     "two Adobe markers": edited(several(insert(0xEE, adobe(1)), insert(0xEE, adobe(1)))),
     "two frames": edited(insert(0xC0, frame(24, 32))),
     "two frames of two kinds": edited(insert(0xC3, frame(24, 32))),
@@ -175,11 +176,31 @@ def test_too_many_scans_and_segments_are_refused_and_many_are_not() -> None:
     progressive = segments(jpeg(48, 64, 0, progressive=True))
     scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"
     progressive[-1] = 0xDA, progressive[-1][1] + scan * 300
-    with pytest.raises(BadItem, match="scans; at most 256"):
+    with pytest.raises(BadItem, match="more than 256 scans"):
         read_header(joined(progressive))
     assert header(edited(lambda parts: parts.extend([(0xFE, b"x")] * 60_000 + [parts.pop()]))).plain
     with pytest.raises(BadItem, match="more than 65536 segments"):
         read_header(edited(lambda parts: parts.extend([(0xFE, b"x")] * 66_000 + [parts.pop()])))
+
+
+def test_scans_are_counted_behind_what_only_libjpeg_takes_for_markers() -> None:
+    progressive = segments(jpeg(48, 64, 0, progressive=True))
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"
+    progressive[-1] = 0xDA, progressive[-1][1] + (b"\xff\x02" + scan) * 300
+    with pytest.raises(BadItem, match="more than 256 scans"):
+        read_header(joined(progressive))
+
+
+def test_without_metadata_a_jpeg_has_its_pixels_its_colors_and_its_orientation() -> None:
+    for mode, extras in (("RGB", []), ("CMYK", []), ("RGB", [(0xEE, adobe(0))]), ("L", [])):
+        plain = segments(jpeg(48, 64, 0, mode))
+        more = [(0xE1, exif(6)), (0xE1, exif(3)), (0xE2, b"ICC_PROFILE\0"), (0xFE, b"none"), (0xEE, b"Adobe"), *extras]
+        data = joined([*plain[:1], *more, *plain[1:]])
+        bare = without_metadata(data)
+        assert len(bare) < len(data)
+        assert (read_header(bare) or header(data)).orientation == 6
+        with Image.open(io.BytesIO(joined([*plain[:1], *extras, *plain[1:]]))) as expected:
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(bare))), np.asarray(expected))
 
 
 def test_no_mutation_of_a_header_raises_anything_but_a_reject() -> None:

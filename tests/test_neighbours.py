@@ -133,6 +133,11 @@ CRAFTED: dict[str, Callable[[], bytes]] = {
         [(kind, frame(64, 96, factors=b"\x31\x11\x11")) if kind == 0xC0 else (kind, body) for kind, body in
          segments(jpeg(64, 96, 9, subsampling=0))]
     ),
+    "a short JFIF segment": lambda: joined([(0xE0, b"JFIF\0"), *segments(jpeg(64, 96, 9))[1:]]),
+    "a short ICC segment": lambda: joined([(0xE2, b"ICC_PROFILE\0"), (0xE1, exif(6)), *segments(jpeg(64, 96, 9))]),
+    "a short Photoshop segment": lambda: joined(
+        [(0xED, b"Photoshop 3.0\x008BIM\0\0"), *segments(jpeg(64, 96, 9))]
+    ),
     "restart markers": lambda: jpeg(64, 96, 9, restart_marker_blocks=1),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from gpu_npz import Preprocess
 from gpu_npz.config import BuildConfig
 from gpu_npz.decode import make_decoder
+from gpu_npz.decode.exif import orientation_in
 from gpu_npz.geometry import Geometry
 from gpu_npz.plan import Batch
 from gpu_npz.sources.base import Item
@@ -165,6 +166,20 @@ def test_other_formats_follow_the_same_rule(form: str, tmp_path: Path) -> None:
             continue
         (row,) = decoded("pillow", tmp_path, {"one.png": file(block)}).values()
         assert np.array_equal(row, expected[f"{orientation}.png"]), name
+
+
+def test_an_image_that_somebody_turned_already_is_not_turned_again(tmp_path: Path) -> None:
+    preprocess = Preprocess(BuildConfig(size=(48, 72), normalize="unit", dtype="uint8", layout="NHWC"), (48, 72))
+    for orientation in range(1, 9):
+        image = Image.open(io.BytesIO(canonical()[f"{orientation}.jpg"]))
+        expected = preprocess(np.asarray(ImageOps.exif_transpose(image)))
+        ImageOps.exif_transpose(image, in_place=True)
+        np.testing.assert_array_equal(preprocess(image), expected)
+
+
+def test_a_block_that_begins_as_exif_a_million_times_means_nothing() -> None:
+    assert orientation_in(headers.exif(6)[:6] * 500_000 + exif(6)) == 1
+    assert orientation_in(headers.exif(6)[:6] + exif(6)) == 6
 
 
 @pytest.mark.parametrize("name", ["in two segments", "EXIF 4 in >", "behind the frame", "XMP alone"])

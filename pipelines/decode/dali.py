@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -151,7 +152,8 @@ class DaliDecoder:
             if self._source.file_per_item:
                 self._reader: FedPipeline[Batch] = self._opened(_files, None, self._tuning.prefetch)
             self._main = self._decoding(self._names, self._tuning.prefetch)
-        except RuntimeError as exc:
+            self._try_blank()
+        except (RuntimeError, OSError) as exc:
             self._open.close()
             advice = "see what `gpu-npz doctor` finds"
             if _NO_MEMORY.search(str(exc)):
@@ -169,6 +171,18 @@ class DaliDecoder:
     ) -> None:
         self._main = self._repair = None
         self._open.close()
+
+    def _try_blank(self) -> None:
+        """Decodes a blank image: without its plug-ins, nvImageCodec starts and then fails on every image."""
+        assert self._main is not None
+        blank = _Read(Batch(0, [], True), [self._blank], route([self._blank.data], self._config, self._geometry))
+        ((_, outputs),) = self._main.run([(blank, self._inputs(blank, self._names))], self._stream)
+        if isinstance(outputs, Exception):
+            raise BackendError(
+                f"DALI decodes no JPEG here ({_reason(outputs)}); nvImageCodec needs its plug-ins, by links in the "
+                f"temporary folder {tempfile.gettempdir()!r}, whose name must have no colon. If TMPDIR and "
+                "NVIMGCODEC_EXTENSIONS_PATH are in order, reinstall nvidia-nvimgcodec"
+            ) from outputs
 
     def _decoding(self, names: Sequence[str], prefetch: int) -> FedPipeline[Any]:
         """A pipeline that decodes, as far as its inputs say."""
@@ -472,6 +486,9 @@ def _input_names(last: Stage, geometry: Geometry, backend: str) -> list[str]:
     return names
 
 
+_environment = threading.Lock()  # which _without_opencv changes for a moment
+
+
 @contextlib.contextmanager
 def _without_opencv() -> Iterator[None]:
     """Decoders that are made meanwhile have all plug-ins of nvImageCodec but OpenCV's.
@@ -480,9 +497,9 @@ def _without_opencv() -> Iterator[None]:
     rather than as many as there is room for.
     """
     name = "NVIMGCODEC_EXTENSIONS_PATH"
-    before = os.environ.get(name)
-    folders = before.split(os.pathsep) if before else [os.path.join(os.path.dirname(nvimgcodec.__file__), "extensions")]
-    with tempfile.TemporaryDirectory(prefix="gpu-npz-") as links:
+    with _environment, tempfile.TemporaryDirectory(prefix="gpu-npz-") as links:
+        before = os.environ.get(name)
+        folders = (before or os.path.join(os.path.dirname(nvimgcodec.__file__), "extensions")).split(os.pathsep)
         for plugin in (plugin for folder in folders for plugin in Path(folder).glob("*.so*")):
             if "opencv" not in plugin.name:
                 Path(links, plugin.name).symlink_to(plugin.resolve())

@@ -19,8 +19,9 @@ _ENTRY_BYTES = 12
 
 def orientation_in(block: bytes | memoryview) -> int:
     """The orientation, 1 to 8, in an EXIF block: a TIFF structure, with or without `Exif\\0\\0` before it."""
-    while block[: len(EXIF_HEADER)] == EXIF_HEADER:
-        block = block[len(EXIF_HEADER) :]
+    for _ in range(2):  # some files have it twice
+        if block[: len(EXIF_HEADER)] == EXIF_HEADER:
+            block = block[len(EXIF_HEADER) :]
     order = _BYTE_ORDERS.get(bytes(block[:4]))
     if order is None or len(block) < 8:
         return 1

@@ -16,16 +16,18 @@ from ..rejects import BadItem
 from .exif import EXIF_HEADER, orientation_in
 
 _MAX_SCANS = 256  # as nvImageCodec: each scan of a progressive JPEG costs a pass over the whole image
-_MAX_SEGMENTS = 65_536  # an ICC profile takes up to 255, extended XMP some thousands
+_MAX_SEGMENTS = 65_536  # and markers; an ICC profile takes up to 255, extended XMP some thousands
 
 _segment = struct.Struct(">BBH").unpack_from
 _frame = struct.Struct(">BHHB").unpack_from
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xff]")
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # a marker with a length, or the end of the image
 
 _SOI, _EOI, _SOS, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xE1, 0xEE
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # these three are DHT, JPG and DAC
 _SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # frames that decoders take from their first scan, if it has all components
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD9)))  # TEM, RST0 to RST7, SOI
+_COLOR_BYTES = {0xE0: 16, _APP14: 14}  # the length of JFIF and Adobe segments that decoders believe
 # What may stand in the header of a plain JPEG: SOF0 to SOF2, DHT, DQT, DRI, APP0 to APP15, COM, and SOS at its end.
 _PLAIN = frozenset((0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE, _SOS))
 
@@ -81,14 +83,14 @@ def read_header(data: bytes | memoryview) -> JpegHeader | None:
                 break
             position = found.start()
             continue
+        segments += 1
+        if segments > _MAX_SEGMENTS:
+            raise BadItem("decode", "undecodable", f"more than {_MAX_SEGMENTS} segments before the first scan")
         if marker not in _PLAIN:
             plain = False
             if marker in _WITHOUT_LENGTH:
                 position += 2
                 continue
-        segments += 1
-        if segments > _MAX_SEGMENTS:
-            raise BadItem("decode", "undecodable", f"more than {_MAX_SEGMENTS} segments before the first scan")
         body, after = position + 4, position + 2 + length
         if after > end or length < 3 or marker == _EOI:
             plain = False
@@ -108,9 +110,9 @@ def read_header(data: bytes | memoryview) -> JpegHeader | None:
                 plain = plain and height > 0 and width > 0 and _is_plain_frame(precision, components, specifications)
         elif marker == _APP1 and orientation is None and data[body : body + 6] == EXIF_HEADER:
             orientation = orientation_in(data[body + 6 : after])
-        elif marker == _APP14 and length >= 14 and data[body : body + 5] == b"Adobe":
-            plain = plain and adobe_transform is None
-            adobe_transform = data[body + 11]
+        elif marker == _APP14 and data[body : body + 5] == b"Adobe":
+            plain = plain and length >= 14 and adobe_transform is None
+            adobe_transform = data[body + 11] if length >= 14 else adobe_transform
         position = after
     if not scanned or (components == 3 and adobe_transform not in (None, 1)):
         plain = False
@@ -140,23 +142,41 @@ def _are_of(some: bytes, names: bytes) -> bool:
     return 0 < len(some) == len({*some} & {*names})
 
 
-def _check_scans(data: bytes) -> None:
-    if data.count(b"\xff\xda") > _MAX_SCANS and (scans := _scans(data)) > _MAX_SCANS:
-        raise BadItem("decode", "undecodable", f"{scans} scans; at most {_MAX_SCANS}")
+def without_metadata(data: bytes) -> bytes:
+    """A JPEG without the segments that no pixel depends on, but for the orientation that its EXIF gives.
 
-
-def _scans(data: bytes) -> int:
-    """How many scans a JPEG has before its end; what is appended to it does not count (ITU-T T.81, B.1.1)."""
-    position, scans = 2, 0
-    while 0 <= (position := data.find(b"\xff", position)) <= len(data) - 4:
-        marker = data[position + 1]
-        if marker == 0xD9:
+    Pillow refuses a whole file for what is wrong with one of them. JFIF and Adobe segments stay: they decide colors.
+    """
+    header = read_header(data)
+    assert header is not None
+    entry = struct.pack("<HHIHH", 0x0112, 3, 1, header.orientation, 0)
+    exif = EXIF_HEADER + struct.pack("<4sIH", b"II*\0", 8, 1) + entry + bytes(4)
+    kept = [b"\xff\xd8\xff\xe1", struct.pack(">H", len(exif) + 2), exif]
+    position = 2
+    while position + 4 <= len(data):
+        prefix, marker, length = _segment(data, position)
+        after = position + 2 + length
+        if prefix != 0xFF or marker == _SOS or marker < 0xC0 or marker in _WITHOUT_LENGTH or after > len(data):
             break
-        if marker == 0xFF:  # fill byte
-            position += 1
-        elif marker == 0x00 or marker in _WITHOUT_LENGTH:  # 0x00 is a stuffed byte
-            position += 2
-        else:
-            scans += marker == 0xDA
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return scans
+        decides = marker < 0xE0 or marker > 0xFE or length >= _COLOR_BYTES.get(marker, 1 << 16)
+        kept += [data[position:after]] if decides else []
+        position = after
+    return b"".join([*kept, data[position:]])
+
+
+def _check_scans(data: bytes) -> None:
+    """Raises BadItem for a JPEG of too many scans before its end; what is appended does not count (B.1.1)."""
+    if data.count(b"\xff\xda") <= _MAX_SCANS:
+        return
+    scans = segments = position = 0
+    while (found := _SEGMENT.search(data, position)) and found.end() + 2 <= len(data):
+        marker = data[found.end() - 1]
+        segments += 1
+        scans += marker == _SOS
+        if scans > _MAX_SCANS or segments > _MAX_SEGMENTS:
+            what = f"{_MAX_SCANS} scans" if scans > _MAX_SCANS else f"{_MAX_SEGMENTS} segments"
+            raise BadItem("decode", "undecodable", f"more than {what}")
+        if marker == _EOI:
+            return
+        # What libjpeg takes for markers without a length where it looks for a restart: those below 0xC0, too.
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")

@@ -28,7 +28,7 @@ from ..sources.dicom import require_pydicom
 from .base import DECODING_REVISION, Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .exif import EXIF_HEADER, orientation_in
-from .jpeg import read_header
+from .jpeg import read_header, without_metadata
 from .png import is_png, samples16, set_transparency, without_extras
 from .samples import deep_samples, format_of, is_deep, plain, turned
 from .tiff import Tiff, is_tiff
@@ -217,7 +217,6 @@ class PillowDecoder:
             self._check_pixels(*image.size)
             own = image.copy()
             own.format = image.format  # what a file of this format means by its samples
-            own.applist = getattr(image, "applist", [])  # where EXIF is
             whole, place = self._upright(own)
         with enough_memory(path):
             return self._place(whole, place)
@@ -384,6 +383,9 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:  # which does not say why; the reader whose first bytes these are does
+        if data.startswith(b"\xff\xd8"):
+            with contextlib.suppress(UnidentifiedImageError):
+                return Image.open(io.BytesIO(without_metadata(data)), formats=("JPEG",))
         for name in _FORMATS:
             reader, accepts = Image.OPEN[name]
             if name not in _UNSIGNED and accepts is not None and accepts(data[:16]) is True:

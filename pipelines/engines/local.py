@@ -69,7 +69,7 @@ class _Worker:
     Attributes:
         progress: what it has done of each shard that it has begun and not committed.
         decoding: in careful mode, the item that is being decoded.
-        dismissed: whether it was told that there is no shard for it.
+        dismissed: whether it was told that there is no shard for it; None before it has asked for one.
         silent_s: how long it has said nothing.
         hung: whether it was stopped for that.
     """
@@ -78,7 +78,7 @@ class _Worker:
     task: Task
     progress: dict[int, list[Progress]] = dataclasses.field(default_factory=dict)
     decoding: int | None = None
-    dismissed: bool = False
+    dismissed: bool | None = None
     silent_s: float = 0.0
     hung: bool = False
 
@@ -126,9 +126,9 @@ class _Pool:
                 except (EOFError, OSError):  # OSError where it died in the middle of a message
                     del self._workers[connection]
                     connection.close()
-                    if (code := worker.process.wait()) or worker.progress:
+                    if (code := worker.process.wait()) or worker.progress or worker.dismissed is None:
                         yield from self._lost(worker, code)
-                    elif not worker.dismissed:
+                    elif not worker.dismissed and self._queue(worker):
                         log.info("a worker process has grown too large; another takes its place")
                         self.start(worker.task)
                     continue
@@ -146,9 +146,12 @@ class _Pool:
                         worker.progress[message.shard].append(message)
                     yield message
 
+    def _queue(self, worker: _Worker) -> deque[int]:
+        return self._doubtful if worker.task.careful else self._todo
+
     def _next(self, worker: _Worker) -> int | None:
         """A shard for a worker, None if there is none for it; begins the one that it gets."""
-        queue = self._doubtful if worker.task.careful else self._todo
+        queue = self._queue(worker)
         shard = queue.popleft() if queue else None
         worker.dismissed = shard is None
         if shard is not None:
@@ -171,7 +174,7 @@ class _Pool:
         """
         self._deaths += 1
         cause = f"gave no sign of life for {self._timeout_s:.0f} s" if worker.hung else _cause(code)
-        if (code > 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # it cannot even start
+        if (code >= 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # it cannot even start
             raise ShardError(_epitaph(cause, self._deaths))
         if worker.decoding is not None and (worker.hung or code in _CRASHES):
             self._banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
