@@ -30,7 +30,7 @@ from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
 from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .parts import Part
-from .planning import Measuring, backend, begin, check_places, places, remarks, require_scaled, resume
+from .planning import Measuring, backend, begin, check_places, places, remarks, require_revision, require_scaled, resume
 from .sources import open_source
 from .sources.base import Source
 from .space import require_space
@@ -260,6 +260,7 @@ def run(
     built: set[int] = set()
     watch = Watch(config.reject_limit(plan.item_count), storage.root if config.preflight else None)
     if todo:
+        require_revision(records)
         if records and record.device == "cpu" and config.device not in ("auto", "cpu"):
             log.warning(
                 "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device

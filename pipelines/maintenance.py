@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,19 @@ from .audit.verification import Problem, verify
 from .builder import BuildReport, Tell, live_parts, publish, require_no_parts, run
 from .config import BuildConfig
 from .decode import make_decoder
+from .decode.base import Decoder
 from .errors import FormatError, IncompleteError, SourceError
 from .geometry import Geometry
 from .job import Job
 from .manifest import CommitRecord, Manifest, committed
 from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
 from .plan import Batch
-from .planning import backend
+from .planning import backend, require_revision
 from .rejects import Reject
 from .sources.base import Source
 from .storage import Storage, open_storage
 from .tuning import Tuning
+from .worker import environment_of, require_environment
 
 log = logging.getLogger(__name__)
 _DEADLY = ("crashed", "timed-out")  # what to try in a worker of its own
@@ -212,19 +214,32 @@ def _require_rows(
     log.warning("%s could be built before and cannot now: their rows are lost", what)
 
 
+def _require_decoder(job: Job, source: Source, config: BuildConfig, records: Mapping[int, CommitRecord]) -> None:
+    """Raises MismatchError if shards that are built here would not go with the others; before anything is removed."""
+    require_revision(records)
+    if records and config.engine == "local" and not config.accept_environment:
+        decoder, _ = _decoder(job, source, config, 1)
+        require_environment(records[min(records)].environment, environment_of(decoder, job))
+
+
+def _decoder(job: Job, source: Source, config: BuildConfig, items: int) -> tuple[Decoder, Tuning]:
+    """What decodes a dataset's images on this machine, not entered yet, for so many items."""
+    choice = backend(job, config.model_copy(update={"engine": "local"}))
+    tuning = Tuning.of(config, choice, row_bytes=math.prod(job.row_shape), shard_rows=items, shards=1)
+    geometry = Geometry.of(job.settings, job.record.image_size)
+    return make_decoder(choice.backend, job.settings, geometry, source, tuning=tuning, gpu=choice.gpu), tuning
+
+
 def _rejects(job: Job, source: Source, config: BuildConfig, indices: Sequence[int]) -> list[Reject]:
     """Which of these items cannot be decoded now."""
     if not indices:
         return []
-    choice = backend(job, config.model_copy(update={"engine": "local"}))
-    row_bytes = math.prod(job.row_shape)
-    tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=len(indices), shards=1)
-    geometry = Geometry.of(job.settings, job.record.image_size)
+    decoder, tuning = _decoder(job, source, config, len(indices))
     items = [item for index in indices for item in job.plan.items(index, index + 1)]
     batches = [
         Batch(0, items[start : start + tuning.batch_size], False) for start in range(0, len(items), tuning.batch_size)
     ]
-    with make_decoder(choice.backend, job.settings, geometry, source, tuning=tuning, gpu=choice.gpu) as decoder:
+    with decoder:
         return [reject for decoded in decoder.decode(batches) for reject in decoded.rejects]
 
 
@@ -237,6 +252,7 @@ def _rebuild(
     progress: Tell | None,
 ) -> Rebuilt:
     start = time.perf_counter()
+    _require_decoder(job, source, config, committed(storage, job))
     if storage.size(MANIFEST) is not None:  # its rejects were accepted once
         config = config.model_copy(update={"max_rejects": "100%"})
     for name in (MANIFEST, INDEX, REJECTS):

@@ -16,10 +16,12 @@ from . import environment, space
 from .config import MIN_STD, BuildConfig, as_option
 from .counting import count_source, mean_of, std_of
 from .decode import image_size
+from .decode.base import DECODING_REVISION
 from .engines import ray
 from .environment import Choice, Machine
 from .errors import BackendError, FormatError, MismatchError, SourceError, StorageError, UsageError
 from .job import Job, shown_classes
+from .manifest import CommitRecord
 from .normalize import row_shape, table
 from .output import JOB, MANIFEST, PLAN, clear, require_own
 from .plan import Plan, same_listing
@@ -283,3 +285,14 @@ def require_moved(job: Job, source: Source) -> None:
             f"none of the first {len(probe)} items. Give the same images, or another OUT"
         )
     log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)
+
+
+def require_revision(records: Mapping[int, CommitRecord]) -> None:
+    """Raises MismatchError if another revision of the decoding code made committed shards: two are never mixed."""
+    revisions = {record.environment.get("decoding_revision", 1) for record in records.values()}
+    if others := revisions - {DECODING_REVISION}:
+        raise MismatchError(
+            f"another version of gpu-npz made the shards so far (decoding revision {min(others)}, this one has "
+            f"{DECODING_REVISION}), and it decodes some images differently. The two are never mixed: continue with "
+            "that version, or build everything again with --overwrite"
+        )

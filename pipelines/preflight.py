@@ -24,7 +24,7 @@ from .manifest import class_list, committed
 from .normalize import row_shape, table
 from .output import JOB, shard_name
 from .plan import Plan, collect
-from .planning import backend, doubts, inspect, places, remarks, require_scaled, resume
+from .planning import backend, doubts, inspect, places, remarks, require_revision, require_scaled, resume
 from .rejects import Reject
 from .selection import listed
 from .sources import open_source
@@ -246,8 +246,10 @@ def _left(
         mine = config.sides.get(side, config)
         try:
             job = resume(outs[side], source, mine)
-            left[side] = job.plan.shard_count - len(committed(outs[side], job))
+            records = committed(outs[side], job)
+            left[side] = job.plan.shard_count - len(records)
             if left[side]:
+                require_revision(records)
                 backend(job, mine)
         except (MismatchError, BackendError) as exc:
             unfit.append(f"{outs[side].root!r}: {exc}")

@@ -142,8 +142,8 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             gpu=task.gpu,
             stream=getattr(normalizer, "stream", None),
         )
-        environment = {**decoder.environment(), **_deflater(job)}
-        _require_environment(task.environment, environment)
+        environment = environment_of(decoder, job)
+        require_environment(task.environment, environment)
         seconds = {"read": 0.0, "decode": 0.0, "normalize": 0.0}
         sink = ShardSink(storage, job, environment, normalizer.allocate, task.tuning)
         stack.enter_context(decoder)
@@ -296,9 +296,10 @@ def _explained(task: Task) -> Iterator[None]:
         ) from exc
 
 
-def _deflater(job: Job) -> dict[str, str]:
-    """The library that decides a compressed shard's bytes."""
-    return {} if job.settings.deflate_level is None else {"isal": importlib.metadata.version("isal")}
+def environment_of(decoder: Decoder, job: Job) -> dict[str, Any]:
+    """What decides the bytes of shards besides the settings: the decoder, and the library that compresses."""
+    deflater = {} if job.settings.deflate_level is None else {"isal": importlib.metadata.version("isal")}
+    return {**decoder.environment(), **deflater}
 
 
 def _pulse() -> Pulse:
@@ -322,12 +323,13 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _require_environment(expected: dict[str, Any] | None, found: dict[str, Any]) -> None:
+def require_environment(expected: dict[str, Any] | None, found: dict[str, Any]) -> None:
+    """Raises MismatchError if shards were made in another environment; None if any will do."""
     if expected is None or expected == found:
         return
     names = sorted({*expected, *found})
     differences = [
-        f"  {name}: {expected.get(name, 'an unknown one')} made them, {found.get(name, 'none')} is here"
+        f"  {name}: {expected.get(name)} made them, {found.get(name)} is here"
         for name in names
         if expected.get(name) != found.get(name)
     ]

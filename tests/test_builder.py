@@ -559,9 +559,11 @@ def test_a_build_that_another_revision_of_the_decoding_code_began_is_not_continu
         record = json.loads(path.read_text())
         assert record["environment"].pop("decoding_revision") > 1
         path.write_text(json.dumps(record))
-    with pytest.raises(MismatchError, match=r"decoding_revision: an unknown one made them, \d+ is here"):
-        build(mixed, out, settings(backend=backend))
+    for accept in (False, True):
+        with pytest.raises(MismatchError, match=r"another version of gpu-npz made the shards so far .*--overwrite"):
+            build(mixed, out, settings(backend=backend, accept_environment=accept))
     assert not (out / "shard-00000.npz").exists()
+    assert build(mixed, out, settings(backend=backend, overwrite=True)).complete
 
 
 @pytest.mark.parametrize("name", [".gpu-npz/job.json", ".gpu-npz/commits/shard-00001.json"])

@@ -15,7 +15,7 @@ import gpu_npz
 from gpu_npz.builder import build
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import IncompleteError, RejectLimitError, SourceError
+from gpu_npz.errors import IncompleteError, MismatchError, RejectLimitError, SourceError
 from gpu_npz.maintenance import repair, retry
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
@@ -183,3 +183,23 @@ def test_the_commands_say_what_they_did(out: Path, src: Path, file_bytes: FileBy
     assert "1 shard(s) built anew" in capsys.readouterr().out
     assert run(["verify", str(out), "--repair", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["repaired_shards"] == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("decoding_revision", 1), ("pillow", "1.0")])
+def test_a_dataset_that_another_decoder_made_is_left_whole(
+    name: str, value: object, out: Path, src: Path, file_bytes: FileBytes
+) -> None:
+    for path in (out / ".gpu-npz/commits").iterdir():
+        record = json.loads(path.read_text())
+        record["environment"][name] = value
+        path.write_text(json.dumps(record))
+    before = contents(out)
+    (src / "a/07.jpg").write_bytes(file_bytes("jpeg", seed=7, size=(40, 50)))
+    with pytest.raises(MismatchError):
+        retry(out, settings())
+    assert contents(out) == before
+    os.truncate(out / "shard-00004.npz", 9000)
+    before = contents(out)
+    with pytest.raises(MismatchError):
+        repair(out, settings())
+    assert contents(out) == before
