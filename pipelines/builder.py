@@ -22,7 +22,7 @@ from .environment import Choice
 from .errors import GpuNpzError, MismatchError, RejectLimitError, UsageError
 from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
-from .output import INDEX, MANIFEST, REJECTS, REPORT, require_own
+from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, require_own
 from .parts import Part, require_no_parts
 from .planning import Measuring, backend, check_places, places, planned, remarks, require_room, withdraw
 from .sources import open_source
@@ -191,6 +191,8 @@ def build_split(
         raise UsageError("split: give it as val=0.1; build makes a single dataset")
     reports = {}
     first: Job | None = None
+    if (whole := open_storage(out)).size(JOB) is not None:
+        withdraw(whole)  # a build without --split has got no further than its plan
     for side, storage in places(src, out, config).items():
         told = functools.partial(progress, side) if progress else None
         reports[side] = _build(src, storage.root, config.sides[side], told, first)
