@@ -22,6 +22,7 @@ from .environment import Choice
 from .errors import GpuNpzError, MismatchError, RejectLimitError, UsageError
 from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
+from .messages import Heard, Message, Messages
 from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, require_own
 from .parts import Part, require_no_parts
 from .planning import Measuring, backend, check_places, places, planned, remarks, require_room, withdraw
@@ -55,8 +56,8 @@ class BuildReport:
     """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset.
 
     `classes` is None where labels are none. `timeline` shows how this run went: items done by then, and what a worker
-    held. `changed_files` were written to, or went, while this run read them. `worker_memory_bytes` and
-    `gpu_memory_bytes` are the most that a worker of it has held (see `WorkerEnded`).
+    held. `changed_files` were written to, or went, while this run read them; `messages` are what decoders wrote to
+    stderr. `worker_memory_bytes` and `gpu_memory_bytes` are the most that a worker of it has held (see `WorkerEnded`).
     """
 
     out: str
@@ -82,6 +83,7 @@ class BuildReport:
     worker_memory_bytes: int
     gpu_memory_bytes: int
     changed_files: int
+    messages: tuple[Message, ...]
     hints: tuple[str, ...]
     timeline: tuple[Moment, ...]
 
@@ -236,6 +238,7 @@ def run(
     items = sum(len(plan.shard_range(shard)) for shard in mine)
     progress(Started(items, items - built_items, record.backend, record.device, tuning.workers))
     ended: list[WorkerEnded] = []
+    messages = Messages()
     watch = Watch(config.reject_limit(plan.item_count), storage.root if config.preflight else None)
     if todo:
         if records and record.device == "cpu" and config.device not in ("auto", "cpu"):
@@ -252,6 +255,8 @@ def run(
                     records[event.record.shard] = event.record
                 elif isinstance(event, WorkerEnded):
                     ended.append(event)
+                elif isinstance(event, Heard):
+                    messages.add(event)
                 progress(event)
                 if watch.hopeless:
                     break
@@ -291,6 +296,7 @@ def run(
         worker_memory_bytes=max((each.memory_bytes for each in ended), default=0),
         gpu_memory_bytes=max((each.gpu_memory_bytes for each in ended), default=0),
         changed_files=watch.changed,
+        messages=messages.found(),
         hints=_hints(job, list(records.values()), watch.changed),
         timeline=watch.timeline,
     )
@@ -377,16 +383,13 @@ def _look(source: Source, report: BuildReport) -> str:
 
 
 def _too_many(storage: Storage, source: Source, report: BuildReport, config: BuildConfig) -> str:
+    codes = ", ".join(f"{count} {code}" for code, count in report.rejects_by_code.items())
     return (
-        f"{report.rejects} of {report.items} items were rejected ({_codes(report.rejects_by_code)}); --max-rejects "
+        f"{report.rejects} of {report.items} items were rejected ({codes}); --max-rejects "
         f"{config.max_rejects} allows {config.reject_limit(report.items)}. All shards are built and stay; "
         f"{storage.path(REJECTS)!r} names the items. {_look(source, report)}; run the same command with a higher "
         "--max-rejects to finish at once"
     )
-
-
-def _codes(rejects_by_code: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {code}" for code, count in rejects_by_code.items())
 
 
 def _store_report(storage: Storage, report: BuildReport) -> None:
