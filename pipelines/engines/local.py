@@ -64,7 +64,7 @@ def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float
     finally:
         pool.stop()
     if pool.suspects:
-        yield named(tasks[0], pool.suspects, len(shards), timeout_s)
+        yield named(dataclasses.replace(tasks[0], banned=pool.banned), pool.suspects, pool.built_items, timeout_s)
 
 
 @dataclasses.dataclass
@@ -94,16 +94,19 @@ class _Pool:
     """The workers of one build, and the shards that are left for them.
 
     Attributes:
-        suspects: batches of which decoders may have written known messages.
+        built_items: how many items the workers have reported.
+        suspects: batches about which decoders may have written known messages.
+        banned: items that have ended or hung their decoder.
     """
 
     def __init__(self, shards: Sequence[int], timeout_s: float) -> None:
+        self.built_items = 0
         self.suspects: list[Suspect] = []
+        self.banned: dict[int, tuple[Code, str]] = {}
         self._workers: dict[Connection, _Worker] = {}
         self._todo = deque(shards)
         self._doubtful: deque[int] = deque()
         self._losses: Counter[int] = Counter()
-        self._banned: dict[int, tuple[Code, str]] = {}
         self._deaths = 0
         self._timeout_s = timeout_s
 
@@ -145,7 +148,8 @@ class _Pool:
                     del self._workers[connection]
                     connection.close()
                     code = worker.process.wait()
-                    yield Heard(worker.output.close(died=code != 0))
+                    if counts := worker.output.close(died=code != 0):
+                        yield Heard(counts)
                     if code:
                         yield from self._lost(worker, code)
                     continue
@@ -160,6 +164,7 @@ class _Pool:
                     if isinstance(message, Committed):
                         worker.progress.pop(message.record.shard, None)
                     elif isinstance(message, Progress):
+                        self.built_items += message.items
                         done = worker.progress[message.shard]
                         if worker.suspected:
                             self.suspects.append((message.shard, sum(step.items for step in done), message.items))
@@ -195,7 +200,7 @@ class _Pool:
         if (code > 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # it cannot even start
             raise ShardError(_epitaph(cause, self._deaths) + last)
         if worker.decoding is not None and (worker.hung or code in _CRASHES):
-            self._banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
+            self.banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
         else:
             self._losses.update(list(worker.progress))
         for shard, lost in worker.progress.items():
@@ -213,7 +218,7 @@ class _Pool:
         )  # fmt: skip
         if self._doubtful:
             tuning = dataclasses.replace(worker.task.tuning, batch_size=1, prefetch=1, open_shards=1)
-            self.start(dataclasses.replace(worker.task, tuning=tuning, careful=True, banned=dict(self._banned)))
+            self.start(dataclasses.replace(worker.task, tuning=tuning, careful=True, banned=dict(self.banned)))
         if self._todo and not worker.task.careful:
             self.start(worker.task)
 

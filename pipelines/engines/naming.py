@@ -1,7 +1,7 @@
-"""Which files decoders have written messages about, which name none: batches that may be it are decoded again, alone.
+"""Finds the files that a decoder's messages are about, since the messages name none.
 
-A decoder works on several batches at once, and a message can be about any of them. It writes the same again when it
-decodes them one after the other, and those that it does write about, image by image.
+A decoder works on several batches at once, so a message may be about an image in any of them. These batches are decoded
+again one after the other; where a message comes again, the images of that batch are decoded one by one.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from ..plan import Batch
 from ..storage import open_storage
 from ..worker import Task
 
-AHEAD = 4  # batches that a worker is at most ahead of the one that it says is done, besides what DALI prefetches
-_SHARE = 20  # one of so many items of a build is decoded again at most, but up to _FEW in any case
+AHEAD = 4  # how many batches a worker may be ahead of the one that it reports, besides those that DALI prefetches
+_SHARE = 20  # of so many items, one may be decoded again; in a small build, _FEW items may be
 _FEW = 5000
 
 Suspect = tuple[int, int, int]  # shard, first item in it, items
 
 
-def named(task: Task, suspects: Sequence[Suspect], shards: int, timeout_s: float) -> Heard:
-    """The paths of the items that make a decoder write known messages.
+def named(task: Task, suspects: Sequence[Suspect], built_items: int, timeout_s: float) -> Heard:
+    """The paths of the items about which a decoder writes known messages.
 
     Args:
-        task: that of the workers.
-        suspects: where they may be.
-        shards: how many were built, which decides how much time this may take.
+        task: that of the workers; banned items are left out.
+        suspects: the batches in which they may be.
+        built_items: how many items were decoded; the more, the more may be decoded again.
         timeout_s: for one batch.
     """
     paths: defaultdict[str, list[str]] = defaultdict(list)
@@ -47,7 +47,7 @@ def named(task: Task, suspects: Sequence[Suspect], shards: int, timeout_s: float
                 raise EOFError
             return connection.recv(), output.known()
 
-        left = max(_FEW, shards * Job.open(open_storage(task.out)).plan.shard_rows // _SHARE)
+        left = max(_FEW, built_items // _SHARE)
         for shard, first, count in sorted(set(suspects)):
             left -= count
             if left < 0:
@@ -75,7 +75,7 @@ def serve(descriptor: int) -> None:
             while True:
                 shard, first, count = connection.recv()
                 start = job.plan.shard_range(shard).start + first
-                items = list(job.plan.items(start, start + count))
-                for _ in decoder.decode([Batch(shard, items, last=True)]):
+                items = [item for item in job.plan.items(start, start + count) if item.index not in task.banned]
+                for _ in decoder.decode([Batch(shard, items, last=True)] if items else []):
                     pass
                 connection.send([item.path for item in items])

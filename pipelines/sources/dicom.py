@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -89,8 +90,11 @@ def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
             return frame_count(opened)
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        header = read_dicom(source, FRAME_NAMES)
-        return frames_of(header, source.seek(0, os.SEEK_END))
+        with warnings.catch_warnings():
+            # pydicom warns of each odd value, without a file name; what matters of that is in the rejects.
+            warnings.filterwarnings("ignore", module=r"pydicom\.")
+            header = read_dicom(source, FRAME_NAMES)
+            return frames_of(header, source.seek(0, os.SEEK_END))
     except (BackendError, BadItem, MemoryError):
         raise
     except Exception as exc:  # pydicom meets damaged files with many kinds of exception
