@@ -198,7 +198,7 @@ class Job:
             there, asked_for = (", ".join(map(str, columns)) for columns in (record.columns, source.columns))
             differences.append(f"  labels: columns {there or 'none'} there, {asked_for or 'none'} asked for")
         if differences:
-            anew = "delete OUT and start all parts" if config.part else "--overwrite to start anew"
+            anew = "delete OUT and start all parts again" if config.part else "--overwrite to start anew"
             raise MismatchError(
                 "OUT was begun with other settings:\n" + "\n".join(differences) + "\n"
                 f"give the same settings to resume, another OUT, or {anew}"

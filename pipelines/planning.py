@@ -121,7 +121,7 @@ def planned(
             _require_same_backend(job, config)
         except MismatchError:
             if is_replaceable(storage):
-                log.warning("%r has a plan of other settings and no shard yet: it is planned anew", storage.root)
+                log.warning("%r has a plan with other settings and no shard yet; the plan is replaced", storage.root)
                 job = None
             elif job is None:
                 raise  # another backend is no matter where nothing is left to build, and else `backend` raises

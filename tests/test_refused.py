@@ -188,7 +188,7 @@ def test_a_plan_without_a_shard_is_replaced_where_the_settings_differ(
     assert not any("other settings" in text for text in survey(tree, settings(**values), out, seconds=0).warnings)
     report = build(tree, out, settings(**values))
     assert report.complete or "part" in values
-    assert "has a plan of other settings and no shard yet" in caplog.text
+    assert "has a plan with other settings and no shard yet; the plan is replaced" in caplog.text
     for name in values.keys() - {"part", "backend"}:
         assert getattr(Job.open(LocalStorage(out)).settings, name) == getattr(settings(**values), name)
 
@@ -226,7 +226,7 @@ def test_the_plan_of_a_part_at_work_is_not_replaced(tree: Path, out: Path, kille
     killed("--part", "1/3")
     with LocalStorage(out).lock("lock-part-1-of-3"):
         before = files(out)
-        with pytest.raises(MismatchError, match="or delete OUT and start all parts"):
+        with pytest.raises(MismatchError, match="or delete OUT and start all parts again"):
             build(tree, out, settings(dtype="uint8", part="2/3"))
         with pytest.raises(LockedError, match="a part of the build is at work"):
             build(tree, out, settings(dtype="uint8"))
