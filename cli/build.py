@@ -14,8 +14,11 @@ from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import RejectLimitError
+from gpu_npz.messages import Message
 from gpu_npz.planning import Measuring
 from gpu_npz.space import size
+
+_SHOWN = 3  # of the files that a message is about
 
 
 @click.command("build")
@@ -76,7 +79,16 @@ def summary(report: BuildReport) -> str:
     ]
     if report.bottleneck:
         lines.append(f"  bottleneck  {report.bottleneck}")
+    lines += [f"  message     {_message(message)}" for message in report.messages]
     return "\n".join([*lines, *(f"  hint        {hint}" for hint in report.hints)])
+
+
+def _message(message: Message) -> str:
+    """A decoder's message, how often it came, and some of the files that it is about; report.json has them all."""
+    files = [*map(printable, message.files[:_SHOWN])]
+    if len(message.files) > _SHOWN or not message.all_files:
+        files.append(f"{len(message.files) - _SHOWN} more" if message.all_files else "others")
+    return f"{message.count} x {message.text!r}: {', '.join(files)}"
 
 
 def _rejects(report: BuildReport) -> str:

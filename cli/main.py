@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from gpu_npz import __version__
+from gpu_npz.cli.start import Terminated, leave_at_once, stop_in_order
 from gpu_npz.errors import GpuNpzError
 
 # Kept here so that `--help` imports none of the commands.
@@ -40,21 +38,22 @@ class _Commands(click.Group):
         command: click.Command = importlib.import_module(f"gpu_npz.cli.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        found = super().resolve_command(ctx, args)  # loads the command
+        stop_in_order()
+        return found
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, message="gpu-npz %(version)s")
+@click.version_option(package_name="gpu-npz", message="gpu-npz %(version)s")
 def cli() -> None:
     """Turn a collection of images into NPZ shards that a model can train on."""
-
-
-def main() -> NoReturn:
-    """Runs the command line and exits: 0 done, 1 failed, 2 usage, 3 too many rejects, 130 and 143 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
@@ -65,7 +64,7 @@ def run(arguments: list[str]) -> int:
         return _stopped(130, arguments)
     except KeyboardInterrupt:
         return _stopped(130, arguments)
-    except _Terminated:
+    except Terminated:
         return _stopped(143, arguments)
     except click.ClickException as exc:
         exc.show()
@@ -88,15 +87,8 @@ def _printable(error: Exception) -> str:
     return printable(str(error), keep="\n")
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that locks and temporary files are let go of in order."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
-
-
 def _stopped(code: int, arguments: list[str]) -> int:
+    leave_at_once()
     hint = "; what is committed stays, the same command goes on from there" if arguments[:1] == ["build"] else ""
     click.echo(f"gpu-npz: stopped{hint}", err=True)
     return code

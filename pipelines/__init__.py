@@ -4,15 +4,14 @@
     data = gpu_npz.open_dataset("/data/out")
     image, label = data[0], data.labels[0]
 
-Importing this package loads NumPy at most; each name below loads what it needs when it is first used.
+Importing this package loads next to nothing; each name below loads what it needs when it is first used.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # `typing` takes a while to load, and the command line takes no signals before this has run
 if TYPE_CHECKING:
     __version__: str
     from .audit.verification import Problem, Verification, verify
@@ -66,9 +65,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
-        return importlib.metadata.version("gpu-npz")
+        from importlib import metadata
+
+        return metadata.version("gpu-npz")
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,8 +24,9 @@ from .decode.base import Decoder
 from .environment import Choice
 from .errors import GpuNpzError, ShardError
 from .geometry import Geometry
+from .messages import Output
 from .plan import Batch, Plan
-from .processes import start
+from .processes import running
 from .sources.base import Source
 from .tuning import Tuning
 
@@ -178,47 +179,45 @@ def _counted(plan: Plan, work: _Work) -> Generator[Tally, None, None]:
             yield from (_count(decoder, batches, work) for batches in ranges)
         return
     with contextlib.ExitStack() as stack:
-        busy = {stack.enter_context(_process(work)) for _ in range(processes)}
-        for connection in busy:
-            with _explained():
+        busy = dict(stack.enter_context(_process(work)) for _ in range(processes))
+        for connection, output in busy.items():
+            with _explained(output):
                 connection.send(next(ranges))
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
-                with _explained():
+                output = busy[ready]
+                with _explained(output):
                     tally = ready.recv()
                 if isinstance(tally, GpuNpzError):
                     raise tally
+                output.known()  # of no interest: a build hears them again, and names their files
                 yield tally
                 if batches := next(ranges, []):
-                    with _explained():
+                    with _explained(output):
                         ready.send(batches)
                 else:
-                    busy.remove(ready)
+                    del busy[ready]
 
 
 @contextlib.contextmanager
-def _process(work: _Work) -> Iterator[Connection]:
-    """A process that counts; it is stopped at the end."""
-    process, connection = start(__name__)
-    try:
-        with _explained():
+def _process(work: _Work) -> Iterator[tuple[Connection, Output]]:
+    """A process that counts, and what it writes; it is stopped at the end."""
+    with running(__name__) as (connection, output):
+        with _explained(output):
             connection.send(work)
-        yield connection
-    finally:
-        connection.close()
-        process.kill()
-        process.wait()
+        yield connection, output
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def _explained(output: Output) -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as exc:
+        output.close(died=True)
         raise ShardError(
             "a process that decodes images died, of one of them or because memory is short; try fewer --workers. "
-            "`gpu-npz build` finds an image that ends its decoder"
+            f"`gpu-npz build` finds an image that ends its decoder{output.last_words}"
         ) from exc
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .audit.originals import source_of
 from .audit.verification import Problem, verify
-from .builder import BuildReport, Tell, live_parts, publish, require_no_parts, run
+from .builder import BuildReport, Tell, publish, run
 from .config import BuildConfig
 from .decode import make_decoder
 from .decode.base import Decoder
@@ -22,6 +22,7 @@ from .geometry import Geometry
 from .job import Job
 from .manifest import CommitRecord, Manifest, committed
 from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
+from .parts import live_parts, require_no_parts
 from .plan import Batch
 from .planning import backend, require_revision
 from .rejects import Reject

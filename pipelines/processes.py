@@ -1,4 +1,4 @@
-"""Processes of our own that talk to this one by a pipe.
+"""Processes of our own that talk to this one by a pipe, and whose stdout and stderr are heard.
 
 Not multiprocessing.Process, which runs the caller's script again in each of them. A session of its own keeps the
 terminal's Ctrl-C from such a process: the parent decides. It ends by itself when its parent is gone, at the latest when
@@ -7,14 +7,20 @@ it sends something.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import subprocess
 import sys
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
+from .messages import Output
 
-def start(module: str) -> tuple[subprocess.Popen[bytes], Connection]:
-    """A process that runs `serve(descriptor)` of a module, and our end of its pipe; `descriptor` is the other one.
+
+def start(module: str) -> tuple[subprocess.Popen[bytes], Connection, Output]:
+    """A process that runs `serve(descriptor)` of a module, our end of its pipe, and what it writes elsewhere.
+
+    `descriptor` is the other end of the pipe.
 
     Args:
         module: its full name; it must be importable with this process's sys.path.
@@ -25,7 +31,23 @@ def start(module: str) -> tuple[subprocess.Popen[bytes], Connection]:
         process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             pass_fds=[there.fileno()],
             start_new_session=True,
         )
-    return process, here
+    assert process.stdout is not None
+    return process, here, Output(process.stdout)
+
+
+@contextlib.contextmanager
+def running(module: str) -> Iterator[tuple[Connection, Output]]:
+    """Such a process for as long as the body runs, then it is killed."""
+    process, connection, output = start(module)
+    try:
+        yield connection, output
+    finally:
+        connection.close()
+        process.kill()
+        process.wait()
+        output.close()

@@ -24,6 +24,7 @@ from .errors import MismatchError, RejectedError, ShardError
 from .geometry import Geometry
 from .job import Job
 from .manifest import CommitRecord
+from .messages import Heard
 from .normalize import Normalizer
 from .plan import Batch, Plan
 from .rejects import BadItem, Code, Reject, clean
@@ -98,7 +99,7 @@ class Pulse(NamedTuple):
     threads: int
 
 
-Event = Progress | Committed | WorkerEnded | Decoding | Pulse
+Event = Progress | Committed | WorkerEnded | Decoding | Pulse | Heard
 
 
 @dataclass(frozen=True)

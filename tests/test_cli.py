@@ -302,6 +302,71 @@ def test_an_interrupted_build_says_how_to_go_on_and_then_makes_the_same_output(
     assert contents(out) == contents(str(tmp_path / "undisturbed"))
 
 
+# Runs a command and sends itself a signal: when a module is about to be loaded, or "" when the interpreter ends.
+SIGNALLED = """
+import os, sys
+number, moment, *sys.argv[1:] = int(sys.argv[1]), *sys.argv[2:]
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == moment:
+            os.kill(os.getpid(), number)
+class Last:
+    def __del__(self, kill=os.kill, own=os.getpid()):
+        kill(own, number)
+sys.meta_path.insert(0, Finder)
+from gpu_npz.cli.start import main
+if not moment:
+    sys.last = Last()
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["gpu_npz.cli.main", "click", "gpu_npz.cli.build", "numpy", "gpu_npz.builder"])
+def test_a_signal_before_a_command_begins_ends_it_without_a_traceback(
+    src: str, out: str, number: signal.Signals, moment: str
+) -> None:
+    result = python("-c", SIGNALLED, str(int(number)), moment, "build", src, out, *SMALL)
+    assert (result.returncode, result.stdout) == (128 + number, "")
+    assert result.stderr == "gpu-npz: stopped\n"
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_all_is_done_changes_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    result = python("-c", SIGNALLED, str(int(number)), "", "--version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert python("-c", SIGNALLED, str(int(number)), "", "info", str(tmp_path)).returncode == 1
+
+
+def test_a_signal_that_the_caller_ignores_is_ignored() -> None:
+    program = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN){SIGNALLED}"
+    result = python("-c", program, str(int(signal.SIGINT)), "click", "--version")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_nothing_is_loaded_before_signals_are_taken() -> None:
+    before = loaded("")
+    assert loaded("import gpu_npz.cli.start") - before <= {
+        "__future__", "_signal", "atexit", "gpu_npz", "gpu_npz.cli", "gpu_npz.cli.start", "importlib", "warnings",
+        "importlib._bootstrap", "importlib._bootstrap_external",
+    }  # fmt: skip
+
+
+def test_the_library_leaves_signals_to_its_host(src: str, out: str) -> None:
+    code = f"""
+import signal, sys
+handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+import gpu_npz, gpu_npz.cli.start
+from gpu_npz.cli.main import run
+gpu_npz.build({src!r}, {out!r}, gpu_npz.BuildConfig(device="cpu", size=16, workers=0))
+assert run(["info", {out!r}]) == 0
+assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
+"""
+    assert python("-c", code).returncode == 0
+
+
 # Settings
 
 
@@ -520,7 +585,7 @@ def test_no_file_imports_the_folders_by_their_own_names() -> None:
 
 # What stands later may import what stands earlier, and its own line.
 ORDER = [
-    "errors", "config locks processes", "environment rejects geometry",
+    "errors", "config locks messages processes", "environment rejects geometry",
     "sources plan selection npz storage objects leases normalize tuning parts cuda", "output", "job", "manifest space",
     "decode", "sink headers counting", "worker preprocess", "engines watch", "planning", "builder preflight",
     "readers audit bench demo", "maintenance",

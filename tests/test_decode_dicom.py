@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sys
 import tracemalloc
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,20 @@ def test_each_frame_is_an_image_with_a_range_of_its_own(syntax: str, tmp_path: P
     with pytest.raises(BadItem) as caught:
         decoded(data, 4)
     assert caught.value.code == "undecodable"
+
+
+def test_frames_are_counted_in_silence_where_values_are_odd() -> None:
+    data = dicom(values("uint8", shape=(3, HEIGHT, WIDTH)), NumberOfFrames=3, SpecificCharacterSet="ISO_IR 100")
+    odd = {
+        "syntax": data.replace(EXPLICIT.encode() + b"\0", IMPLICIT.encode() + bytes(3)),
+        "charset": data.replace(b"ISO_IR 100", b"ISO_XX 999"),
+    }
+    for name, content in odd.items():
+        assert content != data, name
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert frame_count(content) == 3, name
+        assert not caught, name
 
 
 def test_an_enhanced_file_has_slope_and_window_for_all_frames_or_for_each() -> None:

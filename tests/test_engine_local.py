@@ -24,7 +24,7 @@ FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 
 # Loaded by every worker before anything else of the package: a decoder that dies or hangs on some images.
 SABOTAGE = """
-import ctypes, os, signal, time
+import ctypes, logging, os, signal, time, warnings
 import gpu_npz.worker
 from gpu_npz.decode.pillow import PillowDecoder
 gpu_npz.worker._MAX_GROWTH_BYTES, gpu_npz.worker._SETTLED_SHARDS = 1 << 25, 1
@@ -32,6 +32,14 @@ leaked = []
 whole = PillowDecoder.decode_image
 def decode_image(self, data, path, frame=None):
     name = os.path.basename(path)
+    if name.startswith("says"):
+        os.write(2, b"some library in C\\n")
+        warnings.warn("some library in Python")
+        logging.getLogger("some").warning("some log record")
+        print("some result", flush=True)
+    if name.startswith("last-words"):
+        os.write(2, b"Corrupt JPEG data: bad Huffman code\\nterminate called")
+        os.abort()
     if name.startswith("crash"):
         ctypes.string_at(0)
     if name.startswith("abort"):
@@ -142,6 +150,41 @@ def test_an_image_that_hangs_the_decoder_becomes_a_reject(
     assert rejects(tmp_path / "out")["hang.jpg"] == ("timed-out", "the decoder gave no sign of life for 3 s")
     assert report.rejects == 2
     assert gpu_npz.verify(tmp_path / "out").ok
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_all_that_a_worker_writes_is_logged_and_nothing_of_it_printed(
+    src: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report = build(src("says.jpg"), tmp_path / "out", settings())
+    lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
+    for text in ("some library in C", "UserWarning: some library in Python", "some log record", "some result"):
+        assert sum(text in line for line in lines) == 1
+    assert (report.rejects, report.messages) == (1, ())
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_the_last_lines_of_a_worker_that_dies_are_logged_with_the_file(
+    src: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = build(src("last-words.jpg"), tmp_path / "out", settings())
+    texts = [record.getMessage() for record in caplog.records if "was killed by SIGABRT" in record.getMessage()]
+    last = "\nIt wrote last:\n  Corrupt JPEG data: bad Huffman code\n  terminate called"
+    assert len(texts) == 3
+    assert all(text.endswith(last) for text in texts)
+    assert "while it decoded 'b/last-words.jpg'; another takes over its 1 shard(s)" in texts[-1]
+    (message,) = report.messages
+    assert (message.text, message.count) == ("Corrupt JPEG data: bad Huffman code", 3)
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_the_last_lines_are_part_of_an_error_that_ends_the_build(
+    src: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_MAX_DEATHS", 1)
+    with pytest.raises(ShardError, match=r"was killed by SIGABRT(?s:.)*\nIt wrote last:\n.*\n  terminate called$"):
+        build(src("last-words.jpg"), tmp_path / "out", settings())
 
 
 @pytest.mark.usefixtures("sabotaged")

@@ -111,6 +111,10 @@ def test_a_process_that_dies_is_an_error_that_says_what_to_do(
     monkeypatch.setattr(counting._Work, "__reduce__", lambda work: killed)  # what the process does with its work
     with pytest.raises(ShardError, match=r"a process that decodes images died.*fewer --workers"):
         of_source(make_tree({"a/0.jpg": "jpeg"}), settings(workers=1))
+    last_words = (os.system, ("echo free: invalid pointer >&2; kill -9 $PPID",))
+    monkeypatch.setattr(counting._Work, "__reduce__", lambda work: last_words)
+    with pytest.raises(ShardError, match=r"\nIt wrote last:\n  free: invalid pointer$"):
+        of_source(make_tree({"a/0.jpg": "jpeg"}), settings(workers=1))
 
 
 def test_mean_and_deviation_lose_nothing_at_a_size_where_floats_would() -> None:

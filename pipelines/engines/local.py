@@ -22,8 +22,12 @@ from multiprocessing.connection import Connection, wait
 
 from .. import processes
 from ..errors import GpuNpzError, ShardError
+from ..job import Job
+from ..messages import Heard, Output
 from ..rejects import Code
+from ..storage import open_storage
 from ..worker import Committed, Decoding, Event, Progress, Task, asked, work
+from .naming import AHEAD, Suspect, named
 
 log = logging.getLogger(__name__)
 _JOIN_S = 10.0
@@ -60,6 +64,8 @@ def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float
         yield from pool.events()
     finally:
         pool.stop()
+    if pool.suspects:
+        yield named(dataclasses.replace(tasks[0], banned=pool.banned), pool.suspects, pool.built_items, timeout_s)
 
 
 @dataclasses.dataclass
@@ -67,38 +73,50 @@ class _Worker:
     """A process, what it was told, and what is known of it.
 
     Attributes:
+        output: what it writes to stdout and stderr.
         progress: what it has done of each shard that it has begun and not committed.
         decoding: in careful mode, the item that is being decoded.
         dismissed: whether it was told that there is no shard for it; None before it has asked for one.
+        suspected: of how many of its next batches known messages may have been written.
         silent_s: how long it has said nothing.
         hung: whether it was stopped for that.
     """
 
     process: subprocess.Popen[bytes]
     task: Task
+    output: Output
     progress: dict[int, list[Progress]] = dataclasses.field(default_factory=dict)
     decoding: int | None = None
     dismissed: bool | None = None
+    suspected: int = 0
     silent_s: float = 0.0
     hung: bool = False
 
 
 class _Pool:
-    """The workers of one build, and the shards that are left for them."""
+    """The workers of one build, and the shards that are left for them.
+
+    Attributes:
+        built_items: how many items the workers have reported.
+        suspects: batches about which decoders may have written known messages.
+        banned: items that have ended or hung their decoder.
+    """
 
     def __init__(self, shards: Sequence[int], timeout_s: float) -> None:
+        self.built_items = 0
+        self.suspects: list[Suspect] = []
+        self.banned: dict[int, tuple[Code, str]] = {}
         self._workers: dict[Connection, _Worker] = {}
         self._todo = deque(shards)
         self._doubtful: deque[int] = deque()
         self._losses: Counter[int] = Counter()
-        self._banned: dict[int, tuple[Code, str]] = {}
         self._deaths = 0
         self._timeout_s = timeout_s
 
     def start(self, task: Task) -> None:
         """Starts a worker."""
-        process, here = processes.start(__name__)
-        self._workers[here] = _Worker(process, task)
+        process, here, output = processes.start(__name__)
+        self._workers[here] = _Worker(process, task, output)
         with contextlib.suppress(ConnectionError):  # it died already: the first recv says so
             here.send(task)
 
@@ -111,6 +129,7 @@ class _Pool:
                 worker.process.wait(_JOIN_S)
             worker.process.kill()
             worker.process.wait()
+            worker.output.close()
 
     def events(self) -> Iterator[Event]:
         """What happens, until all shards are built."""
@@ -118,6 +137,11 @@ class _Pool:
             begin = time.monotonic()
             ready = wait(list(self._workers), _LOOK_S)
             self._watch(ready, min(time.monotonic() - begin, 2 * _LOOK_S))  # a machine that slept is no hung worker
+            for talking, worker in self._workers.items():
+                # Before its message is taken: what a worker wrote about a batch is in the pipe when it says so.
+                if (talking in ready or worker.output.unread) and (counts := worker.output.known()):
+                    worker.suspected = AHEAD + worker.task.tuning.prefetch
+                    yield Heard(counts)
             for connection in ready:
                 assert isinstance(connection, Connection)
                 worker = self._workers[connection]
@@ -126,7 +150,10 @@ class _Pool:
                 except (EOFError, OSError):  # OSError where it died in the middle of a message
                     del self._workers[connection]
                     connection.close()
-                    if (code := worker.process.wait()) or worker.progress or worker.dismissed is None:
+                    code = worker.process.wait()
+                    if counts := worker.output.close(died=code != 0):
+                        yield Heard(counts)
+                    if code or worker.progress or worker.dismissed is None:
                         yield from self._lost(worker, code)
                     elif not worker.dismissed and self._queue(worker):
                         log.info("a worker process has grown too large; another takes its place")
@@ -143,7 +170,12 @@ class _Pool:
                     if isinstance(message, Committed):
                         worker.progress.pop(message.record.shard, None)
                     elif isinstance(message, Progress):
-                        worker.progress[message.shard].append(message)
+                        self.built_items += message.items
+                        done = worker.progress[message.shard]
+                        if worker.suspected:
+                            self.suspects.append((message.shard, sum(step.items for step in done), message.items))
+                            worker.suspected -= not connection.poll()
+                        done.append(message)
                     yield message
 
     def _queue(self, worker: _Worker) -> deque[int]:
@@ -174,24 +206,29 @@ class _Pool:
         """
         self._deaths += 1
         cause = f"gave no sign of life for {self._timeout_s:.0f} s" if worker.hung else _cause(code)
+        last = worker.output.last_words
         if (code >= 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # it cannot even start
-            raise ShardError(_epitaph(cause, self._deaths))
+            raise ShardError(_epitaph(cause, self._deaths) + last)
         if worker.decoding is not None and (worker.hung or code in _CRASHES):
-            self._banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
+            self.banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
         else:
             self._losses.update(list(worker.progress))
         for shard, lost in worker.progress.items():
             if self._losses[shard] >= _HOPELESS:
-                raise ShardError(_epitaph(cause, self._deaths))
+                raise ShardError(_epitaph(cause, self._deaths) + last)
             (self._doubtful if self._losses[shard] >= _DOUBTFUL else self._todo).appendleft(shard)
             items, rejects, source_bytes = (
                 sum(column) for column in zip(*((p.items, p.rejects, p.source_bytes) for p in lost), strict=True)
             ) if lost else (0, 0, 0)  # fmt: skip
             yield Progress(shard, -items, -rejects, -source_bytes)
-        log.warning("a worker process %s; another takes over its %d shard(s)", cause, len(worker.progress))
+        while_decoding = "" if worker.decoding is None else f" while it decoded {_path(worker.task, worker.decoding)!r}"
+        log.warning(
+            "a worker process %s%s; another takes over its %d shard(s)%s",
+            cause, while_decoding, len(worker.progress), last,
+        )  # fmt: skip
         if self._doubtful:
             tuning = dataclasses.replace(worker.task.tuning, batch_size=1, prefetch=1, open_shards=1)
-            self.start(dataclasses.replace(worker.task, tuning=tuning, careful=True, banned=dict(self._banned)))
+            self.start(dataclasses.replace(worker.task, tuning=tuning, careful=True, banned=dict(self.banned)))
         if self._todo and not worker.task.careful:
             self.start(worker.task)
 
@@ -227,6 +264,11 @@ def _messages(task: Task, shards: Iterator[int]) -> Generator[Event | GpuNpzErro
         yield exc
     except Exception:
         yield ShardError(f"a worker process failed:\n{traceback.format_exc()}")
+
+
+def _path(task: Task, index: int) -> str:
+    (item,) = Job.open(open_storage(task.out)).plan.items(index, index + 1)
+    return item.path
 
 
 def _cause(code: int) -> str:

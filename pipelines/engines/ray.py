@@ -274,7 +274,10 @@ class _Pool:
                 f"{place} was lost, the last of {_HOPELESS}: {cause}\nRay's logs on that node say more; run the same "
                 "command to resume, with fewer --workers if memory is short"
             )
-        log.warning("%s was lost, its %d shard(s) go to others: %s", place, len(worker.progress), cause.split("\n")[0])
+        log.warning(
+            "%s was lost, its %d shard(s) go to others: %s (Ray's logs on that node have what it wrote last)",
+            place, len(worker.progress), cause.split("\n")[0],
+        )  # fmt: skip
         for shard in worker.progress:
             (self._doubtful if self._losses[shard] >= _DOUBTFUL else self._todo).appendleft(shard)
         for step in itertools.chain(*worker.progress.values()):

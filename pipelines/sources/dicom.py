@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import os
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -123,7 +124,10 @@ def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
             return frame_count(opened)
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        header = read_dicom(source, FRAME_NAMES)
+        with warnings.catch_warnings():
+            # pydicom warns of each odd value, without a file name; what matters of that is in the rejects.
+            warnings.filterwarnings("ignore", module=r"pydicom\.")
+            header = read_dicom(source, FRAME_NAMES)
         with blamed_on_its_end(header):
             return frames_of(header, source.seek(0, os.SEEK_END))
     except (BackendError, BadItem, MemoryError):

@@ -1,0 +1,81 @@
+"""Finds the files that a decoder's messages are about, since the messages name none.
+
+A decoder works on several batches at once, so a message may be about an image in any of them. These batches are decoded
+again one after the other; where a message comes again, the images of that batch are decoded one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+from .. import processes
+from ..decode import make_decoder
+from ..errors import GpuNpzError
+from ..geometry import Geometry
+from ..job import Job
+from ..messages import Heard
+from ..plan import Batch
+from ..storage import open_storage
+from ..worker import Task
+
+AHEAD = 4  # how many batches a worker may be ahead of the one that it reports, besides those that DALI prefetches
+_SHARE = 20  # of so many items, one may be decoded again; in a small build, _FEW items may be
+_FEW = 5000
+
+Suspect = tuple[int, int, int]  # shard, first item in it, items
+
+
+def named(task: Task, suspects: Sequence[Suspect], built_items: int, timeout_s: float) -> Heard:
+    """The paths of the items about which a decoder writes known messages.
+
+    Args:
+        task: that of the workers; banned items are left out.
+        suspects: the batches in which they may be.
+        built_items: how many items were decoded; the more, the more may be decoded again.
+        timeout_s: for one batch.
+    """
+    paths: defaultdict[str, list[str]] = defaultdict(list)
+    with contextlib.suppress(EOFError, OSError), processes.running(__name__) as (connection, output):
+        connection.send(task)
+
+        def decoded(suspect: Suspect) -> tuple[list[str], Counter[str]]:
+            connection.send(suspect)
+            if not connection.poll(timeout_s):
+                raise EOFError
+            return connection.recv(), output.known()
+
+        left = max(_FEW, built_items // _SHARE)
+        for shard, first, count in sorted(set(suspects)):
+            left -= count
+            if left < 0:
+                return Heard(paths=paths)
+            if decoded((shard, first, count))[1]:
+                left -= count
+                for position in range(first, first + count):
+                    found, messages = decoded((shard, position, 1))
+                    for text in messages:
+                        paths[text] += found
+        return Heard(paths=paths, all_paths=True)
+    return Heard(paths=paths)  # the process died, or hangs
+
+
+def serve(descriptor: int) -> None:
+    """What the process runs: it takes a Task, then suspects, decodes them and gives their paths."""
+    connection = Connection(descriptor)
+    with contextlib.suppress(EOFError, ConnectionError, GpuNpzError):
+        task: Task = connection.recv()
+        job = Job.open(open_storage(task.out))
+        geometry = Geometry.of(job.settings, job.record.image_size)
+        with make_decoder(
+            job.record.backend, job.settings, geometry, task.source, tuning=task.tuning, gpu=task.gpu
+        ) as decoder:
+            while True:
+                shard, first, count = connection.recv()
+                start = job.plan.shard_range(shard).start + first
+                items = [item for item in job.plan.items(start, start + count) if item.index not in task.banned]
+                for _ in decoder.decode([Batch(shard, items, last=True)] if items else []):
+                    pass
+                connection.send([item.path for item in items])
