@@ -172,7 +172,7 @@ class Files:
                     raise SourceError(
                         f"{path!r}: {exc.strerror}; make it readable, then run the same command to resume"
                     ) from exc
-                raise
+                raise SourceError(f"{path!r}: {exc.strerror}; check it, then run the same command to resume") from exc
 
     @property
     def _store(self) -> Any:

@@ -249,6 +249,10 @@ class FolderSource(TreeSource, Listed[Listing]):
         """The file's absolute path."""
         return self._files.path(item)
 
+    def others_readable(self, item: Item) -> bool:
+        """As `LocalFiles.others_readable`."""
+        return self._files.others_readable(item)
+
     def check(self) -> None:
         """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
         try:

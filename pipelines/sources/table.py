@@ -81,6 +81,10 @@ class TableSource(Listed[Listing]):
         assert self._files is not None, "not file_per_item"
         return self._files.path(item)
 
+    def others_readable(self, item: Item) -> bool:
+        """As `LocalFiles.others_readable`; False where the files are not on a disk."""
+        return self._files is not None and self._files.others_readable(item)
+
     def check(self) -> None:
         """Raises SourceError if the folder that paths are relative to is gone."""
         if self.file_per_item and not os.path.isdir(self._root):
