@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from shlex import quote
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from ..storage import is_remote
 from .base import as_bytes
+from .stores import is_web
 
 _FILE = "file://"
 _DRIVE = re.compile(r"[A-Za-z]:/|//")  # of Windows, with slashes; or a share
@@ -121,6 +123,11 @@ def _under(root: str, text: str) -> str | None:
     return path[len(within) :] if path.startswith(within) else None
 
 
+def _leads_out(path: str) -> bool:
+    path = os.path.normpath(path)
+    return path in (".", "..") or path.startswith(("../", "/"))
+
+
 def below(text: str, root: str) -> bytes:
     """A path of a table, relative to `root`, an absolute path or a URL.
 
@@ -136,7 +143,8 @@ def below(text: str, root: str) -> bytes:
     if path is None:
         raise ValueError(f"{shown}, which is not below {root!r}")
     path = os.path.normpath(path)
-    if path in (".", "..") or path.startswith(("../", "/")):
+    # A web server may take %2e%2e for two dots.
+    if any(_leads_out(each) for each in ([path, unquote(path)] if is_web(root) else [path])):
         raise ValueError(f"{shown}, which leads out of {root!r}; write it relative to that folder")
     try:
         return as_bytes(path)

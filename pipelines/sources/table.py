@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from .labels import Listed
 from .local import LocalFiles
 from .paths import Base
 from .rows import Listing, Table
-from .stores import READS_AT_ONCE, fetch, store_of, without_query
+from .stores import READS_AT_ONCE, fetch, is_web, patiently, store_of, without_query
 
 
 class TableSource(Listed[Listing]):
@@ -74,7 +75,9 @@ class TableSource(Listed[Listing]):
 
     def read(self, item: Item) -> bytes:
         """The bytes of the file; raises OSError or BadItem."""
-        return fetch(self._store, f"{self._root}/{item.path}") if self._files is None else self._files.read(item)
+        if self._files is not None:
+            return self._files.read(item)
+        return fetch(self._store, f"{self._root}/{item.path}", within=self._root)
 
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""
@@ -86,9 +89,16 @@ class TableSource(Listed[Listing]):
         return self._files is not None and self._files.others_readable(item)
 
     def check(self) -> None:
-        """Raises SourceError if the folder that paths are relative to is gone."""
+        """Raises SourceError if the folder that paths are relative to is gone, or a store refuses every request."""
         if self.file_per_item and not os.path.isdir(self._root):
             raise SourceError(f"{self._root!r} is gone; bring it back, then run the same command to resume")
+
+        if self._files is None and not is_web(self._root):
+            try:
+                patiently(lambda: self._store.info(self._root))
+            except OSError as exc:  # others are of listing, which need not be allowed
+                if exc.errno == errno.EINVAL:
+                    raise SourceError(f"{self._root!r}: {exc.strerror}; log in again, then resume") from exc
 
     @functools.cached_property
     def _store(self) -> Any:
