@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _SIDES = click.Choice(["pillow", "dali-cpu", "dali-gpu", "torchvision"])
 _TORCHVISION = "torchvision (where installed) is its pipeline on PIL images, which knows no EXIF orientation."
 _USED = ("device", "size", "resize_mode", "crop_pct", "pad_value", "interpolation", "exif_orientation", "channels",
-         "source", "root", "image_column")  # fmt: skip
+         "source", "root", "follow_links", "image_column")  # fmt: skip
 
 
 @click.command("parity")

@@ -229,6 +229,10 @@ class BuildConfig(BaseModel):
         "a folder",
         "DIR",
     )  # fmt: skip
+    follow_links: bool | None = _setting(
+        "operational", None,
+        "Follow symbolic links out of SRC: unless given, those in a folder are followed and a table's are refused.",
+    )  # fmt: skip
     max_rejects: str = _setting(
         "operational",
         "1%",

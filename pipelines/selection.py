@@ -58,6 +58,14 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
             files_left_out(source.left_out),
             extensions(),
         )
+    if source.outside:
+        log.warning(
+            "%r: %d items lie outside of it, where symbolic links lead; --no-follow-links leaves them out",
+            source.location,
+            source.outside,
+        )
+    if source.unfollowed:
+        log.warning("%r: %d symbolic links are left out (--no-follow-links)", source.location, source.unfollowed)
     if source.bare:
         log.warning(
             "%r: %d class folders have no images, but keep their class numbers (%s); remove those that are no classes",

@@ -109,6 +109,8 @@ class Source(abc.ABC):
         reads_at_once: how many reads to have under way; more than one where each takes long.
         listing: what tells the items and labels that tables name from others; None where no table does.
         left_out: how many files the last listing has left out by their names, by `extension_of` these.
+        outside: how many items the last listing has found outside of SRC, where symbolic links lead.
+        unfollowed: how many symbolic links it has left out, where none are followed.
         bare: class folders in which the last listing has found no image.
     """
 
@@ -122,6 +124,8 @@ class Source(abc.ABC):
     reads_at_once = 1
     listing: str | None = None
     left_out: Mapping[str, int] = MappingProxyType({})
+    outside: int = 0
+    unfollowed: int = 0
     bare: Sequence[str] = ()
 
     @abc.abstractmethod

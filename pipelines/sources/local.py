@@ -31,6 +31,40 @@ _COMPARED = 3
 _PROBE_BYTES = 4096
 
 
+class Inside:
+    """Which files below a folder lie there really, whatever links say. Each folder is listed once.
+
+    Args:
+        root: the folder's absolute path.
+    """
+
+    def __init__(self, root: bytes) -> None:
+        self._root = root
+        self._folders: dict[bytes, tuple[bool, frozenset[bytes]]] = {}
+
+    def holds(self, path: bytes) -> bool:
+        """Whether a path relative to the folder leads to a place in it."""
+        folder, _, name = path.rpartition(b"/")
+        if folder not in self._folders:
+            self._folders[folder] = self.holds_target(os.path.join(self._root, folder)), self._links(folder)
+        inside, links = self._folders[folder]
+        return inside and (name not in links or self.holds_target(os.path.join(self._root, path)))
+
+    def holds_target(self, path: bytes) -> bool:
+        """Whether an absolute path, links followed, leads to a place in the folder."""
+        real = os.path.realpath(path)
+        return real == self._real or real.startswith(self._real.rstrip(b"/") + b"/")
+
+    @functools.cached_property
+    def _real(self) -> bytes:
+        return os.path.realpath(self._root)
+
+    def _links(self, folder: bytes) -> frozenset[bytes]:
+        with contextlib.suppress(OSError), os.scandir(os.path.join(self._root, folder)) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_symlink())
+        return frozenset()
+
+
 class LocalFiles:
     """The files below a folder, of which a frame is an item `scan.dcm/0003`, whose place is the frame's number.
 

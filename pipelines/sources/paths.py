@@ -6,7 +6,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from shlex import quote
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from ..storage import is_remote
 from .base import as_bytes
+from .local import Inside
 from .stores import is_web
 
 _FILE = "file://"
@@ -90,6 +91,24 @@ class Base:
         stem, extension = os.path.splitext(table)
         command = f"sed -E {quote('; '.join(steps))} {quote(table)} > {quote(f'{stem}-relative{extension}')}"
         return f"{advice}, for example with: {command}"
+
+
+def within(base: Base) -> Callable[[str], bytes]:
+    """As `base.path`, but raises ValueError, too, where a symbolic link leads out of the folder."""
+    root = os.fsencode(base.root)
+    inside = Inside(root)
+
+    def path_of(text: str) -> bytes:
+        path = base.path(text)
+        if not inside.holds(path):
+            real = os.path.realpath(os.path.join(root, path))
+            raise ValueError(
+                f"has the path {text[:200]!r}, which leads out of {base.root!r} by a symbolic link, to "
+                f"{os.fsdecode(real)!r}; copy what it needs into that folder, or say --follow-links"
+            )
+        return path
+
+    return path_of
 
 
 def _form(text: str) -> tuple[Literal["windows", "full", "relative"], str]:
