@@ -30,6 +30,9 @@ from .storage import PRIVATE, Storage, is_remote, open_storage
 
 log = logging.getLogger(__name__)
 _PROBED_ITEMS = 16
+# A shard stores each path at the length of its longest one, with 4 bytes a character.
+_MAX_PATHS_BYTES = 256 << 20
+_MOST_PADDING = 8
 _LARGE_BYTES = 10**9  # of float32, from which on it is worth a word
 
 
@@ -117,6 +120,7 @@ def begin(
     size = image_size(Plan(arrays, 1), source, config)
     row_bytes = math.prod(row_shape(config, *size)) * np.dtype(config.dtype).itemsize
     plan = Plan(arrays, config.shard_rows(row_bytes))
+    _require_even_paths(plan, source)
     if config.normalize == "dataset" and config.mean is None:
         config = _measured(plan, source, config, size, choice, progress)
     if config.overwrite:
@@ -129,6 +133,22 @@ def begin(
         source=source,
         image_size=size,
     )
+
+
+def _require_even_paths(plan: Plan, source: Source) -> None:
+    """Raises SourceError where one long path would make a shard's `paths` much larger than its paths are."""
+    for shard, longest, total in plan.longest_paths():
+        rows = len(plan.shard_range(shard))
+        most = max(_MAX_PATHS_BYTES, 4 * _MOST_PADDING * total)
+        if 4 * longest * rows > most:
+            span = plan.shard_range(shard)
+            path = max((item.path for item in plan.items(span.start, span.stop)), key=len)
+            raise SourceError(
+                f"{source.location!r}: a path of {longest} bytes ({path[:100]!r}...) would take "
+                f"{space.size(4 * longest * rows)} in a shard of {rows} rows, which stores each path at the length of "
+                f"the longest; at most {space.size(most)} are allowed: give it a path of at most {most // rows // 4} "
+                f"bytes, or say --shard-size {_MAX_PATHS_BYTES // longest // 4} or less"
+            )
 
 
 def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source: Source) -> None:

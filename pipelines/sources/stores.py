@@ -125,7 +125,7 @@ def _is_within(address: Any, folder: Any) -> bool:
     same = address.scheme in ("https", folder.scheme) and address.host == folder.host
     same &= address.port == folder.port or (address.is_default_port() and folder.is_default_port())
     path, top = (posixpath.normpath(each.path.replace("\\", "/")) for each in (address, folder))
-    return same and path.startswith(top.rstrip("/") + "/")
+    return bool(same and path.startswith(top.rstrip("/") + "/"))
 
 
 async def _asked_web(
