@@ -111,6 +111,7 @@ class Source(abc.ABC):
         left_out: how many files the last listing has left out by their names, by `extension_of` these.
         outside: how many items the last listing has found outside of SRC, where symbolic links lead.
         unfollowed: how many symbolic links it has left out, where none are followed.
+        impossible: names that it has left out because no folder could have them, of an object store.
         bare: class folders in which the last listing has found no image.
     """
 
@@ -126,6 +127,7 @@ class Source(abc.ABC):
     left_out: Mapping[str, int] = MappingProxyType({})
     outside: int = 0
     unfollowed: int = 0
+    impossible: Sequence[str] = ()
     bare: Sequence[str] = ()
 
     @abc.abstractmethod

@@ -43,7 +43,8 @@ class Scan:
     """What a folder has, sorted: images, with the size of each where the listing tells it, and folders.
 
     `others` are the files whose names are not those of images, by their extension; `outside` is how many of the images
-    lie outside of the source, where links lead, and `unfollowed` how many links were left out.
+    lie outside of the source, where links lead, and `unfollowed` how many links were left out; `impossible` are names
+    that no folder could have.
     """
 
     names: list[bytes]
@@ -52,6 +53,7 @@ class Scan:
     sizes: list[int] = field(default_factory=list)
     outside: int = 0
     unfollowed: int = 0
+    impossible: list[str] = field(default_factory=list)
 
 
 class TreeSource(Source):
@@ -74,6 +76,7 @@ class TreeSource(Source):
 
     kind = "folder"
     left_out: Counter[str]
+    impossible: list[str]
 
     def __init__(self, location: str, classes: Sequence[str] | None = None, labels: str | None = None) -> None:
         self.location = location
@@ -82,7 +85,7 @@ class TreeSource(Source):
             raise UsageError(f"--labels {labels} of {location!r}; allowed here: {', '.join(LABELS)}")
         top = self._scan(b"")
         self._root_identity = self._identity(b"")
-        self.left_out = Counter()
+        self._count_anew()
         if not top.names and not top.folders:
             raise no_images(self.location, top.others)
         self._flat = bool(top.names) or self._labels == "none"
@@ -152,13 +155,15 @@ class TreeSource(Source):
             waiting += [folder + name + b"/" for name in reversed(found.folders)]
 
     def _count_anew(self) -> None:
-        self.left_out.clear()
+        self.left_out = Counter()
         self.outside = self.unfollowed = 0
+        self.impossible = []
 
     def _count(self, found: Scan) -> None:
         self.left_out += found.others
         self.outside += found.outside
         self.unfollowed += found.unfollowed
+        self.impossible += found.impossible
 
     def _refuse_mixture(self, top: Scan) -> None:
         for folder in top.folders:
