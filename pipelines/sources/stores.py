@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from . import base
+from .ahead import SHARE, NoRoomError, Share, reserve
 
 READS_AT_ONCE = 16
 BLOCK_BYTES = 8 << 20  # of a file that is read from its beginning to its end
@@ -80,6 +81,7 @@ def fetch(store: Any, url: str, size: int | None = None, *, within: str | None =
 
 def _some(store: Any, url: str, size: int) -> bytes:
     """A byte more than `size`, if there is one. Of an empty object, a store gives no range."""
+    reserve(size)
     return bytes(store.cat_file(url, start=0, end=size + 1)) if size else b""
 
 
@@ -94,7 +96,7 @@ def from_web(
     """
     from fsspec.asyn import sync
 
-    return cast("tuple[bytes, int | None]", sync(store.loop, _asked_web, store, url, start, size, within))
+    return cast("tuple[bytes, int | None]", sync(store.loop, _asked_web, store, url, start, size, within, SHARE.get()))
 
 
 @contextlib.asynccontextmanager
@@ -129,7 +131,7 @@ def _is_within(address: Any, folder: Any) -> bool:
 
 
 async def _asked_web(
-    store: Any, url: str, start: int | None, size: int, within: str | None
+    store: Any, url: str, start: int | None, size: int, within: str | None, share: Share | None
 ) -> tuple[bytes, int | None]:
     headers = {} if start is None else {"Range": f"bytes={start}-{start + size - 1}"}
     async with _answer(store, url, headers, within) as answer:
@@ -155,23 +157,28 @@ async def _asked_web(
         elif answer.status == 200:
             if not length.isdecimal() or int(length) > BLOCK_BYTES:
                 raise OSError(errno.ENOTSUP, "the server does not give parts of a file (no Range); download it first")
-            whole = await _body(answer, int(length))
+            whole = await _body(answer, int(length), share)
             if len(whole) != int(length):
                 raise OSError(errno.EIO, f"{len(whole)} bytes came where the server said {length}")
             return whole[start : start + size], len(whole)
         elif answer.status != 206 or found is None or found[1] is None or int(found[1]) != start:
             raise OSError(errno.EIO, f"HTTP status {answer.status}, Content-Range {found and found[0]!r}")
-        data = await _body(answer, size)
+        data = await _body(answer, size, share)
         if start is None and len(data) > size:
             raise BadItem("read", "too-large", f"more than {size} bytes")
         return data, total
 
 
-async def _body(answer: Any, size: int) -> bytes:
+async def _body(answer: Any, size: int, share: Share | None) -> bytes:
     """The body of an answer, which the server cut off if that says so; a little more than `size` bytes at most."""
     data = bytearray()
+    reserved = min(size, answer.content_length or 0)
+    reserve(reserved, share)
     async for piece in answer.content.iter_chunked(1 << 20):
         data += piece
+        if len(data) > reserved:
+            reserve(len(piece), share)
+            reserved += len(piece)
         if len(data) > size:
             break
     return bytes(data)
@@ -199,7 +206,7 @@ def as_system_errors() -> Iterator[None]:
         raise OSError(errno.ENOENT, "not there") from exc
     except PermissionError as exc:
         raise OSError(errno.EACCES, "no permission") from exc
-    except (BadItem, MemoryError, SourceError):
+    except (BadItem, MemoryError, NoRoomError, SourceError):
         raise
     except Exception as exc:  # aiohttp's, botocore's: no closed list, and all of them may go away
         if isinstance(exc, OSError) and exc.errno in _PASSED_ON and exc.strerror:
