@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import re
 import struct
 import subprocess
 import sys
@@ -60,7 +59,7 @@ def measured(row: Row, folder: Path) -> Measured:
     if rejects.exists() and (lines := rejects.read_text().splitlines()):
         last = json.loads(lines[-1])
         said = f"{len(lines)} rejects: {last['code']}, {last['detail']}"
-    return Measured(size, code, peak, re.sub(r"'/[^']*/", "'", said)[:120])
+    return Measured(size, code, peak, said.replace(f"{folder}/", "")[:120])
 
 
 def build(src: Path | str, folder: Path, *options: str) -> Command:

@@ -16,7 +16,7 @@ QUICK = {  # and what each says
     "Parquet, an image of 50 MB in 64 rows": "built",
     "web server, 122 kB of gzip for 120 MB": "64 rejects: unreadable, the server compresses it (gzip)",
     "CIFAR, 10 MB of one-byte opcodes": "more than 1000000 opcodes",
-    "dataset.json of 30 MB": "at most 33554432 and 2097152 are read",
+    "dataset.json of 30 MB": "30000046 bytes with 20000005 values; at most",
     "table, a name of 4,000 bytes in a shard of 60,000": "a path of 4023 bytes",
     "--classes-from that does not end": "more than 33554432 bytes",
     "--config that does not end": "more than 1048576 bytes",
