@@ -407,6 +407,20 @@ def test_a_link_to_what_the_kernel_makes_up_is_a_reject_and_is_not_read(tmp_path
     )  # fmt: skip
 
 
+@linux
+def test_folders_beyond_the_longest_path_are_left_out_and_do_not_stop_a_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = touch(tmp_path / "root", "a/1.jpg")
+    monkeypatch.chdir(root / "a")
+    for _ in range(25):
+        os.mkdir("d" * 200)
+        os.chdir("d" * 200)
+    Path("2.jpg").touch()
+    assert paths(FolderSource(root)) == ["a/1.jpg"]
+    assert ["lies too deep" in record.getMessage() for record in caplog.records] == [True]
+
+
 @pytest.fixture
 def bad_sectors(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Files whose content gives EIO, by their names."""

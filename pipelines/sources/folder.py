@@ -36,6 +36,7 @@ from .rows import EXTENSIONS, Listing
 
 log = logging.getLogger(__name__)
 LABELS = ("class-dir", "none")
+_PATH_MAX = 4096  # Linux's, with the zero byte behind; no folder beyond it can be listed
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,10 @@ def _scan(root: bytes, folder: bytes, links: _Links | None) -> Scan:
                     continue
                 out = links is not None and links.leads_out(folder, entry)
                 if _is_folder(entry):
-                    folders.append(name)
+                    if len(entry.path) < _PATH_MAX:
+                        folders.append(name)
+                    else:
+                        log.warning("%r ... lies too deep (%d bytes) and is left out", *_shown(entry.path))
                 elif not is_image(name):
                     others[extension_of(name)] += 1
                 elif _may_be_image(entry):
@@ -338,6 +342,10 @@ def _scan(root: bytes, folder: bytes, links: _Links | None) -> Scan:
         advice = "give SRC as a folder" if not folder else "make it readable or move it away"
         raise SourceError(f"{as_text(path)!r}: {exc.strerror}; {advice}") from exc
     return Scan(sorted(names), sorted(folders), others, outside=outside, unfollowed=unfollowed)
+
+
+def _shown(path: bytes) -> tuple[str, int]:
+    return as_text(path[:200]), len(path)
 
 
 def _may_be_image(entry: os.DirEntry[bytes]) -> bool:
