@@ -10,7 +10,7 @@ import click
 from gpu_npz.config import BuildConfig, load_toml, settings_of
 
 # What may differ from the build when rejects are tried again or shards built anew.
-_NOT = {"classes_from", "part", "overwrite", "source", "root"}
+_NOT = {"classes_from", "part", "overwrite", "source", "root", "follow_links"}
 OPERATIONAL = [name for name in (*settings_of("environment"), *settings_of("operational")) if name not in _NOT]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,8 +31,8 @@ def _option(name: str) -> Callable[[F], F]:
     field = BuildConfig.model_fields[name]
     flag = "--" + name.replace("_", "-")
     help_text = field.description or ""
-    if field.annotation is bool:
-        both = f"{flag}/--no-{flag[2:]}" if field.default else flag
+    if field.annotation in (bool, bool | None):
+        both = flag if field.default is False else f"{flag}/--no-{flag[2:]}"
         return click.option(both, name, is_flag=True, default=None, help=help_text)
     return click.option(flag, name, default=None, metavar=metavar(name), help=help_text + _default(name))
 

@@ -43,6 +43,7 @@ BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache,
 SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 DEFLATE_LEVEL = 1
 MIN_STD = 1e-9
+_MAX_TOML_BYTES = 1 << 20
 TRAIN = "train"  # the side of a split that gets what the others leave
 MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files pass
 
@@ -236,6 +237,10 @@ class BuildConfig(BaseModel):
         "zip that is taken.",
         "a folder",
         "DIR",
+    )  # fmt: skip
+    follow_links: bool | None = _setting(
+        "operational", None,
+        "Follow symbolic links out of SRC: unless given, those in a folder are followed and a table's are refused.",
     )  # fmt: skip
     max_rejects: str = _setting(
         "operational",
@@ -575,7 +580,11 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         UsageError: the file cannot be read or is not TOML.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(_MAX_TOML_BYTES + 1)
+        if len(content) > _MAX_TOML_BYTES:
+            raise ValueError(f"more than {_MAX_TOML_BYTES} bytes")
+        values = tomllib.loads(content.decode("utf-8"))
     except OSError as exc:
         raise UsageError(f"--config {path}: {exc.strerror or exc}; give a readable TOML file") from exc
     except (ValueError, RecursionError) as exc:  # TOMLDecodeError and UnicodeDecodeError among them

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import MAX_SIDE, BuildConfig
 from .environment import BackendName, Choice
-from .errors import FormatError, MismatchError
+from .errors import FormatError, MismatchError, SourceError
 from .normalize import row_shape
 from .npz.reader import Known, NpzReader
 from .npz.writer import NpzWriter
@@ -23,6 +23,11 @@ from .plan import Plan
 from .sources.base import LabelColumn, Source, label_form
 from .storage import Storage
 
+# Of a record, which takes up to 30 times its size as values: 300,000 source files, or 500,000 classes, fit.
+MAX_JSON_BYTES = 32 << 20
+_MAX_JSON_VALUES = 1 << 21
+_MAX_REJECT_BYTES = 32 << 10  # a path of 4096 bytes, all escaped, beside the rest
+_MAX_REJECT_VALUES = 8
 Record = TypeVar("Record", bound=BaseModel)
 
 
@@ -134,8 +139,16 @@ class Job:
             shard_rows=plan.shard_rows,
             plan_digest=digest,
         )
+        content = to_json(record)
+        try:
+            loads(content)
+        except ValueError as exc:
+            raise SourceError(
+                f"{source.location!r} has {len(source.files)} files and {len(source.class_names or ())} classes, too "
+                f"many for one dataset ({exc}); build parts of it, each with an OUT of its own"
+            ) from exc
         store_arrays(storage, PLAN, plan.arrays, f"gpu-npz plan {record.id}")
-        storage.write(JOB, to_json(record))  # last: its presence means that the plan is whole
+        storage.write(JOB, content)  # last: its presence means that the plan is whole
         return cls.open(storage)
 
     @classmethod
@@ -145,7 +158,7 @@ class Job:
         Raises:
             FormatError: there is none, or it is damaged.
         """
-        content = storage.read(JOB)
+        content = read_json(storage, JOB)
         if content is None:
             refuse_several(storage)
             raise FormatError(f"{storage.path(JOB)!r} is missing; {storage.root!r} was not begun by gpu-npz build")
@@ -262,14 +275,32 @@ def to_json(record: BaseModel) -> bytes:
     return (json.dumps(record.model_dump(), indent=1) + "\n").encode("ascii")
 
 
-def from_json(kind: type[Record], content: bytes, label: str) -> Record:
-    """A record from JSON; unknown keys are ignored.
+def loads(content: bytes, rejects: int = 0) -> Any:
+    """JSON's values; raises ValueError, too, where they would take more memory than any record with so many rejects."""
+    values = content.count(b",") + content.count(b"[") + content.count(b"{")
+    most_bytes = MAX_JSON_BYTES + rejects * _MAX_REJECT_BYTES
+    most_values = _MAX_JSON_VALUES + rejects * _MAX_REJECT_VALUES
+    if len(content) > most_bytes or values > most_values:
+        raise ValueError(f"{len(content)} bytes with {values} values; at most {most_bytes} and {most_values} are read")
+    return json.loads(content)
+
+
+def read_json(storage: Storage, name: str) -> bytes | None:
+    """The content of a file of JSON, None if there is none. Raises FormatError if it is larger than we write any."""
+    size = storage.size(name)
+    if size is not None and size > MAX_JSON_BYTES:
+        raise FormatError(f"{storage.path(name)!r} has {size} bytes; at most {MAX_JSON_BYTES} are read: it is damaged")
+    return None if size is None else storage.read(name)
+
+
+def from_json(kind: type[Record], content: bytes, label: str, rejects: int = 0) -> Record:
+    """A record from JSON, with so many rejects at most; unknown keys are ignored.
 
     Raises:
         FormatError: not JSON, or not such a record.
     """
     try:
-        return kind(**json.loads(content))
+        return kind(**loads(content, rejects))
     except (ValueError, TypeError, ValidationError, RecursionError) as exc:
         text = "; ".join(str(exc).splitlines()[:3])
         raise FormatError(f"{label}: {text}; the file is damaged") from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .config import BuildConfig
 from .errors import FormatError, IncompleteError, UsageError
-from .job import Job, from_json, index_comment, store_arrays, to_json
+from .job import MAX_JSON_BYTES, Job, from_json, index_comment, loads, read_json, store_arrays, to_json
 from .normalize import statistics
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, refuse_several, shard_name
 from .rejects import Reject
@@ -121,12 +122,12 @@ class Manifest(BaseModel):
             FormatError: not a dataset, damaged, or made by a later version.
         """
         storage = open_storage(folder)
-        content = storage.read(MANIFEST)
+        content = read_json(storage, MANIFEST)
         if content is None:
             raise _no_manifest(storage)
         label = storage.path(MANIFEST)
         try:
-            head = json.loads(content)
+            head = loads(content)
             version, requires = int(head["version"]), list(head.get("requires", []))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
             raise FormatError(f"{label}: {exc!r}; not a dataset of gpu-npz, or damaged") from exc
@@ -172,7 +173,11 @@ def class_list(classes_from: str | None) -> tuple[str, ...] | None:
             raise UsageError(f"{option}: that dataset has {found}; leave the option out")
         return manifest.classes
     try:
-        lines = as_text(path.read_bytes()).split("\n")
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise OSError(errno.EFBIG, f"more than {MAX_JSON_BYTES} bytes")
+        lines = as_text(content).split("\n")
     except OSError as exc:
         raise UsageError(
             f"{option}: {exc.strerror}; give a finished dataset or a text file with a name a line"
@@ -207,7 +212,8 @@ def committed(storage: Storage, job: Job, *, whole: bool = True) -> dict[int, Co
 
     def look(shard: int) -> CommitRecord | None:
         name = commit_name(shard, shards)
-        record = from_json(CommitRecord, storage.read(name) or b"", storage.path(name))
+        items = len(job.plan.shard_range(shard))
+        record = from_json(CommitRecord, storage.read(name) or b"", storage.path(name), items)
         lost = whole and storage.size(shard_name(shard, shards)) != record.bytes
         if record.id != job.record.id or record.shard != shard or lost:
             return None

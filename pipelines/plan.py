@@ -100,6 +100,16 @@ class Plan:
     def _labels(self, listed: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[Any]:
         return self.arrays["labels"][listed] if "labels" in self.arrays else self.arrays["group_labels"][groups]
 
+    def longest_paths(self) -> Iterator[tuple[int, int, int]]:
+        """Of each shard: its number, the length of its longest path, and that of all together, in bytes."""
+        names, folders = (np.diff(self.arrays[name], prepend=0) for name in ("name_ends", "folder_ends"))
+        for shard in range(self.shard_count):
+            span = self.shard_range(shard)
+            listed = self._listed(span.start, span.stop)
+            groups = np.searchsorted(self.arrays["group_ends"], listed, side="right")
+            lengths = names[listed] + folders[groups]
+            yield shard, int(lengths.max()), int(lengths.sum())
+
     def digest(self) -> str:
         """SHA-256 over everything that decides which item stands where."""
         digest = hashlib.sha256(str(self.shard_rows).encode())

@@ -43,6 +43,9 @@ from .storage import PRIVATE, Storage, is_remote, open_storage
 
 log = logging.getLogger(__name__)
 _PROBED_ITEMS = 16
+# A shard stores each path at the length of its longest one, with 4 bytes a character.
+_MAX_PATHS_BYTES = 256 << 20
+_MOST_PADDING = 8
 _LARGE_BYTES = 10**9  # of float32, from which on it is worth a word
 
 
@@ -179,6 +182,7 @@ def _begin(
     plan = Plan(arrays, config.shard_rows(row_bytes))
     shards = part.shards(plan.shard_count) if part else range(plan.shard_count)
     require_room(storage, plan, config, row_bytes, shards, space.held_bytes(storage.root))
+    _require_even_paths(plan, source)
     if config.normalize == "dataset" and config.mean is None:
         config = _measured(plan, source, config, size, choice, progress)
     if config.overwrite or storage.size(JOB) is not None:
@@ -207,6 +211,22 @@ def require_room(
             pixel_dtype=config.pixel_dtype,
             freed_bytes=freed_bytes,
         )
+
+
+def _require_even_paths(plan: Plan, source: Source) -> None:
+    """Raises SourceError where one long path would make a shard's `paths` much larger than its paths are."""
+    for shard, longest, total in plan.longest_paths():
+        rows = len(plan.shard_range(shard))
+        most = max(_MAX_PATHS_BYTES, 4 * _MOST_PADDING * total)
+        if 4 * longest * rows > most:
+            span = plan.shard_range(shard)
+            path = max((item.path for item in plan.items(span.start, span.stop)), key=len)
+            raise SourceError(
+                f"{source.location!r}: a path of {longest} bytes ({path[:100]!r}...) would take "
+                f"{space.size(4 * longest * rows)} in a shard of {rows} rows, which stores each path at the length of "
+                f"the longest; at most {space.size(most)} are allowed: give it a path of at most {most // rows // 4} "
+                f"bytes, or say --shard-size {_MAX_PATHS_BYTES // longest // 4} or less"
+            )
 
 
 def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source: Source) -> None:

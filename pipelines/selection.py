@@ -58,6 +58,20 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
             files_left_out(source.left_out),
             extensions(),
         )
+    if source.outside:
+        log.warning(
+            "%r: %d items lie outside of it, where symbolic links lead; --no-follow-links leaves them out",
+            source.location,
+            source.outside,
+        )
+    if source.unfollowed:
+        log.warning("%r: %d symbolic links are left out (--no-follow-links)", source.location, source.unfollowed)
+    if source.impossible:
+        log.warning(
+            "%r: %d names that no folder could have are left out, with all that is below them (%s); copy that to keys "
+            "without //, /./ and /../",
+            source.location, len(source.impossible), some(source.impossible),
+        )  # fmt: skip
     if source.bare:
         log.warning(
             "%r: %d class folders have no images, but keep their class numbers (%s); remove those that are no classes",

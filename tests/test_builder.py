@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -38,6 +38,7 @@ from gpu_npz.errors import (
 from gpu_npz.job import Job
 from gpu_npz.manifest import Manifest
 from gpu_npz.sources.base import Item
+from gpu_npz.sources.local import LocalFiles
 from gpu_npz.storage import LocalStorage
 from gpu_npz.tuning import Tuning
 from gpu_npz.watch import Moment
@@ -871,28 +872,31 @@ def test_a_source_that_vanishes_during_a_build_is_an_error_and_makes_no_rejects(
     assert (report.rows, report.rejects, report.built_shards) == (8, 0, 3)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reading /proc/self/mem at 0 is an input/output error on Linux")
 def test_an_input_error_stops_the_build_and_mending_the_disk_lets_the_same_call_finish(
     pictures: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpu_npz.sources.base.RETRY_DELAYS_S", (0.0, 0.0))
     config = settings(shard_size=2)
-    good = (pictures / "b/1.jpg").read_bytes()
-    (pictures / "b/1.jpg").unlink()
-    (pictures / "b/1.jpg").symlink_to("/proc/self/mem")
+    real = LocalFiles.read
+
+    def stale(files: LocalFiles, item: Item) -> bytes:
+        if item.path == "b/1.jpg":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(files, item)
+
+    monkeypatch.setattr(LocalFiles, "read", stale)
 
     def commit_first(event: Started | worker.Event) -> None:
         if isinstance(event, worker.Progress):
             wait_for(out / ".gpu-npz/commits/shard-00000.json")
 
-    with pytest.raises(ShardError, match=r"reading 'b/1\.jpg' failed 3 times: Input/output error; see to") as caught:
+    with pytest.raises(ShardError, match=r"reading 'b/1\.jpg' failed 3 times: Stale file handle; see to") as caught:
         build(pictures, out, config, progress=commit_first)
     assert caught.value.exit_code == 1
     assert "shard-00000.npz" in shards(out)
     assert not {"shard-00002.npz", "shard-00003.npz"} & {*shards(out)}
     assert not [name for name in contents(out) if name.endswith((".tmp", "lock", "dataset.json", "rejects.jsonl"))]
-    (pictures / "b/1.jpg").unlink()
-    (pictures / "b/1.jpg").write_bytes(good)
+    monkeypatch.setattr(LocalFiles, "read", real)
     report = build(pictures, out, config)
     assert (report.complete, report.rows, report.rejects) == (True, 8, 0)
     build(pictures, tmp_path / "undisturbed", config)

@@ -98,7 +98,7 @@ def test_a_value_of_a_wrong_type_is_answered_with_what_is_allowed(name: str) -> 
         BuildConfig(**{name: {"a": "table"}})
     option, _, allowed = str(caught.value).splitlines()[0].partition(": got {'a': 'table'}; allowed: ")
     assert option == name.replace("_", "-")
-    is_switch = BuildConfig.model_fields[name].annotation is bool
+    is_switch = BuildConfig.model_fields[name].annotation in (bool, bool | None)
     assert (allowed == "true, false") if is_switch else (allowed not in ("", "true, false"))
 
 

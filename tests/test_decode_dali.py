@@ -5,6 +5,7 @@ Everything runs on DALI's CPU operators, and once more on a GPU where there is o
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -284,10 +285,32 @@ def test_an_exception_of_the_batches_comes_unchanged_after_the_batches_before_it
         assert len(outcome_of(decoder, ["00.jpg"]).rows) == 1
 
 
-def test_trouble_with_reading_is_no_reject(device: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_npz.sources.base.RETRY_DELAYS_S", (0.0,))
+def test_what_is_no_plain_file_never_reaches_dali(device: int | None, tmp_path: Path) -> None:
     root = folder(tmp_path, pictures(1))
-    (root / "trouble.jpg").symlink_to("/proc/self/mem")  # reading its first page is a real EIO
+    os.mkfifo(root / "pipe.jpg")  # DALI would wait for it
+    (root / "memory.jpg").symlink_to("/proc/self/mem")
+    (root / "empty.jpg").touch()
+    with open(root / "huge.jpg", "wb") as file:
+        os.truncate(file.fileno(), 10 << 30)  # DALI would read all of it
+    names = ["00.jpg", "pipe.jpg", "memory.jpg", "empty.jpg", "huge.jpg", "missing.jpg"]
+    with decoder_of(root, device) as decoder:
+        outcome = outcome_of(decoder, names)
+    assert len(outcome.rows) == 1
+    assert {name: reject.code for name, reject in outcome.rejects.items()} == {
+        "pipe.jpg": "unreadable", "memory.jpg": "unreadable", "empty.jpg": "empty", "huge.jpg": "too-large",
+        "missing.jpg": "missing",
+    }  # fmt: skip
+
+
+def test_trouble_with_reading_is_no_reject(device: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(source: FolderSource, item: Item) -> bytes:
+        number = errno.ENOENT if item.path == "missing.jpg" else errno.ESTALE
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("gpu_npz.sources.base.RETRY_DELAYS_S", (0.0,))
+    monkeypatch.setattr(FolderSource, "read", stale)
+    root = folder(tmp_path, pictures(1))
+    os.mkfifo(root / "trouble.jpg")  # which DALI does not get
     for names in (["00.jpg", "trouble.jpg"], ["00.jpg", "trouble.jpg", "missing.jpg"]):  # sorted out; failing
         with decoder_of(root, device) as decoder, pytest.raises(ShardError, match=r"reading 'trouble.jpg' failed"):
             outcome_of(decoder, names)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from numpy.typing import NDArray
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.environment import Choice
-from gpu_npz.errors import FormatError
+from gpu_npz.errors import FormatError, SourceError
 from gpu_npz.job import Job
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter
 from gpu_npz.plan import Plan, collect
+from gpu_npz.planning import begin
+from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Group, Item
 from gpu_npz.sources.folder import FolderSource
 from gpu_npz.storage import LocalStorage
@@ -289,3 +293,18 @@ def test_a_job_has_the_plan_that_it_was_made_with(tmp_path: Path) -> None:
     assert again.record == job.record
     assert again.record.plan_digest == again.plan.digest() == plan(shuffle=1).digest()
     assert everything(again.plan) == everything(plan(shuffle=1))
+
+
+def test_a_path_that_would_make_a_shard_much_larger_is_refused_and_long_ones_alike_are_not(tmp_path: Path) -> None:
+    def planned(names: list[str], shard_size: int) -> Job:
+        (tmp_path / "t.csv").write_text("\n".join(["path", *names]))
+        config = BuildConfig(size=8, device="cpu", shard_size=shard_size)
+        return begin(LocalStorage(tmp_path / "out"), open_source(tmp_path / "t.csv", config), config, lambda _: None)
+
+    short, long = [f"{number}.jpg" for number in range(20_000)], "/".join(["x" * 200] * 20)
+    with pytest.raises(SourceError, match=r"a path of 4023 bytes .* shard of 20001 rows, .* at most 268\.4 MB") as no:
+        planned([*short, f"{long}.jpg"], 100_000)
+    (rows,) = re.findall(r"--shard-size (\d+) or less", str(no.value))
+    assert planned([*short, f"{long}.jpg"], int(rows)).plan.shard_count == 2
+    shutil.rmtree(tmp_path / "out")
+    assert planned([f"{long}/{name}" for name in short], 100_000).plan.shard_count == 1

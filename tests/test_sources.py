@@ -396,12 +396,82 @@ def test_a_file_larger_than_any_image_is_a_reject_and_is_not_read(tmp_path: Path
 
 
 @linux
-@pytest.mark.usefixtures("no_pauses")
-def test_a_disk_error_is_no_reject_but_stops_the_shard_after_some_tries(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/self/status", "/proc/self/pagemap", "/sys/kernel/notes"])
+def test_a_link_to_what_the_kernel_makes_up_is_a_reject_and_is_not_read(tmp_path: Path, path: str) -> None:
+    if not os.path.isfile(path):
+        pytest.skip(f"no {path} here")
     root = touch(tmp_path, "a/1.jpg")
-    (root / "a" / "2.jpg").symlink_to("/proc/self/mem")  # a regular file whose first byte gives EIO
-    with pytest.raises(ShardError, match=r"reading 'a/2\.jpg' failed 4 times: Input/output error; see to .* resume"):
-        read_item(FolderSource(root), Item(0, "a/2.jpg", None))
+    (root / "a" / "2.jpg").symlink_to(path)
+    assert reject_of(FolderSource(root), "a/2.jpg") == (
+        "unreadable", "a file that the kernel makes up, as in /proc or /sys"
+    )  # fmt: skip
+
+
+@linux
+def test_folders_beyond_the_longest_path_are_left_out_and_do_not_stop_a_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = touch(tmp_path / "root", "a/1.jpg")
+    monkeypatch.chdir(root / "a")
+    for _ in range(25):
+        os.mkdir("d" * 200)
+        os.chdir("d" * 200)
+    Path("2.jpg").touch()
+    assert paths(FolderSource(root)) == ["a/1.jpg"]
+    assert ["lies too deep" in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.fixture
+def bad_sectors(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Files whose content gives EIO, by their names."""
+    real, bad = os.read, set[str]()
+
+    def read(descriptor: int, count: int) -> bytes:
+        if os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")) in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, count)
+
+    monkeypatch.setattr(os, "read", read)
+    return bad
+
+
+@linux
+@pytest.mark.usefixtures("no_pauses")
+def test_an_error_of_the_disk_that_one_file_alone_gives_is_a_reject(tmp_path: Path, bad_sectors: set[str]) -> None:
+    source = FolderSource(touch(tmp_path, "a/1.jpg", "b/2.jpg", "b/3.jpg"))
+    bad_sectors.add("1.jpg")
+    assert reject_of(source, "a/1.jpg") == ("unreadable", "Input/output error")
+    assert read_item(source, Item(0, "b/2.jpg", None)) == b"x"
+
+
+@linux
+@pytest.mark.usefixtures("no_pauses")
+def test_an_error_of_the_disk_that_other_files_give_too_stops_the_shard(tmp_path: Path, bad_sectors: set[str]) -> None:
+    source = FolderSource(touch(tmp_path, "a/1.jpg", "b/2.jpg", "b/3.jpg"))
+    bad_sectors |= {"1.jpg", "2.jpg", "3.jpg"}
+    with pytest.raises(ShardError, match=r"reading 'a/1\.jpg' failed 4 times: Input/output error; see to .* resume"):
+        read_item(source, Item(0, "a/1.jpg", None))
+
+
+@linux
+@pytest.mark.usefixtures("no_pauses")
+def test_an_error_of_the_disk_on_the_only_file_stops_the_shard(tmp_path: Path, bad_sectors: set[str]) -> None:
+    bad_sectors.add("1.jpg")
+    with pytest.raises(ShardError, match="failed 4 times"):
+        read_item(FolderSource(touch(tmp_path, "a/1.jpg")), Item(0, "a/1.jpg", None))
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_file_that_is_never_ready_is_a_reject_after_some_tries(tmp_path: Path) -> None:
+    source = FlakySource(touch(tmp_path, "a/1.jpg"), *[errno.EAGAIN] * 5)
+    assert reject_of(source, "a/1.jpg") == ("unreadable", "Resource temporarily unavailable")
+    assert len(source.errors) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENODEV, errno.ENAMETOOLONG])
+def test_what_the_system_will_not_read_as_a_file_is_a_reject(tmp_path: Path, number: int) -> None:
+    source = FlakySource(touch(tmp_path, "a/1.jpg"), number)
+    assert reject_of(source, "a/1.jpg") == ("unreadable", os.strerror(number))
 
 
 class FlakySource(FolderSource):
@@ -425,7 +495,7 @@ def test_trouble_that_goes_away_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pauses")
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOUT])
 def test_trouble_that_is_not_the_files_is_tried_four_times(tmp_path: Path, number: int) -> None:
     source = FlakySource(touch(tmp_path, "a/1.jpg"), *[number] * 5)
     with pytest.raises(ShardError, match="failed 4 times"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import gzip
 import http.server
 import json
 import multiprocessing
@@ -280,6 +281,11 @@ def to(location: str) -> Behaviour:
 
 BEHAVIOURS: dict[str, Behaviour] = {
     "plain": plain,
+    "refused": lambda handler, _: handler.answer(414),
+    "too-many-requests": lambda handler, _: handler.answer(429),
+    "compressed": lambda handler, _: handler.answer(200, gzip.compress(bytes(1 << 20)), Content_Encoding="gzip"),
+    "to-elsewhere": to("http://localhost:9/x.png"),
+    "to-parent": lambda handler, _: handler.answer(302, Location="%2e%2e/%2e%2e/plain/secret.png"),
     "forbidden": lambda handler, _: handler.answer(403),
     "gone": lambda handler, _: handler.answer(404),
     "broken": lambda handler, _: handler.answer(500),
@@ -353,8 +359,11 @@ def test_a_file_on_the_web_is_read_by_parts(server: Server, behaviour: str) -> N
         ("broken", errno.EIO, ShardError),
         ("cut", errno.EIO, ShardError),
         ("shorter", errno.EIO, ShardError),
-        ("to-file", errno.EIO, ShardError),
-        ("to-itself", errno.EIO, ShardError),
+        ("to-file", errno.EINVAL, SourceError),
+        ("to-itself", errno.EINVAL, SourceError),
+        ("refused", errno.EINVAL, SourceError),
+        ("too-many-requests", errno.EIO, ShardError),
+        ("compressed", errno.EINVAL, SourceError),
         ("no-range-no-length", errno.ENOTSUP, ShardError),
         ("lying", errno.EIO, ShardError),
         ("no-content-range", errno.EIO, ShardError),
@@ -449,7 +458,39 @@ def test_a_table_of_a_web_server_that_stumbles_builds_what_can_be_had(
     }
 
 
-@pytest.mark.parametrize("way", ["cut", "broken", "to-file"])
+def test_what_a_server_answers_for_one_image_alone_is_a_reject(
+    server: Server, images: dict[str, bytes], tmp_path: Path, make_dataset: Any
+) -> None:
+    name = next(iter(images))
+    ways = {
+        "refused": "HTTP status 414",
+        "compressed": "the server compresses it (gzip), although asked not to",
+        "to-file": "it leads out of SRC, to file://",
+        "to-elsewhere": "it leads out of SRC, to http://localhost",
+        "to-itself": "more than 10 redirects",
+    }
+    (tmp_path / "web.csv").write_text("\n".join(["path", *(f"{way}/{name}" for way in ("plain", *ways))]))
+    made = make_dataset(tmp_path / "web.csv", root=server.url, max_rejects="100%")
+    rejects = [json.loads(line) for line in (made / "rejects.jsonl").read_text().splitlines()]
+    assert {reject["path"].partition("/")[0]: reject["detail"] for reject in rejects} == ways
+    assert {reject["code"] for reject in rejects} == {"unreadable"}
+    (tmp_path / "deeper.csv").write_text(f"path\n{name}\n")
+    source = open_source(tmp_path / "deeper.csv", BuildConfig(root=f"{server.url}/to-parent"))
+    with pytest.raises(BadItem, match="it leads out of SRC, to http"):
+        read_item(source, Item(0, name, None))
+
+
+@pytest.mark.parametrize("cell", ["%2e%2e/secret.png", "..%2fsecret.png", "a/%2E./%2e%2e/secret.png"])
+def test_percent_encoded_dots_do_not_lead_out_of_a_web_folder(server: Server, tmp_path: Path, cell: str) -> None:
+    (tmp_path / "web.csv").write_text(f"path\n{cell}\n")
+    with pytest.raises(SourceError, match=r"row 1 has the path .* which leads out of .*; write it relative to that"):
+        open_source(tmp_path / "web.csv", BuildConfig(root=f"{server.url}/plain"))
+    (tmp_path / cell).parent.mkdir(parents=True, exist_ok=True)  # on a disk it is a name as any other
+    (tmp_path / cell).touch()
+    assert open_source(tmp_path / "web.csv").class_names is None
+
+
+@pytest.mark.parametrize("way", ["cut", "broken", "too-many-requests"])
 def test_images_that_may_come_another_time_stop_the_build(
     server: Server, images: dict[str, bytes], way: str, tmp_path: Path, make_dataset: Any
 ) -> None:

@@ -168,7 +168,6 @@ def test_a_plain_column_of_bytes_is_read_too(tmp_path: Path, kind: Any) -> None:
 
 def test_any_row_is_read_in_any_order_by_any_thread(numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "_WINDOW_BYTES", 20_000)
-    monkeypatch.setattr(parquet, "_BATCH_BYTES", 8_000)
     monkeypatch.setattr(parquet, "_OPEN_GROUPS", 2)
     source = opened(numbers)
     listed = items(source)
@@ -189,7 +188,6 @@ def test_any_row_is_read_in_any_order_by_any_thread(numbers: Path, monkeypatch: 
 
 def test_rows_in_order_read_the_file_once_and_hold_little_of_it(numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "_WINDOW_BYTES", 20_000)
-    monkeypatch.setattr(parquet, "_BATCH_BYTES", 8_000)
     begun: list[int] = []
     batches = parquet._batches
     monkeypatch.setattr(

@@ -28,6 +28,7 @@ from gpu_npz.config import BuildConfig
 from gpu_npz.errors import ShardError, SourceError, UsageError
 from gpu_npz.planning import check_places
 from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
+from gpu_npz.selection import listed
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.folder import FolderSource
@@ -121,6 +122,16 @@ def test_classes_flat_folders_and_mixtures_follow_the_rules_of_folders(put: Put)
 def test_what_consoles_leave_and_names_that_no_folder_has_are_no_items(put_s3: Put) -> None:
     source = open_source(put_s3({"": b"", "a/": b"", "a/1.jpg": b"x", "a//2.jpg": b"x", "a/../3.jpg": b"x"}))
     assert (source.class_names, labelled(source)) == (("a",), [("a/1.jpg", 0)])
+    assert [name.rpartition("/a/")[2] for name in source.impossible] == ["/", "../"]
+
+
+def test_a_build_says_which_keys_no_folder_could_have(put_s3: Put, caplog: pytest.LogCaptureFixture) -> None:
+    source = open_source(put_s3({"a/1.jpg": b"x", "b//2.jpg": b"x", "c/./3.jpg": b"x"}))
+    assert labelled(source) == [("a/1.jpg", 0)]
+    listed(source, BuildConfig())
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("2 names that no folder could have are left out" in each and "/b//'" in each for each in said) == 1
+    assert any("2 class folders have no images" in each for each in said)
 
 
 def test_a_listing_of_many_pages_is_whole(put_s3: Put) -> None:

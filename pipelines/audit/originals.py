@@ -78,7 +78,10 @@ def source_of(job: Job, source: str | os.PathLike[str] | None) -> Source:
     It has no labels: the plan has those of every item.
     """
     record = job.record
-    config = BuildConfig(**{**record.settings, "source": record.source_kind, "root": record.source_root, **_NO_LABELS})
+    given = {**record.settings, "source": record.source_kind, "root": record.source_root, **_NO_LABELS}
+    if record.source_kind == "table":
+        given["follow_links"] = True  # the plan was made, and decided that
+    config = BuildConfig(**given)
     try:
         found = open_source(source or record.source_location, config)
     except SourceError as exc:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..plan import Batch
 from ..rejects import Reject
-from ..sources.base import Source, read_item
+from ..sources.ahead import SHARE, NoRoomError, Room, Share
+from ..sources.base import Item, Source, read_item
 
 
 @dataclass
@@ -56,17 +57,18 @@ Reads = list[Callable[[], bytes]]
 def with_reads(source: Source, batches: Iterable[Batch]) -> Generator[tuple[Batch, Reads], None, None]:
     """Each batch with what gives its items' bytes, as `read_item` does.
 
-    Where reads take long, those of this batch and of the next are under way.
+    Where reads take long, those of this batch and of the next are under way, as far as there is `Room`.
     """
     if source.reads_at_once == 1:
         for batch in batches:
             yield batch, [partial(read_item, source, item) for item in batch.items]
         return
-    pool = ThreadPoolExecutor(source.reads_at_once, "gpu-npz-read")
+    pool, room = ThreadPoolExecutor(source.reads_at_once, "gpu-npz-read"), Room()
     try:
         before: tuple[Batch, Reads] | None = None
         for batch in batches:
-            reads: Reads = [pool.submit(read_item, source, item).result for item in batch.items]
+            futures = [pool.submit(_ahead, source, item, room) for item in batch.items]
+            reads: Reads = [partial(_taken, *each, source) for each in zip(futures, batch.items, strict=True)]
             if before is not None:
                 yield before
             before = batch, reads
@@ -74,6 +76,29 @@ def with_reads(source: Source, batches: Iterable[Batch]) -> Generator[tuple[Batc
             yield before
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _ahead(source: Source, item: Item, room: Room) -> tuple[bytes, Share] | None:
+    """An item's bytes, and what they take of the room; None if there is none for them."""
+    share = Share(room)
+    SHARE.set(share)
+    try:
+        return read_item(source, item), share
+    except NoRoomError:
+        share.give_back()
+        return None
+    except BaseException:
+        share.give_back()
+        raise
+
+
+def _taken(read: Future[tuple[bytes, Share] | None], item: Item, source: Source) -> bytes:
+    found = read.result()
+    if found is None:
+        return read_item(source, item)
+    data, share = found
+    share.give_back()
+    return data
 
 
 Stage = Literal["read", "decode", "resize"]

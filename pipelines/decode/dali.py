@@ -41,6 +41,7 @@ from ..geometry import Geometry
 from ..plan import Batch
 from ..rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
 from ..sources.base import Item, Source, read_item
+from ..sources.local import is_plain
 from ..tuning import Tuning
 from .base import DECODING_REVISION, Decoded, Stage
 from .fed_pipeline import FedPipeline
@@ -150,7 +151,7 @@ class DaliDecoder:
     def __enter__(self) -> DaliDecoder:
         try:
             if self._source.file_per_item:
-                self._reader: FedPipeline[Batch] = self._opened(_files, None, self._tuning.prefetch)
+                self._reader: FedPipeline[tuple[Batch, list[bool]]] = self._opened(_files, None, self._tuning.prefetch)
             self._main = self._decoding(self._names, self._tuning.prefetch)
             self._try_blank()
         except (RuntimeError, OSError) as exc:
@@ -293,15 +294,25 @@ class DaliDecoder:
             yield batch, list(self._pool.map(self._encoded, self._checked(batch).items))
 
     def _read_by_dali(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, _Encoded], None, None]:
-        """Reads files in DALI's threads; a batch in which one cannot be read, by Python."""
-        path = self._source.local_path
-        feed = ((batch, [[_array(path(item)) for item in self._checked(batch).items]]) for batch in batches)
-        with contextlib.closing(self._reader.run(feed)) as runs:
-            for batch, outputs in runs:
+        """Reads files in DALI's threads; what is none by its looks, and a batch in which one cannot be read, by Python.
+
+        DALI would wait for a named pipe, and would fill memory from /proc/kcore.
+        """
+        with contextlib.closing(self._reader.run(map(self._named, batches))) as runs:
+            for (batch, plain), outputs in runs:
                 if isinstance(outputs, Exception):
                     yield batch, list(self._pool.map(self._encoded, batch.items))
                 else:
-                    yield batch, [np.asarray(data) for data in outputs[0]]
+                    read = zip(batch.items, plain, outputs[0], strict=True)
+                    yield batch, [np.asarray(data) if fits else self._encoded(item) for item, fits, data in read]
+
+    def _named(self, batch: Batch) -> tuple[tuple[Batch, list[bool]], list[Any]]:
+        """A batch, which of its items are plain files, and the paths that DALI reads: of another item an empty file."""
+        paths = [self._source.local_path(item) for item in self._checked(batch).items]
+        plain = [is_plain(path) for path in paths]
+        return (batch, plain), [
+            [_array(path if fits else b"/dev/null") for path, fits in zip(paths, plain, strict=True)]
+        ]
 
     def _checked(self, batch: Batch) -> Batch:
         if not 1 <= len(batch.items) <= self._tuning.batch_size:

@@ -24,7 +24,11 @@ _BY_EXTENSION = {
     ".parquet": "parquet", ".npy": "numpy", ".npz": "numpy",
 }  # fmt: skip
 _COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)  # which a tar's source refuses
-_KINDS_WITH = {"image_column": ("table", "parquet"), "root": ("folder", "table", "tar", "zip")}
+_KINDS_WITH = {
+    "image_column": ("table", "parquet"),
+    "root": ("folder", "table", "tar", "zip"),
+    "follow_links": ("folder", "table"),
+}
 # A module and a class each: `(src, config, classes)` makes one. Loaded when it is asked for.
 _SOURCES = {
     "remote": ("remote", "RemoteSource"),
@@ -77,7 +81,8 @@ def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[
     if kind == "folder" and is_remote(location):
         kind = "remote"
     if kind == "folder":
-        return FolderSource(location, classes, config.labels, key_column(config))
+        follow = config.follow_links is not False
+        return FolderSource(location, classes, config.labels, key_column(config), follow_links=follow)
     module, name = _SOURCES[kind]
     source: Any = getattr(importlib.import_module(f".{module}", __name__), name)
     made: Source = source(location, config, classes)

@@ -11,7 +11,11 @@ from .files import FileOf, Files
 from .stores import BLOCK_BYTES
 
 _BUFFER_BYTES = 1 << 20  # without one, Arrow reads the whole column of a row group at once
-_BATCH_ROWS = 4096
+# A few bytes of a file may stand for one long text in every row. Of rows, so many are read at a time as would take
+# _BATCH_BYTES if each had all that its columns have; and few, since a footer may lie about that.
+_BATCH_BYTES = 256 << 20
+_BATCH_ROWS = 64
+_MAX_TEXT_BYTES = 128 << 10  # as csv has it
 _MOST_ROWS = 32  # a byte of the file: numbered paths, as DELTA_BYTE_ARRAY and by zstd, are 11
 
 
@@ -60,7 +64,7 @@ def rows(file: Any, path: str, names: Sequence[str]) -> Iterator[tuple[Any, ...]
     """The values of some columns of texts or numbers, a tuple a row, read in small batches.
 
     Raises:
-        SourceError: a column holds anything else, or the file is damaged.
+        SourceError: a column holds anything else, or a text of more than 128 KiB, or the file is damaged.
     """
     from pyarrow import types
 
@@ -72,11 +76,41 @@ def rows(file: Any, path: str, names: Sequence[str]) -> Iterator[tuple[Any, ...]
     for group in range(file.num_row_groups):
         count = 0
         with explained(path):
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(names), use_threads=False):
+            for batch in file.iter_batches(
+                _batch_rows(file.metadata.row_group(group), names),
+                row_groups=[group],
+                columns=list(names),
+                use_threads=False,
+            ):
                 count += batch.num_rows
+                for name in names:
+                    _require_short(batch.column(name), name, path)
                 yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
         if count != file.metadata.row_group(group).num_rows:
             raise SourceError(f"{path!r}: row group {group} has {count} rows, not as many as it says; write it anew")
+
+
+def _batch_rows(group: Any, names: Sequence[str]) -> int:
+    """How many rows of a row group to read at a time."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    held = sum(max(0, each.total_uncompressed_size) for each in columns if each.path_in_schema in names)
+    return int(max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, held))))
+
+
+def _require_short(column: Any, name: str, path: str) -> None:
+    """Raises SourceError if a column has a text that nobody means as a path or a label."""
+    from pyarrow import compute, types
+
+    values = column.dictionary if types.is_dictionary(column.type) else column
+    if is_text(values.type):
+        if not (types.is_string(values.type) or types.is_large_string(values.type)):
+            values = values.cast("string")  # of views, Arrow has no lengths
+        longest = compute.max(compute.binary_length(values)).as_py() or 0
+        if longest > _MAX_TEXT_BYTES:
+            raise SourceError(
+                f"{path!r}: column {name!r} has a text of {longest} bytes; at most {_MAX_TEXT_BYTES} are read; name "
+                "another column, or write paths or labels there"
+            )
 
 
 def is_text(kind: Any) -> bool:

@@ -37,7 +37,12 @@ _SIDE = re.compile(
     r"(?<![^\W_])(?:train|training|val|valid|validation|dev|eval|evaluation|test|testing|holdout)(?=sets?(?![^\W_])|[\W\d_]|$)"
 )
 _MISSING = {errno.ENOENT, errno.ENOTDIR}
-_UNREADABLE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG}
+_UNREADABLE = {
+    errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG,
+    errno.EINVAL, errno.ENODEV, errno.EOVERFLOW,  # of devices, or of an address that a server refuses
+}  # fmt: skip
+# What a damaged sector gives, and a dying disk: EBADMSG and EUCLEAN are wrong checksums.
+_DAMAGED = {getattr(errno, name, errno.EIO) for name in ("EIO", "EBADMSG", "EUCLEAN", "ENODATA", "EREMOTEIO")}
 
 
 Label = int | float | tuple[int | float, ...]
@@ -104,6 +109,9 @@ class Source(abc.ABC):
         reads_at_once: how many reads to have under way; more than one where each takes long.
         listing: what tells the items and labels that tables name from others; None where no table does.
         left_out: how many files the last listing has left out by their names, by `extension_of` these.
+        outside: how many items the last listing has found outside of SRC, where symbolic links lead.
+        unfollowed: how many symbolic links it has left out, where none are followed.
+        impossible: names that it has left out because no folder could have them, of an object store.
         bare: class folders in which the last listing has found no image.
     """
 
@@ -117,6 +125,9 @@ class Source(abc.ABC):
     reads_at_once = 1
     listing: str | None = None
     left_out: Mapping[str, int] = MappingProxyType({})
+    outside: int = 0
+    unfollowed: int = 0
+    impossible: Sequence[str] = ()
     bare: Sequence[str] = ()
 
     @abc.abstractmethod
@@ -135,6 +146,10 @@ class Source(abc.ABC):
         """Where an item lies on a local filesystem. Only where `file_per_item`."""
         raise NotImplementedError
 
+    def others_readable(self, item: Item) -> bool:
+        """Whether other items can be read while this one gives EIO, which then is its own trouble. False if unknown."""
+        return False
+
     def check(self) -> None:  # noqa: B027  # most have nothing that could be gone while an item is merely missing
         """Raises SourceError if the collection as a whole is gone, or may not be read any more."""
 
@@ -142,7 +157,8 @@ class Source(abc.ABC):
 def read_item(source: Source, item: Item) -> bytes:
     """The encoded bytes of an item.
 
-    Trouble that is not the file's (EIO, ESTALE, EMFILE, no memory, time-outs) is tried again, with growing pauses.
+    Trouble that is not the file's (EIO, ESTALE, EMFILE, no memory, time-outs) is tried again, with growing pauses. EIO
+    is the file's if it does not go away and others can be read.
 
     Raises:
         BadItem: the file is missing, unreadable or empty: a property of the file.
@@ -161,6 +177,10 @@ def read_item(source: Source, item: Item) -> bytes:
                 source.check()
                 raise BadItem("read", "unreadable", reason) from exc
             if delay_s is None:
+                # EAGAIN: a regular file gives it only while another process has a lease on it.
+                if number == errno.EAGAIN or (number in _DAMAGED and source.others_readable(item)):
+                    source.check()
+                    raise BadItem("read", "unreadable", reason) from exc
                 raise ShardError(
                     f"reading {item.path!r} failed {len(RETRY_DELAYS_S) + 1} times: {reason}; "
                     f"see to {source.location!r}, then run the same command to resume"

@@ -12,7 +12,7 @@ from ..storage import is_remote
 from .base import Group, location_of
 from .columns import PATH_COLUMNS, named_columns, path_column, usual
 from .labels import Asked
-from .paths import Base, below
+from .paths import Base, below, within
 from .rows import EXTENSIONS, Listing, Table
 
 _TABLE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, EXTENSIONS))}))(?::(.*))?", re.I | re.S)  # FILE.csv:A,B
@@ -25,6 +25,7 @@ def list_tables(
     *,
     key: str | None,
     classes: Sequence[str] | None,
+    follow_links: bool,
 ) -> Listing:
     """The items that the tables name, with their labels.
 
@@ -35,6 +36,7 @@ def list_tables(
         folders: gives the folders of images, and those with a file of the given name.
         key: as for `Listing`.
         classes: as for `read_labels`.
+        follow_links: whether a path may lead out of SRC by a symbolic link.
 
     Raises:
         SourceError: a table is missing or damaged, or has other labels than another.
@@ -48,7 +50,7 @@ def list_tables(
                 f"csv:labels.csv:A,B; tables have one of {' '.join(EXTENSIONS)}"
             )
         location_of(match[1])
-        return _in_folders(match[1], match[2], location, folders(match[1]), key).finish(classes)
+        return _in_folders(match[1], match[2], location, folders(match[1]), key, follow_links).finish(classes)
     if match is None:
         raise UsageError(
             f"--labels {labels!r} of a folder; allowed: class-dir, none, a table FILE.csv or FILE.csv:A,B, or "
@@ -62,8 +64,13 @@ def list_tables(
             f"labels; say --labels {match[1]}:{table.columns[-1]}"
         )
     listing = Listing(table.location, asked, key)
-    listing.add(table, path_column(None, table.columns, table.location), Base(location, None).path)
+    listing.add(table, path_column(None, table.columns, table.location), _path_of(location, follow_links))
     return listing.finish(classes)
+
+
+def _path_of(location: str, follow_links: bool) -> Callable[[str], bytes]:
+    base = Base(location, None)
+    return base.path if follow_links else within(base)
 
 
 def absolute(labels: str) -> str:
@@ -74,7 +81,10 @@ def absolute(labels: str) -> str:
     return os.path.abspath(match[1]) + (f":{match[2]}" if match[2] else "")
 
 
-def _in_folders(name: str, names: str | None, location: str, folders: Iterator[Group], key: str | None) -> Listing:
+def _in_folders(
+    name: str, names: str | None, location: str, folders: Iterator[Group], key: str | None, follow_links: bool
+) -> Listing:
+    path_of = _path_of(location, follow_links)
     listing: Listing | None = None
     first: tuple[str, Asked] = "", []
     for group in folders:
@@ -91,7 +101,7 @@ def _in_folders(name: str, names: str | None, location: str, folders: Iterator[G
                 f"{location!r}: {name!r} has the labels {_named(first[1])} in {first[0] or '.'!r} and {_named(asked)} "
                 f"in {folder!r}; give all the same"
             )
-        listing.add(table, column, functools.partial(_in_folder, folder=group.folder, location=location))
+        listing.add(table, column, functools.partial(_in_folder, folder=folder, location=location, path_of=path_of))
     if listing is None:
         raise SourceError(f"{location!r} has no folder with images or with a table {name!r}")
     return listing
@@ -111,10 +121,10 @@ def _columns(table: Table, names: str | None, before: str, key: str | None) -> t
     return column, asked
 
 
-def _in_folder(text: str, folder: bytes, location: str) -> bytes:
-    if "/" in text or ("\\" in text and not os.path.lexists(os.path.join(location, os.fsdecode(folder), text))):
+def _in_folder(text: str, folder: str, location: str, path_of: Callable[[str], bytes]) -> bytes:
+    if "/" in text or ("\\" in text and not os.path.lexists(os.path.join(location, folder, text))):
         raise ValueError(f"has {text!r}; a table in every folder has names of files of that folder alone")
-    return folder + below(text, location)
+    return path_of(folder + text) if text not in ("", ".", "..") else below(text, location)
 
 
 def _named(columns: Asked) -> str:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from ..errors import SourceError
 from ..storage import is_remote, open_regular
+from .ahead import reserve
 from .base import full_location
 from .stores import (
     BLOCK_BYTES,
@@ -125,6 +126,7 @@ class Files:
                 if total not in (None, self.stamps[number][1]):
                     raise OSError(errno.EIO, f"its size is now {total} bytes; the file has changed")
                 return data
+            reserve(size)
             return bytes(self._store.cat_file(path, start=start, end=start + size))
 
     def _read_local(self, number: int, start: int, size: int) -> bytes:
@@ -172,7 +174,7 @@ class Files:
                     raise SourceError(
                         f"{path!r}: {exc.strerror}; make it readable, then run the same command to resume"
                     ) from exc
-                raise
+                raise SourceError(f"{path!r}: {exc.strerror}; check it, then run the same command to resume") from exc
 
     @property
     def _store(self) -> Any:

@@ -31,24 +31,30 @@ from .base import (
 )
 from .beside import absolute, list_tables
 from .labels import Listed
-from .local import LocalFiles
+from .local import Inside, LocalFiles
 from .rows import EXTENSIONS, Listing
 
 log = logging.getLogger(__name__)
 LABELS = ("class-dir", "none")
+_PATH_MAX = 4096  # Linux's, with the zero byte behind; no folder beyond it can be listed
 
 
 @dataclass(frozen=True)
 class Scan:
     """What a folder has, sorted: images, with the size of each where the listing tells it, and folders.
 
-    `others` are the files whose names are not those of images, by their extension.
+    `others` are the files whose names are not those of images, by their extension; `outside` is how many of the images
+    lie outside of the source, where links lead, and `unfollowed` how many links were left out; `impossible` are names
+    that no folder could have.
     """
 
     names: list[bytes]
     folders: list[bytes]
     others: Counter[str]
     sizes: list[int] = field(default_factory=list)
+    outside: int = 0
+    unfollowed: int = 0
+    impossible: list[str] = field(default_factory=list)
 
 
 class TreeSource(Source):
@@ -71,6 +77,7 @@ class TreeSource(Source):
 
     kind = "folder"
     left_out: Counter[str]
+    impossible: list[str]
 
     def __init__(self, location: str, classes: Sequence[str] | None = None, labels: str | None = None) -> None:
         self.location = location
@@ -79,7 +86,7 @@ class TreeSource(Source):
             raise UsageError(f"--labels {labels} of {location!r}; allowed here: {', '.join(LABELS)}")
         top = self._scan(b"")
         self._root_identity = self._identity(b"")
-        self.left_out = Counter()
+        self._count_anew()
         if not top.names and not top.folders:
             raise no_images(self.location, top.others)
         self._flat = bool(top.names) or self._labels == "none"
@@ -108,13 +115,13 @@ class TreeSource(Source):
         Raises:
             SourceError: a folder cannot be read, or a class has come after the classes were numbered.
         """
-        self.left_out.clear()
+        self._count_anew()
         self.bare = bare = []
         if self._labels == "none":
             yield from self._walk(b"", -1)
             return
         top = self._scan(b"")
-        self.left_out += top.others
+        self._count(top)
         if self._flat:
             yield _group(b"", top, -1)
         else:
@@ -143,10 +150,21 @@ class TreeSource(Source):
                 continue
             seen.add(identity)
             found = self._scan(folder)
-            self.left_out += found.others
+            self._count(found)
             if found.names or also(folder):
                 yield _group(folder, found, label)
             waiting += [folder + name + b"/" for name in reversed(found.folders)]
+
+    def _count_anew(self) -> None:
+        self.left_out = Counter()
+        self.outside = self.unfollowed = 0
+        self.impossible = []
+
+    def _count(self, found: Scan) -> None:
+        self.left_out += found.others
+        self.outside += found.outside
+        self.unfollowed += found.unfollowed
+        self.impossible += found.impossible
 
     def _refuse_mixture(self, top: Scan) -> None:
         for folder in top.folders:
@@ -175,6 +193,7 @@ class FolderSource(TreeSource, Listed[Listing]):
         classes: the names of classes by number; found if None.
         labels: see above.
         key: the column of a table that `Group.keys` has.
+        follow_links: False leaves all symbolic links out, and refuses a table's paths that lead out of the folder.
 
     Raises:
         SourceError: as `TreeSource`; tables that are missing, damaged, or without a row for an image.
@@ -188,8 +207,12 @@ class FolderSource(TreeSource, Listed[Listing]):
         classes: Sequence[str] | None = None,
         labels: str | None = None,
         key: str | None = None,
+        *,
+        follow_links: bool = True,
     ) -> None:
         self._root = os.path.abspath(os.fsencode(location))
+        self._follow_links = follow_links
+        self._links = _Links(self._root)
         self._files = LocalFiles(self._root)
         self._key, self._classes = key, classes
         self._tables = None if labels is None or labels in LABELS else absolute(labels)
@@ -203,7 +226,7 @@ class FolderSource(TreeSource, Listed[Listing]):
         """The same folder as another machine sees it, where a shared filesystem has another device number."""
         other = copy.copy(self)
         other._root = os.path.abspath(os.fsencode(self.location))
-        other._files = LocalFiles(other._root)
+        other._files, other._links = LocalFiles(other._root), _Links(other._root)
         other._root_identity = other._identity(b"")
         return other
 
@@ -214,12 +237,14 @@ class FolderSource(TreeSource, Listed[Listing]):
             table = os.fsencode(name)
             return self._walk(b"", -1, lambda folder: os.path.lexists(os.path.join(self._root, folder, table)))
 
-        return list_tables(self._tables, self.location, folders, key=self._key, classes=self._classes)
+        return list_tables(
+            self._tables, self.location, folders, key=self._key, classes=self._classes, follow_links=self._follow_links
+        )
 
     def _tabled(self) -> Iterator[Group]:
         """What the tables name, after a look whether they name every image."""
         listing = self._listed()
-        self.left_out.clear()
+        self._count_anew()
         listing.require_rows(group.folder + name for group in self._walk(b"", -1) for name in group.names)
         # Tables may name files of any name; what is left then was named by nobody.
         self.left_out -= Counter({extension: self.left_out[extension] for extension in EXTENSIONS})
@@ -228,7 +253,7 @@ class FolderSource(TreeSource, Listed[Listing]):
         yield from listing.groups()
 
     def _scan(self, folder: bytes) -> Scan:
-        return _scan(self._root, folder)
+        return _scan(self._root, folder, self._links if self._follow_links else None)
 
     def _identity(self, folder: bytes) -> tuple[int, int]:
         return _identity(os.path.join(self._root, folder))
@@ -249,6 +274,10 @@ class FolderSource(TreeSource, Listed[Listing]):
         """The file's absolute path."""
         return self._files.path(item)
 
+    def others_readable(self, item: Item) -> bool:
+        """As `LocalFiles.others_readable`."""
+        return self._files.others_readable(item)
+
     def check(self) -> None:
         """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
         try:
@@ -265,27 +294,58 @@ def _group(folder: bytes, found: Scan, label: int) -> Group:
     return Group(folder, found.names, label, places=places)
 
 
-def _scan(root: bytes, folder: bytes) -> Scan:
+class _Links:
+    """Which of the folders and files that a listing finds lie outside of the source. No link, no call to the system."""
+
+    def __init__(self, root: bytes) -> None:
+        self._inside = Inside(root)
+        self._outside: set[bytes] = set()
+
+    def leads_out(self, folder: bytes, entry: os.DirEntry[bytes]) -> bool:
+        """Whether an entry of a folder leads out of the source; of a folder, also what is below it."""
+        if any(map(folder.startswith, self._outside)):
+            return True
+        out = entry.is_symlink() and not self._inside.holds_target(entry.path)
+        if out and _is_folder(entry):
+            self._outside.add(folder + entry.name + b"/")
+        return out
+
+
+def _scan(root: bytes, folder: bytes, links: _Links | None) -> Scan:
+    """What a folder has; without `links`, none is followed."""
     names: list[bytes] = []
     folders: list[bytes] = []
     others: Counter[str] = Counter()
     path = os.path.join(root, folder) if folder else root
+    outside = unfollowed = 0
     try:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
                 if is_hidden(name):
                     continue
+                if links is None and entry.is_symlink():
+                    unfollowed += 1
+                    continue
+                out = links is not None and links.leads_out(folder, entry)
                 if _is_folder(entry):
-                    folders.append(name)
+                    if len(entry.path) < _PATH_MAX:
+                        folders.append(name)
+                    else:
+                        log.warning("%r ... lies too deep (%d bytes) and is left out", *_shown(entry.path))
                 elif not is_image(name):
                     others[extension_of(name)] += 1
                 elif _may_be_image(entry):
                     names.append(name)
+                    outside += out
     except OSError as exc:
         advice = "give SRC as a folder" if not folder else "make it readable or move it away"
         raise SourceError(f"{as_text(path)!r}: {exc.strerror}; {advice}") from exc
-    return Scan(sorted(names), sorted(folders), others)
+    return Scan(sorted(names), sorted(folders), others, outside=outside, unfollowed=unfollowed)
+
+
+def _shown(path: bytes) -> tuple[str, int]:
+    return as_text(path[:200]), len(path)
 
 
 def _may_be_image(entry: os.DirEntry[bytes]) -> bool:

@@ -20,6 +20,7 @@ Kind = Literal["class", "integer", "float"]
 Asked = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
 KINDS = ("class", "integer", "float")
 _MAX_TEXTS = 100_000
+_MAX_LABEL = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,17 @@ class Listed(Source, Generic[L]):
 
 
 def shared() -> Callable[[Any], Any]:
-    """What gives one object for equal texts, of which millions of rows may have few; anything else as it is."""
+    """What gives one object for equal texts, of which millions of rows may have few; anything else as it is.
+
+    It raises ValueError for a text that is too long to be a label.
+    """
     texts: dict[str, str] = {}
 
     def one(value: Any) -> Any:
         if not isinstance(value, str):
             return value
+        if len(value) > _MAX_LABEL:
+            raise ValueError(f"has a label of {len(value)} characters; at most {_MAX_LABEL} are allowed")
         return texts.setdefault(value, value) if len(texts) < _MAX_TEXTS else texts.get(value, value)
 
     return one

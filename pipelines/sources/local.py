@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
+import itertools
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +21,48 @@ from .base import Group, Item, as_bytes
 from .dicom import EXTENSIONS, frame_count, split_frame
 
 _WHOLE = -1  # the place of an item that is a whole file, beside others that are frames
+# Filesystems that the kernel makes up. To read a file there may wait for ever, never end, or take from a log.
+_KERNEL = frozenset(
+    b"proc sysfs debugfs tracefs securityfs configfs cgroup cgroup2 bpf pstore efivarfs binfmt_misc fusectl selinuxfs "
+    b"rpc_pipefs nfsd mqueue devpts".split()
+)
+_LOOKED_AT = 1000  # names, to find a file to compare with
+_COMPARED = 3
+_PROBE_BYTES = 4096
+
+
+class Inside:
+    """Which files below a folder lie there really, whatever links say. Each folder is listed once.
+
+    Args:
+        root: the folder's absolute path.
+    """
+
+    def __init__(self, root: bytes) -> None:
+        self._root = root
+        self._folders: dict[bytes, tuple[bool, frozenset[bytes]]] = {}
+
+    def holds(self, path: bytes) -> bool:
+        """Whether a path relative to the folder leads to a place in it."""
+        folder, _, name = path.rpartition(b"/")
+        if folder not in self._folders:
+            self._folders[folder] = self.holds_target(os.path.join(self._root, folder)), self._links(folder)
+        inside, links = self._folders[folder]
+        return inside and (name not in links or self.holds_target(os.path.join(self._root, path)))
+
+    def holds_target(self, path: bytes) -> bool:
+        """Whether an absolute path, links followed, leads to a place in the folder."""
+        real = os.path.realpath(path)
+        return real == self._real or real.startswith(self._real.rstrip(b"/") + b"/")
+
+    @functools.cached_property
+    def _real(self) -> bytes:
+        return os.path.realpath(self._root)
+
+    def _links(self, folder: bytes) -> frozenset[bytes]:
+        with contextlib.suppress(OSError), os.scandir(os.path.join(self._root, folder)) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_symlink())
+        return frozenset()
 
 
 class LocalFiles:
@@ -79,6 +127,31 @@ class LocalFiles:
             self._last = last = stamp, _read(path)
         return last[1]
 
+    def others_readable(self, item: Item) -> bool:
+        """Whether other files below the folder, on the same filesystem if there are any, can be read now."""
+        path = self.path(item)
+        try:
+            device = os.stat(path).st_dev
+            others = list(itertools.islice(self._others(path), _LOOKED_AT))
+            beside = [other for other, where in others if where == device] or [other for other, _ in others]
+            for other in beside[:_COMPARED]:
+                _probe(other)
+        except OSError:
+            return False
+        return bool(beside)
+
+    def _others(self, path: bytes) -> Iterator[tuple[bytes, int]]:
+        """Regular files in the folder of a file, and then in all, that have content; each with its filesystem."""
+        for folder in (os.path.dirname(path), self._root):
+            for where, _, names in os.walk(folder):
+                for name in names:
+                    other = os.path.join(where, name)
+                    with contextlib.suppress(FileNotFoundError):
+                        status = os.stat(other)
+                        regular = stat.S_ISREG(status.st_mode) and not _is_kernels(status)
+                        if regular and status.st_size and other != path:
+                            yield other, status.st_dev
+
     def path(self, item: Item) -> bytes:
         """The file's absolute path."""
         path = item.path if not item.place or item.place[0] == _WHOLE else item.path.rpartition("/")[0]
@@ -94,18 +167,61 @@ class LocalFiles:
             return 1
 
 
+def is_plain(path: bytes) -> bool:
+    """Whether a path leads to a regular file on a disk that is not larger than any image should be."""
+    try:
+        _require_plain(os.stat(path))
+    except (OSError, ValueError, BadItem):  # ValueError: a name with a NUL byte
+        return False
+    return True
+
+
 def _read(path: bytes) -> bytes:
     # O_NONBLOCK: a named pipe under an image's name must not hang the build; regular files ignore it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadItem("read", "unreadable", "not a regular file")
-        if status.st_size > MAX_ENCODED_BYTES:
-            raise BadItem("read", "too-large", f"{status.st_size} bytes; at most {MAX_ENCODED_BYTES}")
+        _require_plain(status)
         data = os.read(descriptor, status.st_size + 1)
         while len(data) <= MAX_ENCODED_BYTES and (more := os.read(descriptor, 1 << 20)):
             data += more
         return data
+    finally:
+        os.close(descriptor)
+
+
+def _require_plain(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise BadItem("read", "unreadable", "not a regular file")
+    if _is_kernels(status):
+        raise BadItem("read", "unreadable", "a file that the kernel makes up, as in /proc or /sys")
+    if status.st_size > MAX_ENCODED_BYTES:
+        raise BadItem("read", "too-large", f"{status.st_size} bytes; at most {MAX_ENCODED_BYTES}")
+
+
+def _is_kernels(status: os.stat_result) -> bool:
+    return status.st_dev in _kernel_devices()
+
+
+@functools.cache
+def _kernel_devices() -> frozenset[int]:
+    """The numbers of the filesystems that the kernel makes up, as proc_pid_mountinfo(5) has them; none on macOS."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+            mount, _, source = line.partition(b" - ")
+            if source.split(b" ")[0] in _KERNEL:
+                found.add(os.makedev(*map(int, mount.split()[2].split(b":"))))
+    return frozenset(found)
+
+
+def _probe(path: bytes) -> None:
+    """Reads the beginning of a file from the disk rather than from memory; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if not os.read(descriptor, _PROBE_BYTES):
+            raise OSError(errno.EIO, "nothing came")
     finally:
         os.close(descriptor)

@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 
 _USUAL_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
 _GROUP_ITEMS = 10_000
-_BATCH_BYTES = 4 << 20
-_MAX_BATCH_ROWS = 32
 _WINDOW_BYTES = 16 << 20  # of a row group, kept behind the last row that was asked for
 _OPEN_GROUPS = 8  # shards that a worker has under way, each with a row group
 _OPEN_FILES = 8
@@ -142,7 +140,10 @@ class ParquetSource(Listed[_Listing]):
             if any(_class_names(file).get(name, known) != known for name, known in self._known.items()):
                 raise SourceError(f"{path!r} has other names of classes than {self._files.path(0)!r}; build them apart")
             for row, found in enumerate(rows(file, path, names) if names else ()):
-                entries = [*map(one, found)]
+                try:
+                    entries = [*map(one, found)]
+                except ValueError as exc:
+                    raise SourceError(f"{path!r}: row {row} {exc}; name another column by --labels") from exc
                 if self._key is not None:
                     if is_missing(key := entries.pop()):
                         raise SourceError(f"{path!r}: row {row} has no {self._key}, which --split-by needs; fill it in")
@@ -249,13 +250,10 @@ def _of_system(exc: SourceError) -> OSError | None:
 
 
 def _batches(file: Any, group: int, column: str) -> Iterator[list[bytes | None]]:
-    """The images of a row group, a few at a time."""
-    metadata = file.metadata.row_group(group)  # of its columns, Arrow gives none that is damaged without an abort
-    size = _BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
+    """The images of a row group, in lists."""
     leaf = column if _is_binary(file.schema_arrow.field(column).type) else f"{column}.bytes"
-    for batch in file.iter_batches(
-        max(1, min(_MAX_BATCH_ROWS, size)), row_groups=[group], columns=[leaf], use_threads=False
-    ):
+    # One at a time: a dictionary may stand for a large image in every row, in few bytes.
+    for batch in file.iter_batches(1, row_groups=[group], columns=[leaf], use_threads=False):
         yield [entry["bytes"] if isinstance(entry, dict) else entry for entry in batch.column(column).to_pylist()]
 
 

@@ -6,13 +6,16 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from shlex import quote
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from ..storage import is_remote
 from .base import as_bytes
+from .local import Inside
+from .stores import is_web
 
 _FILE = "file://"
 _DRIVE = re.compile(r"[A-Za-z]:/|//")  # of Windows, with slashes; or a share
@@ -90,6 +93,24 @@ class Base:
         return f"{advice}, for example with: {command}"
 
 
+def within(base: Base) -> Callable[[str], bytes]:
+    """As `base.path`, but raises ValueError, too, where a symbolic link leads out of the folder."""
+    root = os.fsencode(base.root)
+    inside = Inside(root)
+
+    def path_of(text: str) -> bytes:
+        path = base.path(text)
+        if not inside.holds(path):
+            real = os.path.realpath(os.path.join(root, path))
+            raise ValueError(
+                f"has the path {text[:200]!r}, which leads out of {base.root!r} by a symbolic link, to "
+                f"{os.fsdecode(real)!r}; copy what it needs into that folder, or say --follow-links"
+            )
+        return path
+
+    return path_of
+
+
 def _form(text: str) -> tuple[Literal["windows", "full", "relative"], str]:
     """What kind of path a text is, and the path with slashes and without `file://`."""
     slashed = text.removeprefix(f"{_FILE}/").replace("\\", "/")
@@ -121,6 +142,11 @@ def _under(root: str, text: str) -> str | None:
     return path[len(within) :] if path.startswith(within) else None
 
 
+def _leads_out(path: str) -> bool:
+    path = os.path.normpath(path)
+    return path in (".", "..") or path.startswith(("../", "/"))
+
+
 def below(text: str, root: str) -> bytes:
     """A path of a table, relative to `root`, an absolute path or a URL.
 
@@ -136,7 +162,8 @@ def below(text: str, root: str) -> bytes:
     if path is None:
         raise ValueError(f"{shown}, which is not below {root!r}")
     path = os.path.normpath(path)
-    if path in (".", "..") or path.startswith(("../", "/")):
+    # A web server may take %2e%2e for two dots.
+    if any(_leads_out(each) for each in ([path, unquote(path)] if is_web(root) else [path])):
         raise ValueError(f"{shown}, which leads out of {root!r}; write it relative to that folder")
     try:
         return as_bytes(path)

@@ -22,6 +22,7 @@ _OPCODES = frozenset(
      "DICT", "SETITEM", "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"]
 )  # fmt: skip
 _MOST_NESTED = 100
+_MOST_OPCODES = 1_000_000  # each may make an object of some hundred bytes; CIFAR-100 has 350,000
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
@@ -43,12 +44,14 @@ def _look_through(data: bytes) -> None:
     """Reads all opcodes, none of which runs.
 
     Raises:
-        ValueError: the file ends before what it announces; tuples are nested so deep that to hash one would end the
-            process.
+        ValueError: the file ends before what it announces; there are too many opcodes; tuples are nested so deep that
+            to hash one would end the process.
     """
     stack: list[int] = []  # how deep the tuples are nested in each value; a mark is -1
     memo: dict[int, int] = {}
     for number, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
+        if number >= _MOST_OPCODES:
+            raise ValueError(f"more than {_MOST_OPCODES} opcodes")
         if opcode.name not in _OPCODES:
             raise ValueError(f"opcode {opcode.name} is not allowed")
         if opcode.name in _PUTS and not 0 <= int(argument or 0) <= number:  # the memo is an array of that length

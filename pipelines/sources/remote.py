@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +12,13 @@ from .base import Item, as_bytes, as_text, extension_of, is_hidden, is_image
 from .folder import Scan, TreeSource
 from .stores import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
 
-log = logging.getLogger(__name__)
-
 
 class RemoteSource(TreeSource):
     """The images below `s3://bucket/folder` and the like; see `TreeSource`.
 
     A folder is a run of names that begin alike; it is listed by itself, page by page. Objects that are empty and named
-    like a folder, as consoles leave them, are no items. Names that no folder could have (`a//b.jpg`) are left out.
+    like a folder, as consoles leave them, are no items. Names that no folder could have (`a//b.jpg`, `a/./b.jpg`) are
+    left out with a warning.
 
     Raises:
         SourceError: no such folder, no right to list it, no credentials, no answer, or as `TreeSource`.
@@ -53,16 +51,17 @@ class RemoteSource(TreeSource):
             entries = patiently(lambda: self._store.ls(url, detail=True))
         names: list[tuple[bytes, int]] = []
         folders: set[bytes] = set()
+        impossible: list[str] = []
         others: Counter[str] = Counter()
         for entry in entries:
             path = entry["name"].rstrip("/")
-            if path + "/" == start:
+            if path + "/" == start and entry["type"] == "file":
                 if entry["type"] == "file" and len(entries) == 1:
                     raise SourceError(f"{url!r} is a file; give SRC as a folder of class folders or of images")
                 continue
-            name = as_bytes(path.removeprefix(start))
-            if not name or b"/" in name:
-                log.warning("%r has a name that no folder could have and is left out", entry["name"])
+            name = b"" if path + "/" == start else as_bytes(path.removeprefix(start))
+            if name in (b"", b".", b"..") or b"/" in name:
+                impossible.append(f"{entry['name']}/" if entry["type"] == "directory" else entry["name"])
             elif is_hidden(name):
                 continue
             elif entry["type"] == "directory":
@@ -72,7 +71,9 @@ class RemoteSource(TreeSource):
             elif entry["size"]:
                 others[extension_of(name)] += 1
         names.sort()
-        return Scan([name for name, _ in names], sorted(folders), others, [size for _, size in names])
+        return Scan(
+            [name for name, _ in names], sorted(folders), others, [size for _, size in names], impossible=impossible
+        )
 
     def _identity(self, folder: bytes) -> bytes:
         return folder

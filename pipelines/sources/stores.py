@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from ..errors import SourceError
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from . import base
+from .ahead import SHARE, NoRoomError, Share, reserve
 
 READS_AT_ONCE = 16
 BLOCK_BYTES = 8 << 20  # of a file that is read from its beginning to its end
 _WEB = ("http", "https")
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")  # RFC 9110, section 14.4
+_MOST_REDIRECTS = 10
+_PASSED_ON = (errno.EIO, errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTSUP)  # ours, and s3fs's for a client's errors
+_LATER = (408, 421, 425, 429)  # statuses of a client's error that another try may not have
+# What aiohttp raises for an address that leads nowhere: it is the item's, whatever the server does.
+_BAD_ADDRESS = re.compile(r"InvalidU|NonHttpUrl|TooManyRedirects")
 _ANONYMOUS = re.compile(r"Credential|TokenRetrieval|SSOToken|RefreshError|ProfileNotFound")
 Answer = TypeVar("Answer")
 
@@ -42,21 +49,23 @@ def store_of(url: str) -> Any:
         raise SourceError(f"{url!r}: {exc}; give a path, s3://, gs:// or https://") from exc
 
 
-def fetch(store: Any, url: str, size: int | None = None) -> bytes:
+def fetch(store: Any, url: str, size: int | None = None, *, within: str | None = None) -> bytes:
     """All bytes of a remote file that is one item.
 
     Args:
         store: as `store_of` gives it.
         url: the file's.
         size: in bytes, if that is known; saves a request.
+        within: the URL of a folder that neither the file nor a redirect may lead out of.
 
     Raises:
-        OSError: ENOENT, EACCES, or EIO for all else, a body that was cut off among it.
-        BadItem: larger than any image should be.
+        OSError: ENOENT, EACCES, EINVAL for what the server refuses of this URL alone, or EIO for all else, a body that
+            was cut off among it.
+        BadItem: larger than any image should be, or not within the folder.
     """
     with as_system_errors():
         if is_web(url):
-            return from_web(store, url)[0]
+            return from_web(store, url, within=within)[0]
         if size and size <= MAX_ENCODED_BYTES:
             data = _some(store, url, size)
             if len(data) == size:
@@ -72,31 +81,69 @@ def fetch(store: Any, url: str, size: int | None = None) -> bytes:
 
 def _some(store: Any, url: str, size: int) -> bytes:
     """A byte more than `size`, if there is one. Of an empty object, a store gives no range."""
+    reserve(size)
     return bytes(store.cat_file(url, start=0, end=size + 1)) if size else b""
 
 
-def from_web(store: Any, url: str, start: int | None = None, size: int = MAX_ENCODED_BYTES) -> tuple[bytes, int | None]:
+def from_web(
+    store: Any, url: str, start: int | None = None, size: int = MAX_ENCODED_BYTES, *, within: str | None = None
+) -> tuple[bytes, int | None]:
     """`size` bytes of a file on a web server from `start` on, or all, and the file's size if the server tells it.
 
-    fsspec's own `cat_file` takes what a server sends for what was asked. Redirects lead to http(s) alone, by aiohttp.
-    A server that knows no ranges may send a small file whole, of which the part is taken.
+    fsspec's own `cat_file` takes what a server sends for what was asked. Redirects lead to http(s) alone, by aiohttp,
+    and not out of the folder `within`. A server that knows no ranges may send a small file whole, of which the part is
+    taken. Compressed answers, which may expand a thousandfold, are refused.
     """
     from fsspec.asyn import sync
 
-    return cast("tuple[bytes, int | None]", sync(store.loop, _asked_web, store, url, start, size))
+    return cast("tuple[bytes, int | None]", sync(store.loop, _asked_web, store, url, start, size, within, SHARE.get()))
 
 
-async def _asked_web(store: Any, url: str, start: int | None, size: int) -> tuple[bytes, int | None]:
+@contextlib.asynccontextmanager
+async def _answer(store: Any, url: str, headers: dict[str, str], within: str | None) -> AsyncIterator[Any]:
+    """What a web server answers, after redirects."""
     session = await store.set_session()
     options = dict(store.kwargs)
-    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
-    if start is not None:
-        headers["Range"] = f"bytes={start}-{start + size - 1}"
-    async with session.get(store.encode_url(url), headers=headers, **options) as answer:
+    headers = {**options.pop("headers", {}), **headers, "Accept-Encoding": "identity"}
+    address = store.encode_url(url)
+    if within is None:
+        async with session.get(address, headers=headers, **options) as answer:
+            yield answer
+        return
+    options["allow_redirects"] = False
+    for _ in range(_MOST_REDIRECTS):
+        if not _is_within(address, store.encode_url(within)):
+            raise BadItem("read", "unreadable", f"it leads out of SRC, to {address.scheme}://{address.host or ''}")
+        async with session.get(address, headers=headers, **options) as answer:
+            if answer.status not in (301, 302, 303, 307, 308) or "Location" not in answer.headers:
+                yield answer
+                return
+            address = address.join(type(address)(answer.headers["Location"]))
+    raise BadItem("read", "unreadable", f"more than {_MOST_REDIRECTS} redirects")
+
+
+def _is_within(address: Any, folder: Any) -> bool:
+    """Whether a URL of yarl, as a server reads it, lies below another one; https is as good as http."""
+    same = address.scheme in ("https", folder.scheme) and address.host == folder.host
+    same &= address.port == folder.port or (address.is_default_port() and folder.is_default_port())
+    path, top = (posixpath.normpath(each.path.replace("\\", "/")) for each in (address, folder))
+    return bool(same and path.startswith(top.rstrip("/") + "/"))
+
+
+async def _asked_web(
+    store: Any, url: str, start: int | None, size: int, within: str | None, share: Share | None
+) -> tuple[bytes, int | None]:
+    headers = {} if start is None else {"Range": f"bytes={start}-{start + size - 1}"}
+    async with _answer(store, url, headers, within) as answer:
         if answer.status in (404, 410):
             raise FileNotFoundError(url)
         if answer.status in (401, 403, 407, 451):
             raise PermissionError(url)
+        if 400 <= answer.status < 500 and answer.status not in (*_LATER, 416):
+            raise OSError(errno.EINVAL, f"HTTP status {answer.status}")
+        encoding = answer.headers.get("Content-Encoding", "identity")
+        if encoding.lower() not in ("identity", ""):
+            raise OSError(errno.EINVAL, f"the server compresses it ({encoding[:50]}), although asked not to")
         found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
         total = int(found[2]) if found and found[2] != "*" else None
         length = answer.headers.get("Content-Length", "")
@@ -110,23 +157,28 @@ async def _asked_web(store: Any, url: str, start: int | None, size: int) -> tupl
         elif answer.status == 200:
             if not length.isdecimal() or int(length) > BLOCK_BYTES:
                 raise OSError(errno.ENOTSUP, "the server does not give parts of a file (no Range); download it first")
-            whole = await _body(answer, int(length))
+            whole = await _body(answer, int(length), share)
             if len(whole) != int(length):
                 raise OSError(errno.EIO, f"{len(whole)} bytes came where the server said {length}")
             return whole[start : start + size], len(whole)
         elif answer.status != 206 or found is None or found[1] is None or int(found[1]) != start:
             raise OSError(errno.EIO, f"HTTP status {answer.status}, Content-Range {found and found[0]!r}")
-        data = await _body(answer, size)
+        data = await _body(answer, size, share)
         if start is None and len(data) > size:
             raise BadItem("read", "too-large", f"more than {size} bytes")
         return data, total
 
 
-async def _body(answer: Any, size: int) -> bytes:
+async def _body(answer: Any, size: int, share: Share | None) -> bytes:
     """The body of an answer, which the server cut off if that says so; a little more than `size` bytes at most."""
     data = bytearray()
+    reserved = min(size, answer.content_length or 0)
+    reserve(reserved, share)
     async for piece in answer.content.iter_chunked(1 << 20):
         data += piece
+        if len(data) > reserved:
+            reserve(len(piece), share)
+            reserved += len(piece)
         if len(data) > size:
             break
     return bytes(data)
@@ -154,13 +206,14 @@ def as_system_errors() -> Iterator[None]:
         raise OSError(errno.ENOENT, "not there") from exc
     except PermissionError as exc:
         raise OSError(errno.EACCES, "no permission") from exc
-    except (BadItem, MemoryError, SourceError):
+    except (BadItem, MemoryError, NoRoomError, SourceError):
         raise
     except Exception as exc:  # aiohttp's, botocore's: no closed list, and all of them may go away
-        if isinstance(exc, OSError) and exc.errno in (errno.EIO, errno.ENOTSUP) and exc.strerror:
+        if isinstance(exc, OSError) and exc.errno in _PASSED_ON and exc.strerror:
             raise
         text = f"{type(exc).__name__}: {exc}".rstrip(": ")
-        raise OSError(errno.EIO, text[:200]) from exc
+        number = errno.EINVAL if _BAD_ADDRESS.match(type(exc).__name__) else errno.EIO
+        raise OSError(number, text[:200]) from exc
 
 
 @contextlib.contextmanager

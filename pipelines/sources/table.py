@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..config import BuildConfig
@@ -14,17 +15,18 @@ from .base import Group, Item, full_location
 from .columns import key_column, label_columns, path_column
 from .labels import Listed
 from .local import LocalFiles
-from .paths import Base
+from .paths import Base, within
 from .rows import Listing, Table
-from .stores import READS_AT_ONCE, fetch, store_of, without_query
+from .stores import READS_AT_ONCE, fetch, is_web, patiently, store_of, without_query
 
 
 class TableSource(Listed[Listing]):
     """The images that a table names, in the order of its rows.
 
     Paths are relative to the table's folder, or to `config.root`; either may be a URL. A full path or URL is taken if
-    it lies below that. Labels are the columns that `config.labels` names, or the one with a usual name. On a disk, the
-    frames of a DICOM file are items as in a folder, each with the labels of its row.
+    it lies below that. On a disk, no symbolic link may lead out of that folder, unless `config.follow_links` says so.
+    Labels are the columns that `config.labels` names, or the one with a usual name. On a disk, the frames of a DICOM
+    file are items as in a folder, each with the labels of its row.
 
     Raises:
         SourceError: the table cannot be read, lacks a column, or a row has no path, a path that leads out of the root,
@@ -44,6 +46,7 @@ class TableSource(Listed[Listing]):
         self._files = LocalFiles(os.fsencode(self._root)) if self.file_per_item else None
         self.reads_at_once = 1 if self.file_per_item else READS_AT_ONCE
         self._path_column = path_column(config.image_column, table.columns, self.location)
+        self._follow_links = config.follow_links
         self._asked = label_columns(config.labels, table.columns, self.location)
         self._key = key_column(config)
         self._classes = classes
@@ -65,8 +68,12 @@ class TableSource(Listed[Listing]):
 
     def _list(self) -> Listing:
         listing = Listing(self.location, self._asked, self._key)
-        listing.add(self._table or Table(self.location), self._path_column, Base(self._root).path)
+        listing.add(self._table or Table(self.location), self._path_column, self._path_of())
         return listing.finish(self._classes)
+
+    def _path_of(self) -> Callable[[str], bytes]:
+        base = Base(self._root)
+        return base.path if self._files is None or self._follow_links else within(base)
 
     def frame(self, item: Item) -> int | None:
         """As `LocalFiles.frame`; None where the files are not on a disk."""
@@ -74,17 +81,30 @@ class TableSource(Listed[Listing]):
 
     def read(self, item: Item) -> bytes:
         """The bytes of the file; raises OSError or BadItem."""
-        return fetch(self._store, f"{self._root}/{item.path}") if self._files is None else self._files.read(item)
+        if self._files is not None:
+            return self._files.read(item)
+        return fetch(self._store, f"{self._root}/{item.path}", within=self._root)
 
     def local_path(self, item: Item) -> bytes:
         """The file's absolute path."""
         assert self._files is not None, "not file_per_item"
         return self._files.path(item)
 
+    def others_readable(self, item: Item) -> bool:
+        """As `LocalFiles.others_readable`; False where the files are not on a disk."""
+        return self._files is not None and self._files.others_readable(item)
+
     def check(self) -> None:
-        """Raises SourceError if the folder that paths are relative to is gone."""
+        """Raises SourceError if the folder that paths are relative to is gone, or a store refuses every request."""
         if self.file_per_item and not os.path.isdir(self._root):
             raise SourceError(f"{self._root!r} is gone; bring it back, then run the same command to resume")
+
+        if self._files is None and not is_web(self._root):
+            try:
+                patiently(lambda: self._store.info(self._root))
+            except OSError as exc:  # others are of listing, which need not be allowed
+                if exc.errno == errno.EINVAL:
+                    raise SourceError(f"{self._root!r}: {exc.strerror}; log in again, then resume") from exc
 
     @functools.cached_property
     def _store(self) -> Any:
