@@ -13,28 +13,21 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .config import BuildConfig
 from .engines import local, ray
 from .environment import Choice
-from .errors import (
-    LockedError,
-    MismatchError,
-    RejectLimitError,
-    UsageError,
-)
+from .errors import GpuNpzError, MismatchError, RejectLimitError, UsageError
 from .job import Job
 from .manifest import CommitRecord, class_list, committed, finish, write_rejects
-from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
-from .parts import Part
-from .planning import Measuring, backend, begin, check_places, places, remarks, resume
+from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, require_own
+from .parts import Part, require_no_parts
+from .planning import Measuring, backend, check_places, places, planned, remarks, require_room, withdraw
 from .sources import open_source
 from .sources.base import Source
-from .space import require_space
-from .storage import LOCK, Storage, open_storage
+from .storage import Storage, open_storage
 from .tuning import Tuning
 from .watch import Moment, Watch
 from .worker import Committed, Event, Task, WorkerEnded
@@ -141,30 +134,35 @@ def _build(
         )
     source = open_source(src, config, class_list(config.classes_from))
     require_own(storage)
-    with contextlib.ExitStack() as stack:
-        if config.engine == "ray" and (config.overwrite or storage.size(MANIFEST) is None):
-            stack.enter_context(ray.cluster(config.ray_address))  # once for all that follows
-        with contextlib.ExitStack() as planning:
-            held = planning.enter_context(storage.lock(wait_s=_PLAN_WAIT_S if part else 0.0))
+    untried = False  # a plan of this build, with which no worker has begun
+    try:
+        with contextlib.ExitStack() as stack:
+            if config.engine == "ray" and (config.overwrite or storage.size(MANIFEST) is None):
+                stack.enter_context(ray.cluster(config.ray_address))  # once for all that follows
+            with contextlib.ExitStack() as planning:
+                held = planning.enter_context(storage.lock(wait_s=_PLAN_WAIT_S if part else 0.0))
 
-            def told(event: Started | Measuring | Event) -> None:
-                held.require_held()
-                if progress:
-                    progress(event)
+                def told(event: Started | Measuring | Event) -> None:
+                    nonlocal untried
+                    untried = untried and isinstance(event, Started)
+                    held.require_held()
+                    if progress:
+                        progress(event)
 
-            if not part:
-                require_no_parts(storage)
-            if not live_parts(storage):
-                remove_temporaries(storage)
-            new = config.overwrite or storage.size(JOB) is None
-            job = begin(storage, source, config, told, beside) if new else resume(storage, source, config)
-            if part:
-                log.warning("building part %s (%s)", part, part.origin)
-                held = stack.enter_context(storage.lock(f"{LOCK}-part-{part.number}-of-{part.count}"))
-            else:
-                stack.push(planning.pop_all())
+                if not part:
+                    require_no_parts(storage)
+                job, untried = planned(storage, source, config, told, part=part, beside=beside)
+                if part:
+                    log.warning("building part %s (%s)", part, part.origin)
+                    held = stack.enter_context(storage.lock(part.lock))
+                else:
+                    stack.push(planning.pop_all())
 
-        return run(storage, job, source, config, told, start=start, part=part)
+            return run(storage, job, source, config, told, start=start, part=part)
+    except GpuNpzError:
+        if untried:
+            withdraw(storage)
+        raise
 
 
 def build_split(
@@ -193,6 +191,8 @@ def build_split(
         raise UsageError("split: give it as val=0.1; build makes a single dataset")
     reports = {}
     first: Job | None = None
+    if (whole := open_storage(out)).size(JOB) is not None:
+        withdraw(whole)  # a build without --split has got no further than its plan
     for side, storage in places(src, out, config).items():
         told = functools.partial(progress, side) if progress else None
         reports[side] = _build(src, storage.root, config.sides[side], told, first)
@@ -201,25 +201,6 @@ def build_split(
             if config.normalize == "dataset":
                 config = config.model_copy(update={"mean": first.settings.mean, "std": first.settings.std})
     return reports
-
-
-def live_parts(storage: Storage) -> list[str]:
-    """The parts of a build that are at work in OUT, by their locks."""
-    return [name for name in storage.live_locks() if name != LOCK]
-
-
-def require_no_parts(storage: Storage) -> None:
-    """Raises LockedError where parts of a build are at work; ends the locks of those that another host left over."""
-
-    def look(part: str) -> None:
-        with storage.lock(part):
-            pass
-
-    try:
-        with ThreadPoolExecutor() as pool:  # each may have to be watched for a while
-            list(pool.map(look, live_parts(storage)))
-    except LockedError as exc:
-        raise LockedError(f"a part of the build is at work: {exc}") from exc
 
 
 def run(
@@ -261,9 +242,7 @@ def run(
             log.warning(
                 "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
             )
-        if config.preflight and job.settings.deflate_level is None:  # how far images shrink is not known
-            need = {"rows": built_items, "row_bytes": row_bytes, "shards": len(todo)}
-            require_space(storage.root, **need, dtype=job.settings.dtype, pixel_dtype=job.settings.pixel_dtype)
+        require_room(storage, plan, config, row_bytes, todo)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
         task = Task(storage.root, source, None, tuning, _environment(records, config))
         with contextlib.closing(_events(task, todo, choice, config)) as events:

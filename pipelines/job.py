@@ -198,9 +198,10 @@ class Job:
             there, asked_for = (", ".join(map(str, columns)) for columns in (record.columns, source.columns))
             differences.append(f"  labels: columns {there or 'none'} there, {asked_for or 'none'} asked for")
         if differences:
+            anew = "delete OUT and start all parts" if config.part else "--overwrite to start anew"
             raise MismatchError(
                 "OUT was begun with other settings:\n" + "\n".join(differences) + "\n"
-                "give the same settings to resume, another OUT, or --overwrite to start anew"
+                f"give the same settings to resume, another OUT, or {anew}"
             )
 
 

@@ -9,6 +9,9 @@ A lock file names its holder's host and process, and counts heartbeats. The rule
 
 A lock file is there with its content or not at all: it is written under another name and linked. A holder that finds
 another file in its place has been taken for dead (its host slept, say), and must publish nothing any more.
+
+Folders that were made for a lock are removed with it if nothing else is in them, so that a build that was refused
+leaves no empty OUT.
 """
 
 from __future__ import annotations
@@ -68,27 +71,33 @@ class FileLock:
     """The lock of one file. Use as a context manager; `require_held` says whether it still is.
 
     Args:
-        path: the lock file; its folder must be there.
+        path: the lock file.
         root: what is locked, for messages.
         wait_s: how long to wait for whoever holds it. To see whether a holder on another host lives takes HEARTBEAT_S
             or more, STALE_S if it does not.
+        made: the folders that locks of this OUT have made, outer ones first; this one may be the last to need them.
 
     Raises:
         LockedError: another process holds it.
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: str, root: str, wait_s: float = 0.0) -> None:
+    def __init__(self, path: str, root: str, wait_s: float, made: list[str]) -> None:
         self._path = path
         self._root = root
         self._wait_s = wait_s
+        self._made_folders = made
         self._descriptor = -1
         self._lost = False
         self._over = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="gpu-npz-lock", daemon=True)
 
     def __enter__(self) -> FileLock:
-        self._descriptor = self._taken()
+        try:
+            self._descriptor = self._taken()
+        except BaseException:
+            self._remove_folders()
+            raise
         self._heart.start()
         return self
 
@@ -99,6 +108,7 @@ class FileLock:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
         os.close(self._descriptor)
+        self._remove_folders()
 
     def require_held(self) -> None:
         """Raises LockedError if another process has taken the lock for dead."""
@@ -153,8 +163,12 @@ class FileLock:
 
     def _made(self) -> int | None:
         """A new lock file, already locked; None if there is one."""
+        self._make_folders()
         temporary = self._beside("new")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # another holder has just removed the folder, which was empty
+            return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._own().write(descriptor)
@@ -179,6 +193,26 @@ class FileLock:
             self._own().write(descriptor)
             return descriptor
         return None
+
+    def _make_folders(self) -> None:
+        missing, folder = [], os.path.dirname(self._path)
+        while not os.path.lexists(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another process made it meanwhile
+                os.mkdir(folder)
+                self._made_folders.append(folder)
+
+    def _remove_folders(self) -> None:
+        while self._made_folders:
+            try:
+                os.rmdir(self._made_folders[-1])
+            except FileNotFoundError:
+                pass
+            except OSError:  # something is in it
+                return
+            self._made_folders.pop()
 
     def _beside(self, what: str) -> str:
         """A name for a moment, which `LocalStorage.remove_temporaries` knows for one."""

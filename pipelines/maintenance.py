@@ -13,7 +13,7 @@ from typing import Any
 
 from .audit.originals import source_of
 from .audit.verification import Problem, verify
-from .builder import BuildReport, Tell, live_parts, publish, require_no_parts, run
+from .builder import BuildReport, Tell, publish, run
 from .config import BuildConfig
 from .decode import make_decoder
 from .errors import FormatError, IncompleteError, SourceError
@@ -21,6 +21,7 @@ from .geometry import Geometry
 from .job import Job
 from .manifest import CommitRecord, Manifest, committed
 from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
+from .parts import live_parts, require_no_parts
 from .plan import Batch
 from .planning import backend
 from .rejects import Reject

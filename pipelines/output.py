@@ -19,6 +19,7 @@ COMMITS = f"{PRIVATE}/commits"
 _FLAT_SHARDS = 10_000
 _SHARDS_A_FOLDER = 1000
 _SHARD = re.compile(r"shard-\d{5,}\.npz")
+_BEGUN = re.compile(r"\.?shard-\d{5,}\.(npz|json)(\..+\.tmp)?")  # a shard or its record, also an unfinished one
 _RECORD = re.compile(r"shard-\d{5,}\.json")
 _FOLDER = re.compile(r"\d{2,}")
 
@@ -51,6 +52,12 @@ def commit_files(storage: Storage) -> list[str]:
     return names
 
 
+def is_unbuilt(storage: Storage) -> bool:
+    """Whether no shard of OUT was begun: there is none, and no temporary file of one that a killed build left."""
+    names = (name for folder in _folders(storage) for name in storage.names(folder))
+    return storage.size(MANIFEST) is None and not any(map(_BEGUN.fullmatch, names))
+
+
 def require_own(storage: Storage) -> None:
     """Raises StorageError for a folder with files in it that no build made: a mistyped OUT must not be written to."""
     foreign = [name for name in storage.names() if name != PRIVATE]
@@ -79,7 +86,7 @@ def refuse_several(storage: Storage) -> None:
 
 def remove_temporaries(storage: Storage) -> None:
     """Removes what killed builds left unfinished. Only for the holder of the lock."""
-    for folder in ("", PRIVATE, COMMITS, *_numbered(storage, ""), *_numbered(storage, COMMITS)):
+    for folder in _folders(storage):
         storage.remove_temporaries(folder)
 
 
@@ -95,6 +102,11 @@ def clear(storage: Storage) -> None:
     for folder in {posixpath.dirname(name) for name in files} - {""}:
         if not storage.names(folder):
             storage.remove(folder)
+
+
+def _folders(storage: Storage) -> list[str]:
+    """Every folder in which a build makes files."""
+    return ["", PRIVATE, COMMITS, *_numbered(storage, ""), *_numbered(storage, COMMITS)]
 
 
 def _numbered(storage: Storage, parent: str) -> list[str]:

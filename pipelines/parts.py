@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from .errors import UsageError
+from .errors import LockedError, UsageError
+from .storage import LOCK, Storage
+
+_ARRAY = (("MIN", "0"), ("STEP", "1"))
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,33 @@ class Part:
             "set; give --part i/n"
         )
 
+    @property
+    def lock(self) -> str:
+        """The name of the lock that the part holds while it is at work."""
+        return f"{LOCK}-part-{self.number}-of-{self.count}"
+
     def shards(self, shard_count: int) -> range:
         """The part's shards."""
         return range(self.number - 1, shard_count, self.count)
 
 
-_ARRAY = (("MIN", "0"), ("STEP", "1"))
+def live_parts(storage: Storage) -> list[str]:
+    """The parts of a build that are at work in OUT, by their locks."""
+    return [name for name in storage.live_locks() if name != LOCK]
+
+
+def require_no_parts(storage: Storage) -> None:
+    """Raises LockedError where parts of a build are at work; ends the locks of those that another host left over."""
+
+    def look(part: str) -> None:
+        with storage.lock(part):
+            pass
+
+    try:
+        with ThreadPoolExecutor() as pool:  # each may have to be watched for a while
+            list(pool.map(look, live_parts(storage)))
+    except LockedError as exc:
+        raise LockedError(f"a part of the build is at work: {exc}") from exc
 
 
 def _numbers(environ: Mapping[str, str], rank: str, size: str) -> tuple[int, int] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,20 @@ from .counting import count_source, mean_of, std_of
 from .decode import image_size
 from .engines import ray
 from .environment import Choice, Machine
-from .errors import BackendError, FormatError, MismatchError, SourceError, StorageError, UsageError
+from .errors import (
+    BackendError,
+    FormatError,
+    GpuNpzError,
+    LockedError,
+    MismatchError,
+    SourceError,
+    StorageError,
+    UsageError,
+)
 from .job import Job, shown_classes
 from .normalize import row_shape, table
-from .output import JOB, MANIFEST, PLAN, clear, require_own
+from .output import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_temporaries, require_own
+from .parts import Part, live_parts, require_no_parts
 from .plan import Plan, same_listing
 from .rejects import BadItem
 from .selection import listed
@@ -79,26 +90,73 @@ def inspect(config: BuildConfig) -> Machine:
     return environment.inspect(config.device)
 
 
-def begin(
+def planned(
     storage: Storage,
     source: Source,
     config: BuildConfig,
     progress: Callable[[Measuring], None],
+    *,
+    part: Part | None = None,
     beside: Job | None = None,
-) -> Job:
-    """Lists the source, cuts it into shards, decides the backend, and stores that: from now on, OUT is this.
+) -> tuple[Job, bool]:
+    """What OUT is built from, and whether that is new: the job that it was begun with, unless that has other settings
+    and no shard yet. Removes what killed builds left unfinished.
 
     Args:
         storage: OUT, whose lock is held.
         source: the images.
         config: the settings.
         progress: told what is measured.
+        part: the part that will be built; all if None.
         beside: another side of the same split, if there is one by now.
 
     Raises:
-        UsageError, BackendError, SourceError, StorageError: as `build`.
-        MismatchError: `beside` is of other items.
+        UsageError, BackendError, SourceError, StorageError, FormatError: as `build`.
+        MismatchError: OUT has shards of other settings, or `beside` is of other items.
     """
+    job: Job | None = None
+    if storage.size(JOB) is not None and not config.overwrite:
+        try:
+            job = resume(storage, source, config)
+            _require_same_backend(job, config)
+        except MismatchError:
+            if is_replaceable(storage):
+                log.warning("%r has a plan of other settings and no shard yet: it is planned anew", storage.root)
+                job = None
+            elif job is None:
+                raise  # another backend is no matter where nothing is left to build, and else `backend` raises
+    if not live_parts(storage):
+        remove_temporaries(storage)
+    if job is not None:
+        return job, False
+    return _begin(storage, source, config, progress, part, beside), True
+
+
+def is_replaceable(storage: Storage) -> bool:
+    """Whether OUT has a plan at most: no shard, not even one that a killed build has begun, and no part at work."""
+    try:
+        require_no_parts(storage)
+    except LockedError:
+        return False
+    return is_unbuilt(storage)
+
+
+def withdraw(storage: Storage) -> None:
+    """Removes a plan with which no build has got anywhere; whoever holds OUT by now may use it, and keeps it."""
+    with contextlib.suppress(GpuNpzError), storage.lock():
+        if is_replaceable(storage):
+            clear(storage)
+
+
+def _begin(
+    storage: Storage,
+    source: Source,
+    config: BuildConfig,
+    progress: Callable[[Measuring], None],
+    part: Part | None,
+    beside: Job | None,
+) -> Job:
+    """Lists the source, cuts it into shards, decides the backend, and stores that: from now on, OUT is this."""
     if storage.size(MANIFEST) is not None and not config.overwrite:
         raise StorageError(
             f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
@@ -117,9 +175,11 @@ def begin(
     size = image_size(Plan(arrays, 1), source, config)
     row_bytes = math.prod(row_shape(config, *size)) * np.dtype(config.dtype).itemsize
     plan = Plan(arrays, config.shard_rows(row_bytes))
+    shards = part.shards(plan.shard_count) if part else range(plan.shard_count)
+    require_room(storage, plan, config, row_bytes, shards, space.held_bytes(storage.root))
     if config.normalize == "dataset" and config.mean is None:
         config = _measured(plan, source, config, size, choice, progress)
-    if config.overwrite:
+    if config.overwrite or storage.size(JOB) is not None:
         clear(storage)  # not before all else has turned out right
     return Job.create(
         storage,
@@ -129,6 +189,22 @@ def begin(
         source=source,
         image_size=size,
     )
+
+
+def require_room(
+    storage: Storage, plan: Plan, config: BuildConfig, row_bytes: int, shards: Sequence[int], freed_bytes: int = 0
+) -> None:
+    """Raises StorageError where these shards do not fit on OUT's disk, of which so many bytes will be freed first."""
+    if config.preflight and config.deflate_level is None:  # how far images shrink is not known
+        space.require_space(
+            storage.root,
+            rows=sum(len(plan.shard_range(shard)) for shard in shards),
+            row_bytes=row_bytes,
+            shards=len(shards),
+            dtype=config.dtype,
+            pixel_dtype=config.pixel_dtype,
+            freed_bytes=freed_bytes,
+        )
 
 
 def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source: Source) -> None:
@@ -225,13 +301,7 @@ def backend(job: Job, config: BuildConfig) -> Choice:
         BackendError: it cannot be used here.
     """
     record = job.record
-    other = config.backend not in ("auto", record.backend)
-    other |= config.device == "cpu" if record.device == "cuda" else config.require_gpu
-    if other:
-        raise MismatchError(
-            f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
-            f"{config.device} ask for another; leave them out to resume, or start anew with --overwrite"
-        )
+    _require_same_backend(job, config)
     device = config.device if record.device == "cuda" else "cpu"
     same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
     config = config.model_copy(update=same)
@@ -242,6 +312,17 @@ def backend(job: Job, config: BuildConfig) -> Choice:
             f"OUT was begun with backend {record.backend} on {record.device}, which cannot be used here: {exc}\n"
             "resume where it can, or start anew with --overwrite"
         ) from exc
+
+
+def _require_same_backend(job: Job, config: BuildConfig) -> None:
+    record = job.record
+    other = config.backend not in ("auto", record.backend)
+    other |= config.device == "cpu" if record.device == "cuda" else config.require_gpu
+    if other:
+        raise MismatchError(
+            f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
+            f"{config.device} ask for another; leave them out to resume, or start anew with --overwrite"
+        )
 
 
 def _is_there(source: Source, item: Item) -> bool:

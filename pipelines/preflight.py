@@ -22,7 +22,7 @@ from .headers import Sample, sample_headers, spread
 from .job import Job
 from .manifest import class_list, committed
 from .normalize import row_shape, table
-from .output import JOB, shard_name
+from .output import JOB, is_unbuilt, shard_name
 from .plan import Plan, collect
 from .planning import backend, doubts, inspect, places, remarks, resume
 from .rejects import Reject
@@ -239,18 +239,22 @@ def _left(
     outs: dict[str, Storage], source: Source, config: BuildConfig, shards: dict[str, int]
 ) -> tuple[int | None, list[str]]:
     """How many shards a build that goes on would build, None if none would; and why one that was begun would not."""
-    left, unfit = dict(shards), []
-    begun = [side for side, storage in outs.items() if storage.size(JOB) is not None and not config.overwrite]
-    for side in begun:
+    left, unfit, resumed = dict(shards), [], False
+    for side, storage in outs.items():
+        if storage.size(JOB) is None or config.overwrite:
+            continue
         mine = config.sides.get(side, config)
         try:
-            job = resume(outs[side], source, mine)
-            left[side] = job.plan.shard_count - len(committed(outs[side], job))
-            if left[side]:
+            job = resume(storage, source, mine)
+            missing = job.plan.shard_count - len(committed(storage, job))
+            if missing:
                 backend(job, mine)
+            left[side], resumed = missing, True
         except (MismatchError, BackendError) as exc:
-            unfit.append(f"{outs[side].root!r}: {exc}")
-    return (sum(left.values()) if begun and not unfit else None), unfit
+            # A build replaces a plan of other settings that has no shard yet.
+            if isinstance(exc, BackendError) or not is_unbuilt(storage) or storage.live_locks():
+                unfit.append(f"{storage.root!r}: {exc}")
+    return (sum(left.values()) if resumed and not unfit else None), unfit
 
 
 # What it takes

@@ -34,6 +34,7 @@ def require_space(
     shards: int,
     dtype: str = "float32",
     pixel_dtype: str = "uint8",
+    freed_bytes: int = 0,
 ) -> None:
     """Raises StorageError if what is still to be written does not fit on OUT's filesystem.
 
@@ -47,12 +48,13 @@ def require_space(
         shards: how many are not built yet.
         dtype: of stored images.
         pixel_dtype: of pixels, to say what these would take.
+        freed_bytes: what will be deleted there before.
     """
-    lack = lack_of_space(storage_root, _at_most(rows, row_bytes, shards), shards)
+    lack = lack_of_space(storage_root, _at_most(rows, row_bytes, shards) - freed_bytes, shards)
     if lack is None:
         return
     item_bytes, pixel_bytes = np.dtype(dtype).itemsize, np.dtype(pixel_dtype).itemsize
-    pixels = size(_at_most(rows, row_bytes * pixel_bytes // item_bytes, shards))
+    pixels = size(_at_most(rows, row_bytes * pixel_bytes // item_bytes, shards) - freed_bytes)
     smaller = f"--dtype {pixel_dtype} would take {pixels}; " if item_bytes > pixel_bytes else ""
     raise StorageError(
         f"{lack}. {smaller}free some space, choose another OUT, or start all the same with --no-preflight"

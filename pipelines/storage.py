@@ -139,6 +139,7 @@ class LocalStorage:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.path.abspath(root)
+        self._made: list[str] = []
 
     def path(self, name: str) -> str:
         """The path of a file under its final name."""
@@ -232,8 +233,7 @@ class LocalStorage:
         """
         with contextlib.ExitStack() as stack:
             with self.explained(f"{PRIVATE}/{name}"):
-                os.makedirs(self.path(PRIVATE), exist_ok=True)
-                held = stack.enter_context(FileLock(self.path(f"{PRIVATE}/{name}"), self.root, wait_s))
+                held = stack.enter_context(FileLock(self.path(f"{PRIVATE}/{name}"), self.root, wait_s, self._made))
             yield held
 
     def live_locks(self) -> list[str]:

@@ -31,7 +31,15 @@ from gpu_npz import leases, locks, objects
 from gpu_npz.audit.verification import verify
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import FormatError, IncompleteError, LockedError, StorageError
+from gpu_npz.errors import (
+    FormatError,
+    IncompleteError,
+    LockedError,
+    MismatchError,
+    ShardError,
+    StorageError,
+    UsageError,
+)
 from gpu_npz.job import Job
 from gpu_npz.manifest import Manifest, class_list
 from gpu_npz.objects import ObjectStorage
@@ -336,6 +344,35 @@ def test_overwriting_leaves_what_no_build_made(src: Path, out: str) -> None:
     assert "shard-00003.npz" not in contents(out)
     assert contents(out)["notes.txt"] == b"precious"
     assert verify(out).ok
+
+
+def test_a_refused_build_leaves_no_object(src: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="shard-size"):
+        build(src, out, SETTINGS.model_copy(update={"shard_size": "1B"}))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ShardError, match="ended with code 1"):
+        build(src, out, SETTINGS.model_copy(update={"workers": 1}))
+    assert contents(out) == {}
+
+
+@pytest.mark.parametrize("part", [None, "1/2"])
+def test_a_plan_without_a_shard_is_replaced_in_a_bucket_too(
+    src: Path, out: str, monkeypatch: pytest.MonkeyPatch, part: str | None
+) -> None:
+    def interrupted(*of: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gpu_npz.builder.run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(src, out, SETTINGS.model_copy(update={"part": part}))
+    assert contents(out).keys() == {".gpu-npz/job.json", ".gpu-npz/plan.npz"}
+    other = SETTINGS.model_copy(update={"dtype": "uint8", "part": part})
+    with open_storage(out).lock("lock-part-2-of-2"), pytest.raises((MismatchError, LockedError)):
+        build(src, out, other)
+    build(src, out, other)
+    with pytest.raises(MismatchError, match="dtype: uint8 there, float32 asked for"):
+        build(src, out, SETTINGS.model_copy(update={"part": part}))
 
 
 def test_a_foreign_prefix_is_not_written_to(src: Path, out: str) -> None:

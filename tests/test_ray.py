@@ -375,6 +375,13 @@ def test_a_cluster_without_a_gpu_is_refused_at_once(pair: Any, built: Build, mon
         built(pair)
 
 
+def test_a_build_for_which_no_node_has_room_leaves_nothing(pair: Any, built: Build, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    with pytest.raises(BackendError, match="has the 9 CPU that a worker needs"):
+        built(pair, backend="dali", threads=9)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("gpu", [0, 2])
 def test_the_machine_of_a_build_is_that_of_the_nodes(head: Any, gpu: int) -> None:
     node = head.add_node(num_cpus=6, num_gpus=gpu, object_store_memory=STORE_BYTES)
