@@ -29,6 +29,7 @@ from .errors import (
     StorageError,
     UsageError,
 )
+from .holders import PRIVATE
 from .job import Job, shown_classes
 from .normalize import row_shape, table
 from .output import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_temporaries, require_own
@@ -37,7 +38,7 @@ from .plan import Plan, same_listing
 from .rejects import BadItem
 from .selection import listed
 from .sources.base import Item, Source, location_of, read_item
-from .storage import PRIVATE, Storage, is_remote, open_storage
+from .storage import Storage, is_remote, open_storage
 
 log = logging.getLogger(__name__)
 _PROBED_ITEMS = 16

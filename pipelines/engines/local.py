@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from .. import processes
 from ..errors import GpuNpzError, ShardError
 from ..rejects import Code
-from ..worker import Committed, Decoding, Event, Progress, Task, asked, work
+from ..worker import Committed, Decoding, Event, Progress, Task, asked, remove_leftovers, work
 
 log = logging.getLogger(__name__)
 _JOIN_S = 10.0
@@ -177,6 +177,7 @@ class _Pool:
             self._banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
         else:
             self._losses.update(list(worker.progress))
+        remove_leftovers(worker.task, worker.progress)
         for shard, lost in worker.progress.items():
             if self._losses[shard] >= _HOPELESS:
                 raise ShardError(_epitaph(cause, self._deaths))
@@ -205,6 +206,7 @@ def serve(descriptor: int) -> None:
         shard: int | None = connection.recv()
         return shard
 
+    processes.end_with_parent(descriptor)
     try:
         task = connection.recv()
         with contextlib.closing(_messages(task, asked(ask, task.tuning.open_shards))) as messages:
