@@ -121,7 +121,8 @@ class _Host:
         more = [*OPTIONS[4:], "--workers", "0", "--open-shards", "1", *options]
         command = [sys.executable, "-m", "gpu_npz", "build", os.fspath(src), out, *more]
         with (self._place / "said").open("w") as said:
-            self.process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+            # In a session of its own: a stopped process goes on when what started its group ends.
+            self.process = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
 
     def said(self) -> str:
         return (self._place / "said").read_text()

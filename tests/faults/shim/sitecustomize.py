@@ -6,8 +6,8 @@ every process that has come this far; of a write, half is written), `stop` (SIGS
 errno, with `FROM:` in front if all calls from there on shall fail. What a rename or an unlink destroys is kept in the
 folder FAULTS_KEEP, so that `harness.power_loss` can bring it back.
 
-FAULTS_CALLS says which calls count, if not all. With FAULTS_HOST, the build runs as if on a host of that name: flock
-does not reach others, and hearts beat fast. Where FAULTS_UNDER is on S3, requests that change something are counted.
+FAULTS_CALLS says which calls count, if not all. With FAULTS_HOST, the build runs as if on a host of that name: flock in
+OUT does not reach others, and hearts beat fast. Where FAULTS_UNDER is on S3, requests that change something are counted.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ if HOST:
     from gpu_npz import leases, locks
 
     socket.gethostname = lambda: HOST
-    fcntl.flock = lambda *_: None
+    fcntl.flock = lambda descriptor, how: None if ours(path_of(descriptor)) else real_flock(descriptor, how)
     locks.HEARTBEAT_S, locks.STALE_S, leases.SETTLE_S = 0.1, 0.6, 0.2
     locks._LOOK_S = leases._LOOK_S = 0.05
 if UNDER.startswith("s3://"):
