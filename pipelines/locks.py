@@ -194,14 +194,14 @@ class FileLock:
         aside = beside(self._path, self._own.token)
         if not move_aside(self._path, aside):
             return  # another waiter was faster
-        same = os.path.samestat(os.stat(aside), status)
-        if same and holder is not None:
+        with contextlib.suppress(FileNotFoundError):  # whoever holds OUT by now has tidied up
             with open(aside, "rb") as file:
-                same = Holder.parse(file.read()) == holder
-        if same:
-            os.unlink(aside)
-        else:
-            put_back(aside, self._path)
+                same = os.path.samestat(os.fstat(file.fileno()), status)
+                same = same and holder in (None, Holder.parse(file.read()))
+            if same:
+                os.unlink(aside)
+            else:
+                put_back(aside, self._path)
 
     def _beat(self) -> None:
         beats = itertools.count(1)

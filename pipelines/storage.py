@@ -287,10 +287,11 @@ class LocalStorage:
             try:
                 right = is_right(aside)
             finally:
-                if right:
-                    os.unlink(aside)
-                else:
-                    put_back(aside, path)
+                with contextlib.suppress(FileNotFoundError):  # whoever holds OUT by now has tidied up
+                    if right:
+                        os.unlink(aside)
+                    else:
+                        put_back(aside, path)
 
     def remove_temporaries(self, folder: str) -> None:
         """Removes what killed builds, and this one, left unfinished in a folder; nothing of other locks that are held.

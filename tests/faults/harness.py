@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,17 +70,19 @@ def build(src: Path, out: Path, place: Path, *, at: int = -1, kind: str = "kill"
 
 NAMING = "link rename unlink rmdir"  # what gives names and takes them
 FIRST = ["--size", "24", "--shard-size", "4"]
+_OF_LOCK = re.compile(r"/\.?(lock|claim-)[^/]*$|/\.gpu-npz$")
 SECOND = ["--size", "20", "--shard-size", "8", "--overwrite"]  # fewer shards, so that one of the first would show
 
 
-def takeover(src: Path, out: str, place: Path, at: int, *options: str) -> tuple[str | None, list[dict[str, Any]]]:
+def takeover(src: Path, out: str, place: Path, at: int | str, *options: str) -> tuple[str | None, list[dict[str, Any]]]:
     """A build whose host sleeps from a call on until another host has taken OUT over with other settings.
 
     Args:
         src: the images.
         out: OUT, in a folder or on S3.
         place: an empty folder.
-        at: the call before which all processes of the first build stop; never if negative, and nobody takes over then.
+        at: the call before which the first build's processes stop, see shim/sitecustomize.py; never, and nobody takes over,
+            if it is -1.
         options: more of the first build's.
 
     Returns:
@@ -86,8 +90,10 @@ def takeover(src: Path, out: str, place: Path, at: int, *options: str) -> tuple[
     """
     first = _Host("host-a", src, out, place, at, [*FIRST, *options])
     _, status = os.waitpid(first.process.pid, os.WUNTRACED)
-    if at < 0 or not os.WIFSTOPPED(status):
-        return (first.ended(os.waitstatus_to_exitcode(status)), first.calls())
+    if not os.WIFSTOPPED(status):
+        first.process.returncode = os.waitstatus_to_exitcode(status)
+        fault = first.ended(first.process.returncode)
+        return fault if at == -1 else f"it was not stopped: {fault}", first.calls()
     second = _Host("host-b", src, out, place, -1, SECOND)
     fault = second.ended(second.process.wait())
     for process in {call["pid"] for call in first.calls()}:
@@ -103,7 +109,7 @@ def takeover(src: Path, out: str, place: Path, at: int, *options: str) -> tuple[
 class _Host:
     """A build on a host of its own."""
 
-    def __init__(self, name: str, src: Path, out: str, place: Path, at: int, options: list[str]) -> None:
+    def __init__(self, name: str, src: Path, out: str, place: Path, at: int | str, options: list[str]) -> None:
         self._place = place / name
         (self._place / "scratch").mkdir(parents=True)
         paths = [os.fspath(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -136,14 +142,37 @@ class _Host:
         return f"{self._place.name} ended with {code}: {self.said()[-500:]}" if code else None
 
 
+@contextlib.contextmanager
+def bucket() -> Iterator[str]:
+    """An empty bucket of a server that lives for so long."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    before = dict(os.environ)
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+        "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}", "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }  # fmt: skip
+    fsspec.config.conf["s3"] = {"endpoint_url": f"http://{host}:{port}"}
+    fsspec.filesystem("s3").mkdir("bucket")
+    try:
+        yield "s3://bucket"
+    finally:
+        del fsspec.config.conf["s3"]
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ |= before
+        server.stop()
+
+
 def moments(calls: list[dict[str, Any]]) -> list[int]:
-    """The calls before which a build may be stopped, by their numbers: those at which it holds OUT."""
-    own = [number for number, call in enumerate(calls) if not _is_of_lock(call)]
-    return list(range(own[0], own[-1] + 1))
-
-
-def _is_of_lock(call: dict[str, Any]) -> bool:
-    return re.search(r"/\.?(lock|claim-)[^/]*$", call.get("to") or call["path"]) is not None
+    """The calls before which a build may be stopped, by their numbers: not those that take its lock, or let go of it."""
+    return [number for number, call in enumerate(calls) if not _OF_LOCK.search(call.get("to") or call["path"])]
 
 
 def _not_of_second(out: str) -> str | None:

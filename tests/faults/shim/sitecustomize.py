@@ -1,7 +1,8 @@
 """Counts what every process of a build does to the files below FAULTS_UNDER, and lets one of these calls go wrong.
 
 Python imports this by itself where its folder is on PYTHONPATH. All processes of a build append a line a call to the
-same log, so that calls have numbers. With FAULTS_AT=N, call N is where it happens: FAULTS_KIND is `kill` (SIGKILL to
+same log, so that calls have numbers. With FAULTS_AT=N, call N is where it happens, with FAULTS_AT="CALL NAME" the first
+of this kind about a path with NAME in it: FAULTS_KIND is `kill` (SIGKILL to
 every process that has come this far; of a write, half is written), `stop` (SIGSTOP to all of them), or the name of an
 errno, with `FROM:` in front if all calls from there on shall fail. What a rename or an unlink destroys is kept in the
 folder FAULTS_KEEP, so that `harness.power_loss` can bring it back.
@@ -25,7 +26,7 @@ import socket
 UNDER = os.environ.get("FAULTS_UNDER", "")
 LOG = os.environ.get("FAULTS_LOG", "")
 KEEP = os.environ.get("FAULTS_KEEP", "")
-AT = int(os.environ.get("FAULTS_AT", -1))
+AT, _, ABOUT = os.environ.get("FAULTS_AT", "-1").partition(" ")
 KIND = os.environ.get("FAULTS_KIND", "kill")
 HOST = os.environ.get("FAULTS_HOST", "")
 NAMES = ("open", "write", "pwrite", "fsync", "rename", "link", "unlink", "rmdir", "mkdir", "ftruncate")
@@ -34,7 +35,7 @@ REQUESTS = ("put_object", "delete_object", "create_multipart_upload", "complete_
 real_flock = fcntl.flock
 real = {name: getattr(os, name) for name in NAMES}
 real_open = builtins.open
-kept = itertools.count()
+kept, met = itertools.count(), itertools.count()
 
 
 def path_of(target: object) -> str:
@@ -60,6 +61,13 @@ def noted(call: str, path: str, **more: object) -> int:
         return number
     finally:
         os.close(descriptor)
+
+
+def is_now(number: int, call: str, paths: str) -> bool:
+    """Whether this is the call at which it happens."""
+    if not ABOUT:
+        return number == int(AT)
+    return call == AT and ABOUT in paths and next(met) == 0
 
 
 def signal_all(number: signal.Signals) -> None:
@@ -92,16 +100,17 @@ def faulty(call: str):  # type: ignore[no-untyped-def]
         elif call == "unlink":
             more = {"kept": keep(path)}
         number = noted(call, path, **more)
-        if number == AT and KIND == "kill":
+        now = is_now(number, call, f"{path} {more.get('to', '')}")
+        if now and KIND == "kill":
             if call in ("write", "pwrite"):
                 data = memoryview(args[1]).cast("B")
                 real[call](args[0], data[: len(data) // 2], *args[2:])
             signal_all(signal.SIGKILL)
-        if number == AT and KIND == "stop":
+        if now and KIND == "stop":
             signal_all(signal.SIGSTOP)
             return real[call](*args, **kwargs)
         once, code = (False, KIND.removeprefix("FROM:")) if KIND.startswith("FROM:") else (True, KIND)
-        if KIND != "kill" and AT >= 0 and (number == AT if once else number >= AT):
+        if KIND not in ("kill", "stop") and (now if once else 0 <= int(AT) <= number):
             number = getattr(errno, code)
             raise OSError(number, os.strerror(number), path)
         return real[call](*args, **kwargs)
@@ -142,16 +151,19 @@ class Written:
 
 def watch_requests() -> None:
     import s3fs
+    from fsspec.asyn import sync_wrapper
 
     real_call = s3fs.S3FileSystem._call_s3
 
     async def call(self, method, *args, **kwargs):  # type: ignore[no-untyped-def]
         place = f"s3://{kwargs.get('Bucket')}/{kwargs.get('Key')}"
-        if method in REQUESTS and ours(place) and "/beat-" not in place and noted(method, place) == AT:
+        counts = method in REQUESTS and ours(place) and "/beat-" not in place
+        if counts and is_now(noted(method, place), method, place):
             signal_all(signal.SIGSTOP)
         return await real_call(self, method, *args, **kwargs)
 
     s3fs.S3FileSystem._call_s3 = call
+    s3fs.S3FileSystem.call_s3 = sync_wrapper(call)
 
 
 if HOST:
