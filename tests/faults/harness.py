@@ -81,8 +81,7 @@ def takeover(src: Path, out: str, place: Path, at: int | str, *options: str) -> 
         src: the images.
         out: OUT, in a folder or on S3.
         place: an empty folder.
-        at: the call before which the first build's processes stop, see shim/sitecustomize.py; never, and nobody takes over,
-            if it is -1.
+        at: the call before which the first build stops, see shim/sitecustomize.py; -1: never, and nobody takes over.
         options: more of the first build's.
 
     Returns:
@@ -171,7 +170,7 @@ def bucket() -> Iterator[str]:
 
 
 def moments(calls: list[dict[str, Any]]) -> list[int]:
-    """The calls before which a build may be stopped, by their numbers: not those that take its lock, or let go of it."""
+    """The calls before which a build may be stopped, by their numbers: all but those that are about its lock."""
     return [number for number, call in enumerate(calls) if not _OF_LOCK.search(call.get("to") or call["path"])]
 
 

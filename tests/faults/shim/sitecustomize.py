@@ -8,7 +8,7 @@ errno, with `FROM:` in front if all calls from there on shall fail. What a renam
 folder FAULTS_KEEP, so that `harness.power_loss` can bring it back.
 
 FAULTS_CALLS says which calls count, if not all. With FAULTS_HOST, the build runs as if on a host of that name: flock in
-OUT does not reach others, and hearts beat fast. Where FAULTS_UNDER is on S3, requests that change something are counted.
+OUT does not reach others, and hearts beat fast. Where FAULTS_UNDER is on S3, requests that change something count.
 """
 
 from __future__ import annotations
