@@ -222,7 +222,8 @@ class ObjectStorage:
             found = self._files.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key, Delimiter="/")
             self.require_held()  # so none of these is of a build that takes over from here on
             for upload in found.get("Uploads", []):
-                if _UPLOADS.fullmatch(upload["Key"].rpartition("/")[2]):
+                folder, _, name = upload["Key"].rpartition("/")
+                if folder == key.rpartition("/")[0] and _UPLOADS.fullmatch(name):  # some servers ignore the delimiter
                     which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
                     self._files.call_s3("abort_multipart_upload", Bucket=bucket, **which)
 
