@@ -95,11 +95,15 @@ def require_held(storage: Fenced, fences: Iterable[Fence]) -> None:
             if holder.token == fence.token:
                 break
             if holder.host or look == _LOOKS - 1:
-                who = f"process {holder.process} on host {holder.host}" if holder.host else "another build"
+                who = (
+                    f"process {holder.process} on host {holder.host}"
+                    if holder.host
+                    else "another build, which has ended since"
+                )
                 raise LockedError(
                     f"{storage.root!r} was taken over by {who}: this build gave no sign of life for too long, or its "
-                    "lock was deleted. It publishes nothing more and leaves what is there to the other; look at "
-                    "that with gpu-npz info, or run the same command again when the other has ended"
+                    "lock was deleted. It changes nothing more and leaves OUT to the other; wait for that one, or "
+                    "give another OUT"
                 )
             time.sleep(_LOOK_S)
 
