@@ -19,11 +19,17 @@ from typing import Any
 from .config import BuildConfig
 from .engines import local, ray
 from .environment import Choice
-from .errors import GpuNpzError, MismatchError, RejectLimitError, UsageError
+from .errors import (
+    GpuNpzError,
+    LockedError,
+    RejectLimitError,
+    StorageError,
+    UsageError,
+)
 from .job import Job
-from .manifest import CommitRecord, class_list, committed, finish, write_rejects
+from .manifest import CommitRecord, class_list, committed, publish
 from .messages import Heard, Message, Messages
-from .output import INDEX, JOB, MANIFEST, REJECTS, REPORT, require_own
+from .output import JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .parts import Part, require_no_parts
 from .planning import (
     Measuring,
@@ -156,12 +162,11 @@ def _build(
             if config.engine == "ray" and (config.overwrite or storage.size(MANIFEST) is None):
                 stack.enter_context(ray.cluster(config.ray_address))  # once for all that follows
             with contextlib.ExitStack() as planning:
-                held = planning.enter_context(storage.lock(wait_s=_PLAN_WAIT_S if part else 0.0))
+                planning.enter_context(storage.lock(wait_s=_PLAN_WAIT_S if part else 0.0))
 
                 def told(event: Started | Measuring | Event) -> None:
                     nonlocal untried
                     untried = untried and isinstance(event, Started)
-                    held.require_held()
                     if progress:
                         progress(event)
 
@@ -170,7 +175,7 @@ def _build(
                 job, untried = planned(storage, source, config, told, part=part, beside=beside)
                 if part:
                     log.warning("building part %s (%s)", part, part.origin)
-                    held = stack.enter_context(storage.lock(part.lock))
+                    stack.enter_context(storage.lock(part.lock))
                 else:
                     stack.push(planning.pop_all())
 
@@ -262,8 +267,10 @@ def run(
             )
         require_room(storage, plan, config, row_bytes, todo)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
-        task = Task(storage.root, source, None, tuning, _environment(records, config))
-        with contextlib.closing(_events(task, todo, choice, config)) as events:
+        task = Task(storage.root, source, None, tuning, _environment(records, config), fence=storage.fence)
+        with contextlib.ExitStack() as stack:
+            stack.callback(_tidy, storage)  # once all workers have ended
+            events = stack.enter_context(contextlib.closing(_events(task, todo, choice, config)))
             for event in events:
                 watch.see(event)
                 if isinstance(event, Committed):
@@ -334,28 +341,10 @@ def run(
     return report
 
 
-def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], config: BuildConfig) -> bool:
-    """Makes a dataset of shards that are all there, unless too many items were rejected, and says whether it is one.
-
-    Raises:
-        MismatchError: the shards were made in several environments, and `accept_environment` is not set.
-    """
-    if all(storage.size(name) is not None for name in (MANIFEST, INDEX, REJECTS)):
-        return True
-    ordered = [records[shard] for shard in range(job.plan.shard_count)]
-    made_with = {json.dumps(record.environment, sort_keys=True): record.shard for record in ordered}
-    if len(made_with) > 1 and not config.accept_environment:
-        raise MismatchError(
-            "shards were made in several environments, whose pixels may differ:\n"
-            + "\n".join(f"  shard {shard}, for one: {made}" for made, shard in made_with.items())
-            + "\nadd --accept-environment to mix them, or start anew with --overwrite"
-        )
-    rejects = sum(len(record.rejects) for record in ordered)
-    if rejects > config.reject_limit(job.plan.item_count):
-        write_rejects(storage, ordered)
-        return False
-    finish(storage, job, ordered)
-    return True
+def _tidy(storage: Storage) -> None:
+    """Removes what workers that died or were stopped left unfinished."""
+    with contextlib.suppress(StorageError):  # nothing here may hide why a build stops
+        remove_temporaries(storage)
 
 
 def _events(task: Task, shards: Sequence[int], choice: Choice, config: BuildConfig) -> Generator[Event, None, None]:
@@ -417,4 +406,9 @@ def _store_report(storage: Storage, report: BuildReport) -> None:
     machine = {"host": socket.gethostname(), "machine": platform.machine(), "python": platform.python_version()}
     ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     content = {**report.to_json(), "ended": ended, **machine}
-    storage.write(REPORT, (json.dumps(content, indent=1) + "\n").encode("ascii"))
+    try:
+        storage.write(REPORT, (json.dumps(content, indent=1) + "\n").encode("ascii"))
+    except LockedError:
+        raise
+    except StorageError as exc:
+        log.warning("the report was not written: %s", exc)

@@ -1,15 +1,15 @@
 """Locks on object stores, which have no kernel to drop the lock of a process that died: each has a heartbeat.
 
-Four kinds of object, each written in one put:
+Three kinds of object, each written in one put:
 
-    .gpu-npz/lock           {"host", "process", "place", "token"}, made only if there is none (If-None-Match)
+    .gpu-npz/lock           a holder (holders.py), made only if there is none (If-None-Match)
     .gpu-npz/beat-<token>   a number that the holder counts up every HEARTBEAT_S
     .gpu-npz/claim-<token>  made only if there is none: the right to end that holder's lock
 
 A lock is stale if its holder was a process of this system that is gone, or if its heartbeat stays the same for STALE_S
 while a waiter watches it by its own monotonic clock; clocks of two machines are never compared. Of several waiters the
 one that makes the claim puts its own lock in the place of the stale one. A holder that was only slow finds another's
-token there, and publishes nothing any more.
+token there, and publishes nothing more.
 
 Some servers ignore If-None-Match. That is noticed; then the lock is read again after SETTLE_S, and the last to write
 has it. Two could hold such a lock only if a put took longer, and one of them would notice at its next heartbeat.
@@ -18,18 +18,15 @@ has it. Two could hold such a lock only if a put took longer, and one of them wo
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import random
-import secrets
-import socket
 import threading
 import time
 from typing import Protocol
 
 from . import locks
 from .errors import LockedError, StorageError
+from .holders import Holder
 
 log = logging.getLogger(__name__)
 SETTLE_S = 2.0
@@ -57,12 +54,12 @@ class Objects(Protocol):
     def creates_once(self, name: str) -> bool:
         """Whether `create` is one step here; if not, two may be told that they made it. `name` is there and is ours."""
 
-    def delete(self, name: str) -> None:
-        """Removes it, if it is there."""
+    def delete(self, name: str, content: bytes | None = None) -> None:
+        """Removes it, if it is there and, if given, has this content."""
 
 
 class Lease:
-    """The lock of one object. Use as a context manager; `require_held` says whether it still is.
+    """The lock of one object. Use as a context manager, which gives the lock's token.
 
     Args:
         store: where it lies.
@@ -79,23 +76,21 @@ class Lease:
         self._store = store
         self._name = name
         self._wait_s = wait_s
-        self._token = f"{os.getpid()}-{secrets.token_hex(8)}"
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "place": _place(), "token": self._token}
-        self._content = json.dumps(holder).encode()
-        self._lost = False
+        own = Holder.own()
+        self._token = own.token
+        self._content = own.to_json()
         self._over = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="gpu-npz-lease", daemon=True)
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> str:
         self._store.put(self._beside("beat", self._token), b"0")
         try:
             self._take()
         except BaseException:
             self._store.delete(self._beside("beat", self._token))
             raise
-        self._seen = time.monotonic()
         self._heart.start()
-        return self
+        return self._token
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
@@ -103,35 +98,18 @@ class Lease:
         with contextlib.suppress(StorageError):  # what stays is taken over when it is stale
             claim = self._beside("claim", self._token)
             if self._store.create(claim, self._content):
-                if self._store.read(self._name) == self._content:
-                    self._store.delete(self._name)
+                self._store.delete(self._name, self._content)
                 self._store.delete(claim)
             self._store.delete(self._beside("beat", self._token))
-
-    def require_held(self) -> None:
-        """Raises LockedError if another process has taken the lock for stale."""
-        if not self._lost and time.monotonic() - self._seen > 2 * locks.HEARTBEAT_S:
-            self._look()  # the process was stopped for a while, or the store did not answer
-        if self._lost:
-            raise LockedError(
-                f"{self._store.path(self._name)!r} was taken over or deleted: this process gave no sign of life for "
-                f"{locks.STALE_S:g} s, so it publishes nothing more. Run the same command again to see what is left"
-            )
 
     def _beat(self) -> None:
         number = 0
         while not self._over.wait(locks.HEARTBEAT_S):
             with contextlib.suppress(StorageError):  # the next beat may come through
-                self._look()
-                if self._lost:
+                if self._store.read(self._name) != self._content:
                     return
                 number += 1
                 self._store.put(self._beside("beat", self._token), str(number).encode())
-
-    def _look(self) -> None:
-        """Sees whether the lock is still this one's."""
-        self._lost = self._lost or self._store.read(self._name) != self._content
-        self._seen = time.monotonic()
 
     def _take(self) -> None:
         start, told, claimed = time.monotonic(), False, False
@@ -145,10 +123,10 @@ class Lease:
                 continue
             if content == self._content:  # the answer to our own put was lost
                 return
-            holder = _parse(content)
-            if not holder:
+            holder = Holder.parse(content)
+            if not holder.token:
                 raise LockedError(self._refusal(holder))
-            beat = self._store.read(self._beside("beat", holder["token"]))
+            beat = self._store.read(self._beside("beat", holder.token))
             if watched is None or watched[0] != content:
                 alive, claimed = False, False
             elif watched[1] != beat:
@@ -156,12 +134,12 @@ class Lease:
             if watched != (content, beat):
                 watched, since = (content, beat), time.monotonic()
             stale = time.monotonic() - since > locks.STALE_S
-            if stale or _is_gone(holder):
-                if self._taken_over(content, beat, holder["token"]):
-                    log.warning("%s: taken over from process %s, which is gone", self._store.root, holder["process"])
+            if stale or holder.gone:
+                if self._taken_over(content, beat, holder.token):
+                    log.warning("%s: taken over from process %s, which is gone", self._store.root, holder.process)
                     return
                 if stale and claimed:  # for another STALE_S, and it is still the same lock: the claimer died, too
-                    self._store.delete(self._beside("claim", holder["token"]))
+                    self._store.delete(self._beside("claim", holder.token))
                 if stale:
                     claimed, since = not claimed, time.monotonic()
             waited = time.monotonic() - start
@@ -171,7 +149,7 @@ class Lease:
                 told = True
                 log.warning(
                     "%s is held by process %s on host %s; looking for up to %g s whether it lives",
-                    self._store.path(self._name), holder["process"], holder["host"], locks.STALE_S,
+                    self._store.path(self._name), holder.process, holder.host, locks.STALE_S,
                 )  # fmt: skip
             time.sleep(min(_LOOK_S, locks.HEARTBEAT_S) * random.uniform(0.5, 1.5))  # not in step with other waiters
 
@@ -200,49 +178,22 @@ class Lease:
     def _beside(self, kind: str, token: str) -> str:
         return f"{self._name.rpartition('/')[0]}/{kind}-{token}"
 
-    def _refusal(self, holder: dict[str, str]) -> str:
+    def _refusal(self, holder: Holder) -> str:
         place = self._store.path(self._name)
-        rest = "" if holder else f"; if no build is at work, delete {place!r}"
+        rest = "" if holder.token else f"; if no build is at work, delete {place!r}"
         return (
-            f"{self._store.root!r} is in use by process {holder.get('process', '?')} on host "
-            f"{holder.get('host', '?')} ({place!r}); wait for it, or stop it and run the same command{rest}"
+            f"{self._store.root!r} is in use by process {holder.process or '?'} on host "
+            f"{holder.host or '?'} ({place!r}); wait for it, or stop it and run the same command{rest}"
         )
 
 
 def is_live(content: bytes | None) -> bool:
     """Whether a lock's content names a holder that may live: all but processes of this system that are gone."""
-    return content is not None and not _is_gone(_parse(content))
+    return content is not None and not Holder.parse(content).gone
 
 
 def leftovers(store: Objects, folder: str, names: list[str]) -> list[str]:
     """Heartbeats and claims in a folder that belong to no lock there."""
-    tokens = {_parse(store.read(f"{folder}/{name}") or b"").get("token") for name in names if name.startswith("lock")}
+    tokens = {Holder.parse(store.read(f"{folder}/{name}")).token for name in names if name.startswith("lock")}
     ours = [name.partition("-") for name in names]
     return ["".join(name) for name in ours if name[0] in ("beat", "claim") and name[2] not in tokens]
-
-
-def _parse(content: bytes) -> dict[str, str]:
-    """What a lock says; nothing if it is none."""
-    try:
-        values = json.loads(content)
-        return {name: str(values[name]) for name in ("host", "process", "place", "token")}
-    except (ValueError, KeyError, TypeError):
-        return {}
-
-
-def _is_gone(holder: dict[str, str]) -> bool:
-    """Whether it was a process of this system, and no such process is there any more."""
-    if not holder or not holder["place"] or (holder["host"], holder["place"]) != (socket.gethostname(), _place()):
-        return False
-    with contextlib.suppress(ValueError):  # what a lock says may be anything
-        return locks.is_gone(int(holder["process"]))
-    return False
-
-
-def _place() -> str:
-    """What process numbers count in: this start of the system, and the container in it; "" where no Linux says so."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""

@@ -13,14 +13,14 @@ from typing import Any
 
 from .audit.originals import source_of
 from .audit.verification import Problem, verify
-from .builder import BuildReport, Tell, publish, run
+from .builder import BuildReport, Tell, run
 from .config import BuildConfig
 from .decode import make_decoder
 from .decode.base import Decoder
 from .errors import FormatError, IncompleteError, SourceError
 from .geometry import Geometry
 from .job import Job
-from .manifest import CommitRecord, Manifest, committed
+from .manifest import CommitRecord, Manifest, committed, publish
 from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
 from .parts import live_parts, require_no_parts
 from .plan import Batch

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .config import BuildConfig
-from .errors import FormatError, IncompleteError, UsageError
+from .errors import FormatError, IncompleteError, MismatchError, UsageError
 from .job import MAX_JSON_BYTES, Job, from_json, index_comment, loads, read_json, store_arrays, to_json
 from .normalize import statistics
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, refuse_several, shard_name
@@ -268,6 +268,30 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
     return manifest
 
 
+def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], config: BuildConfig) -> bool:
+    """Makes a dataset of shards that are all there, unless too many items were rejected, and says whether it is one.
+
+    Raises:
+        MismatchError: the shards were made in several environments, and `accept_environment` is not set.
+    """
+    if all(storage.size(name) is not None for name in (MANIFEST, INDEX, REJECTS)) and _is_of(storage, job):
+        return True
+    ordered = [records[shard] for shard in range(job.plan.shard_count)]
+    made_with = {json.dumps(record.environment, sort_keys=True): record.shard for record in ordered}
+    if len(made_with) > 1 and not config.accept_environment:
+        raise MismatchError(
+            "shards were made in several environments, whose pixels may differ:\n"
+            + "\n".join(f"  shard {shard}, for one: {made}" for made, shard in made_with.items())
+            + "\nadd --accept-environment to mix them, or start anew with --overwrite"
+        )
+    rejects = sum(len(record.rejects) for record in ordered)
+    if rejects > config.reject_limit(job.plan.item_count):
+        write_rejects(storage, ordered)
+        return False
+    finish(storage, job, ordered)
+    return True
+
+
 def so_far(storage: Storage) -> tuple[Manifest, dict[str, NDArray[Any]], list[int]]:
     """What `finish` would write if the committed shards were all, and the numbers of these shards, none at first.
 
@@ -279,6 +303,14 @@ def so_far(storage: Storage) -> tuple[Manifest, dict[str, NDArray[Any]], list[in
     ordered = [records[shard] for shard in sorted(records)]
     index = _index(job, ordered)
     return _manifest(job, ordered, index, ""), index, sorted(records)
+
+
+def _is_of(storage: Storage, job: Job) -> bool:
+    """Whether the manifest is that of the job, or is damaged, which `gpu-npz repair` sees to."""
+    try:
+        return Manifest.load(storage.root).id == job.record.id
+    except FormatError:
+        return True
 
 
 def _manifest(job: Job, records: Sequence[CommitRecord], index: Any, rejects_digest: str) -> Manifest:

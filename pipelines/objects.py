@@ -5,6 +5,11 @@ temporaries in the store and nothing to rename. A shard is made in a local tempo
 compared with what arrived: by size, and by the MD5 that the store computed; where it gives none that fits (an encrypted
 bucket, say), by reading the object back. The commit record follows, as everywhere.
 
+Under a lock no put replaces anything: each is made only if there is no object of the name (If-None-Match, also where a
+multipart upload ends). What is in the way is deleted first, if the lock is held, and only as it was seen (If-Match).
+Objects carry the token of the lock under which they were made, so that who finds that it has lost the lock takes back
+its own. Some servers ignore these conditions; then the looks at the lock before and after each put are all there is.
+
 Other filesystems of fsspec (sftp, hdfs) show a file under its final name while it is being written: they are refused.
 `memory://` lives in one process: for tests, and for builds with `--workers 0`.
 
@@ -16,40 +21,34 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import logging
 import os
 import random
 import re
-import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from .errors import StorageError
+from .clients import PACKAGES, advice, client, code, is_transient
+from .errors import LockedError, StorageError
+from .holders import PRIVATE, Fence, fenced, require_held
 from .leases import Lease, is_live, leftovers
-from .storage import LOCK, PRIVATE
+from .scratch import remove_scratch, scratch_folder
+from .storage import LOCK
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "memory": "fsspec"}
 ATTEMPTS = 6
 RETRY_S = 0.5  # then twice as long each time
 PART_BYTES = 16 << 20  # of a multipart upload; an object of less than two parts goes in one put
 _PARTS = 4  # under way at a time, for each shard
 _MAX_PARTS = 10_000
-_SCRATCH = re.compile(r"gpu-npz-scratch-.+")
-_TRANSIENT = {  # botocore's, aiohttp's and fsspec's own, by name: none of them need be installed
-    "HTTPClientError", "EndpointConnectionError", "ConnectionError", "ConnectionClosedError", "ResponseParserError",
-    "IncompleteReadError", "ClientPayloadError", "ClientConnectionError", "TimeoutError",
-}  # fmt: skip
-_TRANSIENT_ERRNO = {errno.EBUSY, errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, getattr(errno, "EREMOTEIO", 121)}
-_ANONYMOUS = re.compile(r"Credential|TokenRetrieval|SSOToken|RefreshError|ProfileNotFound")
+_MARK = "gpu-npz-lock"  # user metadata on S3: the token under which an object was made
+_UPLOADS = re.compile(r"(shard-\d{5,}|index|plan)\.npz")  # what may be large
 
 
 class ObjectStorage:
@@ -57,6 +56,7 @@ class ObjectStorage:
 
     Args:
         root: `s3://bucket/path`.
+        under: as for `storage.open_storage`.
 
     Raises:
         StorageError: no such store, or its client is not installed.
@@ -64,7 +64,7 @@ class ObjectStorage:
 
     _count = itertools.count()
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, under: Fence | None = None) -> None:
         self.root = root.rstrip("/")
         protocol, _, place = self.root.partition("://")
         if protocol not in PACKAGES:
@@ -73,11 +73,17 @@ class ObjectStorage:
             )
         if not place.split("/")[0]:
             raise StorageError(f"OUT {root!r} names no bucket; give {protocol}://bucket/path")
-        self._files = _client(protocol, root)
+        self._files = client(protocol, root)
         self._key = self._files._strip_protocol(self.root).rstrip("/")
-        self._held: list[Lease] = []
+        self._s3 = PACKAGES[protocol] == "s3fs"
+        self._fences = [under] if under else []
         self._scratch = ""
         self._conditional: bool | None = None
+
+    @property
+    def fence(self) -> Fence | None:
+        """The lock that was taken last, for workers that are to work under it; None without one."""
+        return self._fences[-1] if self._fences else None
 
     def path(self, name: str) -> str:
         """The URL of a file."""
@@ -125,30 +131,56 @@ class ObjectStorage:
         """The path of a new local file in which the content of `name` is made."""
         with self.explained(name):
             if not self._scratch:
-                self._scratch = _scratch_folder(self)
+                self._scratch = scratch_folder(self)
         return os.path.join(self._scratch, f"{os.path.basename(name)}.{next(self._count)}")
 
     def publish(self, temporary: str, name: str) -> None:
         """Uploads a file, whole, and sees that it arrived; then it is gone here."""
-        self.require_held()
         size = os.path.getsize(temporary)
         part = max(PART_BYTES, -(-size // _MAX_PARTS))
         digests = _digests(temporary, part)
-        options = {"chunksize": part, "max_concurrency": _PARTS} if self.root.startswith("s3") else {}
+        options = {"chunksize": part, "max_concurrency": _PARTS} if self._s3 else {}
 
-        def upload() -> None:
-            self._files.put_file(temporary, self._at(name), **options)
-            if not self._arrived(name, temporary, size, digests):
-                self._files.rm_file(self._at(name))
-                raise OSError(errno.EPIPE, "what arrived is not what was sent")
+        def put(**more: Any) -> None:
+            self._files.put_file(temporary, self._at(name), **options, **more)
 
-        self._written(name, upload)
+        self._put(name, put, lambda: self._arrived(name, temporary, size, digests), check=True)
         self.discard(temporary)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file in one put."""
+
+        def put(**more: Any) -> None:
+            self._files.pipe_file(self._at(name), content, **more)
+
+        self._put(name, put, lambda: bool(self._files.cat_file(self._at(name)) == content), check=False)
+
+    def _put(self, name: str, put: Callable[..., None], is_whole: Callable[[], bool], *, check: bool) -> None:
+        """Makes an object, in the place of what is there if the locks are held."""
+
+        def attempt() -> None:
+            if not self._fences:
+                put()
+            else:
+                for _ in range(ATTEMPTS):
+                    if self._is_made(name, lambda: put(mode="create", **self._mark()), put):
+                        break
+                    if self._is_ours(name) and is_whole():
+                        return  # the answer to an earlier attempt was lost
+                    self._clear(name, self.require_held)
+                else:
+                    raise OSError(errno.EBUSY, "another object takes its place again and again")
+            if check and not is_whole():
+                self._clear(name, self.require_held)
+                raise OSError(errno.EPIPE, "what arrived is not what was sent")
+
         self.require_held()
-        self.put(name, content)
+        self._written(name, attempt)
+        try:
+            self.require_held()
+        except LockedError:
+            self._asked(name, lambda: self._clear(name, lambda: self._is_ours(name)))
+            raise
 
     def discard(self, temporary: str) -> None:
         """Removes a temporary file, if it is there."""
@@ -157,29 +189,49 @@ class ObjectStorage:
 
     def remove(self, name: str) -> None:
         """Removes a file, if it is there; a folder ends with its last file."""
-        self.require_held()
-        self.delete(name)
+        if self._fences:
+            self._asked(name, lambda: self._clear(name, self.require_held))
+            self.require_held()
+        else:
+            self.delete(name)
 
     def remove_temporaries(self, folder: str) -> None:
-        """Removes what killed builds left unfinished on this machine, and of locks. Only for the holder of the lock."""
+        """Removes what killed builds left unfinished: on this machine, of locks, and of uploads.
+
+        Only for the holder of a lock, while nothing else works under it.
+        """
         if folder == "":
-            _remove_scratch()
+            remove_scratch()
         elif folder == PRIVATE:
             for name in leftovers(self, folder, self.names(folder)):
                 self.delete(f"{folder}/{name}")
+        if not {*self.live_locks()} - {fence.lock for fence in self._fences}:
+            self._abort_uploads(f"{self._at(folder)}/")
+
+    def remove_leftovers(self, name: str) -> None:
+        """Removes what a worker under our lock, which is no more, left unfinished of a file."""
+        remove_scratch()
+        self._abort_uploads(self._at(name))
+
+    def _abort_uploads(self, prefix: str) -> None:
+        """Ends multipart uploads whose keys begin so, in this folder. Not all who may write may list them."""
+        if not self._s3:
+            return
+        bucket, key, _ = self._files.split_path(prefix)
+        with contextlib.suppress(OSError):
+            found = self._files.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key, Delimiter="/")
+            self.require_held()  # so none of these is of a build that takes over from here on
+            for upload in found.get("Uploads", []):
+                folder, _, name = upload["Key"].rpartition("/")
+                if folder == key.rpartition("/")[0] and _UPLOADS.fullmatch(name):  # some servers ignore the delimiter
+                    which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    self._files.call_s3("abort_multipart_upload", Bucket=bucket, **which)
 
     @contextlib.contextmanager
-    def lock(self, name: str = LOCK, *, wait_s: float = 0.0) -> Iterator[Lease]:
-        """Holds OUT for one build, or a part of it; `leases.py` has the rules.
-
-        Once the lock is lost, this object publishes nothing more.
-        """
-        with Lease(self, f"{PRIVATE}/{name}", wait_s) as lease:
-            self._held.append(lease)
-            try:
-                yield lease
-            finally:
-                self._held.remove(lease)
+    def lock(self, name: str = LOCK, *, wait_s: float = 0.0) -> Iterator[None]:
+        """Holds OUT for one build, or a part of it; `leases.py` has the rules."""
+        with Lease(self, f"{PRIVATE}/{name}", wait_s) as token, fenced(self, self._fences, Fence(name, token)):
+            yield
 
     def live_locks(self) -> list[str]:
         """The names of the locks that somebody holds."""
@@ -187,9 +239,8 @@ class ObjectStorage:
         return [name for name in found if is_live(self.read(f"{PRIVATE}/{name}"))]
 
     def require_held(self) -> None:
-        """Raises LockedError if a lock that was taken through this object is lost."""
-        for lease in list(self._held):
-            lease.require_held()
+        """Raises LockedError if a lock under which this object works is lost."""
+        require_held(self, self._fences)
 
     @contextlib.contextmanager
     def explained(self, name: str) -> Iterator[None]:
@@ -218,27 +269,67 @@ class ObjectStorage:
         return self._conditional
 
     def _created(self, name: str, content: bytes) -> bool:
-        def attempt() -> bool:
-            try:
-                self._files.pipe_file(self._at(name), content, mode="create")
-            except FileExistsError:
-                return False
-            except OSError as exc:
-                if exc.errno == errno.ENOSYS:  # the server has no If-None-Match
-                    self._files.pipe_file(self._at(name), content)
-                    return True
-                # Servers name a failed condition, or a race for the name, in several ways.
-                if isinstance(exc, (FileNotFoundError, PermissionError)) or not self._files.exists(self._at(name)):
-                    raise
-                return False
-            return True
+        def put(**more: Any) -> None:
+            self._files.pipe_file(self._at(name), content, **more)
 
-        return self._written(name, attempt)
+        return self._written(name, lambda: self._is_made(name, lambda: put(mode="create"), put))
 
-    def delete(self, name: str) -> None:
-        """Removes a file, if it is there, whatever became of the lock."""
+    def _is_made(self, name: str, create: Callable[[], None], put: Callable[[], None]) -> bool:
+        """Makes an object if there is none of the name, and says whether that is so."""
+        try:
+            create()
+        except FileExistsError:
+            return False
+        except OSError as exc:
+            if exc.errno == errno.ENOSYS:  # the server has no If-None-Match
+                put()
+                return True
+            # Servers name a failed condition, or a race for the name, in several ways.
+            if isinstance(exc, (FileNotFoundError, PermissionError)) or not self._files.exists(self._at(name)):
+                raise
+            return False
+        return True
+
+    def _mark(self) -> dict[str, Any]:
+        """What an upload says of whose it is."""
+        return {"Metadata": {_MARK: self.fence.token}} if self._s3 and self.fence else {}
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether an object was made under our lock, as far as the store can say."""
+        if not self._s3 or not self.fence:
+            return False
+        bucket, key, _ = self._files.split_path(self._at(name))
         with contextlib.suppress(FileNotFoundError):
-            self._asked(name, lambda: self._files.rm_file(self._at(name)))
+            head = self._files.call_s3("head_object", Bucket=bucket, Key=key)
+            return bool(head.get("Metadata", {}).get(_MARK) == self.fence.token)
+        return False
+
+    def _clear(self, name: str, look: Callable[[], bool | None]) -> None:
+        """Deletes what is there, unless a look at it or at the locks forbids that, and nothing that comes after."""
+        with contextlib.suppress(FileNotFoundError):
+            tag = self._files.info(self._at(name)).get("ETag")
+            if look() is False:
+                return
+            if self._s3 and tag:
+                bucket, key, _ = self._files.split_path(self._at(name))
+                try:
+                    self._files.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=tag)
+                    return
+                except OSError as exc:
+                    if exc.errno == errno.EINVAL:  # it is another one by now
+                        return
+                    if exc.errno != errno.ENOSYS:
+                        raise
+            self._files.rm_file(self._at(name))
+
+    def delete(self, name: str, content: bytes | None = None) -> None:
+        """Removes a file, if it is there and, if given, has this content, whatever became of the lock."""
+
+        if content is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._asked(name, lambda: self._files.rm_file(self._at(name)))
+        else:
+            self._asked(name, lambda: self._clear(name, lambda: bool(self._files.cat_file(self._at(name)) == content)))
 
     def _at(self, name: str) -> str:
         return f"{self._key}/{name}" if name else self._key
@@ -268,12 +359,14 @@ class ObjectStorage:
         for attempt in itertools.count(1):
             try:
                 return action()
+            except StorageError:  # of a look at the lock
+                raise
             except Exception as exc:  # the classes are the clients', of which only one is installed
-                if isinstance(exc, FileNotFoundError) and _code(exc) != "NoSuchBucket":
+                if isinstance(exc, FileNotFoundError) and code(exc) != "NoSuchBucket":
                     raise
-                transient = _is_transient(exc)
+                transient = is_transient(exc)
                 if not transient or attempt >= ATTEMPTS:
-                    raise self._error(name, exc, _advice(exc, transient)) from exc
+                    raise self._error(name, exc, advice(exc, transient)) from exc
                 log.info("%s: %s; attempt %d of %d", self.path(name), exc, attempt + 1, ATTEMPTS)
             time.sleep(RETRY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
         raise AssertionError
@@ -281,52 +374,6 @@ class ObjectStorage:
     def _error(self, name: str, exc: Exception, advice: str) -> StorageError:
         text = " ".join(str(exc).split()) or type(exc).__name__
         return StorageError(f"{self.path(name)!r}: {text}; {advice}")
-
-
-def _client(protocol: str, root: str) -> Any:
-    package = PACKAGES[protocol]
-    extra = {"s3fs": "s3", "gcsfs": "gs"}.get(package, "s3")
-    try:
-        import fsspec
-
-        kind: Any = fsspec.get_filesystem_class(protocol)
-    except ImportError as exc:
-        raise StorageError(
-            f"OUT {root!r} needs {package}, which cannot be imported ({exc}); run: pip install 'gpu-npz[{extra}]'"
-        ) from exc
-    options: dict[str, Any] = {"use_listings_cache": False}  # by its options fsspec knows a client and uses it again
-    if package == "s3fs":
-        # We try again by ourselves; on top of each other, three such loops make minutes of a refused connection.
-        given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **given}
-    files = kind(**options)
-    if package == "s3fs":
-        files.retries = 1
-    return files
-
-
-def _is_transient(exc: Exception) -> bool:
-    names = {kind.__name__ for kind in type(exc).__mro__}
-    number = exc.errno if isinstance(exc, OSError) else None
-    return bool(names & _TRANSIENT) or number in _TRANSIENT_ERRNO or 500 <= int(getattr(exc, "code", 0) or 0) < 600
-
-
-def _advice(exc: Exception, transient: bool) -> str:
-    if transient:
-        return "the store does not answer; see to the network and the endpoint, then run the same command to resume"
-    if _code(exc) == "NoSuchBucket":
-        return "make the bucket, or give another OUT"
-    if _ANONYMOUS.search(type(exc).__name__):
-        return "log in (for S3: `aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-    if isinstance(exc, PermissionError):
-        return "ask for the right to list the bucket, and to get, put and delete objects there, or give another OUT"
-    return "see to the store, then run the same command to resume"
-
-
-def _code(exc: BaseException) -> str:
-    """The error code that S3 gave."""
-    response = getattr(exc, "response", None) or getattr(exc.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
 
 
 def _digests(path: str, part: int) -> set[str]:
@@ -341,37 +388,3 @@ def _digests(path: str, part: int) -> set[str]:
 
 def _hex(text: str | None) -> str:
     return base64.b64decode(text).hex() if text else ""
-
-
-def _scratch_folder(owner: object) -> str:
-    """A folder for temporary files, flocked as long as its process lives and removed with its owner."""
-    while True:
-        path = tempfile.mkdtemp(prefix="gpu-npz-scratch-")
-        with contextlib.suppress(FileNotFoundError):  # taken for a killed build's before it was flocked
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.path.isdir(path):
-                break
-            os.close(descriptor)
-
-    def remove() -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(descriptor)
-
-    weakref.finalize(owner, remove)
-    return path
-
-
-def _remove_scratch() -> None:
-    """Removes the folders that killed processes left on this machine."""
-    root = tempfile.gettempdir()
-    for name in filter(_SCRATCH.fullmatch, os.listdir(root)):
-        path = os.path.join(root, name)
-        with contextlib.suppress(OSError):  # another user's, or a build's that lives
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(descriptor).st_uid == os.geteuid():
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(descriptor)

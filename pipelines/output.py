@@ -7,7 +7,8 @@ import re
 
 from .config import TRAIN
 from .errors import FormatError, StorageError
-from .storage import PRIVATE, Storage
+from .holders import PRIVATE
+from .storage import Storage
 
 MANIFEST = "dataset.json"
 INDEX = "index.npz"
@@ -19,7 +20,7 @@ COMMITS = f"{PRIVATE}/commits"
 _FLAT_SHARDS = 10_000
 _SHARDS_A_FOLDER = 1000
 _SHARD = re.compile(r"shard-\d{5,}\.npz")
-_BEGUN = re.compile(r"\.?shard-\d{5,}\.(npz|json)(\..+\.tmp)?")  # a shard or its record, also an unfinished one
+_BEGUN = re.compile(r"\.?shard-\d{5,}\.(npz|json)(\..+\.(tmp|old))?")  # a shard or its record, also an unfinished one
 _RECORD = re.compile(r"shard-\d{5,}\.json")
 _FOLDER = re.compile(r"\d{2,}")
 

@@ -30,16 +30,17 @@ from .errors import (
     StorageError,
     UsageError,
 )
+from .holders import PRIVATE
 from .job import Job, shown_classes
 from .manifest import CommitRecord
 from .normalize import row_shape, table
 from .output import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_temporaries, require_own
-from .parts import Part, live_parts, require_no_parts
+from .parts import Part, require_no_parts
 from .plan import Plan, same_listing
 from .rejects import BadItem
 from .selection import listed
 from .sources.base import Item, Source, location_of, read_item
-from .storage import PRIVATE, Storage, is_remote, open_storage
+from .storage import Storage, is_remote, open_storage
 
 log = logging.getLogger(__name__)
 _PROBED_ITEMS = 16
@@ -130,8 +131,7 @@ def planned(
                 job = None
             elif job is None:
                 raise  # another backend is no matter where nothing is left to build, and else `backend` raises
-    if not live_parts(storage):
-        remove_temporaries(storage)
+    remove_temporaries(storage)
     if job is not None:
         return job, False
     return _begin(storage, source, config, progress, part, beside), True

@@ -1,16 +1,19 @@
 """Processes of our own that talk to this one by a pipe, and whose stdout and stderr are heard.
 
 Not multiprocessing.Process, which runs the caller's script again in each of them. A session of its own keeps the
-terminal's Ctrl-C from such a process: the parent decides. It ends by itself when its parent is gone, at the latest when
-it sends something.
+terminal's Ctrl-C from such a process: the parent decides. It ends as soon as the parent's end of the pipe is closed,
+also while it only computes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import select
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
@@ -51,3 +54,18 @@ def running(module: str) -> Iterator[tuple[Connection, Output]]:
         process.kill()
         process.wait()
         output.close()
+
+
+def end_with_parent(descriptor: int) -> None:
+    """Ends this process when the other end of its pipe is closed: by its parent, or with it, however that ended.
+
+    Not by PR_SET_PDEATHSIG, which is for Linux alone and also fires when the thread ends that started the process.
+    """
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(descriptor, 0)  # of a closed pipe alone
+        poll.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="gpu-npz-parent", daemon=True).start()

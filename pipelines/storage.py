@@ -1,27 +1,29 @@
 """Where OUT is: every file that a build makes is written, published, locked and removed here, or in `objects.py`.
 
 In a folder, a file under its final name is whole: it is written under a temporary name in the same folder, flushed to
-the disk and renamed, and the folder is flushed too.
+the disk and given its name, and the folder is flushed too.
+
+Whoever works under a lock, the process that took it or a worker with its `Fence`, changes nothing once the lock is
+lost: README.md has the rule.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from .errors import StorageError
+from .errors import LockedError, StorageError
+from .holders import PRIVATE, Fence, Holder, fenced, require_held
 from .locks import FileLock, is_live
+from .names import Beside, beside, create, move_aside, put_back
 
 LOCK = "lock"
-PRIVATE = ".gpu-npz"  # the folder in OUT with all that resume and repair need
-_TEMPORARY = re.compile(r"\..+\.\d+-\d+\.tmp")
 _ADVICE = {
     errno.ENOSPC: "free some space, then run the same command to resume",
     errno.EDQUOT: "free some of your quota, then run the same command to resume",
@@ -36,22 +38,20 @@ _ADVICE = {
 _URL = re.compile(r"([a-z][\w+.:-]*):/(/?)")
 
 
-class Held(Protocol):
-    """A lock that this process holds."""
-
-    def require_held(self) -> None:
-        """Raises LockedError if another process has taken it for stale."""
-
-
 class Storage(Protocol):
     """OUT. Names are relative to it, POSIX; a file under its final name is whole.
 
-    Where OUT cannot be used, every method raises StorageError, which says what to do.
+    Where OUT cannot be used, every method raises StorageError, which says what to do; those that change something raise
+    LockedError where a lock is lost under which this object works.
     """
 
     @property
     def root(self) -> str:
         """OUT itself, a path or a URL."""
+
+    @property
+    def fence(self) -> Fence | None:
+        """The lock that was taken last, for workers that are to work under it; None without one."""
 
     def path(self, name: str) -> str:
         """The path or the URL of a file under its final name."""
@@ -87,9 +87,15 @@ class Storage(Protocol):
         """Removes a file or an empty folder, if it is there."""
 
     def remove_temporaries(self, folder: str) -> None:
-        """Removes what killed builds left unfinished in a folder. Only for the holder of the lock."""
+        """Removes what killed builds, and this one, left unfinished in a folder; nothing of other locks that are held.
 
-    def lock(self, name: str = LOCK, *, wait_s: float = 0.0) -> AbstractContextManager[Held]:
+        Only for the holder of a lock, while nothing else works under it.
+        """
+
+    def remove_leftovers(self, name: str) -> None:
+        """Removes what a worker under our lock, which is no more, left unfinished of a file."""
+
+    def lock(self, name: str = LOCK, *, wait_s: float = 0.0) -> AbstractContextManager[None]:
         """Holds OUT for one build, or a part of it.
 
         Args:
@@ -97,8 +103,11 @@ class Storage(Protocol):
             wait_s: how long to wait for whoever holds it.
 
         Raises:
-            LockedError: another build holds it.
+            LockedError: another build holds it, or has taken it over meanwhile.
         """
+
+    def require_held(self) -> None:
+        """Raises LockedError if a lock under which this object works is lost."""
 
     def live_locks(self) -> list[str]:
         """The names of the locks that somebody holds."""
@@ -107,8 +116,12 @@ class Storage(Protocol):
         """Raises an OSError from its body as a StorageError that says what to do about `name`."""
 
 
-def open_storage(out: str | os.PathLike[str]) -> Storage:
+def open_storage(out: str | os.PathLike[str], under: Fence | None = None) -> Storage:
     """OUT: a folder, or s3://bucket/path and the like on an object store.
+
+    Args:
+        out: where it is.
+        under: the lock of another process, for which this one works.
 
     Raises:
         StorageError: no such store, or its client is not installed.
@@ -116,14 +129,15 @@ def open_storage(out: str | os.PathLike[str]) -> Storage:
     text = os.fspath(out)
     url = _URL.match(text)
     if url is None or (url[1] == "file" and url[2]):
-        return LocalStorage(text.removeprefix("file://"))
-    from .objects import PACKAGES, ObjectStorage
+        return LocalStorage(text.removeprefix("file://"), under)
+    from .clients import PACKAGES
+    from .objects import ObjectStorage
 
     if url[2]:
-        return ObjectStorage(text)
+        return ObjectStorage(text, under)
     if url[1] in PACKAGES:
         raise StorageError(f"OUT {text!r} lacks a slash, as pathlib.Path leaves it; give {url[1]}://... as a str")
-    return LocalStorage(text)
+    return LocalStorage(text, under)
 
 
 def is_remote(place: str | os.PathLike[str]) -> bool:
@@ -133,13 +147,22 @@ def is_remote(place: str | os.PathLike[str]) -> bool:
 
 
 class LocalStorage:
-    """OUT as a folder of a local or shared filesystem. Names are relative to it, POSIX."""
+    """OUT as a folder of a local or shared filesystem. Names are relative to it, POSIX.
 
-    _count = itertools.count()
+    Args:
+        root: the folder.
+        under: as for `open_storage`.
+    """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], under: Fence | None = None) -> None:
         self.root = os.path.abspath(root)
         self._made: list[str] = []
+        self._fences = [under] if under else []
+
+    @property
+    def fence(self) -> Fence | None:
+        """The lock that was taken last, for workers that are to work under it; None without one."""
+        return self._fences[-1] if self._fences else None
 
     def path(self, name: str) -> str:
         """The path of a file under its final name."""
@@ -178,16 +201,50 @@ class LocalStorage:
 
     def temporary(self, name: str) -> str:
         """The path of a new temporary file beside `name`, whose folder exists from now on."""
-        folder, base = os.path.split(self.path(name))
+        path = self.path(name)
         with self.explained(name):
-            os.makedirs(folder, exist_ok=True)
-        return os.path.join(folder, f".{base}.{os.getpid()}-{next(self._count)}.tmp")
+            if not os.path.isdir(os.path.dirname(path)):
+                self.require_held()
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+        return beside(path, self._owner)
 
     def publish(self, temporary: str, name: str) -> None:
-        """Gives a temporary file, already flushed to the disk, its final name."""
+        """Gives a temporary file, already flushed to the disk, its final name.
+
+        Under a lock, this replaces a file only while the lock is held, and takes its own back if it is not afterwards.
+        """
         with self.explained(name):
-            os.rename(temporary, self.path(name))
+            if self._fences:
+                self._publish_held(temporary, self.path(name))
+            else:
+                os.rename(temporary, self.path(name))
             self._flush_folder(os.path.dirname(self.path(name)))
+
+    def _publish_held(self, temporary: str, path: str) -> None:
+        aside, own = beside(path, self._owner, "old"), _identity(temporary)
+        moved = False
+        try:
+            self.require_held()
+            while True:
+                try:
+                    create(temporary, path)
+                    break
+                except FileExistsError:
+                    if _identity(path) == own:  # over NFS, the answer to a call that did it may be lost
+                        break
+                moved = move_aside(path, aside) or moved
+                self.require_held()
+        except BaseException:
+            if moved:
+                put_back(aside, path)
+            raise
+        try:
+            self.require_held()
+        except LockedError:
+            self._remove(path, lambda moved: _identity(moved) == own)
+            raise
+        self.discard(aside)
+        self.discard(temporary)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file in one step: it is there whole or not at all."""
@@ -210,17 +267,61 @@ class LocalStorage:
     def remove(self, name: str) -> None:
         """Removes a file or an empty folder, if it is there."""
         path = self.path(name)
+        self.require_held()
         with self.explained(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            (os.rmdir if os.path.isdir(path) and not os.path.islink(path) else os.unlink)(path)
+            if os.path.isdir(path) and not os.path.islink(path):
+                os.rmdir(path)
+            elif self._fences:
+                self._remove(path, self._is_allowed)
+            else:
+                os.unlink(path)
+
+    def _is_allowed(self, _: str) -> bool:
+        self.require_held()
+        return True
+
+    def _remove(self, path: str, is_right: Callable[[str], bool]) -> None:
+        """Removes a file that is the right one, by a look at where it lies now; one that is not stays."""
+        aside, right = beside(path, self._owner, "old"), False
+        if move_aside(path, aside):
+            try:
+                right = is_right(aside)
+            finally:
+                with contextlib.suppress(FileNotFoundError):  # whoever holds OUT by now has tidied up
+                    if right:
+                        os.unlink(aside)
+                    else:
+                        put_back(aside, path)
 
     def remove_temporaries(self, folder: str) -> None:
-        """Removes what killed builds left unfinished in a folder. Only for the holder of the lock."""
-        for name in self.names(folder):
-            if _TEMPORARY.fullmatch(name):
-                self.remove(os.path.join(folder, name))
+        """Removes what killed builds, and this one, left unfinished in a folder; nothing of other locks that are held.
+
+        Only for the holder of a lock, while nothing else works under it.
+        """
+        found = {name: file for name in self.names(folder) if (file := Beside.of(name))}
+        own = {fence.token for fence in self._fences}
+        others = {self._holder(lock).token for lock in self.live_locks()} - own if found else set()
+        for name, file in found.items():
+            if file.owner not in others and (file.owner or not others):
+                self._end(folder, name, file)
+
+    def remove_leftovers(self, name: str) -> None:
+        """Removes what a worker under our lock, which is no more, left unfinished of a file."""
+        folder, base = os.path.split(name)
+        for other in self.names(folder):
+            if (file := Beside.of(other)) and (file.base, file.owner) == (base, self._owner):
+                self._end(folder, other, file)
+
+    def _end(self, folder: str, name: str, file: Beside) -> None:
+        path = self.path(os.path.join(folder, name))
+        with self.explained(name), contextlib.suppress(FileNotFoundError):
+            if file.moved:
+                put_back(path, os.path.join(os.path.dirname(path), file.base))
+            else:
+                os.unlink(path)
 
     @contextlib.contextmanager
-    def lock(self, name: str = LOCK, *, wait_s: float = 0.0) -> Iterator[FileLock]:
+    def lock(self, name: str = LOCK, *, wait_s: float = 0.0) -> Iterator[None]:
         """Holds OUT for one build, or a part of it; `locks.py` has the rules.
 
         Args:
@@ -228,13 +329,18 @@ class LocalStorage:
             wait_s: how long to wait for whoever holds it.
 
         Raises:
-            LockedError: another build holds it.
+            LockedError: another build holds it, or has taken it over meanwhile.
             StorageError: OUT cannot be written.
         """
         with contextlib.ExitStack() as stack:
             with self.explained(f"{PRIVATE}/{name}"):
-                held = stack.enter_context(FileLock(self.path(f"{PRIVATE}/{name}"), self.root, wait_s, self._made))
-            yield held
+                token = stack.enter_context(FileLock(self.path(f"{PRIVATE}/{name}"), self.root, wait_s, self._made))
+            with fenced(self, self._fences, Fence(name, token)):
+                yield
+
+    def require_held(self) -> None:
+        """Raises LockedError if a lock under which this object works is lost."""
+        require_held(self, self._fences)
 
     def live_locks(self) -> list[str]:
         """The names of the locks that somebody holds."""
@@ -250,6 +356,13 @@ class LocalStorage:
             advice = _ADVICE.get(exc.errno or 0, "see to the disk, then run the same command to resume")
             raise StorageError(f"{self.path(name)!r}: {exc.strerror or exc}; {advice}") from exc
 
+    def _holder(self, lock: str) -> Holder:
+        return Holder.parse(self.read(f"{PRIVATE}/{lock}"))
+
+    @property
+    def _owner(self) -> str:
+        return self.fence.token if self.fence else ""
+
     @staticmethod
     def _flush_folder(path: str) -> None:
         descriptor = os.open(path, os.O_RDONLY)
@@ -257,6 +370,14 @@ class LocalStorage:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    """What tells a file from others, also from one that has got its inode number since; empty if it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        status = os.lstat(path)
+        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    return ()
 
 
 def open_regular(path: str | bytes | os.PathLike[str], flags: int) -> int:

@@ -22,10 +22,12 @@ from .decode import make_decoder
 from .decode.base import Decoded, Decoder
 from .errors import MismatchError, RejectedError, ShardError
 from .geometry import Geometry
+from .holders import Fence
 from .job import Job
 from .manifest import CommitRecord
 from .messages import Heard
 from .normalize import Normalizer
+from .output import shard_name
 from .plan import Batch, Plan
 from .rejects import BadItem, Code, Reject, clean
 from .sink import Rows, ShardSink
@@ -108,7 +110,7 @@ class Task:
 
     `gpu` is a device number, None for the CPU. `environment` is what the shards so far were made with, None if any will
     do. `careful` decodes one image at a time and says which, and makes rejects of `banned` items, by index with code
-    and detail, without a look at them; its batches hold one item each.
+    and detail, without a look at them; its batches hold one item each. `fence` is the lock under which it works.
     """
 
     out: str
@@ -118,6 +120,7 @@ class Task:
     environment: dict[str, Any] | None
     careful: bool = False
     banned: Mapping[int, tuple[Code, str]] = field(default_factory=dict)
+    fence: Fence | None = None
 
 
 def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
@@ -129,7 +132,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         ShardError: a shard failed for a reason that lies outside its images.
         StorageError: OUT cannot be written.
     """
-    storage = open_storage(task.out)
+    storage = open_storage(task.out, task.fence)
     job = Job.open(storage)
     began_ns = time.time_ns()
     with _explained(task), contextlib.ExitStack() as stack:
@@ -178,6 +181,14 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         gpu_memory_bytes = normalizer.device_bytes()
     yield from map(Committed, sink.committed())
     yield WorkerEnded({**seconds, **sink.seconds}, _peak_bytes(), gpu_memory_bytes)
+
+
+def remove_leftovers(task: Task, shards: Iterable[int]) -> None:
+    """Removes what a worker that is no more left unfinished of shards, before others build them."""
+    storage = open_storage(task.out, task.fence)
+    count = Job.open(storage).plan.shard_count
+    for shard in shards:
+        storage.remove_leftovers(shard_name(shard, count))
 
 
 def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:

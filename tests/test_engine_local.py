@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from gpu_npz.builder import Started, build
 from gpu_npz.config import BuildConfig
 from gpu_npz.engines import local
 from gpu_npz.errors import ShardError
+from gpu_npz.holders import is_gone
 from gpu_npz.tuning import Tuning
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
@@ -48,6 +52,11 @@ def decode_image(self, data, path, frame=None):
         time.sleep(3600)
     if name.startswith("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if name.startswith("busy") and not os.path.exists(os.path.join(os.environ["ONCE"], "over")):
+        with open(os.path.join(os.environ["ONCE"], "busy"), "w") as file:
+            file.write(str(os.getpid()))
+        while not os.path.exists(os.path.join(os.environ["ONCE"], "over")):
+            pass
     if name.startswith("leak"):
         leaked.append(b"x" * (1 << 24))
     if name.startswith("once"):
@@ -192,6 +201,50 @@ def test_a_worker_that_dies_once_is_replaced_and_nothing_is_rejected(src: Callab
     report = build(src("once-1.jpg", "once-2.jpg"), tmp_path / "out", settings())
     assert (report.rows, report.rejects) == (26, 1)
     assert (tmp_path / "once-1.jpg").exists()
+
+
+@pytest.mark.usefixtures("sabotaged")
+def test_what_a_worker_that_died_was_writing_is_gone_before_its_shard_is_built_again(
+    src: Callable[..., Path], tmp_path: Path
+) -> None:
+    seen: list[set[str]] = []
+
+    def look(event: Started | worker.Event) -> None:
+        if isinstance(event, worker.Progress) and event.items < 0:
+            seen.append({path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"})
+
+    build(src("once-1.jpg"), tmp_path / "out", settings(workers=1), progress=look)
+    assert seen
+    assert not any(seen)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".tmp", ".old")]
+
+
+PARENT = """
+import sys
+from gpu_npz.builder import build
+from gpu_npz.config import BuildConfig
+build(sys.argv[1], sys.argv[2], BuildConfig(size=16, shard_size=5, workers=1, device="cpu", max_rejects="100%"))
+"""
+
+
+def test_a_worker_that_only_computes_ends_with_its_parent(
+    src: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sabotage.py").write_text(SABOTAGE)
+    (tmp_path / "sitecustomize.py").write_text("import sabotage")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ONCE", str(tmp_path))
+    marker = tmp_path / "busy"
+    with subprocess.Popen([sys.executable, "-c", PARENT, src("busy.jpg"), tmp_path / "out"]) as parent:
+        while not (marker.exists() and marker.read_text()):
+            assert parent.poll() is None
+            time.sleep(0.01)
+        parent.kill()
+    pid = int(marker.read_text())
+    deadline = time.monotonic() + 60
+    while not is_gone(pid) and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.usefixtures("sabotaged")

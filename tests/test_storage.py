@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -145,7 +146,7 @@ def test_a_build_names_only_what_is_on_the_disk_and_each_proof_after_what_it_pro
     src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(4)})
     calls: list[tuple[int, str]] = []  # with the thread: each shard has one, and they do not wait for each other
     flushed: set[tuple[int, int]] = set()
-    fsync, rename = os.fsync, os.rename
+    fsync, link = os.fsync, os.link
 
     def watched_fsync(descriptor: int) -> None:
         fsync(descriptor)
@@ -154,14 +155,15 @@ def test_a_build_names_only_what_is_on_the_disk_and_each_proof_after_what_it_pro
         if stat.S_ISDIR(status.st_mode):
             calls.append((threading.get_ident(), "folder"))
 
-    def watched_rename(old: str, new: str) -> None:
+    def watched_link(old: str, new: str) -> None:
         status = os.stat(old)
-        assert (status.st_ino, status.st_size) in flushed, new
-        calls.append((threading.get_ident(), os.path.basename(new)))
-        rename(old, new)
+        if os.path.basename(new) != "lock":
+            assert (status.st_ino, status.st_size) in flushed, new
+            calls.append((threading.get_ident(), os.path.basename(new)))
+        link(old, new)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "rename", watched_rename)
+    monkeypatch.setattr(os, "link", watched_link)
     build(src, tmp_path / "out", SETTINGS)
 
     def flushed_each(*names: str) -> list[str]:
@@ -294,7 +296,7 @@ def test_a_disk_that_takes_no_more_stops_the_build_and_leaves_nothing_half(make_
     assert (report.complete, report.rows) == (True, 10)
 
 
-@pytest.mark.parametrize(("call", "step"), [("pwrite", 9), ("fsync", 3), ("rename", 1)])
+@pytest.mark.parametrize(("call", "step"), [("pwrite", 9), ("fsync", 3), ("link", 1)])
 def test_a_full_disk_at_any_moment_is_a_storage_error_and_the_next_run_finishes(
     make_tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, step: int
 ) -> None:
@@ -448,16 +450,11 @@ def test_the_lock_of_another_host_is_respected_while_its_heart_beats(
         thread.join()
 
 
-def test_who_was_taken_for_dead_is_told_and_leaves_the_lock_of_the_other(
-    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.02)
+def test_who_was_taken_for_dead_is_told_and_leaves_the_lock_of_the_other(storage: LocalStorage) -> None:
     other = json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode()
-    with storage.lock() as held:
-        storage.write(LOCK, other)  # another file in its place
-        held._heart.join(60)
-        with pytest.raises(LockedError, match="was taken over by another host"):
-            held.require_held()
+    foreign = LocalStorage(storage.root)
+    with pytest.raises(LockedError, match="was taken over by process 4711 on host node-17"), storage.lock():
+        foreign.write(LOCK, other)  # another file in its place
     assert storage.read(LOCK) == other
 
 
@@ -468,7 +465,7 @@ def test_a_lock_file_that_says_nothing_and_that_nobody_holds_is_taken_over(
     storage.write(LOCK, content)
     with storage.lock():
         holder = json.loads(storage.read(LOCK) or b"")
-        assert holder == {"host": socket.gethostname(), "process": os.getpid(), "beat": 0}
+        assert (holder["host"], holder["process"], holder["beat"]) == (socket.gethostname(), os.getpid(), 0)
     assert files(storage) == set()
 
 
@@ -500,3 +497,240 @@ def test_a_build_that_fails_lets_go_of_out(make_tree: Any, storage: LocalStorage
         build(src, storage.root, SETTINGS, progress=broken)
     assert LOCK not in files(storage)
     assert build(src, storage.root, SETTINGS).complete
+
+
+# Whoever has lost the lock changes nothing
+
+OTHER = {"host": "node-17", "process": 4711, "beat": 3}
+
+
+def taken_over(storage: LocalStorage) -> None:
+    """Another host has taken the lock for stale."""
+    LocalStorage(storage.root).write(LOCK, json.dumps(OTHER).encode())
+
+
+def acting_before(call: str, act: Callable[[], None]) -> Callable[..., Any]:
+    """The system call, before which something happens once."""
+    real, turns = getattr(os, call), iter([act])
+
+    def late(*values: Any) -> Any:
+        next(turns, lambda: None)()
+        return real(*values)
+
+    return late
+
+
+def test_under_a_lock_files_are_replaced_and_removed(storage: LocalStorage) -> None:
+    with storage.lock():
+        for content in (b"1", b"2"):
+            storage.write("file", content)
+            assert storage.read("file") == content
+        assert files(storage) == {"file", LOCK}
+        storage.remove("file")
+        storage.remove("file")
+    assert files(storage) == set()
+
+
+@pytest.mark.parametrize("there", [None, b"the other's"])
+def test_a_lock_that_is_lost_between_the_look_and_the_link_publishes_nothing(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, there: bytes | None
+) -> None:
+    def lose() -> None:
+        taken_over(storage)
+        if there is not None:
+            LocalStorage(storage.root).write("file", there)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(LockedError, match="process 4711 on host node-17"))
+        stack.enter_context(storage.lock())
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "link", acting_before("link", lose))
+            with pytest.raises(LockedError):
+                storage.write("file", b"ours")
+    assert storage.read("file") == there
+    assert files(storage) == {LOCK} | ({"file"} if there else set())
+
+
+def test_a_lock_that_is_lost_between_the_look_and_the_removal_removes_nothing(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(LockedError))
+        stack.enter_context(storage.lock())
+        storage.write("file", b"content")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rename", acting_before("rename", lambda: taken_over(storage)))
+            with pytest.raises(LockedError):
+                storage.remove("file")
+    assert files(storage) == {"file", LOCK}
+
+
+def test_a_worker_works_under_the_lock_of_its_parent_and_no_longer(storage: LocalStorage) -> None:
+    with storage.lock():
+        worker = LocalStorage(storage.root, storage.fence)
+        worker.write("file", b"1")
+    with pytest.raises(LockedError, match="taken over by another build"):
+        worker.write("file", b"2")
+    with storage.lock(), pytest.raises(LockedError, match=f"taken over by process {os.getpid()} "):
+        worker.remove("file")
+    assert storage.read("file") == b"1"
+
+
+def test_what_fails_because_another_build_took_over_says_so(storage: LocalStorage) -> None:
+    def fail() -> None:
+        with storage.lock():
+            taken_over(storage)
+            raise StorageError("its file is gone")
+
+    with pytest.raises(LockedError, match="was taken over by process 4711") as caught:
+        fail()
+    assert str(caught.value.__cause__) == "its file is gone"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_hard_links_everything_works_by_rename(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "link", failing(number))
+    with storage.lock():
+        for content in (b"1", b"2"):
+            storage.write("file", content)
+            assert storage.read("file") == content
+        with pytest.raises(LockedError), LocalStorage(storage.root).lock():
+            pass
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(LockedError))
+        stack.enter_context(storage.lock())
+        monkeypatch.setattr(os, "rename", acting_before("rename", lambda: taken_over(storage)))
+        with pytest.raises(LockedError):
+            storage.remove("file")
+    assert storage.read("file") == b"2"
+
+
+@pytest.mark.parametrize("call", ["link", "rename"])
+def test_a_publish_under_a_lock_that_fails_leaves_the_old_content(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    with storage.lock():
+        storage.write("file", b"old")
+        with monkeypatch.context() as patched:
+            real, calls = getattr(os, call), itertools.count()
+
+            def scarce(*values: Any) -> Any:
+                if next(calls) == (1 if call == "link" else 0):  # the first says that the name is taken
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return real(*values)
+
+            patched.setattr(os, call, scarce)
+            with pytest.raises(StorageError, match="No space left"):
+                storage.write("file", b"new")
+        assert storage.read("file") == b"old"
+        assert files(storage) == {"file", LOCK}
+
+
+def test_what_a_killed_process_had_moved_aside_is_put_back_unless_a_newer_file_is_there(storage: LocalStorage) -> None:
+    storage.write("new", b"new")
+    for name in (".new.0123456789abcdef-00000000.old", ".gone.0123456789abcdef-00000000.old"):
+        Path(storage.path(name)).write_bytes(b"old")
+    with storage.lock():
+        storage.remove_temporaries("")
+    assert (storage.read("new"), storage.read("gone")) == (b"new", b"old")
+    assert files(storage) == {"new", "gone"}
+
+
+def test_temporaries_of_other_locks_that_are_held_stay(storage: LocalStorage) -> None:
+    other = LocalStorage(storage.root)
+    with other.lock("lock-part-2-of-2"), storage.lock("lock-part-1-of-2"):
+        for each in (other, storage):
+            Path(each.temporary("shard-00000.npz")).write_bytes(b"")
+        storage.remove_leftovers("shard-00001.npz")
+        assert len(storage.names()) == 3
+        storage.remove_temporaries("")
+        assert len(storage.names()) == 2
+        storage.remove_leftovers("shard-00000.npz")
+        assert len(storage.names()) == 2
+        other.remove_leftovers("shard-00000.npz")
+        assert storage.names() == [".gpu-npz"]
+
+
+# Hosts and filesystems
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_where_flock_fails_heartbeats_decide_with_one_warning(
+    storage: LocalStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    make_tree: Any,
+    number: int,
+) -> None:
+    monkeypatch.setattr(locks.FileLock, "_told", False)
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(locks.fcntl, "flock", failing(number))
+    src = make_tree({"a/1.jpg": "jpeg"})
+    with storage.lock(), pytest.raises(LockedError, match=f"process {os.getpid()} "):
+        build(src, storage.root, SETTINGS)
+    assert files(storage) == set()
+    for _ in range(2):
+        assert build(src, storage.root, SETTINGS).complete
+    assert LOCK not in files(storage)
+    assert caplog.text.count("has no flock") == 1
+
+
+def test_where_flock_fails_the_lock_of_a_process_that_died_is_taken_over_at_once(
+    storage: LocalStorage, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks.fcntl, "flock", failing(errno.ENOSYS))
+    holder.kill()  # and nobody has waited for it yet
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+    with storage.lock():
+        pass
+
+
+@pytest.mark.parametrize("place", ["another boot/1", "this boot/another container"])
+def test_another_host_of_the_same_name_is_respected_where_flock_does_not_reach(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(locks.fcntl, "flock", lambda *_: None)
+    with storage.lock():
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr("gpu_npz.holders.place", lambda: place)
+            with pytest.raises(LockedError, match=f"process {os.getpid()} on host"), storage.lock():
+                pass
+        storage.write("file", b"")
+
+
+def test_a_process_that_has_the_number_of_one_that_died_is_not_taken_for_it(storage: LocalStorage) -> None:
+    with storage.lock():
+        holder = {**json.loads(storage.read(LOCK) or b""), "token": "0" * 16, "started": 1}
+    storage.write(LOCK, json.dumps(holder).encode())
+    with storage.lock():
+        pass
+
+
+def test_the_lock_of_an_earlier_version_is_understood(storage: LocalStorage) -> None:
+    old = {"host": socket.gethostname(), "process": os.getpid(), "beat": 3}
+    storage.write(LOCK, json.dumps(old).encode())
+    with open(storage.path(LOCK)) as file:
+        locks.fcntl.flock(file, locks.fcntl.LOCK_EX)
+        with pytest.raises(LockedError, match=f"process {os.getpid()} "), storage.lock():
+            pass
+    with storage.lock():
+        pass
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(
+    storage: LocalStorage, make_tree: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = LocalStorage.write
+
+    def full(self: LocalStorage, name: str, content: bytes) -> None:
+        with self.explained(name):
+            if name.endswith("report.json"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(self, name, content)
+
+    monkeypatch.setattr(LocalStorage, "write", full)
+    assert build(make_tree({"a/1.jpg": "jpeg"}), storage.root, SETTINGS).complete
+    assert "report.json': No space left on device" in caplog.text

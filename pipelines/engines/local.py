@@ -26,7 +26,7 @@ from ..job import Job
 from ..messages import Heard, Output
 from ..rejects import Code
 from ..storage import open_storage
-from ..worker import Committed, Decoding, Event, Progress, Task, asked, work
+from ..worker import Committed, Decoding, Event, Progress, Task, asked, remove_leftovers, work
 from .naming import AHEAD, Suspect, named
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,7 @@ class _Pool:
             self.banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
         else:
             self._losses.update(list(worker.progress))
+        remove_leftovers(worker.task, worker.progress)
         for shard, lost in worker.progress.items():
             if self._losses[shard] >= _HOPELESS:
                 raise ShardError(_epitaph(cause, self._deaths) + last)
@@ -245,6 +246,7 @@ def serve(descriptor: int) -> None:
         shard: int | None = connection.recv()
         return shard
 
+    processes.end_with_parent(descriptor)
     try:
         task = connection.recv()
         with contextlib.closing(_messages(task, asked(ask, task.tuning.open_shards))) as messages:

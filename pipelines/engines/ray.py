@@ -30,11 +30,12 @@ from typing import Any
 from .. import environment
 from ..environment import Machine
 from ..errors import BackendError, GpuNpzError, ShardError, SourceError, StorageError
+from ..holders import PRIVATE
 from ..job import Job
 from ..sources.base import Source
 from ..sources.folder import FolderSource
-from ..storage import PRIVATE, LocalStorage, is_remote, open_storage
-from ..worker import Committed, Event, Progress, Task, WorkerEnded, asked, work
+from ..storage import LocalStorage, is_remote, open_storage
+from ..worker import Committed, Event, Progress, Task, WorkerEnded, asked, remove_leftovers, work
 from . import local
 
 log = logging.getLogger(__name__)
@@ -278,6 +279,7 @@ class _Pool:
             "%s was lost, its %d shard(s) go to others: %s (Ray's logs on that node have what it wrote last)",
             place, len(worker.progress), cause.split("\n")[0],
         )  # fmt: skip
+        remove_leftovers(self._task, worker.progress)
         for shard in worker.progress:
             (self._doubtful if self._losses[shard] >= _DOUBTFUL else self._todo).appendleft(shard)
         for step in itertools.chain(*worker.progress.values()):

@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from gpu_npz.audit.verification import verify
+from gpu_npz.manifest import Manifest
+from gpu_npz.storage import open_storage
 
 SHIM = Path(__file__).parent / "shim"
 OPTIONS = ["--size", "24", "--shard-size", "4", "--device", "cpu", "--max-rejects", "50%", "--shuffle", "1", "--quiet",
@@ -59,6 +66,126 @@ def build(src: Path, out: Path, place: Path, *, at: int = -1, kind: str = "kill"
     with contextlib.suppress(FileNotFoundError):
         calls = [json.loads(line) for line in (place / "log").read_text().splitlines()]
     return Run(result.returncode, result.stderr, calls)
+
+
+NAMING = "link rename unlink rmdir"  # what gives names and takes them
+FIRST = ["--size", "24", "--shard-size", "4"]
+_OF_LOCK = re.compile(r"/\.?(lock|claim-)[^/]*$|/\.gpu-npz$")
+SECOND = ["--size", "20", "--shard-size", "8", "--overwrite"]  # fewer shards, so that one of the first would show
+
+
+def takeover(src: Path, out: str, place: Path, at: int | str, *options: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """A build whose host sleeps from a call on until another host has taken OUT over with other settings.
+
+    Args:
+        src: the images.
+        out: OUT, in a folder or on S3.
+        place: an empty folder.
+        at: the call before which the first build stops, see shim/sitecustomize.py; -1: never, and nobody takes over.
+        options: more of the first build's.
+
+    Returns:
+        What is wrong, or None; and the calls that the first build made.
+    """
+    first = _Host("host-a", src, out, place, at, [*FIRST, *options])
+    _, status = os.waitpid(first.process.pid, os.WUNTRACED)
+    if not os.WIFSTOPPED(status):
+        first.process.returncode = os.waitstatus_to_exitcode(status)
+        fault = first.ended(first.process.returncode)
+        return fault if at == -1 else f"it was not stopped: {fault}", first.calls()
+    second = _Host("host-b", src, out, place, -1, SECOND)
+    fault = second.ended(second.process.wait())
+    for process in {call["pid"] for call in first.calls()}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGCONT)
+    code = first.process.wait()
+    said, calls = first.said(), first.calls()
+    if fault is None and (code != 1 or "was taken over by" not in said or "Traceback" in said):
+        fault = f"the first ended with {code}: {said[-500:]}"
+    return fault or _not_of_second(out), calls
+
+
+class _Host:
+    """A build on a host of its own."""
+
+    def __init__(self, name: str, src: Path, out: str, place: Path, at: int | str, options: list[str]) -> None:
+        self._place = place / name
+        (self._place / "scratch").mkdir(parents=True)
+        paths = [os.fspath(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "FAULTS_UNDER": out if "://" in out else os.path.realpath(out),
+            "FAULTS_LOG": os.fspath(self._place / "log"),
+            "FAULTS_CALLS": NAMING,
+            "FAULTS_AT": str(at),
+            "FAULTS_KIND": "stop",
+            "FAULTS_HOST": name,
+            "TMPDIR": os.fspath(self._place / "scratch"),
+        }
+        more = [*OPTIONS[4:], "--workers", "0", "--open-shards", "1", *options]
+        command = [sys.executable, "-m", "gpu_npz", "build", os.fspath(src), out, *more]
+        with (self._place / "said").open("w") as said:
+            # In a session of its own: a stopped process goes on when what started its group ends.
+            self.process = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
+
+    def said(self) -> str:
+        return (self._place / "said").read_text()
+
+    def calls(self) -> list[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError):
+            return [json.loads(line) for line in (self._place / "log").read_text().splitlines()]
+        return []
+
+    def ended(self, code: int) -> str | None:
+        return f"{self._place.name} ended with {code}: {self.said()[-500:]}" if code else None
+
+
+@contextlib.contextmanager
+def bucket() -> Iterator[str]:
+    """An empty bucket of a server that lives for so long."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    before = dict(os.environ)
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+        "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}", "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }  # fmt: skip
+    fsspec.config.conf["s3"] = {"endpoint_url": f"http://{host}:{port}"}
+    fsspec.filesystem("s3").mkdir("bucket")
+    try:
+        yield "s3://bucket"
+    finally:
+        del fsspec.config.conf["s3"]
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ |= before
+        server.stop()
+
+
+def moments(calls: list[dict[str, Any]]) -> list[int]:
+    """The calls before which a build may be stopped, by their numbers: all but those that are about its lock."""
+    return [number for number, call in enumerate(calls) if not _OF_LOCK.search(call.get("to") or call["path"])]
+
+
+def _not_of_second(out: str) -> str | None:
+    """What shows that a dataset is not the second build's, whole and alone; None if it is."""
+    found, storage = verify(out), open_storage(out)
+    if not found.ok:
+        return f"verify: {found.problems}"
+    if Manifest.load(out).settings["size"] != [20, 20]:
+        return "the manifest is of the first build"
+    private = {name.partition("-")[0] for name in storage.names(".gpu-npz")}
+    left = {name for name in storage.names() if name.startswith(".")} | private
+    if unexpected := left - {".gpu-npz", "job.json", "plan.npz", "report.json", "commits"}:
+        return f"left over: {sorted(unexpected)}"
+    return None
 
 
 def pictures(root: Path) -> Path:
@@ -130,7 +257,7 @@ def power_loss(calls: list[dict[str, Any]], at: int) -> None:
             pending = [each for each in pending if os.path.dirname(each.get("to") or each["path"]) != path]
         else:
             pending.append(call)
-            if name == "rename" and path in written:
+            if name in ("rename", "link") and path in written:
                 written.discard(path)
                 written.add(call["to"])
     for path in written:

@@ -1,10 +1,14 @@
 """Counts what every process of a build does to the files below FAULTS_UNDER, and lets one of these calls go wrong.
 
 Python imports this by itself where its folder is on PYTHONPATH. All processes of a build append a line a call to the
-same log, so that calls have numbers. With FAULTS_AT=N, call N is where it happens: FAULTS_KIND is `kill` (SIGKILL to
-every process that has come this far; of a write, half is written), or the name of an errno, with `FROM:` in front if
-all calls from there on shall fail. What a rename or an unlink destroys is kept in the folder FAULTS_KEEP, so that
-`harness.power_loss` can bring it back.
+same log, so that calls have numbers. With FAULTS_AT=N, call N is where it happens, with FAULTS_AT="CALL NAME" the first
+of this kind about a path with NAME in it: FAULTS_KIND is `kill` (SIGKILL to
+every process that has come this far; of a write, half is written), `stop` (SIGSTOP to all of them), or the name of an
+errno, with `FROM:` in front if all calls from there on shall fail. What a rename or an unlink destroys is kept in the
+folder FAULTS_KEEP, so that `harness.power_loss` can bring it back.
+
+FAULTS_CALLS says which calls count, if not all. With FAULTS_HOST, the build runs as if on a host of that name: flock in
+OUT does not reach others, and hearts beat fast. Where FAULTS_UNDER is on S3, requests that change something count.
 """
 
 from __future__ import annotations
@@ -17,16 +21,21 @@ import itertools
 import json
 import os
 import signal
+import socket
 
 UNDER = os.environ.get("FAULTS_UNDER", "")
 LOG = os.environ.get("FAULTS_LOG", "")
 KEEP = os.environ.get("FAULTS_KEEP", "")
-AT = int(os.environ.get("FAULTS_AT", -1))
+AT, _, ABOUT = os.environ.get("FAULTS_AT", "-1").partition(" ")
 KIND = os.environ.get("FAULTS_KIND", "kill")
+HOST = os.environ.get("FAULTS_HOST", "")
 NAMES = ("open", "write", "pwrite", "fsync", "rename", "link", "unlink", "rmdir", "mkdir", "ftruncate")
+CALLS = os.environ.get("FAULTS_CALLS", "").split() or NAMES
+REQUESTS = ("put_object", "delete_object", "create_multipart_upload", "complete_multipart_upload")
+real_flock = fcntl.flock
 real = {name: getattr(os, name) for name in NAMES}
 real_open = builtins.open
-kept = itertools.count()
+kept, met = itertools.count(), itertools.count()
 
 
 def path_of(target: object) -> str:
@@ -46,7 +55,7 @@ def noted(call: str, path: str, **more: object) -> int:
     """Appends a line to the log; its number."""
     descriptor = real["open"](LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        real_flock(descriptor, fcntl.LOCK_EX)
         number = os.pread(descriptor, 1 << 24, 0).count(b"\n")
         real["write"](descriptor, json.dumps({"call": call, "path": path, "pid": os.getpid(), **more}).encode() + b"\n")
         return number
@@ -54,13 +63,20 @@ def noted(call: str, path: str, **more: object) -> int:
         os.close(descriptor)
 
 
-def kill_all() -> None:
+def is_now(number: int, call: str, paths: str) -> bool:
+    """Whether this is the call at which it happens."""
+    if not ABOUT:
+        return number == int(AT)
+    return call == AT and ABOUT in paths and next(met) == 0
+
+
+def signal_all(number: signal.Signals) -> None:
     with real_open(LOG) as log:
         pids = {json.loads(line)["pid"] for line in log} - {os.getpid()}
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(pid, number)
+    os.kill(os.getpid(), number)
 
 
 def keep(path: str) -> str | None:
@@ -84,13 +100,17 @@ def faulty(call: str):  # type: ignore[no-untyped-def]
         elif call == "unlink":
             more = {"kept": keep(path)}
         number = noted(call, path, **more)
-        if number == AT and KIND == "kill":
+        now = is_now(number, call, f"{path} {more.get('to', '')}")
+        if now and KIND == "kill":
             if call in ("write", "pwrite"):
                 data = memoryview(args[1]).cast("B")
                 real[call](args[0], data[: len(data) // 2], *args[2:])
-            kill_all()
+            signal_all(signal.SIGKILL)
+        if now and KIND == "stop":
+            signal_all(signal.SIGSTOP)
+            return real[call](*args, **kwargs)
         once, code = (False, KIND.removeprefix("FROM:")) if KIND.startswith("FROM:") else (True, KIND)
-        if KIND != "kill" and AT >= 0 and (number == AT if once else number >= AT):
+        if KIND not in ("kill", "stop") and (now if once else 0 <= int(AT) <= number):
             number = getattr(errno, code)
             raise OSError(number, os.strerror(number), path)
         return real[call](*args, **kwargs)
@@ -129,7 +149,33 @@ class Written:
         os.close(self.descriptor)
 
 
-if UNDER:
-    for each in NAMES:
+def watch_requests() -> None:
+    import s3fs
+    from fsspec.asyn import sync_wrapper
+
+    real_call = s3fs.S3FileSystem._call_s3
+
+    async def call(self, method, *args, **kwargs):  # type: ignore[no-untyped-def]
+        place = f"s3://{kwargs.get('Bucket')}/{kwargs.get('Key')}"
+        counts = method in REQUESTS and ours(place) and "/beat-" not in place
+        if counts and is_now(noted(method, place), method, place):
+            signal_all(signal.SIGSTOP)
+        return await real_call(self, method, *args, **kwargs)
+
+    s3fs.S3FileSystem._call_s3 = call
+    s3fs.S3FileSystem.call_s3 = sync_wrapper(call)
+
+
+if HOST:
+    from gpu_npz import leases, locks
+
+    socket.gethostname = lambda: HOST
+    fcntl.flock = lambda descriptor, how: None if ours(path_of(descriptor)) else real_flock(descriptor, how)
+    locks.HEARTBEAT_S, locks.STALE_S, leases.SETTLE_S = 0.1, 0.6, 0.2
+    locks._LOOK_S = leases._LOOK_S = 0.05
+if UNDER.startswith("s3://"):
+    watch_requests()
+elif UNDER:
+    for each in CALLS:
         setattr(os, each, faulty(each))
     builtins.open = opened  # type: ignore[assignment]

@@ -1,0 +1,48 @@
+"""Folders on this machine in which files are made that go to an object store."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import weakref
+
+_SCRATCH = re.compile(r"gpu-npz-scratch-.+")
+
+
+def scratch_folder(owner: object) -> str:
+    """A folder for temporary files, flocked as long as its process lives and removed with its owner."""
+    while True:
+        path = tempfile.mkdtemp(prefix="gpu-npz-scratch-")
+        with contextlib.suppress(FileNotFoundError):  # taken for a killed build's before it was flocked
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # no flock there, so that nobody will take it for a killed build's
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.isdir(path):
+                break
+            os.close(descriptor)
+
+    def remove() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
+
+    weakref.finalize(owner, remove)
+    return path
+
+
+def remove_scratch() -> None:
+    """Removes the folders that killed processes left on this machine."""
+    root = tempfile.gettempdir()
+    for name in filter(_SCRATCH.fullmatch, os.listdir(root)):
+        path = os.path.join(root, name)
+        with contextlib.suppress(OSError):  # another user's, or a build's that lives
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
