@@ -21,7 +21,7 @@ from gpu_npz.job import Job
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter
 from gpu_npz.plan import Plan, collect
-from gpu_npz.planning import begin
+from gpu_npz.planning import planned
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Group, Item
 from gpu_npz.sources.folder import FolderSource
@@ -296,15 +296,16 @@ def test_a_job_has_the_plan_that_it_was_made_with(tmp_path: Path) -> None:
 
 
 def test_a_path_that_would_make_a_shard_much_larger_is_refused_and_long_ones_alike_are_not(tmp_path: Path) -> None:
-    def planned(names: list[str], shard_size: int) -> Job:
+    def job_of(names: list[str], shard_size: int) -> Job:
         (tmp_path / "t.csv").write_text("\n".join(["path", *names]))
         config = BuildConfig(size=8, device="cpu", shard_size=shard_size)
-        return begin(LocalStorage(tmp_path / "out"), open_source(tmp_path / "t.csv", config), config, lambda _: None)
+        source = open_source(tmp_path / "t.csv", config)
+        return planned(LocalStorage(tmp_path / "out"), source, config, lambda _: None)[0]
 
     short, long = [f"{number}.jpg" for number in range(20_000)], "/".join(["x" * 200] * 20)
     with pytest.raises(SourceError, match=r"a path of 4023 bytes .* shard of 20001 rows, .* at most 268\.4 MB") as no:
-        planned([*short, f"{long}.jpg"], 100_000)
+        job_of([*short, f"{long}.jpg"], 100_000)
     (rows,) = re.findall(r"--shard-size (\d+) or less", str(no.value))
-    assert planned([*short, f"{long}.jpg"], int(rows)).plan.shard_count == 2
+    assert job_of([*short, f"{long}.jpg"], int(rows)).plan.shard_count == 2
     shutil.rmtree(tmp_path / "out")
-    assert planned([f"{long}/{name}" for name in short], 100_000).plan.shard_count == 1
+    assert job_of([f"{long}/{name}" for name in short], 100_000).plan.shard_count == 1

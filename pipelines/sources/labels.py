@@ -335,9 +335,10 @@ def whole_number(entry: Any) -> int | None:
     if isinstance(entry, (int, np.integer)):
         number = int(entry)
     elif isinstance(entry, (float, np.floating)):
-        if not (abs(entry) <= 2**53 and float(entry).is_integer()):
+        value = float(entry)
+        if not (abs(value) <= 2**53 and value.is_integer()):
             return None
-        number = int(entry)
+        number = int(value)
     else:
         try:
             exact = Decimal(str(entry))
