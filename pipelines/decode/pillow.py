@@ -376,7 +376,14 @@ def opened(data: bytes, path: str) -> Iterator[Image.Image]:
         if image.format == "PNG":
             set_transparency(image)
         image.info.pop("xmp", None)  # by which Pillow would turn a TIFF that says nothing of it itself
-        yield image
+        try:
+            yield image
+        except OSError as exc:
+            if image.format != "TIFF" or "decoder" not in str(exc):
+                raise
+            # All that Pillow says of compressed samples that are damaged, or of which its libtiff knows nothing.
+            detail = f"a TIFF of compression {image.info.get('compression')} that Pillow cannot decode ({exc})"
+            raise BadItem("decode", "undecodable", detail) from exc
 
 
 def _open(data: bytes) -> Image.Image:

@@ -24,7 +24,7 @@ from ..environment import require_bits16
 from ..rejects import BadItem
 
 _PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # the third and fourth as Pillow takes them
-# Bytes of BYTE, SHORT and LONG (section 2) and LONG8 (BigTIFF), and of the same with a sign, which none here needs.
+# Bytes of BYTE, SHORT and LONG (section 2) and LONG8 (BigTIFF), and of their like with a sign, which is never needed.
 _TYPES = {1: 1, 3: 2, 4: 4, 16: 8, 6: 1, 8: 2, 9: 4, 17: 8}
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _PREDICTOR = 274, 277, 278, 284, 317
