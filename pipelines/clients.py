@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import hashlib
 import re
 from typing import Any
 
@@ -64,3 +66,18 @@ def code(exc: BaseException) -> str:
     """The error code that S3 gave."""
     response = getattr(exc, "response", None) or getattr(exc.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
+
+
+def digests(path: str, part: int) -> set[str]:
+    """The MD5 of a file, and what S3 says of it after a multipart upload: the MD5 of the MD5s of its parts."""
+    whole, parts = hashlib.md5(usedforsecurity=False), []
+    with open(path, "rb") as file:
+        while piece := file.read(part):
+            whole.update(piece)
+            parts.append(hashlib.md5(piece, usedforsecurity=False).digest())
+    return {whole.hexdigest(), f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"}
+
+
+def decoded(text: str | None) -> str:
+    """An MD5 in base64, as gs:// gives it, in hexadecimal digits; empty if there is none."""
+    return base64.b64decode(text).hex() if text else ""

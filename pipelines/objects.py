@@ -18,10 +18,8 @@ Clients are set up as always: environment, ~/.aws, fsspec's own files and variab
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
-import hashlib
 import itertools
 import logging
 import os
@@ -32,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from .clients import PACKAGES, advice, client, code, is_transient
+from .clients import PACKAGES, advice, client, code, decoded, digests, is_transient
 from .errors import LockedError, StorageError
 from .holders import PRIVATE, Fence, fenced, require_held
 from .leases import Lease, is_live, leftovers
@@ -47,6 +45,7 @@ RETRY_S = 0.5  # then twice as long each time
 PART_BYTES = 16 << 20  # of a multipart upload; an object of less than two parts goes in one put
 _PARTS = 4  # under way at a time, for each shard
 _MAX_PARTS = 10_000
+_KEPT_BYTES = 1 << 20  # of what is deleted, until the lock has been looked at again
 _MARK = "gpu-npz-lock"  # user metadata on S3: the token under which an object was made
 _UPLOADS = re.compile(r"(shard-\d{5,}|index|plan)\.npz")  # what may be large
 
@@ -138,13 +137,13 @@ class ObjectStorage:
         """Uploads a file, whole, and sees that it arrived; then it is gone here."""
         size = os.path.getsize(temporary)
         part = max(PART_BYTES, -(-size // _MAX_PARTS))
-        digests = _digests(temporary, part)
+        known = digests(temporary, part)
         options = {"chunksize": part, "max_concurrency": _PARTS} if self._s3 else {}
 
         def put(**more: Any) -> None:
             self._files.put_file(temporary, self._at(name), **options, **more)
 
-        self._put(name, put, lambda: self._arrived(name, temporary, size, digests), check=True)
+        self._put(name, put, lambda: self._arrived(name, temporary, size, known), check=True)
         self.discard(temporary)
 
     def write(self, name: str, content: bytes) -> None:
@@ -167,11 +166,11 @@ class ObjectStorage:
                         break
                     if self._is_ours(name) and is_whole():
                         return  # the answer to an earlier attempt was lost
-                    self._clear(name, self.require_held)
+                    self._displace(name)
                 else:
                     raise OSError(errno.EBUSY, "another object takes its place again and again")
             if check and not is_whole():
-                self._clear(name, self.require_held)
+                self._displace(name)
                 raise OSError(errno.EPIPE, "what arrived is not what was sent")
 
         self.require_held()
@@ -190,7 +189,7 @@ class ObjectStorage:
     def remove(self, name: str) -> None:
         """Removes a file, if it is there; a folder ends with its last file."""
         if self._fences:
-            self._asked(name, lambda: self._clear(name, self.require_held))
+            self._asked(name, lambda: self._displace(name))
             self.require_held()
         else:
             self.delete(name)
@@ -304,23 +303,45 @@ class ObjectStorage:
             return bool(head.get("Metadata", {}).get(_MARK) == self.fence.token)
         return False
 
-    def _clear(self, name: str, look: Callable[[], bool | None]) -> None:
-        """Deletes what is there, unless a look at it or at the locks forbids that, and nothing that comes after."""
+    def _displace(self, name: str) -> None:
+        """Deletes what is there, if the locks are held.
+
+        If they are lost meanwhile, If-Match takes an equal object of the other build for the one that was seen
+        (rejects.jsonl names no dataset): then it is made again, unless it is too large to be kept so long.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            small = self._files.info(self._at(name))["size"] < _KEPT_BYTES
+            kept = self._files.cat_file(self._at(name)) if small else None
+            if self._clear(name, self.require_held):
+                try:
+                    self.require_held()
+                except LockedError:
+                    if kept is not None:
+                        self._created(name, kept)
+                    raise
+
+    def _clear(self, name: str, look: Callable[[], bool | None]) -> bool:
+        """Deletes what is there, unless a look at it or at the locks forbids that, and nothing that comes after.
+
+        Returns whether it did.
+        """
         with contextlib.suppress(FileNotFoundError):
             tag = self._files.info(self._at(name)).get("ETag")
             if look() is False:
-                return
-            if self._s3 and tag:
-                bucket, key, _ = self._files.split_path(self._at(name))
-                try:
+                return False
+            try:
+                if self._s3 and tag:
+                    bucket, key, _ = self._files.split_path(self._at(name))
                     self._files.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=tag)
-                    return
-                except OSError as exc:
-                    if exc.errno == errno.EINVAL:  # it is another one by now
-                        return
-                    if exc.errno != errno.ENOSYS:
-                        raise
+                    return True
+            except OSError as exc:
+                if exc.errno == errno.EINVAL:  # it is another one by now
+                    return False
+                if exc.errno != errno.ENOSYS:
+                    raise
             self._files.rm_file(self._at(name))
+            return True
+        return False
 
     def delete(self, name: str, content: bytes | None = None) -> None:
         """Removes a file, if it is there and, if given, has this content, whatever became of the lock."""
@@ -334,11 +355,11 @@ class ObjectStorage:
     def _at(self, name: str) -> str:
         return f"{self._key}/{name}" if name else self._key
 
-    def _arrived(self, name: str, temporary: str, size: int, digests: set[str]) -> bool:
+    def _arrived(self, name: str, temporary: str, size: int, known: set[str]) -> bool:
         info = self._files.info(self._at(name))
         if info["size"] != size:
             return False
-        if {str(info.get("ETag", "")).strip('"'), _hex(info.get("md5Hash"))} & digests:
+        if {str(info.get("ETag", "")).strip('"'), decoded(info.get("md5Hash"))} & known:
             return True
         # No checksum, or one of something else: with SSE-KMS an ETag is no MD5.
         with open(temporary, "rb") as file:
@@ -374,17 +395,3 @@ class ObjectStorage:
     def _error(self, name: str, exc: Exception, advice: str) -> StorageError:
         text = " ".join(str(exc).split()) or type(exc).__name__
         return StorageError(f"{self.path(name)!r}: {text}; {advice}")
-
-
-def _digests(path: str, part: int) -> set[str]:
-    """The MD5 of a file, and what S3 says of it after a multipart upload: the MD5 of the MD5s of its parts."""
-    whole, parts = hashlib.md5(usedforsecurity=False), []
-    with open(path, "rb") as file:
-        while piece := file.read(part):
-            whole.update(piece)
-            parts.append(hashlib.md5(piece, usedforsecurity=False).digest())
-    return {whole.hexdigest(), f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"}
-
-
-def _hex(text: str | None) -> str:
-    return base64.b64decode(text).hex() if text else ""

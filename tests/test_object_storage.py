@@ -769,14 +769,15 @@ def test_a_lock_that_is_lost_during_an_upload_publishes_nothing(
     assert storage.read("shard") == there
 
 
+@pytest.mark.parametrize("there", [b"the other's", b"ours"])
 def test_a_lock_that_is_lost_before_a_deletion_deletes_nothing_of_the_other(
-    out: str, monkeypatch: pytest.MonkeyPatch
+    out: str, monkeypatch: pytest.MonkeyPatch, there: bytes
 ) -> None:
     storage = ObjectStorage(out)
 
     def lose() -> None:
         storage.put(LOCK, foreign())
-        storage.put("file", b"the other's")
+        storage.put("file", there)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(pytest.raises(LockedError))
@@ -785,7 +786,7 @@ def test_a_lock_that_is_lost_before_a_deletion_deletes_nothing_of_the_other(
         monkeypatch.setattr(storage._files, "call_s3", losing_before(storage, "call_s3", lose))
         with pytest.raises(LockedError):
             storage.remove("file")
-    assert storage.read("file") == b"the other's"
+    assert storage.read("file") == there
 
 
 def test_under_a_lock_objects_are_replaced_and_removed(storage: ObjectStorage) -> None:
