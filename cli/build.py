@@ -15,6 +15,7 @@ from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import RejectLimitError
 from gpu_npz.messages import Message
+from gpu_npz.output import REPORT
 from gpu_npz.planning import Measuring
 from gpu_npz.space import size
 
@@ -82,10 +83,12 @@ def summary(report: BuildReport) -> str:
 
 
 def _message(message: Message) -> str:
-    """A decoder's message, how often it came, and some of the files that it is about; report.json has them all."""
+    """A decoder's message, how often it came, and some of the files that it is about."""
     files = [*map(printable, message.files[:_SHOWN])]
-    if len(message.files) > _SHOWN or not message.all_files:
-        files.append(f"{len(message.files) - _SHOWN} more" if message.all_files else "others")
+    if len(message.files) > _SHOWN:
+        files.append(f"{len(message.files) - _SHOWN} more in {REPORT}")
+    if not message.all_files:
+        files.append("maybe others")
     return f"{message.count} x {message.text!r}: {', '.join(files)}"
 
 

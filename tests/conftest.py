@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import os
 import re
 import subprocess
@@ -125,6 +126,14 @@ _BAD: dict[str, tuple[str, str, Callable[[Pixels], bytes]]] = {
         "decode", "undecodable", lambda pixels: _encode(pixels, "PNG").replace(b"IDAT", b"IDAT\xff\xff\xff", 1)
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line takes the library's logger over; the next test gets it back."""
+    logger = logging.getLogger("gpu_npz")
+    monkeypatch.setattr(logger, "handlers", logger.handlers)
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
 
 
 @pytest.fixture(scope="session")

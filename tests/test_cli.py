@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import logging
 import os
 import shutil
 import signal
@@ -32,14 +31,6 @@ MakeTree = Callable[..., Path]  # a fixture: see conftest.py
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--shard-size", "2", "--workers", "0", "--device", "cpu"]
 HEAVY = ("torch", "keras", "tensorflow", "cupy", "nvidia.dali", "ray", "PIL", "pydantic")
-
-
-@pytest.fixture(autouse=True)
-def own_logger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line takes the library's logger over; the next test gets it back."""
-    logger = logging.getLogger("gpu_npz")
-    monkeypatch.setattr(logger, "handlers", logger.handlers)
-    monkeypatch.setattr(logger, "propagate", logger.propagate)
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,14 +24,6 @@ from gpu_npz.messages import Output, known
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 Start = Callable[[str], tuple[subprocess.Popen[bytes], Output]]
 NOTHING: Counter[str] = Counter()
-
-
-@pytest.fixture(autouse=True)
-def own_logger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line takes the library's logger over; the next test gets it back."""
-    logger = logging.getLogger("gpu_npz")
-    monkeypatch.setattr(logger, "handlers", logger.handlers)
-    monkeypatch.setattr(logger, "propagate", logger.propagate)
 
 
 @pytest.fixture
@@ -117,7 +109,7 @@ os.write(2, b"ne\n")
 """
     )
     while not output.unread:
-        pass
+        time.sleep(0.01)
     assert output.known() == Counter({"Bogus DHT index #": 1})
     assert output.known() == NOTHING
     assert shown(caplog) == []
@@ -234,7 +226,7 @@ def test_no_more_is_decoded_again_than_a_share_of_the_build(
     assert not any(message.all_files for message in report.messages)
     command = ["build", os.fspath(noisy), os.fspath(tmp_path / "other"), "--device", "cpu", "--backend", "dali"]
     assert run([*command, "--size", "16", "--workers", "1", "--batch-size", "4"]) == 0
-    assert "a/05-extra.jpg, others\n" in capfd.readouterr().out
+    assert "a/05-extra.jpg, maybe others\n" in capfd.readouterr().out
 
 
 def test_a_build_without_messages_decodes_nothing_again(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,14 +23,6 @@ from gpu_npz.space import require_space
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 CPU: dict[str, Any] = {"device": "cpu", "size": 32, "shard_size": "16"}
 FLAGS = ["--device", "cpu", "--size", "32", "--shard-size", "16"]
-
-
-@pytest.fixture(autouse=True)
-def own_logger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line takes the library's logger over; the next test gets it back."""
-    logger = logging.getLogger("gpu_npz")
-    monkeypatch.setattr(logger, "handlers", logger.handlers)
-    monkeypatch.setattr(logger, "propagate", logger.propagate)
 
 
 @pytest.fixture
