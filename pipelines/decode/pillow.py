@@ -390,7 +390,7 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:  # which does not say why; the reader whose first bytes these are does
-        if data.startswith(b"\xff\xd8"):
+        if read_header(data) is not None:
             with contextlib.suppress(UnidentifiedImageError):
                 return Image.open(io.BytesIO(without_metadata(data)), formats=("JPEG",))
         for name in _FORMATS:
