@@ -217,7 +217,7 @@ def test_options_that_statistics_and_info_print_are_taken_by_a_build(
 ) -> None:
     options = ["--size", "16", "--device", "cpu", "--workers", "0", "--channels", channels, "--bit-depth", bits]
     if bits == "16":
-        pytest.importorskip("cv2")
+        pytest.importorskip("imagecodecs")
     assert run(["stats", str(tree), *options]) == 0
     printed = capsys.readouterr().out.splitlines()[-1].split()
     assert run(["build", str(tree), str(tmp_path / "a"), *options, *printed]) == 0
