@@ -52,14 +52,14 @@ def is_transient(exc: Exception) -> bool:
 def advice(exc: Exception, transient: bool) -> str:
     """What to do about an error of a store."""
     if transient:
-        return "the store does not answer; see to the network and the endpoint, then run the same command to resume"
+        return "the store does not answer; check the network and the endpoint, then run the same command to resume"
     if code(exc) == "NoSuchBucket":
         return "make the bucket, or give another OUT"
     if _ANONYMOUS.search(type(exc).__name__):
         return "log in (for S3: `aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
     if isinstance(exc, PermissionError):
         return "ask for the right to list the bucket, and to get, put and delete objects there, or give another OUT"
-    return "see to the store, then run the same command to resume"
+    return "check the store, then run the same command to resume"
 
 
 def code(exc: BaseException) -> str:

@@ -353,7 +353,7 @@ class LocalStorage:
         try:
             yield
         except OSError as exc:
-            advice = _ADVICE.get(exc.errno or 0, "see to the disk, then run the same command to resume")
+            advice = _ADVICE.get(exc.errno or 0, "check the disk, then run the same command to resume")
             raise StorageError(f"{self.path(name)!r}: {exc.strerror or exc}; {advice}") from exc
 
     def _holder(self, lock: str) -> Holder:

@@ -556,7 +556,7 @@ def test_a_server_that_is_not_there_is_told(src: Path, out: str, monkeypatch: py
     with socket.create_server(("127.0.0.1", 0)) as taken:
         closed = taken.getsockname()[1]
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://127.0.0.1:{closed}"})
-    with pytest.raises(StorageError, match=f"127.0.0.1:{closed}.*; the store does not answer; see to the network"):
+    with pytest.raises(StorageError, match=f"127.0.0.1:{closed}.*; the store does not answer; check the network"):
         build(src, out, SETTINGS)
 
 

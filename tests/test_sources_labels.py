@@ -188,9 +188,7 @@ def test_what_is_no_whole_number_is_refused_as_one(tmp_path: Path, spelled: Any)
     root = touch(tmp_path / "images", "0.jpg", "1.jpg")
     rows = ({"path": "0.jpg", "label": 2}, {"path": "1.jpg", "label": spelled})
     path = table(tmp_path / "l.jsonl", *map(json.dumps, rows))
-    message = (
-        f"column 'label' has {spelled!r} for row 2, which is no whole number; mend it, or say --labels label:class"
-    )
+    message = f"column 'label' has {spelled!r} for row 2, which is no whole number; fix it, or say --labels label:class"
     assert message in refusal(root, labels=f"{path}:label:integer")
 
 

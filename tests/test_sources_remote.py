@@ -230,7 +230,7 @@ def test_a_bucket_that_vanished_is_an_error_and_its_objects_are_no_rejects(put_s
     source.check()
     (item,) = items(source)
     fsspec.filesystem("s3").rm(url.partition("/some")[0], recursive=True)
-    with pytest.raises(SourceError, match="not there; see to the names of bucket and folder"):
+    with pytest.raises(SourceError, match="not there; check the names of bucket and folder"):
         read_item(source, item)
 
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_listed_is_refused_with_advice(
 ) -> None:
     url = put_s3({"a/1.jpg": b"x", "b.jpg": b"x"})
     for wrong in ("s3://no-such-bucket", "s3://no-such-bucket/a", f"{url}/none", "memory://none/at/all"):
-        with pytest.raises(SourceError, match="not there; see to the names of bucket and folder in SRC"):
+        with pytest.raises(SourceError, match="not there; check the names of bucket and folder in SRC"):
             open_source(wrong)
     with pytest.raises(SourceError, match="is a file; give SRC as a folder"):
         open_source(f"{url}/b.jpg")
@@ -253,7 +253,7 @@ def test_what_cannot_be_listed_is_refused_with_advice(
             open_source("s3a://bucket/images")
     with monkeypatch.context() as patched:
         patched.setitem(fsspec.config.conf, "s3", {"endpoint_url": "http://127.0.0.1:9"})
-        with pytest.raises(SourceError, match="see to the network and the endpoint"):
+        with pytest.raises(SourceError, match="check the network and the endpoint"):
             open_source(url)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

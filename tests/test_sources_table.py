@@ -319,8 +319,8 @@ def test_wrong_labels_are_refused_with_their_row(tmp_path: Path) -> None:
     [
         ("t.csv", b"", "is empty; a table starts with the names of its columns"),
         ("t.jsonl", b"\n\n", "is empty"),
-        ("t.csv", b"path,label\n1.jpg,2\n3.jpg\n", "line 3 has 1 values, the first 2; mend it"),
-        ("t.csv", b"path,label\n1.jpg,2,3\n", "line 2 has 3 values, the first 2; mend it"),
+        ("t.csv", b"path,label\n1.jpg,2\n3.jpg\n", "line 3 has 1 values, the first 2; fix it"),
+        ("t.csv", b"path,label\n1.jpg,2,3\n", "line 2 has 3 values, the first 2; fix it"),
         ("t.csv", b'path,label\n1.jpg,2\n"3.jpg', r"line 3 is no CSV \(unexpected end of data\)"),
         ("t.csv", b"path\n" + b"a" * 200_000, r"line 2 is no CSV \(field larger than field limit"),
         ("t.csv", b"path\n1.jpg\n2\0.jpg\n", "line 3 has a NUL byte; save the table as UTF-8 text"),

@@ -220,7 +220,7 @@ def test_removing_takes_files_links_and_empty_folders_but_no_full_folder(storage
         (errno.EFBIG, "choose a smaller --shard-size"),
         (errno.EACCES, "make it writable"),
         (errno.EROFS, "choose another OUT"),
-        (errno.EIO, "see to the disk, then run the same command to resume"),
+        (errno.EIO, "check the disk, then run the same command to resume"),
     ],
 )
 def test_trouble_with_the_disk_names_the_file_the_reason_and_what_to_do(

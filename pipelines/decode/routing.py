@@ -1,4 +1,4 @@
-"""Which items of a batch DALI decodes, and what it is told of each: sizes, placement and orientation as plain numbers.
+"""Which items of a batch DALI decodes, with their sizes, placement and orientation as plain numbers.
 
 All of it comes from one reading of each header, so no decoder decides a size or a rotation by itself.
 """

@@ -155,7 +155,7 @@ def _table(location: str) -> dict[int, str]:
         wnid = rest.strip('"').partition(" ")[0]
         if digits and _is_wnid(wnid):
             if truth.setdefault(int(digits[1]), wnid) != wnid:
-                raise SourceError(f"{location!r}: line {number} gives image {int(digits[1])} another label; mend it")
+                raise SourceError(f"{location!r}: line {number} gives image {int(digits[1])} another label; fix it")
         elif line.strip() and number > 1:  # the first may be a header
             raise SourceError(
                 f"{location!r}: line {number} is {line[:80]!r}; allowed are a file's name or its number, and a "

@@ -300,7 +300,7 @@ def _kind(name: str, wanted: Kind | None, entries: Sequence[Any], location: str,
             number = next(row for row, kind in enumerate(kinds) if kind != "class")
             raise SourceError(
                 f"{location!r}: column {name!r} has both texts ({first}) and numbers ({entries[number]!r} for "
-                f"{where(number)}); mend it, or say --labels {name}:class"
+                f"{where(number)}); fix it, or say --labels {name}:class"
             )
         raise _no_number(name, wanted, entries[texts[0]], texts[0], location, where)
     if wanted == "integer" and present != {"integer"}:
@@ -316,7 +316,7 @@ def _no_number(
 ) -> SourceError:
     return SourceError(
         f"{location!r}: column {name!r} has {entry!r} for {where(row)}, which is no "
-        f"{'whole ' if wanted == 'integer' else ''}number; mend it, or say --labels {name}:class"
+        f"{'whole ' if wanted == 'integer' else ''}number; fix it, or say --labels {name}:class"
     )
 
 
@@ -389,7 +389,7 @@ def _indices(
         if number is None or not 0 <= number < len(names):
             raise SourceError(
                 f"{location!r}: column {column!r} has {entry} for {where(row)}; there are names for {len(names)} "
-                f"classes, 0 to {len(names) - 1}: mend it, or say --labels none"
+                f"classes, 0 to {len(names) - 1}: fix it, or say --labels none"
             )
         indices.append(number)
     return indices

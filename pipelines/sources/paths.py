@@ -157,7 +157,7 @@ def below(text: str, root: str) -> bytes:
     """
     shown = f"has the path {text[:200]!r}"
     if "\0" in text:
-        raise ValueError(f"{shown} with a NUL byte; mend it")
+        raise ValueError(f"{shown} with a NUL byte; fix it")
     path = _under(root, text) if is_remote(text) or text.startswith(("/", _FILE)) else text
     if path is None:
         raise ValueError(f"{shown}, which is not below {root!r}")
@@ -168,4 +168,4 @@ def below(text: str, root: str) -> bytes:
     try:
         return as_bytes(path)
     except UnicodeEncodeError as exc:
-        raise ValueError(f"{shown}, which is no text; mend it") from exc
+        raise ValueError(f"{shown}, which is no text; fix it") from exc

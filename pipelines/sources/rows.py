@@ -188,11 +188,11 @@ class Table:
                     continue
                 width = width or len(row)
                 if len(row) != width:
-                    raise self._damaged(reader.line_num, f"has {len(row)} values, the first {width}", "mend it")
+                    raise self._damaged(reader.line_num, f"has {len(row)} values, the first {width}", "fix it")
                 yield row
         except csv.Error as exc:
             long = "field larger" in str(exc)
-            advice = f"leave long columns out; {_CONTENT_ADVICE}" if long else "mend it, or write the table anew"
+            advice = f"leave long columns out; {_CONTENT_ADVICE}" if long else "fix it, or write the table anew"
             raise self._damaged(reader.line_num, f"is no CSV ({exc})", advice) from exc
 
     def _objects(self, file: BinaryIO) -> Iterator[dict[str, Any]]:

@@ -238,8 +238,8 @@ def _advice(exc: OSError) -> str:
     if exc.errno == errno.EACCES:
         return "ask for the right to list and to get what is there, or log in as another user"
     if exc.errno == errno.ENOENT:
-        return "see to the names of bucket and folder in SRC"
-    return "see to the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL), then run the command again"
+        return "check the names of bucket and folder in SRC"
+    return "check the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL), then run the command again"
 
 
 def is_web(url: str) -> bool:

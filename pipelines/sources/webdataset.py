@@ -181,7 +181,7 @@ def _label(file: BinaryIO, key: bytes, sample: Sample, label: str, archive: str)
         for part in field.split("."):
             value = value[part]
     except (ValueError, RecursionError) as exc:
-        raise SourceError(f"{where}: {as_text(path)!r} cannot be read ({exc}); mend it") from exc
+        raise SourceError(f"{where}: {as_text(path)!r} cannot be read ({exc}); fix it") from exc
     except (KeyError, TypeError, IndexError) as exc:
         raise SourceError(f"{where} has no field {field!r} in {as_text(path)!r}; fill it in, or give another") from exc
     if isinstance(value, (dict, list)):
