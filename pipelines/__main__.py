@@ -1,6 +1,6 @@
 """`python -m gpu_npz` is the command `gpu-npz`."""
 
-from gpu_npz.cli.start import main
+from .cli.start import main
 
 if __name__ == "__main__":
     main()

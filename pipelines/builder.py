@@ -19,13 +19,7 @@ from typing import Any
 from .config import BuildConfig
 from .engines import local, ray
 from .environment import Choice
-from .errors import (
-    GpuNpzError,
-    LockedError,
-    RejectLimitError,
-    StorageError,
-    UsageError,
-)
+from .errors import GpuNpzError, LockedError, RejectLimitError, StorageError, UsageError
 from .job import Job
 from .manifest import CommitRecord, class_list, committed, publish
 from .messages import Heard, Message, Messages
@@ -45,7 +39,8 @@ from .planning import (
 )
 from .sources import open_source
 from .sources.base import Source
-from .storage import Storage, open_storage
+from .storage import open_storage
+from .storage.base import Storage
 from .tuning import Tuning
 from .watch import Moment, Watch
 from .worker import Committed, Event, Task, WorkerEnded

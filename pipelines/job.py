@@ -21,7 +21,7 @@ from .npz.writer import NpzWriter
 from .output import JOB, PLAN, refuse_several
 from .plan import Plan
 from .sources.base import LabelColumn, Source, label_form
-from .storage import Storage
+from .storage.base import Storage
 
 # Of a record, which takes up to 30 times its size as values: 300,000 source files, or 500,000 classes, fit.
 MAX_JSON_BYTES = 32 << 20

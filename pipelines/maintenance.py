@@ -27,7 +27,8 @@ from .plan import Batch
 from .planning import backend, require_revision
 from .rejects import Reject
 from .sources.base import Source
-from .storage import Storage, open_storage
+from .storage import open_storage
+from .storage.base import Storage
 from .tuning import Tuning
 from .worker import environment_of, require_environment
 

@@ -22,7 +22,8 @@ from .normalize import statistics
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, refuse_several, shard_name
 from .rejects import Reject
 from .sources.base import LabelColumn, as_text
-from .storage import Storage, is_remote, open_storage
+from .storage import open_storage
+from .storage.base import Storage, is_remote
 
 FORMAT_VERSION = 1
 _KNOWN = ("deflate",)  # what `requires` may name

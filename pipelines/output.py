@@ -7,8 +7,8 @@ import re
 
 from .config import TRAIN
 from .errors import FormatError, StorageError
-from .holders import PRIVATE
-from .storage import Storage
+from .storage.base import Storage
+from .storage.holders import PRIVATE
 
 MANIFEST = "dataset.json"
 INDEX = "index.npz"

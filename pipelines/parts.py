@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from .errors import LockedError, UsageError
-from .storage import LOCK, Storage
+from .storage.base import LOCK, Storage
 
 _ARRAY = (("MIN", "0"), ("STEP", "1"))
 

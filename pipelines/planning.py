@@ -30,7 +30,6 @@ from .errors import (
     StorageError,
     UsageError,
 )
-from .holders import PRIVATE
 from .job import Job, shown_classes
 from .manifest import CommitRecord
 from .normalize import row_shape, table
@@ -40,7 +39,9 @@ from .plan import Plan, same_listing
 from .rejects import BadItem
 from .selection import listed
 from .sources.base import Item, Source, location_of, read_item
-from .storage import Storage, is_remote, open_storage
+from .storage import open_storage
+from .storage.base import Storage, is_remote
+from .storage.holders import PRIVATE
 
 log = logging.getLogger(__name__)
 _PROBED_ITEMS = 16

@@ -30,7 +30,9 @@ from .selection import listed
 from .sources import open_source
 from .sources.base import Group, LabelColumn, Source, as_bytes
 from .space import free_space, held_bytes, lack_of_space, output_bytes
-from .storage import LocalStorage, Storage, open_storage
+from .storage import open_storage
+from .storage.base import Storage
+from .storage.local import LocalStorage
 from .tuning import Tuning
 from .worker import Committed, Progress, Task, WorkerEnded, work
 

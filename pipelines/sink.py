@@ -24,7 +24,7 @@ from .npz.writer import NpzWriter
 from .output import shard_name
 from .rejects import Reject
 from .sources.base import Item
-from .storage import Storage
+from .storage.base import Storage
 from .tuning import Tuning
 
 _SPARE_BUFFERS = 2  # one being filled, one on its way

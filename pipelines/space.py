@@ -15,7 +15,8 @@ from .job import index_comment, shard_comment
 from .npz.format import Member, data_offset, directory_bytes
 from .output import shard_files
 from .plan import Plan
-from .storage import LocalStorage, is_remote
+from .storage.base import is_remote
+from .storage.local import LocalStorage
 
 _ID = "0" * 32  # a dataset's id counts for its length alone
 _OTHER_FILES = 16

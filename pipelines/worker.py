@@ -22,7 +22,6 @@ from .decode import make_decoder
 from .decode.base import Decoded, Decoder
 from .errors import MismatchError, RejectedError, ShardError
 from .geometry import Geometry
-from .holders import Fence
 from .job import Job
 from .manifest import CommitRecord
 from .messages import Heard
@@ -33,6 +32,7 @@ from .rejects import BadItem, Code, Reject, clean
 from .sink import Rows, ShardSink
 from .sources.base import Source, read_item
 from .storage import open_storage
+from .storage.holders import Fence
 from .tuning import Tuning
 
 _PULSE_S = 1.0

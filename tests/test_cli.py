@@ -586,8 +586,8 @@ def test_no_file_imports_the_folders_by_their_own_names() -> None:
 
 # What stands later may import what stands earlier, and its own line.
 ORDER = [
-    "errors", "config holders names locks clients scratch messages processes", "environment rejects geometry",
-    "sources plan selection npz storage objects leases normalize tuning parts cuda", "output", "job", "manifest space",
+    "errors", "config messages processes", "storage", "environment rejects geometry",
+    "sources plan selection npz normalize tuning parts cuda", "output", "job", "manifest space",
     "decode", "sink headers counting", "worker preprocess", "engines watch", "planning", "builder preflight",
     "readers audit bench demo", "maintenance",
 ]  # fmt: skip

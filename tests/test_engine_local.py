@@ -21,7 +21,7 @@ from gpu_npz.builder import Started, build
 from gpu_npz.config import BuildConfig
 from gpu_npz.engines import local
 from gpu_npz.errors import ShardError
-from gpu_npz.holders import is_gone
+from gpu_npz.storage.holders import is_gone
 from gpu_npz.tuning import Tuning
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py

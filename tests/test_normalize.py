@@ -16,17 +16,7 @@ from gpu_npz import cuda, normalize
 from gpu_npz.config import BuildConfig
 from gpu_npz.cuda import CudaNormalizer
 from gpu_npz.errors import UsageError
-from gpu_npz.normalize import (
-    Normalizer,
-    Sums,
-    apply_table,
-    image_table,
-    levels,
-    row_shape,
-    table,
-    tables,
-    value_range,
-)
+from gpu_npz.normalize import Normalizer, Sums, apply_table, image_table, levels, row_shape, table, tables, value_range
 
 # Of each floating type: bits of a significand, exponent of the smallest number above zero (IEEE 754-2019, table 3.5).
 PRECISION = {"float16": (11, -24), "float32": (24, -149)}

@@ -27,7 +27,6 @@ pytest.importorskip("moto.server")
 import fsspec
 from moto.server import ThreadedMotoServer
 
-from gpu_npz import holders, leases, locks, objects
 from gpu_npz.audit.verification import verify
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
@@ -42,9 +41,10 @@ from gpu_npz.errors import (
 )
 from gpu_npz.job import Job
 from gpu_npz.manifest import Manifest, class_list
-from gpu_npz.objects import ObjectStorage
 from gpu_npz.readers.arrays import open_dataset
-from gpu_npz.storage import LocalStorage, open_storage
+from gpu_npz.storage import file_lock, holders, object_lock, objects, open_storage
+from gpu_npz.storage.local import LocalStorage
+from gpu_npz.storage.objects import ObjectStorage
 
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:datetime\.datetime\.utcnow:DeprecationWarning:(boto|moto)",
@@ -124,9 +124,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nobody waits long, and no credentials but the test's are found."""
     monkeypatch.setattr(objects, "RETRY_S", 0.01)
     monkeypatch.setattr(objects, "ATTEMPTS", 3)
-    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.1)
-    monkeypatch.setattr(locks, "STALE_S", 0.7)
-    monkeypatch.setattr(leases, "SETTLE_S", 0.3)
+    monkeypatch.setattr(file_lock, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(file_lock, "STALE_S", 0.7)
+    monkeypatch.setattr(object_lock, "SETTLE_S", 0.3)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in {
@@ -211,7 +211,8 @@ def test_a_client_that_is_missing_is_named_with_the_line_that_installs_it(monkey
 
 
 def test_neither_the_package_nor_its_storage_loads_a_client() -> None:
-    code = "import sys, gpu_npz.builder, gpu_npz.objects; print(*{'fsspec', 's3fs', 'botocore'} & set(sys.modules))"
+    modules = "sys, gpu_npz.builder, gpu_npz.storage.objects"
+    code = f"import {modules}; print(*{{'fsspec', 's3fs', 'botocore'}} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "\n"
 
 
@@ -301,7 +302,8 @@ def test_a_shard_that_arrives_changed_is_sent_again_and_given_up_in_the_end(
 def test_temporary_files_go_with_their_storage_and_those_of_killed_builds_at_the_next(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     code = (
-        "import os, pathlib, sys, tempfile; tempfile.tempdir = sys.argv[1]; from gpu_npz.objects import ObjectStorage; "
+        "import os, pathlib, sys, tempfile; tempfile.tempdir = sys.argv[1]; "
+        "from gpu_npz.storage.objects import ObjectStorage; "
         "s = ObjectStorage('memory://b/o'); pathlib.Path(s.temporary('shard')).touch(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, scratch])
@@ -609,7 +611,7 @@ def test_a_lock_is_waited_for(storage: ObjectStorage) -> None:
 def test_the_lock_of_a_process_of_this_machine_that_died_is_taken_over_at_once(
     storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "STALE_S", 600.0)
+    monkeypatch.setattr(file_lock, "STALE_S", 600.0)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     holder = {"host": socket.gethostname(), "process": dead.pid, "place": holders.place(), "token": "t"}

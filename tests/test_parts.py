@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 import gpu_npz
-from gpu_npz import locks
 from gpu_npz.builder import build
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import IncompleteError, LockedError, MismatchError, RejectLimitError, UsageError
 from gpu_npz.maintenance import finalize
 from gpu_npz.parts import Part
-from gpu_npz.storage import LocalStorage
+from gpu_npz.storage import file_lock
+from gpu_npz.storage.local import LocalStorage
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 
@@ -115,7 +115,7 @@ def test_a_plain_build_and_finalize_wait_for_no_part_but_say_so(src: Path, tmp_p
 def test_a_plain_build_ends_the_lock_of_a_part_that_another_host_left_over(
     src: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "STALE_S", 0.3)
+    monkeypatch.setattr(file_lock, "STALE_S", 0.3)
     out = tmp_path / "out"
     build(src, out, settings(part="1/3"))
     for number in (2, 3):

@@ -25,7 +25,7 @@ from gpu_npz.planning import planned
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Group, Item
 from gpu_npz.sources.folder import FolderSource
-from gpu_npz.storage import LocalStorage
+from gpu_npz.storage.local import LocalStorage
 
 GROUPS = [
     Group(b"apples/", [b"a.jpg", b"b.jpg", b"c.jpg"], 0),

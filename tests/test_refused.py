@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from gpu_npz import builder, locks
+from gpu_npz import builder
 from gpu_npz.builder import build, build_split
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import BackendError, GpuNpzError, LockedError, MismatchError, ShardError, StorageError
 from gpu_npz.job import Job
 from gpu_npz.preflight import survey
-from gpu_npz.storage import LocalStorage
+from gpu_npz.storage import file_lock
+from gpu_npz.storage.local import LocalStorage
 
 Kill = Callable[..., None]
 
@@ -159,7 +160,7 @@ def test_a_lock_is_waited_for_while_its_folder_goes_and_comes(out: Path, monkeyp
         waiting.set()
         assert gone.wait(60)
 
-    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    monkeypatch.setattr(file_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     thread = threading.Thread(target=wait)
     with LocalStorage(out).lock():
         thread.start()

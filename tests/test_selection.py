@@ -25,7 +25,7 @@ from gpu_npz.plan import Plan
 from gpu_npz.selection import listed
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Group, Item, LabelColumn, Source
-from gpu_npz.storage import LocalStorage
+from gpu_npz.storage.local import LocalStorage
 
 
 class Listing(Source):

@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 
-from gpu_npz import locks
 from gpu_npz.audit.verification import verify
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import LockedError, StorageError
-from gpu_npz.storage import LocalStorage
+from gpu_npz.storage import file_lock
+from gpu_npz.storage.local import LocalStorage
 
 LOCK = ".gpu-npz/lock"
 SETTINGS = BuildConfig(size=16, shard_size=2, workers=0, device="cpu")
@@ -332,7 +332,7 @@ def test_a_full_disk_at_any_moment_is_a_storage_error_and_the_next_run_finishes(
 
 HOLDER = """
 import sys, time
-from gpu_npz.storage import LocalStorage
+from gpu_npz.storage.local import LocalStorage
 with LocalStorage(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -400,8 +400,8 @@ def test_the_lock_that_a_dying_build_has_still_lent_to_a_child_is_waited_for(sto
 def test_the_lock_of_another_host_whose_heart_stands_still_is_taken_over(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(locks, "STALE_S", 0.3)
-    monkeypatch.setattr(locks, "_LOOK_S", 0.02)
+    monkeypatch.setattr(file_lock, "STALE_S", 0.3)
+    monkeypatch.setattr(file_lock, "_LOOK_S", 0.02)
     storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode())
     with storage.lock():
         assert json.loads(storage.read(LOCK) or b"")["process"] == os.getpid()
@@ -412,8 +412,8 @@ def test_the_lock_of_another_host_whose_heart_stands_still_is_taken_over(
 def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, race: Race
 ) -> None:
-    monkeypatch.setattr(locks, "STALE_S", 0.5)
-    monkeypatch.setattr(locks, "_LOOK_S", 0.02)
+    monkeypatch.setattr(file_lock, "STALE_S", 0.5)
+    monkeypatch.setattr(file_lock, "_LOOK_S", 0.02)
     storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode())
     ends = race(lambda: LocalStorage(storage.root).lock(wait_s=2))
     assert ends[0] == "won"
@@ -425,8 +425,8 @@ def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
 def test_the_lock_of_another_host_is_respected_while_its_heart_beats(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, wait_s: float
 ) -> None:
-    monkeypatch.setattr(locks, "STALE_S", 5.0)
-    monkeypatch.setattr(locks, "_LOOK_S", 0.02)
+    monkeypatch.setattr(file_lock, "STALE_S", 5.0)
+    monkeypatch.setattr(file_lock, "_LOOK_S", 0.02)
     over = threading.Event()
 
     def write(beat: int) -> None:
@@ -664,9 +664,9 @@ def test_where_flock_fails_heartbeats_decide_with_one_warning(
     make_tree: Any,
     number: int,
 ) -> None:
-    monkeypatch.setattr(locks.FileLock, "_told", False)
-    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(locks.fcntl, "flock", failing(number))
+    monkeypatch.setattr(file_lock.FileLock, "_told", False)
+    monkeypatch.setattr(file_lock, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(file_lock.fcntl, "flock", failing(number))
     src = make_tree({"a/1.jpg": "jpeg"})
     with storage.lock(), pytest.raises(LockedError, match=f"process {os.getpid()} "):
         build(src, storage.root, SETTINGS)
@@ -680,7 +680,7 @@ def test_where_flock_fails_heartbeats_decide_with_one_warning(
 def test_where_flock_fails_the_lock_of_a_process_that_died_is_taken_over_at_once(
     storage: LocalStorage, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks.fcntl, "flock", failing(errno.ENOSYS))
+    monkeypatch.setattr(file_lock.fcntl, "flock", failing(errno.ENOSYS))
     holder.kill()  # and nobody has waited for it yet
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     with storage.lock():
@@ -691,11 +691,11 @@ def test_where_flock_fails_the_lock_of_a_process_that_died_is_taken_over_at_once
 def test_another_host_of_the_same_name_is_respected_where_flock_does_not_reach(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(locks.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(file_lock, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(file_lock.fcntl, "flock", lambda *_: None)
     with storage.lock():
         with monkeypatch.context() as elsewhere:
-            elsewhere.setattr("gpu_npz.holders.place", lambda: place)
+            elsewhere.setattr("gpu_npz.storage.holders.place", lambda: place)
             with pytest.raises(LockedError, match=f"process {os.getpid()} on host"), storage.lock():
                 pass
         storage.write("file", b"")
@@ -713,7 +713,7 @@ def test_the_lock_of_an_earlier_version_is_understood(storage: LocalStorage) -> 
     old = {"host": socket.gethostname(), "process": os.getpid(), "beat": 3}
     storage.write(LOCK, json.dumps(old).encode())
     with open(storage.path(LOCK)) as file:
-        locks.fcntl.flock(file, locks.fcntl.LOCK_EX)
+        file_lock.fcntl.flock(file, file_lock.fcntl.LOCK_EX)
         with pytest.raises(LockedError, match=f"process {os.getpid()} "), storage.lock():
             pass
     with storage.lock():

@@ -29,7 +29,8 @@ from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, shard_name
 from ..plan import Batch
 from ..readers.arrays import column_fault, open_index, open_shard
-from ..storage import Storage, open_storage
+from ..storage import open_storage
+from ..storage.base import Storage
 from ..tuning import Tuning
 from .originals import Originals, originals
 from .verification import Problem

@@ -16,7 +16,7 @@ from ..sources import open_source
 from ..sources.base import Item, Source, as_text
 from ..sources.dicom import split_frame
 from ..sources.paths import below
-from ..storage import Storage
+from ..storage.base import Storage
 
 _NO_LABELS = {"labels": "none", "split": None, "split_by": None, "split_seed": 0}
 

@@ -24,7 +24,8 @@ from ..output import REJECTS
 from ..readers.arrays import Dataset, open_dataset
 from ..rejects import BadItem
 from ..sources.base import countable, read_item
-from ..storage import LocalStorage, Storage
+from ..storage.base import Storage
+from ..storage.local import LocalStorage
 from .originals import Originals, originals
 
 Show = Literal["random", "class", "rejects"]

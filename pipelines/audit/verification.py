@@ -23,7 +23,8 @@ from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
 from ..readers.arrays import column_fault, open_index, open_shard
 from ..sources.base import LabelColumn
-from ..storage import Storage, is_remote, open_storage
+from ..storage import open_storage
+from ..storage.base import Storage, is_remote
 
 _ROWS_AT_ONCE = 64
 _FETCHED_SHARDS = 4  # of an object store, on the local disk at the same time

@@ -25,7 +25,7 @@ from ..job import Job
 from ..normalize import Normalizer, row_shape
 from ..plan import Batch, Plan, collect
 from ..sources.base import Source
-from ..storage import LocalStorage
+from ..storage.local import LocalStorage
 from ..tuning import Tuning
 from ..worker import Progress, Task, interleaved, work
 from .rates import Tick, folder_of

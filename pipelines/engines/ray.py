@@ -30,11 +30,13 @@ from typing import Any
 from .. import environment
 from ..environment import Machine
 from ..errors import BackendError, GpuNpzError, ShardError, SourceError, StorageError
-from ..holders import PRIVATE
 from ..job import Job
 from ..sources.base import Source
 from ..sources.folder import FolderSource
-from ..storage import LocalStorage, is_remote, open_storage
+from ..storage import open_storage
+from ..storage.base import is_remote
+from ..storage.holders import PRIVATE
+from ..storage.local import LocalStorage
 from ..worker import Committed, Event, Progress, Task, WorkerEnded, asked, remove_leftovers, work
 from . import local
 

@@ -15,7 +15,7 @@ from isal.isal_zlib import IsalError, crc32, decompressobj
 from numpy.typing import NDArray
 
 from ..errors import FormatError
-from ..storage import open_regular
+from ..storage.base import open_regular
 from .format import DEFLATE_END, Directory, Member, npy_header, read_directory, rowindex
 
 _PIECE_BYTES = 1 << 22

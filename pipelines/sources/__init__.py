@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
-from ..storage import is_remote
+from ..storage.base import is_remote
 from .base import Source, as_bytes, as_text, full_location, is_hidden, location_of
 from .columns import key_column
 from .folder import FolderSource

@@ -21,7 +21,7 @@ import numpy as np
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..rejects import MAX_ENCODED_BYTES
-from ..storage import is_remote
+from ..storage.base import is_remote
 from . import npy
 from .archives import GROUP_ITEMS, place_of, read_piece
 from .base import Group, Item

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..errors import ShardError, SourceError
 from ..rejects import BadItem
-from ..storage import is_remote
+from ..storage.base import is_remote
 
 IMAGE_EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .dcm .dicom".split()

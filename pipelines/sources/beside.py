@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import SourceError, UsageError
-from ..storage import is_remote
+from ..storage.base import is_remote
 from .base import Group, location_of
 from .columns import PATH_COLUMNS, named_columns, path_column, usual
 from .labels import Asked

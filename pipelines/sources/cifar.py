@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
-from ..storage import is_remote
+from ..storage.base import is_remote
 from . import pickles
 from .archives import place_of, read_piece
 from .base import Group, Item, as_text

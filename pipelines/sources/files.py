@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, BinaryIO, cast
 
 from ..errors import SourceError
-from ..storage import is_remote, open_regular
+from ..storage.base import is_remote, open_regular
 from .ahead import reserve
 from .base import full_location
 from .stores import (

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from ..storage import open_regular
+from ..storage.base import open_regular
 from .base import Group, Item, as_bytes
 from .dicom import EXTENSIONS, frame_count, split_frame
 

@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from ..storage import is_remote
+from ..storage.base import is_remote
 from .base import as_bytes
 from .local import Inside
 from .stores import is_web

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..errors import SourceError
 from ..rejects import BadItem
-from ..storage import is_remote
+from ..storage.base import is_remote
 from . import arrow
 from .base import Group, as_bytes, as_text, is_image
 from .columns import PATH_COLUMNS, require, usual

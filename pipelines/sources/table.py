@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import BuildConfig
 from ..errors import SourceError
-from ..storage import is_remote
+from ..storage.base import is_remote
 from .base import Group, Item, full_location
 from .columns import key_column, label_columns, path_column
 from .labels import Listed

@@ -8,7 +8,7 @@ import hashlib
 import re
 from typing import Any
 
-from .errors import StorageError
+from ..errors import StorageError
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "memory": "fsspec"}
 _TRANSIENT = {  # botocore's, aiohttp's and fsspec's own, by name: none of them need be installed

@@ -30,12 +30,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from ..errors import LockedError, StorageError
+from .base import LOCK
 from .clients import PACKAGES, advice, client, code, decoded, digests, is_transient
-from .errors import LockedError, StorageError
 from .holders import PRIVATE, Fence, fenced, require_held
-from .leases import Lease, is_live, leftovers
+from .object_lock import Lease, is_live, leftovers
 from .scratch import remove_scratch, scratch_folder
-from .storage import LOCK
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")

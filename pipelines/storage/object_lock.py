@@ -24,8 +24,8 @@ import threading
 import time
 from typing import Protocol
 
-from . import locks
-from .errors import LockedError, StorageError
+from ..errors import LockedError, StorageError
+from . import file_lock
 from .holders import Holder
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Lease:
 
     def _beat(self) -> None:
         number = 0
-        while not self._over.wait(locks.HEARTBEAT_S):
+        while not self._over.wait(file_lock.HEARTBEAT_S):
             with contextlib.suppress(StorageError):  # the next beat may come through
                 if self._store.read(self._name) != self._content:
                     return
@@ -133,7 +133,7 @@ class Lease:
                 alive = True
             if watched != (content, beat):
                 watched, since = (content, beat), time.monotonic()
-            stale = time.monotonic() - since > locks.STALE_S
+            stale = time.monotonic() - since > file_lock.STALE_S
             if stale or holder.gone:
                 if self._taken_over(content, beat, holder.token):
                     log.warning("%s: taken over from process %s, which is gone", self._store.root, holder.process)
@@ -149,9 +149,9 @@ class Lease:
                 told = True
                 log.warning(
                     "%s is held by process %s on host %s; looking for up to %g s whether it lives",
-                    self._store.path(self._name), holder.process, holder.host, locks.STALE_S,
+                    self._store.path(self._name), holder.process, holder.host, file_lock.STALE_S,
                 )  # fmt: skip
-            time.sleep(min(_LOOK_S, locks.HEARTBEAT_S) * random.uniform(0.5, 1.5))  # not in step with other waiters
+            time.sleep(min(_LOOK_S, file_lock.HEARTBEAT_S) * random.uniform(0.5, 1.5))  # not in step with other waiters
 
     def _taken_over(self, content: bytes, beat: bytes | None, token: str) -> bool:
         """Puts our lock in the place of a stale one; False if another waiter is about to, or its holder lives."""

@@ -30,7 +30,7 @@ import threading
 import time
 from dataclasses import replace
 
-from .errors import LockedError
+from ..errors import LockedError
 from .holders import Holder, is_gone
 from .names import beside, create, move_aside, put_back
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from .errors import GpuNpzError, LockedError, StorageError
+from ..errors import GpuNpzError, LockedError, StorageError
 
 PRIVATE = ".gpu-npz"  # the folder in OUT with all that resume and repair need
 _LOOKS = 3  # at a lock that is missing: a process that is about to find out that it lost may have moved it for a moment
