@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from .errors import GpuNpzError
     from .manifest import Manifest
     from .planning import Measuring
-    from .preprocess import Preprocess
-    from .readers.arrays import Dataset, open_dataset
+    from .readers.dataset import Dataset, open_dataset
+    from .readers.inference import Preprocess
     from .worker import Committed, Progress, WorkerEnded
 
 _HOMES = {
     "BuildConfig": "config",
     "BuildReport": "builder",
     "Committed": "worker",
-    "Dataset": "readers.arrays",
+    "Dataset": "readers.dataset",
     "GpuNpzError": "errors",
     "Manifest": "manifest",
     "Measuring": "planning",
-    "Preprocess": "preprocess",
+    "Preprocess": "readers.inference",
     "Problem": "audit.verification",
     "Progress": "worker",
     "Started": "builder",
@@ -40,7 +40,7 @@ _HOMES = {
     "WorkerEnded": "worker",
     "build": "builder",
     "build_split": "builder",
-    "open_dataset": "readers.arrays",
+    "open_dataset": "readers.dataset",
     "verify": "audit.verification",
 }
 __all__ = [

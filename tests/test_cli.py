@@ -588,7 +588,7 @@ def test_no_file_imports_the_folders_by_their_own_names() -> None:
 ORDER = [
     "errors", "config messages processes", "storage", "environment rejects geometry",
     "sources plan selection npz normalize tuning parts cuda", "output", "job", "manifest space",
-    "decode", "sink headers counting", "worker preprocess", "engines watch", "planning", "builder preflight",
+    "decode", "sink headers counting", "worker", "engines watch", "planning", "builder preflight",
     "readers audit bench demo", "maintenance",
 ]  # fmt: skip
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names.split()}

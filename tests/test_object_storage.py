@@ -41,7 +41,7 @@ from gpu_npz.errors import (
 )
 from gpu_npz.job import Job
 from gpu_npz.manifest import Manifest, class_list
-from gpu_npz.readers.arrays import open_dataset
+from gpu_npz.readers.dataset import open_dataset
 from gpu_npz.storage import file_lock, holders, object_lock, objects, open_storage
 from gpu_npz.storage.local import LocalStorage
 from gpu_npz.storage.objects import ObjectStorage

@@ -21,7 +21,7 @@ from ..geometry import Geometry
 from ..manifest import Manifest, reject_of
 from ..normalize import levels, table
 from ..output import REJECTS
-from ..readers.arrays import Dataset, open_dataset
+from ..readers.dataset import Dataset, open_dataset
 from ..rejects import BadItem
 from ..sources.base import countable, read_item
 from ..storage.base import Storage

@@ -26,7 +26,7 @@ from ..errors import FormatError, SourceError
 from ..manifest import Manifest, class_list
 from ..normalize import levels, table
 from ..plan import Plan
-from ..readers.arrays import column_fault, open_index, open_shard, require_fit
+from ..readers.dataset import column_fault, open_index, open_shard, require_fit
 from ..selection import listed
 from ..sources import open_source
 from ..sources.base import LabelColumn, countable

@@ -21,7 +21,7 @@ from ..manifest import Manifest, reject_of, shard_table_digest
 from ..normalize import row_shape, statistics, table, value_range
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
-from ..readers.arrays import column_fault, open_index, open_shard
+from ..readers.dataset import column_fault, open_index, open_shard
 from ..sources.base import LabelColumn
 from ..storage import open_storage
 from ..storage.base import Storage, is_remote

@@ -23,7 +23,7 @@ from ..config import DEFLATE_LEVEL, BuildConfig
 from ..normalize import Normalizer
 from ..npz.writer import NpzWriter
 from ..output import shard_name
-from ..readers.arrays import open_dataset
+from ..readers.dataset import open_dataset
 
 Array = NDArray[Any]
 _BATCH_ROWS = 32

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BackendError
-from ..preprocess import Preprocess
+from ..readers.inference import Preprocess
 from .rates import Tick, Way
 
 BATCH_SIZE = 64

@@ -28,7 +28,7 @@ from ..config import BuildConfig
 from ..decode.pillow import versions
 from ..errors import FormatError, SourceError, UsageError
 from ..normalize import levels, row_shape, table
-from ..readers.arrays import open_dataset
+from ..readers.dataset import open_dataset
 from ..sources.cifar import Cifar
 from ..space import free_space, size
 from . import loading

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from ..preprocess import Preprocess
-from .arrays import Dataset
+from .dataset import Dataset
+from .inference import Preprocess
 
 log = logging.getLogger(__name__)
 _seen: dict[str, Preprocess] = {}

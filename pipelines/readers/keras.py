@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError
-from .arrays import Dataset
 from .contract import compare_with_others
+from .dataset import Dataset
 from .order import kept_rows, require_natural, shuffled
 
 try:

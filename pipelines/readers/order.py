@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
-from .arrays import Dataset
+from .dataset import Dataset
 
 Places = NDArray[np.int64]
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError
-from .arrays import Dataset
 from .contract import compare_with_others
+from .dataset import Dataset
 from .order import Places, kept_rows, require_natural, shuffled
 
 try:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from ..config import Layout
 from ..errors import BackendError, UsageError
-from .arrays import Dataset
 from .contract import compare_with_others
+from .dataset import Dataset
 from .order import Places, kept_rows, part, require_natural, shuffled, windows
 
 try:

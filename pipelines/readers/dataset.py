@@ -23,10 +23,10 @@ from ..job import index_comment, open_npz, shard_comment
 from ..manifest import Manifest, so_far
 from ..npz.reader import DeflatedRows, Known, NpzReader
 from ..output import INDEX, MANIFEST, shard_name
-from ..preprocess import Preprocess
 from ..sources.base import label_form
 from ..storage.base import Storage, is_remote
 from ..storage.local import LocalStorage
+from .inference import Preprocess
 
 # Maps that are kept. Before Python 3.13 each holds a file descriptor, of which a process may have 1,024, or fewer.
 _OPEN_SHARDS = 1024 if sys.version_info >= (3, 13) else 64

@@ -197,7 +197,7 @@ class SlowDict(dict[int, NpzReader]):
 def test_threads_may_share_it_although_few_shards_stay_open(
     dataset: gpu_npz.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.readers.arrays._OPEN_SHARDS", 2)
+    monkeypatch.setattr("gpu_npz.readers.dataset._OPEN_SHARDS", 2)
     images = stored(dataset)
     rows = np.random.default_rng(0).integers(0, 40, 200)
     monkeypatch.setattr(dataset, "_shards", SlowDict())
@@ -209,7 +209,7 @@ def test_threads_may_share_it_although_few_shards_stay_open(
 def test_a_shard_that_changes_while_it_is_closed_is_looked_at_again(
     dataset: gpu_npz.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.readers.arrays._OPEN_SHARDS", 1)
+    monkeypatch.setattr("gpu_npz.readers.dataset._OPEN_SHARDS", 1)
     images = stored(dataset)
     copy = gpu_npz.open_dataset(shutil.copytree(dataset.path, tmp_path / "copy"))
     last = len(copy) - 1

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import BuildConfig
-from .errors import ImageError
-from .geometry import Geometry
-from .manifest import Manifest
-from .normalize import Normalizer, apply_table, row_shape, statistics, table, tables
-from .rejects import BadItem
-from .sources.dicom import split_frame
+from ..config import BuildConfig
+from ..errors import ImageError
+from ..geometry import Geometry
+from ..manifest import Manifest
+from ..normalize import Normalizer, apply_table, row_shape, statistics, table, tables
+from ..rejects import BadItem
+from ..sources.dicom import split_frame
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .decode.pillow import PillowDecoder
+    from ..decode.pillow import PillowDecoder
 
 _RESIZE = {
     "stretch": "resized to {size}, whatever its shape",
@@ -195,7 +195,7 @@ class Preprocess:
 
     @functools.cached_property
     def _decoder(self) -> PillowDecoder:
-        from .decode import pillow_decoder
+        from ..decode import pillow_decoder
 
         return pillow_decoder(self.config, Geometry.of(self.config, self.image_size), None)
 
