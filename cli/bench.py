@@ -160,7 +160,7 @@ def storage(
     from gpu_npz.bench.storage import cifar_files, measure
     from gpu_npz.cli.console import errors, print_json, show_warnings
     from gpu_npz.demo import make_images
-    from gpu_npz.sources.cifar import read_cifar
+    from gpu_npz.sources.arrays.cifar import read_cifar
 
     show_warnings()
     if src is not None and cifar is not None:

@@ -25,9 +25,9 @@ from .environment import Choice
 from .errors import GpuNpzError, ShardError
 from .geometry import Geometry
 from .messages import Output
-from .plan import Batch, Plan
+from .plan import Plan
 from .processes import running
-from .sources.base import Source
+from .sources.base import Batch, Source
 from .tuning import Tuning
 
 _RANGE_ITEMS = 1024  # of the plan, that a process is given at a time

@@ -14,9 +14,9 @@ from .decode.samples import is_deep
 from .environment import Choice
 from .geometry import Geometry
 from .plan import Plan
-from .rejects import BadItem
 from .sources.base import Item, Source, read_item
-from .sources.dicom import frame_count
+from .sources.dicom_frames import frame_count
+from .sources.rejects import BadItem
 
 if TYPE_CHECKING:
     from PIL import Image

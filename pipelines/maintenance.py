@@ -23,10 +23,9 @@ from .job import Job
 from .manifest import CommitRecord, Manifest, committed, publish
 from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
 from .parts import live_parts, require_no_parts
-from .plan import Batch
 from .planning import backend, require_revision
-from .rejects import Reject
-from .sources.base import Source
+from .sources.base import Batch, Source
+from .sources.rejects import Reject
 from .storage import open_storage
 from .storage.base import Storage
 from .tuning import Tuning

@@ -20,8 +20,8 @@ from .errors import FormatError, IncompleteError, MismatchError, UsageError
 from .job import MAX_JSON_BYTES, Job, from_json, index_comment, loads, read_json, store_arrays, to_json
 from .normalize import statistics
 from .output import INDEX, JOB, MANIFEST, REJECTS, commit_files, commit_name, refuse_several, shard_name
-from .rejects import Reject
 from .sources.base import LabelColumn, as_text
+from .sources.rejects import Reject
 from .storage import open_storage
 from .storage.base import Storage, is_remote
 

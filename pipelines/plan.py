@@ -17,29 +17,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError
-from .sources.base import Group, Item, as_text
+from .sources.base import Batch, Group, Item, as_text
 
 _ARRAYS = (
     "names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "labels", "places", "order",
 )  # fmt: skip
 _OPTIONAL = {"labels", "places", "order"}
 _ENDS = ("name_ends", "folder_ends", "group_ends")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Consecutive items of one shard; `last` marks the shard's last batch. A shard has at least one batch."""
-
-    shard: int
-    items: list[Item]
-    last: bool
 
 
 class Plan:

@@ -36,9 +36,9 @@ from .normalize import row_shape, table
 from .output import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_temporaries, require_own
 from .parts import Part, require_no_parts
 from .plan import Plan, same_listing
-from .rejects import BadItem
 from .selection import listed
 from .sources.base import Item, Source, location_of, read_item
+from .sources.rejects import BadItem
 from .storage import open_storage
 from .storage.base import Storage, is_remote
 from .storage.holders import PRIVATE

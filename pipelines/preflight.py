@@ -25,10 +25,10 @@ from .normalize import row_shape, table
 from .output import JOB, is_unbuilt, shard_name
 from .plan import Plan, collect
 from .planning import backend, doubts, inspect, places, remarks, require_revision, require_scaled, resume
-from .rejects import Reject
 from .selection import listed
 from .sources import open_source
 from .sources.base import Group, LabelColumn, Source, as_bytes
+from .sources.rejects import Reject
 from .space import free_space, held_bytes, lack_of_space, output_bytes
 from .storage import open_storage
 from .storage.base import Storage

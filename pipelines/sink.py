@@ -22,8 +22,8 @@ from .job import Job
 from .manifest import CommitRecord, commit
 from .npz.writer import NpzWriter
 from .output import shard_name
-from .rejects import Reject
 from .sources.base import Item
+from .sources.rejects import Reject
 from .storage.base import Storage
 from .tuning import Tuning
 

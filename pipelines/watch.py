@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .errors import StorageError
-from .rejects import Reject
+from .sources.rejects import Reject
 from .space import free_space, size
 from .worker import Event, Progress, Pulse
 

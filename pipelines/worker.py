@@ -27,10 +27,10 @@ from .manifest import CommitRecord
 from .messages import Heard
 from .normalize import Normalizer
 from .output import shard_name
-from .plan import Batch, Plan
-from .rejects import BadItem, Code, Reject, clean
+from .plan import Plan
 from .sink import Rows, ShardSink
-from .sources.base import Source, read_item
+from .sources.base import Batch, Source, read_item
+from .sources.rejects import BadItem, Code, Reject, clean
 from .storage import open_storage
 from .storage.holders import Fence
 from .tuning import Tuning

@@ -12,9 +12,9 @@ import pytest
 
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
-from gpu_npz.rejects import BadItem
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources.rejects import BadItem
 
 
 def opened(location: Path | str, classes: list[str] | None = None, **settings: Any) -> Source:

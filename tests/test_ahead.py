@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from gpu_npz.decode import base as decode
-from gpu_npz.plan import Batch
-from gpu_npz.rejects import BadItem
-from gpu_npz.sources.ahead import Room, reserve
-from gpu_npz.sources.base import Group, Item, Source
+from gpu_npz.sources.access.read_ahead import Room, reserve
+from gpu_npz.sources.base import Batch, Group, Item, Source
+from gpu_npz.sources.rejects import BadItem
 
 SIZE = 100
 

@@ -18,7 +18,7 @@ from gpu_npz.bench.rates import Row, Tick, in_turns
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import FormatError, UsageError
-from gpu_npz.sources.cifar import Cifar
+from gpu_npz.sources.arrays.cifar import Cifar
 
 BACKENDS = [
     ["--backend", "pillow", "--device", "cpu"],

@@ -37,8 +37,8 @@ from gpu_npz.errors import (
 )
 from gpu_npz.job import Job
 from gpu_npz.manifest import Manifest
+from gpu_npz.sources.access.local import LocalFiles
 from gpu_npz.sources.base import Item
-from gpu_npz.sources.local import LocalFiles
 from gpu_npz.storage.local import LocalStorage
 from gpu_npz.tuning import Tuning
 from gpu_npz.watch import Moment

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gpu_npz.errors import SourceError
-from gpu_npz.sources.cifar import read_cifar
+from gpu_npz.sources.arrays.cifar import read_cifar
 
 NAMES = [b"airplane", b"automobile", b"bird"]
 # batches.meta is of protocol 0, as Python 2 wrote it.

@@ -586,7 +586,7 @@ def test_no_file_imports_the_folders_by_their_own_names() -> None:
 
 # What stands later may import what stands earlier, and its own line.
 ORDER = [
-    "errors", "config messages processes", "storage", "environment rejects geometry",
+    "errors", "config messages processes", "storage", "environment geometry",
     "sources plan selection npz normalize tuning parts cuda", "output", "job", "manifest space",
     "decode", "sink headers counting", "worker", "engines watch", "planning", "builder preflight",
     "readers audit bench demo", "maintenance",

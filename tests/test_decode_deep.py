@@ -28,7 +28,7 @@ from gpu_npz.environment import Machine, choose
 from gpu_npz.errors import BackendError, ImageError, ShardError
 from gpu_npz.geometry import Geometry
 from gpu_npz.preflight import survey
-from gpu_npz.rejects import BadItem
+from gpu_npz.sources.rejects import BadItem
 
 FileBytes = Callable[..., bytes]  # fixtures: see conftest.py
 Encode = Callable[..., bytes]

@@ -33,11 +33,11 @@ from gpu_npz.errors import BackendError, ImageError
 from gpu_npz.geometry import Geometry
 from gpu_npz.plan import Plan
 from gpu_npz.preflight import survey
-from gpu_npz.rejects import BadItem
 from gpu_npz.selection import _noted, listed
 from gpu_npz.sources import open_source
-from gpu_npz.sources.dicom import FRAME_NAMES, frame_count, read_dicom
-from gpu_npz.sources.folder import FolderSource
+from gpu_npz.sources.dicom_frames import FRAME_NAMES, frame_count, read_dicom
+from gpu_npz.sources.folders.folder import FolderSource
+from gpu_npz.sources.rejects import BadItem
 
 pydicom = pytest.importorskip("pydicom")
 HEIGHT, WIDTH = 12, 10
@@ -361,7 +361,7 @@ def test_deflated_data_within_deflated_data_is_not_inflated(tmp_path: Path) -> N
 def test_a_file_of_too_many_items_or_elements_is_read_no_further(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.sources.dicom._MAX_READS", 10_000)
+    monkeypatch.setattr("gpu_npz.sources.dicom_frames._MAX_READS", 10_000)
     data = dicom(values("uint8"))
     at = data.index(b"\x08\0\x16\0UI")
     tags = np.arange(20_000).astype("<u4")
@@ -377,7 +377,7 @@ def test_a_file_of_too_many_items_or_elements_is_read_no_further(
 def test_no_more_of_a_file_is_read_than_any_image_should_have(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = np.random.default_rng(0).integers(0, 256, (100, 100), np.uint8)
     assert frame_count(dicom(stored, DEFLATED)) == 1
-    monkeypatch.setattr("gpu_npz.sources.dicom._MAX_BYTES", 5_000)
+    monkeypatch.setattr("gpu_npz.sources.dicom_frames._MAX_BYTES", 5_000)
     assert frame_count(dicom(stored)) == 1  # the header alone
     at = (data := dicom(stored, NumberOfFrames=1)).index(b"(\0\x08\0IS")
     long = data[:at] + b"(\0\6\0OB\0\0\xff\xff\xff\xff" + bytes(10_000)

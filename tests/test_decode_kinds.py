@@ -21,7 +21,7 @@ from gpu_npz.decode.pillow import PillowDecoder, is_simd
 from gpu_npz.demo import paint
 from gpu_npz.geometry import Geometry
 from gpu_npz.manifest import Manifest
-from gpu_npz.rejects import BadItem
+from gpu_npz.sources.rejects import BadItem
 
 Encode = Callable[..., bytes]  # fixtures: see conftest.py
 FileBytes = Callable[..., bytes]

@@ -24,10 +24,9 @@ from gpu_npz.decode.pillow import PillowDecoder, first_size
 from gpu_npz.demo import paint
 from gpu_npz.errors import ShardError
 from gpu_npz.geometry import Geometry
-from gpu_npz.plan import Batch
-from gpu_npz.rejects import BadItem, clean
-from gpu_npz.sources.base import Item
-from gpu_npz.sources.folder import FolderSource
+from gpu_npz.sources.base import Batch, Item
+from gpu_npz.sources.folders.folder import FolderSource
+from gpu_npz.sources.rejects import BadItem, clean
 
 Encode = Callable[..., bytes]  # fixtures: see conftest.py
 FileBytes = Callable[..., bytes]

@@ -17,7 +17,7 @@ from gpu_npz.decode import pillow_decoder
 from gpu_npz.decode.pillow import PillowDecoder
 from gpu_npz.decode.png import without_extras
 from gpu_npz.geometry import Geometry
-from gpu_npz.rejects import BadItem
+from gpu_npz.sources.rejects import BadItem
 
 pytest.importorskip("tifffile")
 pytest.importorskip("imagecodecs")

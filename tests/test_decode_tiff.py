@@ -24,9 +24,9 @@ from gpu_npz.decode.tiff import Tiff
 from gpu_npz.geometry import Geometry
 from gpu_npz.maintenance import retry
 from gpu_npz.preflight import survey
-from gpu_npz.rejects import BadItem
 from gpu_npz.sources.base import Item
-from gpu_npz.sources.folder import FolderSource
+from gpu_npz.sources.folders.folder import FolderSource
+from gpu_npz.sources.rejects import BadItem
 
 tifffile = pytest.importorskip("tifffile")
 pytest.importorskip("imagecodecs")

@@ -20,7 +20,7 @@ import gpu_npz
 from gpu_npz import BuildConfig
 from gpu_npz.cli.main import run
 from gpu_npz.errors import FormatError
-from gpu_npz.sources.folder import FolderSource
+from gpu_npz.sources.folders.folder import FolderSource
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 Encode = Callable[..., bytes]

@@ -13,7 +13,7 @@ from headers import Segment, adobe, exif, frame, joined, jpeg, segments
 from PIL import Image
 
 from gpu_npz.decode.jpeg import JpegHeader, read_header, without_metadata
-from gpu_npz.rejects import BadItem
+from gpu_npz.sources.rejects import BadItem
 
 Edit = Callable[[list[Segment]], object]
 

@@ -66,7 +66,7 @@ def test_verdicts_that_differ_are_counted_and_named(
     make_tree: Callable[[Mapping[str, str]], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gpu_npz.decode.pillow import PillowDecoder
-    from gpu_npz.rejects import BadItem
+    from gpu_npz.sources.rejects import BadItem
 
     src = make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "jpeg", "a/3.jpg": "half"})
     real = PillowDecoder.decode_image

@@ -24,7 +24,7 @@ from gpu_npz.plan import Plan, collect
 from gpu_npz.planning import planned
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Group, Item
-from gpu_npz.sources.folder import FolderSource
+from gpu_npz.sources.folders.folder import FolderSource
 from gpu_npz.storage.local import LocalStorage
 
 GROUPS = [

@@ -18,7 +18,7 @@ from gpu_npz import builder, environment, open_dataset
 from gpu_npz.config import BuildConfig
 from gpu_npz.engines import ray as engine
 from gpu_npz.errors import BackendError, RejectedError, ShardError, SourceError, StorageError
-from gpu_npz.sources.folder import FolderSource
+from gpu_npz.sources.folders.folder import FolderSource
 from gpu_npz.tuning import Tuning
 from gpu_npz.worker import Committed, Progress, Task, WorkerEnded
 
@@ -41,7 +41,7 @@ STORE_BYTES = 80 << 20
 TRAPS = """
 import ctypes, os, signal, time
 from gpu_npz.decode.pillow import PillowDecoder
-from gpu_npz.sources.folder import FolderSource
+from gpu_npz.sources.folders.folder import FolderSource
 traps = ""
 decode_image = PillowDecoder.decode_image
 def trapped(self, data, path, frame=None):

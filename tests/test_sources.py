@@ -16,9 +16,9 @@ from listing import opened
 
 import gpu_npz
 from gpu_npz.errors import ShardError, SourceError, UsageError
-from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
 from gpu_npz.sources.base import IMAGE_EXTENSIONS, Item, files_left_out, read_item
-from gpu_npz.sources.folder import FolderSource
+from gpu_npz.sources.folders.folder import FolderSource
+from gpu_npz.sources.rejects import MAX_ENCODED_BYTES, BadItem
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS has neither /proc nor names that are not UTF-8")
 

@@ -21,9 +21,9 @@ from PIL import Image
 import gpu_npz
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
-from gpu_npz.rejects import BadItem
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, Source, read_item
+from gpu_npz.sources.rejects import BadItem
 
 MakeDataset = Callable[..., Path]
 ReadShards = Callable[..., Any]

@@ -25,11 +25,11 @@ import pytest
 
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import ShardError, SourceError
-from gpu_npz.rejects import BadItem
-from gpu_npz.sources import files as files_module
 from gpu_npz.sources import open_source
+from gpu_npz.sources.access import files as files_module
+from gpu_npz.sources.access.files import Files
 from gpu_npz.sources.base import Group, Item, Source, read_item
-from gpu_npz.sources.files import Files
+from gpu_npz.sources.rejects import BadItem
 
 CONTENT = bytes(np.random.default_rng(0).integers(0, 256, 3000, np.uint8))
 
@@ -404,7 +404,7 @@ def test_a_file_that_cannot_be_read_by_parts_is_refused_at_once(server: Server, 
 
 
 def test_a_large_file_of_a_server_without_ranges_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_npz.sources.stores.BLOCK_BYTES", 2999)
+    monkeypatch.setattr("gpu_npz.sources.access.stores.BLOCK_BYTES", 2999)
     with pytest.raises(SourceError, match="no Range"):
         Files(f"{server.url}/no-range/f")
 

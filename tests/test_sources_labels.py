@@ -16,11 +16,11 @@ import gpu_npz
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError
-from gpu_npz.rejects import BadItem
 from gpu_npz.selection import listed
 from gpu_npz.sources import labels as labels_module
 from gpu_npz.sources.base import Item, read_item
-from gpu_npz.sources.folder import FolderSource
+from gpu_npz.sources.folders.folder import FolderSource
+from gpu_npz.sources.rejects import BadItem
 
 
 def touch(root: Path, *names: str) -> Path:

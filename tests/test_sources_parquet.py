@@ -19,12 +19,12 @@ from listing import items, opened, refusal, reject
 
 import gpu_npz
 from gpu_npz.errors import SourceError, UsageError
-from gpu_npz.rejects import BadItem
-from gpu_npz.sources import parquet
-from gpu_npz.sources.arrow import open_parquet, rows
+from gpu_npz.sources.access.files import Files
 from gpu_npz.sources.base import Item, read_item
-from gpu_npz.sources.files import Files
-from gpu_npz.sources.parquet import ParquetSource
+from gpu_npz.sources.rejects import BadItem
+from gpu_npz.sources.tables import parquet
+from gpu_npz.sources.tables.arrow import open_parquet, rows
+from gpu_npz.sources.tables.parquet import ParquetSource
 
 arrow = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -27,12 +27,12 @@ from moto.server import ThreadedMotoServer
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import ShardError, SourceError, UsageError
 from gpu_npz.planning import check_places
-from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
 from gpu_npz.selection import listed
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, read_item
-from gpu_npz.sources.folder import FolderSource
-from gpu_npz.sources.remote import RemoteSource
+from gpu_npz.sources.folders.folder import FolderSource
+from gpu_npz.sources.folders.remote import RemoteSource
+from gpu_npz.sources.rejects import MAX_ENCODED_BYTES, BadItem
 from gpu_npz.storage import open_storage
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:datetime\.datetime\.utcnow:DeprecationWarning:(boto|moto)")
@@ -149,7 +149,7 @@ def test_objects_that_are_gone_empty_or_too_large_are_rejects(put: Put, monkeypa
     source = open_source(url)
     gone, empty, large = items(source)
     fsspec.filesystem(url.partition(":")[0]).rm(f"{url}/a/1.jpg")
-    monkeypatch.setattr("gpu_npz.sources.stores.MAX_ENCODED_BYTES", 99)
+    monkeypatch.setattr("gpu_npz.sources.access.stores.MAX_ENCODED_BYTES", 99)
     for item, code in ((gone, "missing"), (empty, "empty"), (large, "too-large")):
         with pytest.raises(BadItem) as caught:
             read_item(source, item)

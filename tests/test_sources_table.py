@@ -27,11 +27,11 @@ import gpu_npz
 from gpu_npz.audit.comparison import compare
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
-from gpu_npz.rejects import BadItem
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, read_item
-from gpu_npz.sources.rows import Table
-from gpu_npz.sources.table import TableSource
+from gpu_npz.sources.rejects import BadItem
+from gpu_npz.sources.tables.rows import Table
+from gpu_npz.sources.tables.table import TableSource
 
 Rows = list[tuple[str, Any]]
 

@@ -18,10 +18,10 @@ import gpu_npz
 from gpu_npz.audit.comparison import compare
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import MismatchError, ShardError, SourceError, UsageError
-from gpu_npz.rejects import MAX_ENCODED_BYTES, BadItem
 from gpu_npz.sources import open_source
+from gpu_npz.sources.archives.tar import TarSource, kind_of
 from gpu_npz.sources.base import Item, read_item
-from gpu_npz.sources.tar import TarSource, kind_of
+from gpu_npz.sources.rejects import MAX_ENCODED_BYTES, BadItem
 
 
 def raw(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:

@@ -14,8 +14,8 @@ from listing import items, labelled, pack
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.sources import open_source
-from gpu_npz.sources.tar import kind_of
-from gpu_npz.sources.webdataset import WebDatasetSource
+from gpu_npz.sources.archives.tar import kind_of
+from gpu_npz.sources.archives.webdataset import WebDatasetSource
 
 
 def opened(path: Path | str, labels: str | None = None, classes: list[str] | None = None) -> WebDatasetSource:

@@ -15,10 +15,10 @@ from listing import items, labelled, reject
 
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError
-from gpu_npz.rejects import MAX_ENCODED_BYTES
 from gpu_npz.sources import open_source
+from gpu_npz.sources.archives.zip import ZipSource
 from gpu_npz.sources.base import Item
-from gpu_npz.sources.zip import ZipSource
+from gpu_npz.sources.rejects import MAX_ENCODED_BYTES
 
 
 def pack(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:

@@ -27,8 +27,8 @@ from ..manifest import Manifest
 from ..normalize import Normalizer, Sums, image_table, levels, table
 from ..npz.reader import NpzReader
 from ..output import INDEX, MANIFEST, shard_name
-from ..plan import Batch
 from ..readers.dataset import column_fault, open_index, open_shard
+from ..sources.base import Batch
 from ..storage import open_storage
 from ..storage.base import Storage
 from ..tuning import Tuning

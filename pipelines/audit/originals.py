@@ -14,8 +14,8 @@ from ..plan import Plan
 from ..planning import require_moved
 from ..sources import open_source
 from ..sources.base import Item, Source, as_text
-from ..sources.dicom import split_frame
-from ..sources.paths import below
+from ..sources.dicom_frames import split_frame
+from ..sources.tables.paths import below
 from ..storage.base import Storage
 
 _NO_LABELS = {"labels": "none", "split": None, "split_by": None, "split_seed": 0}

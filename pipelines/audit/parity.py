@@ -32,10 +32,10 @@ from ..environment import Choice, choose, inspect
 from ..errors import BackendError, UsageError
 from ..geometry import Geometry, Placement
 from ..plan import Plan
-from ..rejects import BadItem
 from ..selection import listed
 from ..sources import open_source
 from ..sources.base import Item, Source, read_item
+from ..sources.rejects import BadItem
 from ..tuning import Tuning
 
 Side = Literal["pillow", "dali-cpu", "dali-gpu", "torchvision"]

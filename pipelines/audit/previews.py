@@ -22,8 +22,8 @@ from ..manifest import Manifest, reject_of
 from ..normalize import levels, table
 from ..output import REJECTS
 from ..readers.dataset import Dataset, open_dataset
-from ..rejects import BadItem
 from ..sources.base import countable, read_item
+from ..sources.rejects import BadItem
 from ..storage.base import Storage
 from ..storage.local import LocalStorage
 from .originals import Originals, originals

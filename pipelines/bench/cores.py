@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..config import BuildConfig
 from ..environment import Choice, usable_cpus
-from ..sources.folder import FolderSource
+from ..sources.folders.folder import FolderSource
 from .rates import Tick, Way
 from .setup import Setup
 

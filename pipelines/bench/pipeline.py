@@ -18,7 +18,7 @@ from ..config import BuildConfig
 from ..environment import choose, inspect
 from ..errors import UsageError
 from ..npz.writer import NpzWriter
-from ..sources.folder import FolderSource
+from ..sources.folders.folder import FolderSource
 from . import cores
 from .rates import Measurement, Tick, Way, in_turns, linked, machine, on_one_core
 from .setup import Setup, flushed, write_all

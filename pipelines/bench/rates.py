@@ -16,7 +16,7 @@ from typing import Any
 
 from ..environment import usable_cpus
 from ..plan import Plan, collect
-from ..sources.folder import FolderSource
+from ..sources.folders.folder import FolderSource
 
 Tick = Callable[[int], None]
 Way = Callable[[Tick], None]  # does some work, and says after each step how many images it took

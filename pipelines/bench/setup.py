@@ -23,8 +23,8 @@ from ..environment import Choice
 from ..geometry import Geometry
 from ..job import Job
 from ..normalize import Normalizer, row_shape
-from ..plan import Batch, Plan, collect
-from ..sources.base import Source
+from ..plan import Plan, collect
+from ..sources.base import Batch, Source
 from ..storage.local import LocalStorage
 from ..tuning import Tuning
 from ..worker import Progress, Task, interleaved, work

@@ -29,7 +29,7 @@ from ..decode.pillow import versions
 from ..errors import FormatError, SourceError, UsageError
 from ..normalize import levels, row_shape, table
 from ..readers.dataset import open_dataset
-from ..sources.cifar import Cifar
+from ..sources.arrays.cifar import Cifar
 from ..space import free_space, size
 from . import loading
 from .formats import FORMATS, OURS, OURS_DEFLATED, Array, Format, Images

@@ -12,10 +12,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import Batch
-from ..rejects import Reject
-from ..sources.ahead import SHARE, NoRoomError, Room, Share
-from ..sources.base import Item, Source, read_item
+from ..sources.access.read_ahead import SHARE, NoRoomError, Room, Share
+from ..sources.base import Batch, Item, Source, read_item
+from ..sources.rejects import Reject
 
 
 @dataclass

@@ -38,10 +38,9 @@ from PIL import Image
 from ..config import BuildConfig
 from ..errors import BackendError, ShardError
 from ..geometry import Geometry
-from ..plan import Batch
-from ..rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
-from ..sources.base import Item, Source, read_item
-from ..sources.local import is_plain
+from ..sources.access.local import is_plain
+from ..sources.base import Batch, Item, Source, read_item
+from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
 from ..tuning import Tuning
 from .base import DECODING_REVISION, Decoded, Stage
 from .fed_pipeline import FedPipeline

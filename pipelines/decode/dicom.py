@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ..config import BuildConfig
-from ..rejects import BadItem
-from ..sources.dicom import FRAME_NAMES, blamed_on_its_end, frames_of, read_dicom, require_attributes
+from ..sources.dicom_frames import FRAME_NAMES, blamed_on_its_end, frames_of, read_dicom, require_attributes
+from ..sources.rejects import BadItem
 from .jpeg import read_header
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of them

@@ -12,7 +12,7 @@ import re
 import struct
 from typing import NamedTuple
 
-from ..rejects import BadItem
+from ..sources.rejects import BadItem
 from .exif import EXIF_HEADER, orientation_in
 
 _MAX_SCANS = 256  # as nvImageCodec: each scan of a progressive JPEG costs a pass over the whole image

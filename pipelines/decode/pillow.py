@@ -21,10 +21,9 @@ from PIL import Image, UnidentifiedImageError, features
 from ..config import BuildConfig
 from ..errors import BackendError, ShardError, UsageError
 from ..geometry import Geometry, Placement
-from ..plan import Batch
-from ..rejects import BadItem, Reject
-from ..sources.base import Item, Source, read_item
-from ..sources.dicom import require_pydicom
+from ..sources.base import Batch, Item, Source, read_item
+from ..sources.dicom_frames import require_pydicom
+from ..sources.rejects import BadItem, Reject
 from .base import DECODING_REVISION, Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .exif import EXIF_HEADER, orientation_in

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..environment import require_bits16
-from ..rejects import BadItem
+from ..sources.rejects import BadItem
 
 _MAGIC = b"\x89PNG\r\n\x1a\n"
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..config import BuildConfig
 from ..geometry import Geometry
-from ..rejects import MAX_ENCODED_BYTES, BadItem
+from ..sources.rejects import MAX_ENCODED_BYTES, BadItem
 from .jpeg import read_header
 
 # By EXIF orientation: whether to transpose the stored image, then whether to flip it horizontally and vertically.

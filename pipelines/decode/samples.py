@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..rejects import BadItem
+from ..sources.rejects import BadItem
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _COLOURED = ("RGB", "RGBX", "RGBA", "LA")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, features
 
 from ..environment import require_bits16
-from ..rejects import BadItem
+from ..sources.rejects import BadItem
 
 _PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # the third and fourth as Pillow takes them
 # Bytes of BYTE, SHORT and LONG (section 2) and LONG8 (BigTIFF), and of their like with a sign, which is never needed.

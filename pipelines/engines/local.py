@@ -24,7 +24,7 @@ from .. import processes
 from ..errors import GpuNpzError, ShardError
 from ..job import Job
 from ..messages import Heard, Output
-from ..rejects import Code
+from ..sources.rejects import Code
 from ..storage import open_storage
 from ..worker import Committed, Decoding, Event, Progress, Task, asked, remove_leftovers, work
 from .naming import AHEAD, Suspect, named

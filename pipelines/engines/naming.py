@@ -17,7 +17,7 @@ from ..errors import GpuNpzError
 from ..geometry import Geometry
 from ..job import Job
 from ..messages import Heard
-from ..plan import Batch
+from ..sources.base import Batch
 from ..storage import open_storage
 from ..worker import Task
 

@@ -32,7 +32,7 @@ from ..environment import Machine
 from ..errors import BackendError, GpuNpzError, ShardError, SourceError, StorageError
 from ..job import Job
 from ..sources.base import Source
-from ..sources.folder import FolderSource
+from ..sources.folders.folder import FolderSource
 from ..storage import open_storage
 from ..storage.base import is_remote
 from ..storage.holders import PRIVATE

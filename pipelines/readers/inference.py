@@ -16,8 +16,8 @@ from ..errors import ImageError
 from ..geometry import Geometry
 from ..manifest import Manifest
 from ..normalize import Normalizer, apply_table, row_shape, statistics, table, tables
-from ..rejects import BadItem
-from ..sources.dicom import split_frame
+from ..sources.dicom_frames import split_frame
+from ..sources.rejects import BadItem
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..config import BuildConfig
 from ..errors import SourceError, UsageError
 from ..storage.base import is_remote
-from .base import Source, as_bytes, as_text, full_location, is_hidden, location_of
-from .columns import key_column
-from .folder import FolderSource
-from .paths import below
-from .stores import without_query
+from .base import Source, as_text, full_location, location_of
+from .detect import detected_kind
+from .folders.folder import FolderSource
+from .tables.columns import key_column
+from .tables.paths import below
 
-_CIFAR_FILES = ("batches.meta", "meta")
-_BY_EXTENSION = {
-    ".tar": "tar", ".zip": "zip", ".csv": "table", ".tsv": "table", ".jsonl": "table", ".ndjson": "table",
-    ".parquet": "parquet", ".npy": "numpy", ".npz": "numpy",
-}  # fmt: skip
-_COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)  # which a tar's source refuses
 _KINDS_WITH = {
     "image_column": ("table", "parquet"),
     "root": ("folder", "table", "tar", "zip"),
@@ -31,15 +23,15 @@ _KINDS_WITH = {
 }
 # A module and a class each: `(src, config, classes)` makes one. Loaded when it is asked for.
 _SOURCES = {
-    "remote": ("remote", "RemoteSource"),
-    "tar": ("tar", "TarSource"),
-    "webdataset": ("webdataset", "WebDatasetSource"),
-    "imagenet": ("imagenet", "ImageNetSource"),
-    "zip": ("zip", "ZipSource"),
-    "table": ("table", "TableSource"),
-    "parquet": ("parquet", "ParquetSource"),
-    "cifar": ("cifar", "CifarSource"),
-    "numpy": ("arrays", "NumpySource"),
+    "remote": ("folders.remote", "RemoteSource"),
+    "tar": ("archives.tar", "TarSource"),
+    "webdataset": ("archives.webdataset", "WebDatasetSource"),
+    "imagenet": ("archives.imagenet", "ImageNetSource"),
+    "zip": ("archives.zip", "ZipSource"),
+    "table": ("tables.table", "TableSource"),
+    "parquet": ("tables.parquet", "ParquetSource"),
+    "cifar": ("arrays.cifar", "CifarSource"),
+    "numpy": ("arrays.numpy_source", "NumpySource"),
 }
 
 
@@ -70,7 +62,7 @@ def open_source(
 
 def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[str] | None) -> Source:
     location = location_of(src)
-    kind = _detected(location, config.image_column) if config.source == "auto" else config.source
+    kind = detected_kind(location, config.image_column) if config.source == "auto" else config.source
     for name, kinds in _KINDS_WITH.items():
         if getattr(config, name) is not None and kind not in kinds:
             raise UsageError(
@@ -98,39 +90,3 @@ def _within(location: str, root: str) -> str:
         return f"{top.rstrip('/')}/{as_text(below(root, top))}"
     except ValueError as exc:
         raise UsageError(f"--root {root}: SRC {exc}; give the path of a folder in SRC") from exc
-
-
-def _detected(location: str, image_column: str | None) -> str:
-    """The form that a collection has, by its name; a folder's by what is in it, a tar's by its first members."""
-    extension = os.path.splitext(without_query(location).rstrip("/"))[1].lower()
-    kind = "tar" if _COMPRESSED_TAR.search(location) else _BY_EXTENSION.get(extension, "folder")
-    if kind == "tar":
-        from .tar import kind_of
-
-        return kind_of(location)
-    if kind == "parquet":
-        from .parquet import kind_of as kind_of_parquet
-
-        return kind_of_parquet(location, image_column)
-    if kind != "folder" or is_remote(location):
-        return kind
-    if not os.path.isdir(location):
-        if os.path.isfile(location):
-            if any(os.path.isfile(os.path.join(os.path.dirname(location), name)) for name in _CIFAR_FILES):
-                return "cifar"
-            raise SourceError(
-                f"{location!r} is a file of unknown kind; SRC is a folder, or a file with one of "
-                f"{' '.join(_BY_EXTENSION)}; --source KIND says what it is"
-            )
-        return kind
-    if any(os.path.isfile(os.path.join(location, name)) for name in _CIFAR_FILES):
-        return "cifar"
-    parquet = False
-    with contextlib.suppress(OSError), os.scandir(location) as entries:  # the folder's own listing says what it is
-        for entry in entries:
-            if is_hidden(as_bytes(entry.name)):
-                continue
-            if os.path.isdir(entry.path):
-                return kind
-            parquet = parquet or entry.name.endswith(".parquet")
-    return "parquet" if parquet else kind

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import ShardError, SourceError
-from ..rejects import BadItem
 from ..storage.base import is_remote
+from .rejects import BadItem
 
 IMAGE_EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .dcm .dicom".split()
@@ -93,6 +93,15 @@ class Group:
     labels: NDArray[Any] | None = None
     places: NDArray[Any] | None = None
     keys: Sequence[bytes] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive items of one shard; `last` marks the shard's last batch. A shard has at least one batch."""
+
+    shard: int
+    items: list[Item]
+    last: bool
 
 
 class Source(abc.ABC):

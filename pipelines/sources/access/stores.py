@@ -10,10 +10,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeVar, cast
 
-from ..errors import SourceError
+from ...errors import SourceError
+from .. import base
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from . import base
-from .ahead import SHARE, NoRoomError, Share, reserve
+from .read_ahead import SHARE, NoRoomError, Share, reserve
 
 READS_AT_ONCE = 16
 BLOCK_BYTES = 8 << 20  # of a file that is read from its beginning to its end

@@ -22,16 +22,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SourceError
+from ...errors import SourceError
+from ...storage.base import is_remote
+from ..access.files import Files
+from ..access.stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of, without_query
+from ..base import Group, as_bytes, as_text, is_image
+from ..labels import Asked, Labels, is_missing, read_labels, shared
 from ..rejects import BadItem
-from ..storage.base import is_remote
 from . import arrow
-from .base import Group, as_bytes, as_text, is_image
 from .columns import PATH_COLUMNS, require, usual
-from .files import Files
-from .labels import Asked, Labels, is_missing, read_labels, shared
 from .paths import ForeignPath
-from .stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of, without_query
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import BuildConfig
-from ..errors import SourceError
-from .base import Item, as_bytes, as_text, extension_of, is_hidden, is_image
+from ...config import BuildConfig
+from ...errors import SourceError
+from ..access.stores import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
+from ..base import Item, as_bytes, as_text, extension_of, is_hidden, is_image
 from .folder import Scan, TreeSource
-from .stores import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
 
 
 class RemoteSource(TreeSource):

@@ -18,16 +18,15 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from ..config import BuildConfig
-from ..errors import SourceError, UsageError
+from ...config import BuildConfig
+from ...errors import SourceError, UsageError
+from ...storage.base import is_remote
+from ..access.files import GROUP_ITEMS, Files, place_of, read_piece
+from ..base import Group, Item
+from ..labels import KINDS, Found, Kind, Listed, array_labels
 from ..rejects import MAX_ENCODED_BYTES
-from ..storage.base import is_remote
+from ..tables.columns import LABEL_COLUMNS
 from . import npy
-from .archives import GROUP_ITEMS, place_of, read_piece
-from .base import Group, Item
-from .columns import LABEL_COLUMNS
-from .files import Files
-from .labels import KINDS, Found, Kind, Listed, array_labels
 from .netpbm import encoded
 from .npy import Array
 

@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from ..errors import SourceError, UsageError
-from ..storage.base import is_remote
-from .base import Group, location_of
+from ...errors import SourceError, UsageError
+from ...storage.base import is_remote
+from ..base import Group, location_of
+from ..labels import Asked
 from .columns import PATH_COLUMNS, named_columns, path_column, usual
-from .labels import Asked
 from .paths import Base, below, within
 from .rows import EXTENSIONS, Listing, Table
 

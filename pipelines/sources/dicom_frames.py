@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from ..errors import BackendError
-from ..rejects import MAX_ENCODED_BYTES, BadItem
+from .rejects import MAX_ENCODED_BYTES, BadItem
 
 EXTENSIONS = (b".dcm", b".dicom")
 _MAX_FRAMES = 100_000  # an item each; files that exist have some thousands

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import errno
 import itertools
 import logging
 import os
@@ -16,12 +15,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ..config import BuildConfig
-from ..errors import SourceError, UsageError
-from ..rejects import MAX_ENCODED_BYTES, BadItem
-from .base import (
+from ...config import BuildConfig
+from ...errors import SourceError, UsageError
+from ..access.files import GROUP_ITEMS, Files
+from ..base import (
     Group,
-    Item,
     Source,
     as_bytes,
     as_text,
@@ -33,11 +31,9 @@ from .base import (
     refuse_sides,
     split_sides,
 )
-from .base import is_image as has_extension
-from .files import Files
+from ..base import is_image as has_extension
 
 log = logging.getLogger(__name__)
-GROUP_ITEMS = 8192
 _MAX_NAME_BYTES = 4096  # Linux's PATH_MAX
 
 
@@ -272,27 +268,3 @@ def warn_of_others(archive: str, count: int, first: bytes) -> None:
         count,
         as_text(first[:200]),
     )
-
-
-def read_piece(files: Files, number: int, start: int, size: int) -> bytes:
-    """So many bytes of an archive.
-
-    Raises:
-        BadItem: there is no such place, or they are more than any image should have.
-        OSError: as `Files.read`; EIO where the archive has become shorter.
-    """
-    if not 0 <= number < len(files) or start < 0 or size < 0:
-        raise BadItem("read", "missing", "its place in the archives does not exist")
-    if size > MAX_ENCODED_BYTES:
-        raise BadItem("read", "too-large", f"{size} bytes; at most {MAX_ENCODED_BYTES}")
-    data = files.read(number, start, size) if size else b""
-    if len(data) < size:
-        raise OSError(errno.EIO, f"{files.names[number]} ends within it: it has become shorter")
-    return data
-
-
-def place_of(item: Item, numbers: int) -> tuple[int, ...]:
-    """The place of an item. Raises BadItem if it has not as many numbers as that."""
-    if len(item.place) != numbers:
-        raise BadItem("read", "missing", "its place in the archives is not known")
-    return item.place

@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from ..config import BuildConfig
-from ..errors import SourceError
+from ...config import BuildConfig
+from ...errors import SourceError
+from ..access.files import Files
+from ..base import Group, Item, as_bytes
+from ..labels import Found, Listed, is_missing, read_labels, shared
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .arrow import explained, is_text, open_parquet, rows
-from .base import Group, Item, as_bytes
 from .columns import PATH_COLUMNS, key_column, label_columns, require, usual
-from .files import Files
-from .labels import Found, Listed, is_missing, read_labels, shared
 
 log = logging.getLogger(__name__)
 

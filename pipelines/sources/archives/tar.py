@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from ..errors import SourceError
-from .archives import ArchiveSource, Member, place_of, read_piece
-from .base import IMAGE_EXTENSIONS, Item, as_text, is_hidden
-from .files import Files
+from ...errors import SourceError
+from ..access.files import Files, place_of, read_piece
+from ..base import IMAGE_EXTENSIONS, Item, as_text, is_hidden
+from .base import ArchiveSource, Member
 
 log = logging.getLogger(__name__)
 _BLOCK = 512

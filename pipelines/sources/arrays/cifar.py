@@ -11,14 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import BuildConfig
-from ..errors import SourceError, UsageError
-from ..storage.base import is_remote
+from ...config import BuildConfig
+from ...errors import SourceError, UsageError
+from ...storage.base import is_remote
+from ..access.files import Files, place_of, read_piece
+from ..base import Group, Item, as_text
+from ..labels import Found, Listed, array_labels
 from . import pickles
-from .archives import place_of, read_piece
-from .base import Group, Item, as_text
-from .files import Files
-from .labels import Found, Listed, array_labels
 from .netpbm import encoded
 
 SIDE = 32

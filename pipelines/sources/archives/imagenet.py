@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import BuildConfig
-from ..errors import SourceError, UsageError
-from .archives import Member, log
-from .base import as_text, is_hidden, numbered
+from ...config import BuildConfig
+from ...errors import SourceError, UsageError
+from ..base import as_text, is_hidden, numbered
+from .base import Member, log
 from .tar import TarSource, members
 
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 1000, 1_281_167, 50_000

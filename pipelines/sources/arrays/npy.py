@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SourceError
-from .files import Files
-from .zip import LOCAL_HEADER_BYTES, data_offset
+from ...errors import SourceError
+from ..access.files import Files
+from ..archives.zip import LOCAL_HEADER_BYTES, data_offset
 
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_VALUE_BYTES = 1 << 30

@@ -19,10 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, BinaryIO, cast
 
-from ..errors import SourceError
-from ..storage.base import is_remote, open_regular
-from .ahead import reserve
-from .base import full_location
+from ...errors import SourceError
+from ...storage.base import is_remote, open_regular
+from ..base import Item, full_location
+from ..rejects import MAX_ENCODED_BYTES, BadItem
+from .read_ahead import reserve
 from .stores import (
     BLOCK_BYTES,
     READS_AT_ONCE,
@@ -35,6 +36,7 @@ from .stores import (
     without_query,
 )
 
+GROUP_ITEMS = 8192  # of a file with many items, in one Group
 _OPEN_FILES = 64
 _MAX_FILES = 1_000_000
 _MAX_DIGITS = 18
@@ -326,3 +328,27 @@ def _each(pattern: str) -> Iterator[str]:
     head, tail = pattern[: match.start()], pattern[match.end() :]
     for part in parts:
         yield from _each(head + part + tail)
+
+
+def read_piece(files: Files, number: int, start: int, size: int) -> bytes:
+    """So many bytes of an archive.
+
+    Raises:
+        BadItem: there is no such place, or they are more than any image should have.
+        OSError: as `Files.read`; EIO where the archive has become shorter.
+    """
+    if not 0 <= number < len(files) or start < 0 or size < 0:
+        raise BadItem("read", "missing", "its place in the archives does not exist")
+    if size > MAX_ENCODED_BYTES:
+        raise BadItem("read", "too-large", f"{size} bytes; at most {MAX_ENCODED_BYTES}")
+    data = files.read(number, start, size) if size else b""
+    if len(data) < size:
+        raise OSError(errno.EIO, f"{files.names[number]} ends within it: it has become shorter")
+    return data
+
+
+def place_of(item: Item, numbers: int) -> tuple[int, ...]:
+    """The place of an item. Raises BadItem if it has not as many numbers as that."""
+    if len(item.place) != numbers:
+        raise BadItem("read", "missing", "its place in the archives is not known")
+    return item.place

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import SourceError
-from .files import FileOf, Files
-from .stores import BLOCK_BYTES
+from ...errors import SourceError
+from ..access.files import FileOf, Files
+from ..access.stores import BLOCK_BYTES
 
 _BUFFER_BYTES = 1 << 20  # without one, Arrow reads the whole column of a row group at once
 # A few bytes of a file may stand for one long text in every row. Of rows, so many are read at a time as would take

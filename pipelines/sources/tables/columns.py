@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ..config import BuildConfig
-from ..errors import SourceError, UsageError
-from .labels import KINDS, Asked, asked_columns
+from ...config import BuildConfig
+from ...errors import SourceError, UsageError
+from ..labels import KINDS, Asked, asked_columns
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pickle
 import pickletools
 from typing import Any
 
-from .base import as_text
+from ..base import as_text
 
 _OPCODES = frozenset(
     ["PROTO", "FRAME", "STOP", "MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "NONE", "NEWTRUE", "NEWFALSE",

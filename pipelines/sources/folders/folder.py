@@ -14,8 +14,9 @@ from shlex import quote
 
 import numpy as np
 
-from ..errors import SourceError, UsageError
-from .base import (
+from ...errors import SourceError, UsageError
+from ..access.local import Inside, LocalFiles
+from ..base import (
     Group,
     Item,
     Source,
@@ -29,10 +30,9 @@ from .base import (
     refuse_sides,
     split_sides,
 )
-from .beside import absolute, list_tables
-from .labels import Listed
-from .local import Inside, LocalFiles
-from .rows import EXTENSIONS, Listing
+from ..labels import Listed
+from ..tables.rows import EXTENSIONS, Listing
+from ..tables.sidecar import absolute, list_tables
 
 log = logging.getLogger(__name__)
 LABELS = ("class-dir", "none")

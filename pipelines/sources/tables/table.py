@@ -8,16 +8,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..config import BuildConfig
-from ..errors import SourceError
-from ..storage.base import is_remote
-from .base import Group, Item, full_location
+from ...config import BuildConfig
+from ...errors import SourceError
+from ...storage.base import is_remote
+from ..access.local import LocalFiles
+from ..access.stores import READS_AT_ONCE, fetch, is_web, patiently, store_of, without_query
+from ..base import Group, Item, full_location
+from ..labels import Listed
 from .columns import key_column, label_columns, path_column
-from .labels import Listed
-from .local import LocalFiles
 from .paths import Base, within
 from .rows import Listing, Table
-from .stores import READS_AT_ONCE, fetch, is_web, patiently, store_of, without_query
 
 
 class TableSource(Listed[Listing]):

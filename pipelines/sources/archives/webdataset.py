@@ -14,11 +14,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..config import BuildConfig
-from ..errors import SourceError, UsageError
-from .archives import GROUP_ITEMS, Names, log, path_of, warn_of_others
-from .base import IMAGE_EXTENSIONS, Group, as_text, is_hidden
-from .labels import KINDS, Found, Kind, Listed, asked_columns, read_labels, shared
+from ...config import BuildConfig
+from ...errors import SourceError, UsageError
+from ..access.files import GROUP_ITEMS
+from ..base import IMAGE_EXTENSIONS, Group, as_text, is_hidden
+from ..labels import KINDS, Found, Kind, Listed, asked_columns, read_labels, shared
+from .base import Names, log, path_of, warn_of_others
 from .tar import TarSource, members, split_key
 
 _MAX_LABEL_BYTES = 1 << 20

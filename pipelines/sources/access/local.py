@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ...storage.base import open_regular
+from ..base import Group, Item, as_bytes
+from ..dicom_frames import EXTENSIONS, frame_count, split_frame
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from ..storage.base import open_regular
-from .base import Group, Item, as_bytes
-from .dicom import EXTENSIONS, frame_count, split_frame
 
 _WHOLE = -1  # the place of an item that is a whole file, beside others that are frames
 # Filesystems that the kernel makes up. To read a file there may wait for ever, never end, or take from a log.

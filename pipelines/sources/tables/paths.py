@@ -12,10 +12,10 @@ from shlex import quote
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from ..storage.base import is_remote
-from .base import as_bytes
-from .local import Inside
-from .stores import is_web
+from ...storage.base import is_remote
+from ..access.local import Inside
+from ..access.stores import is_web
+from ..base import as_bytes
 
 _FILE = "file://"
 _DRIVE = re.compile(r"[A-Za-z]:/|//")  # of Windows, with slashes; or a share

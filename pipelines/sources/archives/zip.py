@@ -8,10 +8,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 
-from ..errors import SourceError
+from ...errors import SourceError
+from ..access.files import place_of, read_piece
+from ..base import Item
 from ..rejects import MAX_ENCODED_BYTES, BadItem
-from .archives import ArchiveSource, Member, is_image, path_of, place_of, read_piece
-from .base import Item
+from .base import ArchiveSource, Member, is_image, path_of
 
 _LOCAL = struct.Struct("<4s2xHH16xHH")  # a member's header, section 4.3.7: magic, flags, method, lengths behind it
 LOCAL_HEADER_BYTES = _LOCAL.size

@@ -1,0 +1,1 @@
+"""Archives as SRC: tars, WebDataset, ImageNet's own tars, zips."""

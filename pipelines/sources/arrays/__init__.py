@@ -1,0 +1,1 @@
+"""Arrays of pixels as SRC: NumPy's files and CIFAR."""
