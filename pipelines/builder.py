@@ -18,9 +18,10 @@ from typing import Any
 
 from .config import BuildConfig
 from .engines import local, ray
-from .environment import Choice
 from .errors import GpuNpzError, LockedError, RejectLimitError, StorageError, UsageError
 from .job import Job
+from .machine.environment import Choice
+from .machine.tuning import Tuning
 from .manifest import CommitRecord, class_list, committed, publish
 from .messages import Heard, Message, Messages
 from .output import JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
@@ -41,7 +42,6 @@ from .sources import open_source
 from .sources.base import Source
 from .storage import open_storage
 from .storage.base import Storage
-from .tuning import Tuning
 from .watch import Moment, Watch
 from .worker import Committed, Event, Task, WorkerEnded
 

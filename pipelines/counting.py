@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from .config import BuildConfig
 from .decode import make_decoder
 from .decode.base import Decoder
-from .environment import Choice
 from .errors import GpuNpzError, ShardError
 from .geometry import Geometry
+from .machine.environment import Choice
+from .machine.tuning import Tuning
 from .messages import Output
 from .plan import Plan
 from .processes import running
 from .sources.base import Batch, Source
-from .tuning import Tuning
 
 _RANGE_ITEMS = 1024  # of the plan, that a process is given at a time
 

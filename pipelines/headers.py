@@ -11,8 +11,8 @@ from .config import BuildConfig
 from .decode.dicom import is_dicom
 from .decode.pillow import PillowDecoder, dicom_size, opened, orientation_of
 from .decode.samples import is_deep
-from .environment import Choice
 from .geometry import Geometry
+from .machine.environment import Choice
 from .plan import Plan
 from .sources.base import Item, Source, read_item
 from .sources.dicom_frames import frame_count

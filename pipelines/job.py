@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import MAX_SIDE, BuildConfig
-from .environment import BackendName, Choice
 from .errors import FormatError, MismatchError, SourceError
+from .machine.environment import BackendName, Choice
 from .normalize import row_shape
 from .npz.reader import Known, NpzReader
 from .npz.writer import NpzWriter

@@ -20,6 +20,7 @@ from .decode.base import Decoder
 from .errors import FormatError, IncompleteError, SourceError
 from .geometry import Geometry
 from .job import Job
+from .machine.tuning import Tuning
 from .manifest import CommitRecord, Manifest, committed, publish
 from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
 from .parts import live_parts, require_no_parts
@@ -28,7 +29,6 @@ from .sources.base import Batch, Source
 from .sources.rejects import Reject
 from .storage import open_storage
 from .storage.base import Storage
-from .tuning import Tuning
 from .worker import environment_of, require_environment
 
 log = logging.getLogger(__name__)

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import environment, space
+from . import space
 from .config import MIN_STD, BuildConfig, as_option
 from .counting import count_source, mean_of, std_of
 from .decode import image_size
 from .decode.base import DECODING_REVISION
 from .engines import ray
-from .environment import Choice, Machine
 from .errors import (
     BackendError,
     FormatError,
@@ -31,6 +30,8 @@ from .errors import (
     UsageError,
 )
 from .job import Job, shown_classes
+from .machine import environment
+from .machine.environment import Choice, Machine
 from .manifest import CommitRecord
 from .normalize import row_shape, table
 from .output import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_temporaries, require_own

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from . import environment
 from .config import BuildConfig
 from .decode import image_size
-from .environment import Choice
 from .errors import BackendError, MismatchError, StorageError
 from .headers import Sample, sample_headers, spread
 from .job import Job
+from .machine import environment
+from .machine.environment import Choice
+from .machine.tuning import Tuning
 from .manifest import class_list, committed
 from .normalize import row_shape, table
 from .output import JOB, is_unbuilt, shard_name
@@ -33,7 +34,6 @@ from .space import free_space, held_bytes, lack_of_space, output_bytes
 from .storage import open_storage
 from .storage.base import Storage
 from .storage.local import LocalStorage
-from .tuning import Tuning
 from .worker import Committed, Progress, Task, WorkerEnded, work
 
 SECONDS = 3.0

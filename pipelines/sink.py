@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .job import Job
+from .machine.tuning import Tuning
 from .manifest import CommitRecord, commit
 from .npz.writer import NpzWriter
 from .output import shard_name
 from .sources.base import Item
 from .sources.rejects import Reject
 from .storage.base import Storage
-from .tuning import Tuning
 
 _SPARE_BUFFERS = 2  # one being filled, one on its way
 _UNFLUSHED_SHARDS = 2

@@ -23,6 +23,7 @@ from .decode.base import Decoded, Decoder
 from .errors import MismatchError, RejectedError, ShardError
 from .geometry import Geometry
 from .job import Job
+from .machine.tuning import Tuning
 from .manifest import CommitRecord
 from .messages import Heard
 from .normalize import Normalizer
@@ -33,7 +34,6 @@ from .sources.base import Batch, Source, read_item
 from .sources.rejects import BadItem, Code, Reject, clean
 from .storage import open_storage
 from .storage.holders import Fence
-from .tuning import Tuning
 
 _PULSE_S = 1.0
 # What a worker may grow by before another one takes its place, for libraries leak: libjpeg-turbo inside DALI keeps the

@@ -36,11 +36,11 @@ from gpu_npz.errors import (
     UsageError,
 )
 from gpu_npz.job import Job
+from gpu_npz.machine.tuning import Tuning
 from gpu_npz.manifest import Manifest
 from gpu_npz.sources.access.local import LocalFiles
 from gpu_npz.sources.base import Item
 from gpu_npz.storage.local import LocalStorage
-from gpu_npz.tuning import Tuning
 from gpu_npz.watch import Moment
 
 FileBytes = Callable[..., bytes]  # fixtures: see conftest.py

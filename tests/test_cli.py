@@ -19,12 +19,12 @@ import click
 import pytest
 
 import gpu_npz
-from gpu_npz import environment
 from gpu_npz.audit import diagnosis
 from gpu_npz.builder import build
 from gpu_npz.cli.main import COMMANDS, cli, run
 from gpu_npz.config import BuildConfig, load_toml
-from gpu_npz.environment import Missing
+from gpu_npz.machine import environment
+from gpu_npz.machine.environment import Missing
 
 MakeTree = Callable[..., Path]  # a fixture: see conftest.py
 
@@ -586,8 +586,8 @@ def test_no_file_imports_the_folders_by_their_own_names() -> None:
 
 # What stands later may import what stands earlier, and its own line.
 ORDER = [
-    "errors", "config messages processes", "storage", "environment geometry",
-    "sources plan selection npz normalize tuning parts cuda", "output", "job", "manifest space",
+    "errors", "config messages processes", "storage", "machine geometry",
+    "sources plan selection npz normalize parts cuda", "output", "job", "manifest space",
     "decode", "sink headers counting", "worker", "engines watch", "planning", "builder preflight",
     "readers audit bench demo", "maintenance",
 ]  # fmt: skip

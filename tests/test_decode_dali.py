@@ -27,10 +27,10 @@ from gpu_npz.decode.pillow import PillowDecoder
 from gpu_npz.demo import paint
 from gpu_npz.errors import ShardError
 from gpu_npz.geometry import Geometry
+from gpu_npz.machine.tuning import Tuning
 from gpu_npz.sources.base import Batch, Item
 from gpu_npz.sources.folders.folder import FolderSource
 from gpu_npz.sources.rejects import Reject
-from gpu_npz.tuning import Tuning
 
 dali = pytest.importorskip("gpu_npz.decode.dali", reason="DALI is not installed", exc_type=ImportError)
 

@@ -24,9 +24,9 @@ from gpu_npz.audit.statistics import of_dataset, of_source
 from gpu_npz.cli.main import run
 from gpu_npz.decode import pillow_decoder
 from gpu_npz.decode.pillow import PillowDecoder
-from gpu_npz.environment import Machine, choose
 from gpu_npz.errors import BackendError, ImageError, ShardError
 from gpu_npz.geometry import Geometry
+from gpu_npz.machine.environment import Machine, choose
 from gpu_npz.preflight import survey
 from gpu_npz.sources.rejects import BadItem
 

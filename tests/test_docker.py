@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpu_npz.audit import diagnosis
-from gpu_npz.environment import Machine
+from gpu_npz.machine.environment import Machine
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"

@@ -21,8 +21,8 @@ from gpu_npz.builder import Started, build
 from gpu_npz.config import BuildConfig
 from gpu_npz.engines import local
 from gpu_npz.errors import ShardError
+from gpu_npz.machine.tuning import Tuning
 from gpu_npz.storage.holders import is_gone
-from gpu_npz.tuning import Tuning
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 

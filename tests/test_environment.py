@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from gpu_npz import environment
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
-from gpu_npz.environment import Choice, Machine, Missing, choose, inspect, usable_cpus
 from gpu_npz.errors import BackendError, MismatchError, UsageError
+from gpu_npz.machine import environment
+from gpu_npz.machine.environment import Choice, Machine, Missing, choose, inspect, usable_cpus
 
 DRIVER = Missing("driver", "libcuda.so.1 was not found", "install the NVIDIA driver")
 DALI = Missing("DALI", "not installed", "pip install 'nvidia-dali-cuda130>=2.4,<3'")
@@ -141,7 +141,7 @@ def test_the_cpu_that_was_asked_for_is_taken_without_a_warning(node: Machine, as
 @pytest.mark.parametrize("hidden", ["", " ", "-1"])
 def test_a_machine_whose_gpus_are_hidden_has_none_and_loads_nothing_to_find_out(hidden: str) -> None:
     code = (
-        "import sys\nfrom gpu_npz.environment import inspect\nfound = inspect()\n"
+        "import sys\nfrom gpu_npz.machine.environment import inspect\nfound = inspect()\n"
         "print(found.gpus, found.driver, [name for name in ('nvidia.dali', 'cupy') if name in sys.modules])"
     )
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": hidden}
@@ -399,7 +399,7 @@ def test_doctor_tells_the_gpus_with_their_memory_and_what_is_wrong(run_with: Run
 @pretending
 @pytest.mark.parametrize(("device", "taken"), [("auto", True), ("0", True), ("1", False), ("2", False)])
 def test_the_gpu_that_is_asked_for_is_the_one_that_is_tried(device: str, taken: bool, pretence: Path) -> None:
-    program = f"from gpu_npz.environment import inspect\nprint(*inspect({device!r}).missing)"
+    program = f"from gpu_npz.machine.environment import inspect\nprint(*inspect({device!r}).missing)"
     fakes = {"FAKE_GPUS": "2", "FAKE_CUPY": f"if gpu != 1: {TAKEN}"}
     environ = {**os.environ, "LD_LIBRARY_PATH": str(pretence), "PYTHONPATH": str(pretence), **fakes}
     environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -513,7 +513,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no processor affinity")
 def test_only_cores_of_the_processor_affinity_count() -> None:
     code = (
-        "import os\nfrom gpu_npz.environment import usable_cpus\n"
+        "import os\nfrom gpu_npz.machine.environment import usable_cpus\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(usable_cpus())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,9 +20,9 @@ from gpu_npz.config import BuildConfig
 from gpu_npz.decode import make_decoder
 from gpu_npz.decode.exif import orientation_in
 from gpu_npz.geometry import Geometry
+from gpu_npz.machine.tuning import Tuning
 from gpu_npz.sources.base import Batch, Item
 from gpu_npz.sources.folders.folder import FolderSource
-from gpu_npz.tuning import Tuning
 
 Rows = Callable[[dict[str, bytes]], dict[str, NDArray[np.uint8]]]
 

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from ..config import BuildConfig
 from ..decode import make_decoder
 from ..decode.base import Decoded, on_host
-from ..environment import choose, inspect
 from ..errors import FormatError, UsageError
 from ..geometry import Geometry
+from ..machine.environment import choose, inspect
+from ..machine.tuning import Tuning
 from ..manifest import Manifest
 from ..normalize import Normalizer, Sums, image_table, levels, table
 from ..npz.reader import NpzReader
@@ -31,7 +32,6 @@ from ..readers.dataset import column_fault, open_index, open_shard
 from ..sources.base import Batch
 from ..storage import open_storage
 from ..storage.base import Storage
-from ..tuning import Tuning
 from .originals import Originals, originals
 from .verification import Problem
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import Any
 
-from ..environment import Machine, dotted, inspect, usable_cpus
+from ..machine.environment import Machine, dotted, inspect, usable_cpus
 
 # Of a build's extras: what is imported, the extra that brings it, and what it is for.
 _EXTRAS = {

@@ -28,15 +28,15 @@ from ..config import BuildConfig, gpu_numbers
 from ..decode import image_size, make_decoder
 from ..decode.base import Decoded, Decoder, on_host
 from ..decode.pillow import PillowDecoder, versions
-from ..environment import Choice, choose, inspect
 from ..errors import BackendError, UsageError
 from ..geometry import Geometry, Placement
+from ..machine.environment import Choice, choose, inspect
+from ..machine.tuning import Tuning
 from ..plan import Plan
 from ..selection import listed
 from ..sources import open_source
 from ..sources.base import Item, Source, read_item
 from ..sources.rejects import BadItem
-from ..tuning import Tuning
 
 Side = Literal["pillow", "dali-cpu", "dali-gpu", "torchvision"]
 KINDS = ("4:4:4", "4:2:2", "4:2:0", "other subsampling", "gray", "CMYK", "progressive", "EXIF turned", "not JPEG")

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ..config import TRAIN, BuildConfig
 from ..counting import count_levels, count_source, mean_of, std_of
 from ..decode import image_size
-from ..environment import choose, inspect
 from ..errors import FormatError, SourceError
+from ..machine.environment import choose, inspect
 from ..manifest import Manifest, class_list
 from ..normalize import levels, table
 from ..plan import Plan

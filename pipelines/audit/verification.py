@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..environment import usable_cpus
 from ..errors import FormatError, UsageError
 from ..job import dataset_id
+from ..machine.environment import usable_cpus
 from ..manifest import Manifest, reject_of, shard_table_digest
 from ..normalize import row_shape, statistics, table, value_range
 from ..npz.reader import NpzReader

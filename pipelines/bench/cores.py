@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..config import BuildConfig
-from ..environment import Choice, usable_cpus
+from ..machine.environment import Choice, usable_cpus
 from ..sources.folders.folder import FolderSource
 from .rates import Tick, Way
 from .setup import Setup

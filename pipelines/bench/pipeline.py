@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..config import BuildConfig
-from ..environment import choose, inspect
 from ..errors import UsageError
+from ..machine.environment import choose, inspect
 from ..npz.writer import NpzWriter
 from ..sources.folders.folder import FolderSource
 from . import cores

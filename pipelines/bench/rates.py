@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..environment import usable_cpus
+from ..machine.environment import usable_cpus
 from ..plan import Plan, collect
 from ..sources.folders.folder import FolderSource
 

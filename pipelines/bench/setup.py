@@ -19,14 +19,14 @@ from ..config import BuildConfig
 from ..cuda import CudaNormalizer
 from ..decode import make_decoder
 from ..decode.base import Decoder, Stage
-from ..environment import Choice
 from ..geometry import Geometry
 from ..job import Job
+from ..machine.environment import Choice
+from ..machine.tuning import Tuning
 from ..normalize import Normalizer, row_shape
 from ..plan import Plan, collect
 from ..sources.base import Batch, Source
 from ..storage.local import LocalStorage
-from ..tuning import Tuning
 from ..worker import Progress, Task, interleaved, work
 from .rates import Tick, folder_of
 

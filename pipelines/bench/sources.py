@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..config import BuildConfig
-from ..environment import choose, inspect
 from ..errors import UsageError
+from ..machine.environment import choose, inspect
 from ..sources import open_source
 from .rates import Measurement, Tick, Way, in_turns, linked, machine, on_one_core
 from .setup import Setup

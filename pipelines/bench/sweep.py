@@ -17,7 +17,7 @@ from typing import Any
 
 from ..builder import build
 from ..config import BuildConfig
-from ..environment import choose, inspect, usable_cpus
+from ..machine.environment import choose, inspect, usable_cpus
 from ..sources.folders.folder import FolderSource
 from ..worker import Progress
 from .rates import Tick, folder_of, linked, machine, rate

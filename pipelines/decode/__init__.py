@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..config import BuildConfig
-from ..environment import BackendName
 from ..errors import SourceError
 from ..geometry import Geometry
+from ..machine.environment import BackendName
+from ..machine.tuning import Tuning
 from ..plan import Plan
 from ..sources.base import Source
-from ..tuning import Tuning
 from .base import Decoder
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..config import BuildConfig
-from ..environment import require_bits16
 from ..geometry import Geometry, Placement
+from ..machine.environment import require_bits16
 from ..sources.base import Source
 from .pillow import PillowDecoder, enough_memory, file_of, upright
 from .png import samples16

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..environment import require_bits16
+from ..machine.environment import require_bits16
 from ..sources.rejects import BadItem
 
 _MAGIC = b"\x89PNG\r\n\x1a\n"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, features
 
-from ..environment import require_bits16
+from ..machine.environment import require_bits16
 from ..sources.rejects import BadItem
 
 _PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # the third and fourth as Pillow takes them

@@ -27,10 +27,10 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-from .. import environment
-from ..environment import Machine
 from ..errors import BackendError, GpuNpzError, ShardError, SourceError, StorageError
 from ..job import Job
+from ..machine import environment
+from ..machine.environment import Machine
 from ..sources.base import Source
 from ..sources.folders.folder import FolderSource
 from ..storage import open_storage

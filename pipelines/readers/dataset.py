@@ -17,9 +17,9 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..environment import usable_cpus
 from ..errors import FormatError, IncompleteError, StorageError
 from ..job import index_comment, open_npz, shard_comment
+from ..machine.environment import usable_cpus
 from ..manifest import Manifest, so_far
 from ..npz.reader import DeflatedRows, Known, NpzReader
 from ..output import INDEX, MANIFEST, shard_name

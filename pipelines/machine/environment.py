@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .config import BuildConfig, gpu_numbers
-from .errors import BackendError, UsageError
+from ..config import BuildConfig, gpu_numbers
+from ..errors import BackendError, UsageError
 
 BackendName = Literal["pillow", "dali"]
 _OLDEST_CUDA = 12_000  # CUDA 12.0, as cuDriverGetVersion counts; DALI has no wheels for older drivers

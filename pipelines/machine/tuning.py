@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import BATCH_SIZE, BuildConfig
+from ..config import BATCH_SIZE, BuildConfig
 from .environment import Choice
 
 _BATCH_BYTES = 1 << 28  # a batch of huge images is smaller, unless asked for

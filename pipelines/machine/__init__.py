@@ -1,0 +1,1 @@
+"""What this host can use: GPUs, decoders, cores, and the settings that follow from them."""
