@@ -13,11 +13,11 @@ from gpu_npz.builder import BuildReport, Started, build, build_split
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
+from gpu_npz.dataset.layout import REPORT
+from gpu_npz.dataset.space import size
 from gpu_npz.errors import RejectLimitError
 from gpu_npz.messages import Message
-from gpu_npz.output import REPORT
 from gpu_npz.planning import Measuring
-from gpu_npz.space import size
 
 _SHOWN = 3  # of the files that a message is about
 

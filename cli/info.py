@@ -8,8 +8,8 @@ import click
 
 from gpu_npz.cli.console import print_json, printable
 from gpu_npz.config import as_option
+from gpu_npz.dataset.manifest import Manifest, so_far
 from gpu_npz.errors import IncompleteError
-from gpu_npz.manifest import Manifest, so_far
 from gpu_npz.storage import open_storage
 
 _LAST = {"shard_table_digest", "rejects_digest"}  # of what the end of a build writes

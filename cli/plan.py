@@ -10,7 +10,7 @@ from rich.progress import Progress
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
-from gpu_npz.space import size
+from gpu_npz.dataset.space import size
 
 if TYPE_CHECKING:
     from gpu_npz.headers import Sample

@@ -11,8 +11,8 @@ from rich.progress import Progress
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options
 from gpu_npz.config import TRAIN, BuildConfig, load_toml
+from gpu_npz.dataset.layout import JOB, MANIFEST
 from gpu_npz.errors import StorageError, UsageError
-from gpu_npz.output import JOB, MANIFEST
 from gpu_npz.storage import open_storage
 
 if TYPE_CHECKING:

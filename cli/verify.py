@@ -12,10 +12,10 @@ from gpu_npz.audit.comparison import MEAN_LEVELS, Comparison, compare
 from gpu_npz.audit.verification import Problem, verify
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
+from gpu_npz.dataset.layout import INDEX
+from gpu_npz.dataset.space import size
 from gpu_npz.errors import FormatError, UsageError
 from gpu_npz.maintenance import repair
-from gpu_npz.output import INDEX
-from gpu_npz.space import size
 
 
 @click.command("verify")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .audit.verification import Problem, Verification, verify
     from .builder import BuildReport, Started, build, build_split
     from .config import BuildConfig
+    from .dataset.manifest import Manifest
     from .errors import GpuNpzError
-    from .manifest import Manifest
     from .planning import Measuring
     from .readers.dataset import Dataset, open_dataset
     from .readers.inference import Preprocess
@@ -30,7 +30,7 @@ _HOMES = {
     "Committed": "worker",
     "Dataset": "readers.dataset",
     "GpuNpzError": "errors",
-    "Manifest": "manifest",
+    "Manifest": "dataset.manifest",
     "Measuring": "planning",
     "Preprocess": "readers.inference",
     "Problem": "audit.verification",

@@ -17,14 +17,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .config import BuildConfig
+from .dataset.commits import CommitRecord, committed
+from .dataset.job import Job
+from .dataset.layout import JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
+from .dataset.manifest import class_list, publish
 from .engines import local, ray
 from .errors import GpuNpzError, LockedError, RejectLimitError, StorageError, UsageError
-from .job import Job
 from .machine.environment import Choice
 from .machine.tuning import Tuning
-from .manifest import CommitRecord, class_list, committed, publish
 from .messages import Heard, Message, Messages
-from .output import JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .parts import Part, require_no_parts
 from .planning import (
     Measuring,

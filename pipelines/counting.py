@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import BuildConfig
-from .decode import make_decoder
-from .decode.base import Decoder
+from .dataset.plan import Plan
 from .errors import GpuNpzError, ShardError
-from .geometry import Geometry
 from .machine.environment import Choice
 from .machine.tuning import Tuning
 from .messages import Output
-from .plan import Plan
+from .preprocess.base import Decoder
+from .preprocess.decoders import make_decoder
+from .preprocess.geometry import Geometry
 from .processes import running
 from .sources.base import Batch, Source
 

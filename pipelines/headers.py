@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .config import BuildConfig
-from .decode.dicom import is_dicom
-from .decode.pillow import PillowDecoder, dicom_size, opened, orientation_of
-from .decode.samples import is_deep
-from .geometry import Geometry
+from .dataset.plan import Plan
 from .machine.environment import Choice
-from .plan import Plan
+from .preprocess.dicom import is_dicom
+from .preprocess.geometry import Geometry
+from .preprocess.pillow import PillowDecoder, dicom_size, opened, orientation_of
+from .preprocess.samples import is_deep
 from .sources.base import Item, Source, read_item
 from .sources.dicom_frames import frame_count
 from .sources.rejects import BadItem

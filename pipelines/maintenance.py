@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .audit.originals import source_of
 from .audit.verification import Problem, verify
 from .builder import BuildReport, Tell, run
 from .config import BuildConfig
-from .decode import make_decoder
-from .decode.base import Decoder
+from .dataset.commits import CommitRecord, committed
+from .dataset.job import Job
+from .dataset.layout import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
+from .dataset.manifest import Manifest, publish
+from .dataset.originals import source_of
 from .errors import FormatError, IncompleteError, SourceError
-from .geometry import Geometry
-from .job import Job
 from .machine.tuning import Tuning
-from .manifest import CommitRecord, Manifest, committed, publish
-from .output import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
 from .parts import live_parts, require_no_parts
 from .planning import backend, require_revision
+from .preprocess.base import Decoder
+from .preprocess.decoders import make_decoder
+from .preprocess.geometry import Geometry
 from .sources.base import Batch, Source
 from .sources.rejects import Reject
 from .storage import open_storage

@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import space
 from .config import MIN_STD, BuildConfig, as_option
 from .counting import count_source, mean_of, std_of
-from .decode import image_size
-from .decode.base import DECODING_REVISION
+from .dataset import space
+from .dataset.commits import CommitRecord
+from .dataset.image_size import image_size
+from .dataset.job import Job, shown_classes
+from .dataset.layout import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_temporaries, require_own
+from .dataset.originals import require_moved
+from .dataset.plan import Plan, same_listing
+from .dataset.selection import listed
 from .engines import ray
 from .errors import (
     BackendError,
@@ -29,23 +34,17 @@ from .errors import (
     StorageError,
     UsageError,
 )
-from .job import Job, shown_classes
 from .machine import environment
 from .machine.environment import Choice, Machine
-from .manifest import CommitRecord
-from .normalize import row_shape, table
-from .output import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_temporaries, require_own
 from .parts import Part, require_no_parts
-from .plan import Plan, same_listing
-from .selection import listed
-from .sources.base import Item, Source, location_of, read_item
-from .sources.rejects import BadItem
+from .preprocess.base import DECODING_REVISION
+from .preprocess.normalize import row_shape, table
+from .sources.base import Source, location_of
 from .storage import open_storage
 from .storage.base import Storage, is_remote
 from .storage.holders import PRIVATE
 
 log = logging.getLogger(__name__)
-_PROBED_ITEMS = 16
 # A shard stores each path at the length of its longest one, with 4 bytes a character.
 _MAX_PATHS_BYTES = 256 << 20
 _MOST_PADDING = 8
@@ -369,25 +368,6 @@ def _require_same_backend(job: Job, config: BuildConfig) -> None:
             f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
             f"{config.device} ask for another; leave them out to resume, or start anew with --overwrite"
         )
-
-
-def _is_there(source: Source, item: Item) -> bool:
-    try:
-        read_item(source, item)
-    except BadItem as bad:
-        return bad.code != "missing"
-    return True
-
-
-def require_moved(job: Job, source: Source) -> None:
-    """A source under another path must have at least some of the planned items."""
-    probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
-    if not any(_is_there(source, item) for item in probe):
-        raise MismatchError(
-            f"OUT was built from {job.record.source_location!r}, and {source.location!r} is something else: it has "
-            f"none of the first {len(probe)} items. Give the same images, or another OUT"
-        )
-    log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)
 
 
 def require_revision(records: Mapping[int, CommitRecord]) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .job import Job
+from .dataset.commits import CommitRecord, commit
+from .dataset.job import Job
+from .dataset.layout import shard_name
 from .machine.tuning import Tuning
-from .manifest import CommitRecord, commit
 from .npz.writer import NpzWriter
-from .output import shard_name
 from .sources.base import Item
 from .sources.rejects import Reject
 from .storage.base import Storage

@@ -7,9 +7,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+from .dataset.space import free_space, size
 from .errors import StorageError
 from .sources.rejects import Reject
-from .space import free_space, size
 from .worker import Event, Progress, Pulse
 
 log = logging.getLogger(__name__)

@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .cuda import CudaNormalizer
-from .decode import make_decoder
-from .decode.base import Decoded, Decoder
+from .dataset.commits import CommitRecord
+from .dataset.job import Job
+from .dataset.layout import shard_name
+from .dataset.plan import Plan
 from .errors import MismatchError, RejectedError, ShardError
-from .geometry import Geometry
-from .job import Job
 from .machine.tuning import Tuning
-from .manifest import CommitRecord
 from .messages import Heard
-from .normalize import Normalizer
-from .output import shard_name
-from .plan import Plan
+from .preprocess.base import Decoded, Decoder
+from .preprocess.decoders import make_decoder
+from .preprocess.geometry import Geometry
+from .preprocess.normalize import Normalizer
+from .preprocess.normalize_cuda import CudaNormalizer
 from .sink import Rows, ShardSink
 from .sources.base import Batch, Source, read_item
 from .sources.rejects import BadItem, Code, Reject, clean

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gpu_npz.decode import base as decode
+from gpu_npz.preprocess import base as decode
 from gpu_npz.sources.access.read_ahead import Room, reserve
 from gpu_npz.sources.base import Batch, Group, Item, Source
 from gpu_npz.sources.rejects import BadItem

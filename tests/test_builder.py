@@ -24,6 +24,8 @@ import gpu_npz
 from gpu_npz import worker
 from gpu_npz.builder import BuildReport, Started, build
 from gpu_npz.config import BuildConfig, load_toml, settings_of
+from gpu_npz.dataset.job import Job
+from gpu_npz.dataset.manifest import Manifest
 from gpu_npz.errors import (
     FormatError,
     IncompleteError,
@@ -35,9 +37,7 @@ from gpu_npz.errors import (
     StorageError,
     UsageError,
 )
-from gpu_npz.job import Job
 from gpu_npz.machine.tuning import Tuning
-from gpu_npz.manifest import Manifest
 from gpu_npz.sources.access.local import LocalFiles
 from gpu_npz.sources.base import Item
 from gpu_npz.storage.local import LocalStorage

@@ -586,9 +586,8 @@ def test_no_file_imports_the_folders_by_their_own_names() -> None:
 
 # What stands later may import what stands earlier, and its own line.
 ORDER = [
-    "errors", "config messages processes", "storage", "machine geometry",
-    "sources plan selection npz normalize parts cuda", "output", "job", "manifest space",
-    "decode", "sink headers counting", "worker", "engines watch", "planning", "builder preflight",
+    "errors", "config", "storage messages processes", "machine sources npz", "preprocess", "dataset parts",
+    "sink headers counting", "worker", "engines watch", "planning", "builder preflight",
     "readers audit bench demo", "maintenance",
 ]  # fmt: skip
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names.split()}
@@ -619,7 +618,7 @@ def test_readers_and_audit_never_import_the_writer() -> None:
         ("torch", "readers/torch.py"),
         ("keras", "readers/keras.py"),
         ("tensorflow", "readers/tensorflow.py"),
-        ("nvidia", "decode/dali.py"),
+        ("nvidia", "preprocess/dali.py"),
         ("ray", "engines/ray.py"),
     ],
 )

@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from gpu_npz.config import BuildConfig
-from gpu_npz.decode.pillow import PillowDecoder
 from gpu_npz.demo import paint
 from gpu_npz.errors import ShardError
-from gpu_npz.geometry import Geometry
 from gpu_npz.machine.tuning import Tuning
+from gpu_npz.preprocess.geometry import Geometry
+from gpu_npz.preprocess.pillow import PillowDecoder
 from gpu_npz.sources.base import Batch, Item
 from gpu_npz.sources.folders.folder import FolderSource
 from gpu_npz.sources.rejects import Reject
 
-dali = pytest.importorskip("gpu_npz.decode.dali", reason="DALI is not installed", exc_type=ImportError)
+dali = pytest.importorskip("gpu_npz.preprocess.dali", reason="DALI is not installed", exc_type=ImportError)
 
 Pixels = NDArray[np.uint8]
 

@@ -22,12 +22,12 @@ from gpu_npz.audit.comparison import compare
 from gpu_npz.audit.previews import preview
 from gpu_npz.audit.statistics import of_dataset, of_source
 from gpu_npz.cli.main import run
-from gpu_npz.decode import pillow_decoder
-from gpu_npz.decode.pillow import PillowDecoder
 from gpu_npz.errors import BackendError, ImageError, ShardError
-from gpu_npz.geometry import Geometry
 from gpu_npz.machine.environment import Machine, choose
 from gpu_npz.preflight import survey
+from gpu_npz.preprocess.decoders import pillow_decoder
+from gpu_npz.preprocess.geometry import Geometry
+from gpu_npz.preprocess.pillow import PillowDecoder
 from gpu_npz.sources.rejects import BadItem
 
 FileBytes = Callable[..., bytes]  # fixtures: see conftest.py

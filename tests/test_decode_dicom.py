@@ -25,15 +25,15 @@ import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.audit.comparison import compare
 from gpu_npz.cli.main import run
-from gpu_npz.decode import pillow_decoder
-from gpu_npz.decode.dicom import DicomFile, is_dicom
-from gpu_npz.decode.pillow import PillowDecoder, dicom_size, first_size
+from gpu_npz.dataset.plan import Plan
+from gpu_npz.dataset.selection import _noted, listed
 from gpu_npz.demo import paint
 from gpu_npz.errors import BackendError, ImageError
-from gpu_npz.geometry import Geometry
-from gpu_npz.plan import Plan
 from gpu_npz.preflight import survey
-from gpu_npz.selection import _noted, listed
+from gpu_npz.preprocess.decoders import pillow_decoder
+from gpu_npz.preprocess.dicom import DicomFile, is_dicom
+from gpu_npz.preprocess.geometry import Geometry
+from gpu_npz.preprocess.pillow import PillowDecoder, dicom_size, first_size
 from gpu_npz.sources import open_source
 from gpu_npz.sources.dicom_frames import FRAME_NAMES, frame_count, read_dicom
 from gpu_npz.sources.folders.folder import FolderSource
@@ -463,7 +463,7 @@ def test_a_damaged_sequence_is_a_reject_wherever_it_is_met() -> None:
 
 
 def test_pixels_over_the_limit_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_npz.decode.dicom.DicomFile.decode", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr("gpu_npz.preprocess.dicom.DicomFile.decode", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(BadItem, match="100 x 100 pixels; at most 9999"):
         decoded(dicom(np.zeros((100, 100), np.uint8)), max_pixels=9_999)
 

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin
 
 from gpu_npz.config import BuildConfig
-from gpu_npz.decode.base import Decoded
-from gpu_npz.decode.pillow import PillowDecoder, first_size
 from gpu_npz.demo import paint
 from gpu_npz.errors import ShardError
-from gpu_npz.geometry import Geometry
+from gpu_npz.preprocess.base import Decoded
+from gpu_npz.preprocess.geometry import Geometry
+from gpu_npz.preprocess.pillow import PillowDecoder, first_size
 from gpu_npz.sources.base import Batch, Item
 from gpu_npz.sources.folders.folder import FolderSource
 from gpu_npz.sources.rejects import BadItem, clean

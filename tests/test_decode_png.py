@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gpu_npz import BuildConfig
-from gpu_npz.decode import pillow_decoder
-from gpu_npz.decode.pillow import PillowDecoder
-from gpu_npz.decode.png import without_extras
-from gpu_npz.geometry import Geometry
+from gpu_npz.preprocess.decoders import pillow_decoder
+from gpu_npz.preprocess.geometry import Geometry
+from gpu_npz.preprocess.pillow import PillowDecoder
+from gpu_npz.preprocess.png import without_extras
 from gpu_npz.sources.rejects import BadItem
 
 pytest.importorskip("tifffile")

@@ -18,12 +18,12 @@ from PIL import Image, ImageFile, features
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
-from gpu_npz.decode import pillow_decoder
-from gpu_npz.decode.pillow import PillowDecoder, first_size
-from gpu_npz.decode.tiff import Tiff
-from gpu_npz.geometry import Geometry
 from gpu_npz.maintenance import retry
 from gpu_npz.preflight import survey
+from gpu_npz.preprocess.decoders import pillow_decoder
+from gpu_npz.preprocess.geometry import Geometry
+from gpu_npz.preprocess.pillow import PillowDecoder, first_size
+from gpu_npz.preprocess.tiff import Tiff
 from gpu_npz.sources.base import Item
 from gpu_npz.sources.folders.folder import FolderSource
 from gpu_npz.sources.rejects import BadItem

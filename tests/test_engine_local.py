@@ -30,7 +30,7 @@ FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 SABOTAGE = """
 import ctypes, logging, os, signal, time, warnings
 import gpu_npz.worker
-from gpu_npz.decode.pillow import PillowDecoder
+from gpu_npz.preprocess.pillow import PillowDecoder
 gpu_npz.worker._MAX_GROWTH_BYTES, gpu_npz.worker._SETTLED_SHARDS = 1 << 25, 1
 leaked = []
 whole = PillowDecoder.decode_image

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpu_npz.config import BuildConfig
-from gpu_npz.geometry import Geometry, Placement
+from gpu_npz.preprocess.geometry import Geometry, Placement
 
 OUTPUTS = [(224, 224), (96, 160), (1, 1), (7, 300), (299, 299), (5, 4)]
 

@@ -12,7 +12,7 @@ import pytest
 from headers import Segment, adobe, exif, frame, joined, jpeg, segments
 from PIL import Image
 
-from gpu_npz.decode.jpeg import JpegHeader, read_header, without_metadata
+from gpu_npz.preprocess.jpeg import JpegHeader, read_header, without_metadata
 from gpu_npz.sources.rejects import BadItem
 
 Edit = Callable[[list[Segment]], object]

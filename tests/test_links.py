@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from gpu_npz.config import BuildConfig
+from gpu_npz.dataset.plan import Plan
+from gpu_npz.dataset.selection import listed
 from gpu_npz.errors import SourceError
-from gpu_npz.plan import Plan
-from gpu_npz.selection import listed
 from gpu_npz.sources import open_source
 
 

@@ -12,11 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_npz import cuda, normalize
 from gpu_npz.config import BuildConfig
-from gpu_npz.cuda import CudaNormalizer
 from gpu_npz.errors import UsageError
-from gpu_npz.normalize import Normalizer, Sums, apply_table, image_table, levels, row_shape, table, tables, value_range
+from gpu_npz.preprocess import normalize, normalize_cuda
+from gpu_npz.preprocess.normalize import (
+    Normalizer,
+    Sums,
+    apply_table,
+    image_table,
+    levels,
+    row_shape,
+    table,
+    tables,
+    value_range,
+)
+from gpu_npz.preprocess.normalize_cuda import CudaNormalizer
 
 # Of each floating type: bits of a significand, exponent of the smallest number above zero (IEEE 754-2019, table 3.5).
 PRECISION = {"float16": (11, -24), "float32": (24, -149)}
@@ -526,7 +536,9 @@ def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
     kind: str, dtype: str, channels: str, layout: str, tmp_path: Path
 ) -> None:
     # What a GPU's threads do, one after the other: no GPU is needed to see a wrong index.
-    kernel = cuda._KERNEL.replace('extern "C" __global__', "").replace("VALUE", cuda._BITS[np.dtype(dtype).itemsize])
+    kernel = normalize_cuda._KERNEL.replace('extern "C" __global__', "").replace(
+        "VALUE", normalize_cuda._BITS[np.dtype(dtype).itemsize]
+    )
     grid = "static struct { int x, y; } blockIdx, threadIdx, blockDim;\n"
     launch = """
     void launch(int blocks, int images, int threads, void *pixels, void *kept, void *table, void *out, int plane,

@@ -30,6 +30,8 @@ from moto.server import ThreadedMotoServer
 from gpu_npz.audit.verification import verify
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
+from gpu_npz.dataset.job import Job
+from gpu_npz.dataset.manifest import Manifest, class_list
 from gpu_npz.errors import (
     FormatError,
     IncompleteError,
@@ -39,8 +41,6 @@ from gpu_npz.errors import (
     StorageError,
     UsageError,
 )
-from gpu_npz.job import Job
-from gpu_npz.manifest import Manifest, class_list
 from gpu_npz.readers.dataset import open_dataset
 from gpu_npz.storage import file_lock, holders, object_lock, objects, open_storage
 from gpu_npz.storage.local import LocalStorage

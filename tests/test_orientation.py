@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 
 from gpu_npz import Preprocess
 from gpu_npz.config import BuildConfig
-from gpu_npz.decode import make_decoder
-from gpu_npz.decode.exif import orientation_in
-from gpu_npz.geometry import Geometry
 from gpu_npz.machine.tuning import Tuning
+from gpu_npz.preprocess.decoders import make_decoder
+from gpu_npz.preprocess.exif import orientation_in
+from gpu_npz.preprocess.geometry import Geometry
 from gpu_npz.sources.base import Batch, Item
 from gpu_npz.sources.folders.folder import FolderSource
 

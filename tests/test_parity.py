@@ -44,7 +44,7 @@ def test_the_difference_of_every_kind_is_within_the_tolerance_and_missing_kinds_
 def test_a_decoder_that_gives_other_pixels_is_noticed_with_its_kind_and_worst_file(
     make_tree: Callable[[Mapping[str, str]], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpu_npz.decode.pillow import PillowDecoder
+    from gpu_npz.preprocess.pillow import PillowDecoder
 
     src = make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "gray", "a/3.jpg": "jpeg"})
     real = PillowDecoder.decode_image
@@ -65,7 +65,7 @@ def test_a_decoder_that_gives_other_pixels_is_noticed_with_its_kind_and_worst_fi
 def test_verdicts_that_differ_are_counted_and_named(
     make_tree: Callable[[Mapping[str, str]], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpu_npz.decode.pillow import PillowDecoder
+    from gpu_npz.preprocess.pillow import PillowDecoder
     from gpu_npz.sources.rejects import BadItem
 
     src = make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "jpeg", "a/3.jpg": "half"})

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from gpu_npz import headers, preflight, space
+from gpu_npz import headers, preflight
 from gpu_npz.builder import build, build_split
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
+from gpu_npz.dataset import space
+from gpu_npz.dataset.space import require_space
 from gpu_npz.errors import SourceError, StorageError, UsageError
 from gpu_npz.preflight import Survey, survey
-from gpu_npz.space import require_space
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 CPU: dict[str, Any] = {"device": "cpu", "size": 32, "shard_size": "16"}

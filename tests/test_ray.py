@@ -41,7 +41,7 @@ STORE_BYTES = 80 << 20
 # a decoder that crashes on some.
 TRAPS = """
 import ctypes, os, signal, time
-from gpu_npz.decode.pillow import PillowDecoder
+from gpu_npz.preprocess.pillow import PillowDecoder
 from gpu_npz.sources.folders.folder import FolderSource
 traps = ""
 decode_image = PillowDecoder.decode_image

@@ -18,8 +18,8 @@ import pytest
 from gpu_npz import builder
 from gpu_npz.builder import build, build_split
 from gpu_npz.config import BuildConfig
+from gpu_npz.dataset.job import Job
 from gpu_npz.errors import BackendError, GpuNpzError, LockedError, MismatchError, ShardError, StorageError
-from gpu_npz.job import Job
 from gpu_npz.preflight import survey
 from gpu_npz.storage import file_lock
 from gpu_npz.storage.local import LocalStorage

@@ -19,10 +19,10 @@ import gpu_npz
 from gpu_npz.audit.comparison import compare
 from gpu_npz.builder import build, build_split
 from gpu_npz.config import BuildConfig
+from gpu_npz.dataset.job import Job
+from gpu_npz.dataset.plan import Plan
+from gpu_npz.dataset.selection import listed
 from gpu_npz.errors import FormatError, MismatchError, SourceError, StorageError, UsageError
-from gpu_npz.job import Job
-from gpu_npz.plan import Plan
-from gpu_npz.selection import listed
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Group, Item, LabelColumn, Source
 from gpu_npz.storage.local import LocalStorage

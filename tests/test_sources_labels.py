@@ -15,8 +15,8 @@ from listing import labelled, opened, refusal
 import gpu_npz
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
+from gpu_npz.dataset.selection import listed
 from gpu_npz.errors import SourceError
-from gpu_npz.selection import listed
 from gpu_npz.sources import labels as labels_module
 from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.folders.folder import FolderSource

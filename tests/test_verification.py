@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 import gpu_npz
 from gpu_npz.cli.main import run
+from gpu_npz.dataset.manifest import shard_table_digest
 from gpu_npz.errors import FormatError, IncompleteError
-from gpu_npz.manifest import shard_table_digest
 from gpu_npz.npz.format import Directory
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter

@@ -18,21 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import BuildConfig
-from ..decode import make_decoder
-from ..decode.base import Decoded, on_host
+from ..dataset.layout import INDEX, MANIFEST, shard_name
+from ..dataset.manifest import Manifest
+from ..dataset.originals import Originals, originals
 from ..errors import FormatError, UsageError
-from ..geometry import Geometry
 from ..machine.environment import choose, inspect
 from ..machine.tuning import Tuning
-from ..manifest import Manifest
-from ..normalize import Normalizer, Sums, image_table, levels, table
 from ..npz.reader import NpzReader
-from ..output import INDEX, MANIFEST, shard_name
+from ..preprocess.base import Decoded, on_host
+from ..preprocess.decoders import make_decoder
+from ..preprocess.geometry import Geometry
+from ..preprocess.normalize import Normalizer, Sums, image_table, levels, table
 from ..readers.dataset import column_fault, open_index, open_shard
 from ..sources.base import Batch
 from ..storage import open_storage
 from ..storage.base import Storage
-from .originals import Originals, originals
 from .verification import Problem
 
 MEAN_LEVELS = 2.0  # tolerance between versions of a decoder, of the mean of one image, of 255 levels

@@ -112,7 +112,7 @@ def _device(number: int) -> str:
 def _pillow() -> list[Finding]:
     import PIL
 
-    from ..decode.pillow import is_simd, versions
+    from ..preprocess.pillow import is_simd, versions
 
     found = versions()
     owners = sorted({owner.lower() for owner in packages_distributions().get("PIL", [])})

@@ -25,15 +25,16 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, JpegImagePlugin
 
 from ..config import BuildConfig, gpu_numbers
-from ..decode import image_size, make_decoder
-from ..decode.base import Decoded, Decoder, on_host
-from ..decode.pillow import PillowDecoder, versions
+from ..dataset.image_size import image_size
+from ..dataset.plan import Plan
+from ..dataset.selection import listed
 from ..errors import BackendError, UsageError
-from ..geometry import Geometry, Placement
 from ..machine.environment import Choice, choose, inspect
 from ..machine.tuning import Tuning
-from ..plan import Plan
-from ..selection import listed
+from ..preprocess.base import Decoded, Decoder, on_host
+from ..preprocess.decoders import make_decoder
+from ..preprocess.geometry import Geometry, Placement
+from ..preprocess.pillow import PillowDecoder, versions
 from ..sources import open_source
 from ..sources.base import Item, Source, read_item
 from ..sources.rejects import BadItem

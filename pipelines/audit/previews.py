@@ -15,18 +15,18 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFile, ImageFont
 
-from ..decode.pillow import PillowDecoder, opened
+from ..dataset.layout import REJECTS
+from ..dataset.manifest import Manifest, reject_of
+from ..dataset.originals import Originals, originals
 from ..errors import FormatError, ShardError, UsageError
-from ..geometry import Geometry
-from ..manifest import Manifest, reject_of
-from ..normalize import levels, table
-from ..output import REJECTS
+from ..preprocess.geometry import Geometry
+from ..preprocess.normalize import levels, table
+from ..preprocess.pillow import PillowDecoder, opened
 from ..readers.dataset import Dataset, open_dataset
 from ..sources.base import countable, read_item
 from ..sources.rejects import BadItem
 from ..storage.base import Storage
 from ..storage.local import LocalStorage
-from .originals import Originals, originals
 
 Show = Literal["random", "class", "rejects"]
 COUNTS: dict[Show, int] = {"random": 64, "class": 8, "rejects": 64}

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 from ..config import TRAIN, BuildConfig
 from ..counting import count_levels, count_source, mean_of, std_of
-from ..decode import image_size
+from ..dataset.image_size import image_size
+from ..dataset.manifest import Manifest, class_list
+from ..dataset.plan import Plan
+from ..dataset.selection import listed
 from ..errors import FormatError, SourceError
 from ..machine.environment import choose, inspect
-from ..manifest import Manifest, class_list
-from ..normalize import levels, table
-from ..plan import Plan
+from ..preprocess.normalize import levels, table
 from ..readers.dataset import column_fault, open_index, open_shard, require_fit
-from ..selection import listed
 from ..sources import open_source
 from ..sources.base import LabelColumn, countable
 from ..storage import open_storage

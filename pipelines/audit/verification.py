@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dataset.identity import dataset_id
+from ..dataset.layout import INDEX, MANIFEST, REJECTS, shard_files, shard_name
+from ..dataset.manifest import Manifest, reject_of, shard_table_digest
 from ..errors import FormatError, UsageError
-from ..job import dataset_id
 from ..machine.environment import usable_cpus
-from ..manifest import Manifest, reject_of, shard_table_digest
-from ..normalize import row_shape, statistics, table, value_range
 from ..npz.reader import NpzReader
-from ..output import INDEX, MANIFEST, REJECTS, shard_files, shard_name
+from ..preprocess.normalize import row_shape, statistics, table, value_range
 from ..readers.dataset import column_fault, open_index, open_shard
 from ..sources.base import LabelColumn
 from ..storage import open_storage

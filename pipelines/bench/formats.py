@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..config import DEFLATE_LEVEL, BuildConfig
-from ..normalize import Normalizer
+from ..dataset.layout import shard_name
 from ..npz.writer import NpzWriter
-from ..output import shard_name
+from ..preprocess.normalize import Normalizer
 from ..readers.dataset import open_dataset
 
 Array = NDArray[Any]

@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..dataset.plan import Plan, collect
 from ..machine.environment import usable_cpus
-from ..plan import Plan, collect
 from ..sources.folders.folder import FolderSource
 
 Tick = Callable[[int], None]

@@ -16,15 +16,15 @@ from isal.isal_zlib import crc32
 
 from ..builder import build
 from ..config import BuildConfig
-from ..cuda import CudaNormalizer
-from ..decode import make_decoder
-from ..decode.base import Decoder, Stage
-from ..geometry import Geometry
-from ..job import Job
+from ..dataset.job import Job
+from ..dataset.plan import Plan, collect
 from ..machine.environment import Choice
 from ..machine.tuning import Tuning
-from ..normalize import Normalizer, row_shape
-from ..plan import Plan, collect
+from ..preprocess.base import Decoder, Stage
+from ..preprocess.decoders import make_decoder
+from ..preprocess.geometry import Geometry
+from ..preprocess.normalize import Normalizer, row_shape
+from ..preprocess.normalize_cuda import CudaNormalizer
 from ..sources.base import Batch, Source
 from ..storage.local import LocalStorage
 from ..worker import Progress, Task, interleaved, work

@@ -25,12 +25,12 @@ from PIL import Image
 
 from ..builder import build
 from ..config import BuildConfig
-from ..decode.pillow import versions
+from ..dataset.space import free_space, size
 from ..errors import FormatError, SourceError, UsageError
-from ..normalize import levels, row_shape, table
+from ..preprocess.normalize import levels, row_shape, table
+from ..preprocess.pillow import versions
 from ..readers.dataset import open_dataset
 from ..sources.arrays.cifar import Cifar
-from ..space import free_space, size
 from . import loading
 from .formats import FORMATS, OURS, OURS_DEFLATED, Array, Format, Images
 from .rates import Row, Tick, Way, in_turns, linked, machine

@@ -21,8 +21,8 @@ from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
 from .. import processes
+from ..dataset.job import Job
 from ..errors import GpuNpzError, ShardError
-from ..job import Job
 from ..messages import Heard, Output
 from ..sources.rejects import Code
 from ..storage import open_storage

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from .. import processes
-from ..decode import make_decoder
+from ..dataset.job import Job
 from ..errors import GpuNpzError
-from ..geometry import Geometry
-from ..job import Job
 from ..messages import Heard
+from ..preprocess.decoders import make_decoder
+from ..preprocess.geometry import Geometry
 from ..sources.base import Batch
 from ..storage import open_storage
 from ..worker import Task

@@ -27,8 +27,8 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+from ..dataset.job import Job
 from ..errors import BackendError, GpuNpzError, ShardError, SourceError, StorageError
-from ..job import Job
 from ..machine import environment
 from ..machine.environment import Machine
 from ..sources.base import Source

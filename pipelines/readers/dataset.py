@@ -17,12 +17,13 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dataset.identity import index_comment, shard_comment
+from ..dataset.layout import INDEX, MANIFEST, shard_name
+from ..dataset.manifest import Manifest, so_far
+from ..dataset.records import open_npz
 from ..errors import FormatError, IncompleteError, StorageError
-from ..job import index_comment, open_npz, shard_comment
 from ..machine.environment import usable_cpus
-from ..manifest import Manifest, so_far
 from ..npz.reader import DeflatedRows, Known, NpzReader
-from ..output import INDEX, MANIFEST, shard_name
 from ..sources.base import label_form
 from ..storage.base import Storage, is_remote
 from ..storage.local import LocalStorage

@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import BuildConfig
+from ..dataset.manifest import Manifest
 from ..errors import ImageError
-from ..geometry import Geometry
-from ..manifest import Manifest
-from ..normalize import Normalizer, apply_table, row_shape, statistics, table, tables
+from ..preprocess.geometry import Geometry
+from ..preprocess.normalize import Normalizer, apply_table, row_shape, statistics, table, tables
 from ..sources.dicom_frames import split_frame
 from ..sources.rejects import BadItem
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..decode.pillow import PillowDecoder
+    from ..preprocess.pillow import PillowDecoder
 
 _RESIZE = {
     "stretch": "resized to {size}, whatever its shape",
@@ -195,7 +195,7 @@ class Preprocess:
 
     @functools.cached_property
     def _decoder(self) -> PillowDecoder:
-        from ..decode import pillow_decoder
+        from ..preprocess.decoders import pillow_decoder
 
         return pillow_decoder(self.config, Geometry.of(self.config, self.image_size), None)
 

@@ -12,14 +12,10 @@ from .access.stores import without_query
 from .base import as_bytes, is_hidden
 
 _CIFAR_FILES = ("batches.meta", "meta")
-
-
 _BY_EXTENSION = {
     ".tar": "tar", ".zip": "zip", ".csv": "table", ".tsv": "table", ".jsonl": "table", ".ndjson": "table",
     ".parquet": "parquet", ".npy": "numpy", ".npz": "numpy",
 }  # fmt: skip
-
-
 _COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)  # which a tar's source refuses
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from gpu_npz.audit.verification import verify
-from gpu_npz.manifest import Manifest
+from gpu_npz.dataset.manifest import Manifest
 from gpu_npz.storage import open_storage
 
 SHIM = Path(__file__).parent / "shim"

@@ -138,7 +138,7 @@ KILLED_AT_EACH = """
 import itertools, os, signal, sys
 from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
-import gpu_npz.decode.pillow
+import gpu_npz.preprocess.pillow
 call, step, src, out, settings = sys.argv[1:]
 real = getattr(os, call)
 for moment in itertools.count(0, int(step)):

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from .config import BuildConfig
-from .errors import StorageError
-from .job import index_comment, shard_comment
-from .npz.format import Member, data_offset, directory_bytes
-from .output import shard_files
+from ..config import BuildConfig
+from ..errors import StorageError
+from ..npz.format import Member, data_offset, directory_bytes
+from ..storage.base import is_remote
+from ..storage.local import LocalStorage
+from .identity import index_comment, shard_comment
+from .layout import shard_files
 from .plan import Plan
-from .storage.base import is_remote
-from .storage.local import LocalStorage
 
 _ID = "0" * 32  # a dataset's id counts for its length alone
 _OTHER_FILES = 16

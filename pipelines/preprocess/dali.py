@@ -37,13 +37,13 @@ from PIL import Image
 
 from ..config import BuildConfig
 from ..errors import BackendError, ShardError
-from ..geometry import Geometry
 from ..machine.tuning import Tuning
 from ..sources.access.local import is_plain
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
 from .base import DECODING_REVISION, Decoded, Stage
 from .fed_pipeline import FedPipeline
+from .geometry import Geometry
 from .pillow import PillowDecoder, versions
 from .routing import Route, route
 

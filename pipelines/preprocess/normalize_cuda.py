@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import BuildConfig
+from ..config import BuildConfig
 from .normalize import Sums, image_table, table
 
 if TYPE_CHECKING:

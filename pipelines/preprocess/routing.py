@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import BuildConfig
-from ..geometry import Geometry
 from ..sources.rejects import MAX_ENCODED_BYTES, BadItem
+from .geometry import Geometry
 from .jpeg import read_header
 
 # By EXIF orientation: whether to transpose the stored image, then whether to flip it horizontally and vertically.

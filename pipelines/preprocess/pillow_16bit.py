@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..config import BuildConfig
-from ..geometry import Geometry, Placement
 from ..machine.environment import require_bits16
 from ..sources.base import Source
+from .geometry import Geometry, Placement
 from .pillow import PillowDecoder, enough_memory, file_of, upright
 from .png import samples16
 from .samples import deep_samples, is_gray16, opacity, plain

@@ -20,13 +20,13 @@ from PIL import Image, UnidentifiedImageError, features
 
 from ..config import BuildConfig
 from ..errors import BackendError, ShardError, UsageError
-from ..geometry import Geometry, Placement
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.dicom_frames import require_pydicom
 from ..sources.rejects import BadItem, Reject
 from .base import DECODING_REVISION, Decoded, Stage, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .exif import EXIF_HEADER, orientation_in
+from .geometry import Geometry, Placement
 from .jpeg import read_header, without_metadata
 from .png import is_png, samples16, set_transparency, without_extras
 from .samples import deep_samples, format_of, is_deep, plain, turned

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 
 from ..config import BuildConfig
-from ..errors import FormatError, SourceError
-from ..job import Job
-from ..manifest import Manifest
-from ..output import JOB
-from ..plan import Plan
-from ..planning import require_moved
+from ..errors import FormatError, MismatchError, SourceError
 from ..sources import open_source
-from ..sources.base import Item, Source, as_text
+from ..sources.base import Item, Source, as_text, read_item
 from ..sources.dicom_frames import split_frame
+from ..sources.rejects import BadItem
 from ..sources.tables.paths import below
 from ..storage.base import Storage
+from .job import Job
+from .layout import JOB
+from .manifest import Manifest
+from .plan import Plan
 
+log = logging.getLogger(__name__)
+_PROBED_ITEMS = 16
 _NO_LABELS = {"labels": "none", "split": None, "split_by": None, "split_seed": 0}
 
 
@@ -92,3 +95,22 @@ def source_of(job: Job, source: str | os.PathLike[str] | None) -> Source:
     if found.location != record.source_location:
         require_moved(job, found)
     return found
+
+
+def require_moved(job: Job, source: Source) -> None:
+    """A source under another path must have at least some of the planned items."""
+    probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
+    if not any(_is_there(source, item) for item in probe):
+        raise MismatchError(
+            f"OUT was built from {job.record.source_location!r}, and {source.location!r} is something else: it has "
+            f"none of the first {len(probe)} items. Give the same images, or another OUT"
+        )
+    log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)
+
+
+def _is_there(source: Source, item: Item) -> bool:
+    try:
+        read_item(source, item)
+    except BadItem as bad:
+        return bad.code != "missing"
+    return True

@@ -26,7 +26,7 @@ import functools
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .config import BuildConfig, ResizeMode
+from ..config import BuildConfig, ResizeMode
 
 
 @dataclass(frozen=True)

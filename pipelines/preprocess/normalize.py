@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import BuildConfig, Layout
-from .errors import UsageError
+from ..config import BuildConfig, Layout
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     Array = NDArray[Any]

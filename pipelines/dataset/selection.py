@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import TRAIN, BuildConfig
-from .errors import UsageError
+from ..config import TRAIN, BuildConfig
+from ..errors import UsageError
+from ..sources.base import Group, Source, as_bytes, as_text, extensions, files_left_out, is_side, no_images, some
+from ..sources.dicom_frames import split_frame
+from ..sources.tables.rows import EXTENSIONS as TABLES
 from .plan import Plan, collect
-from .sources.base import Group, Source, as_bytes, as_text, extensions, files_left_out, is_side, no_images, some
-from .sources.dicom_frames import split_frame
-from .sources.tables.rows import EXTENSIONS as TABLES
 
 log = logging.getLogger(__name__)
 Positions = NDArray[np.int64]

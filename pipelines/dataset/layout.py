@@ -5,10 +5,10 @@ from __future__ import annotations
 import posixpath
 import re
 
-from .config import TRAIN
-from .errors import FormatError, StorageError
-from .storage.base import Storage
-from .storage.holders import PRIVATE
+from ..config import TRAIN
+from ..errors import FormatError, StorageError
+from ..storage.base import Storage
+from ..storage.holders import PRIVATE
 
 MANIFEST = "dataset.json"
 INDEX = "index.npz"

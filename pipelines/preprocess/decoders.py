@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..config import BuildConfig
-from ..errors import SourceError
-from ..geometry import Geometry
 from ..machine.environment import BackendName
 from ..machine.tuning import Tuning
-from ..plan import Plan
 from ..sources.base import Source
 from .base import Decoder
+from .geometry import Geometry
 
 if TYPE_CHECKING:
     from .pillow import PillowDecoder
@@ -48,27 +46,9 @@ def make_decoder(
 def pillow_decoder(config: BuildConfig, geometry: Geometry, source: Source | None) -> PillowDecoder:
     """Pillow's, for pixels of as many bits as the settings say; without a source, for single images."""
     if config.bit_depth == 16:
-        from .deep import DeepDecoder
+        from .pillow_16bit import DeepDecoder
 
         return DeepDecoder(config, geometry, source)
     from .pillow import PillowDecoder
 
     return PillowDecoder(config, geometry, source)
-
-
-def image_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
-    """Height and width of every row: as the settings say, or those of the first image that can be decoded.
-
-    Raises:
-        SourceError: there is none.
-    """
-    if config.size is not None:
-        return config.size
-    from .pillow import first_size
-
-    size = first_size(source, (item for at in range(plan.item_count) for item in plan.items(at, at + 1)), config)
-    if size is None:
-        raise SourceError(
-            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
-        )
-    return size

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import FormatError
-from .sources.base import Batch, Group, Item, as_text
+from ..errors import FormatError
+from ..sources.base import Batch, Group, Item, as_text
 
 _ARRAYS = (
     "names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "labels", "places", "order",

@@ -1,0 +1,80 @@
+"""Commit records: each is written after its shard is whole, and is the proof of it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import FormatError
+from ..sources.rejects import Reject
+from ..storage.base import Storage
+from .job import Job
+from .layout import commit_files, commit_name, shard_name
+from .records import from_json, to_json
+
+_READERS = 16  # a store far away answers each request after some hundredths of a second
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class CommitRecord(BaseModel):
+    """Written after its shard is whole and has its final name; its presence is the proof.
+
+    `digest` is the SHA-256 of the shard's directory, which holds the CRC-32 of everything in it; `bytes` its size.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: Literal[1] = 1
+    id: str
+    shard: int
+    rows: int
+    bytes: int
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    environment: dict[str, Any]
+    rejects: tuple[Reject, ...]
+
+
+def commit(storage: Storage, record: CommitRecord, shards: int) -> None:
+    """Stores the proof that a shard is whole."""
+    storage.write(commit_name(record.shard, shards), to_json(record))
+
+
+def committed(storage: Storage, job: Job, *, whole: bool = True) -> dict[int, CommitRecord]:
+    """The shards that need no building: those with a commit record of this job and a file of the size it names.
+
+    Args:
+        storage: OUT.
+        job: what is built there.
+        whole: without it, also those whose file is not there, or has another size.
+
+    Raises:
+        FormatError: a record is damaged.
+    """
+    shards = job.plan.shard_count
+    known = set(commit_files(storage))
+    found = [shard for shard in range(shards) if commit_name(shard, shards) in known]
+
+    def look(shard: int) -> CommitRecord | None:
+        name = commit_name(shard, shards)
+        items = len(job.plan.shard_range(shard))
+        record = from_json(CommitRecord, storage.read(name) or b"", storage.path(name), items)
+        lost = whole and storage.size(shard_name(shard, shards)) != record.bytes
+        if record.id != job.record.id or record.shard != shard or lost:
+            return None
+        _require_complete(record, job, storage.path(name))
+        return record
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return {record.shard: record for record in pool.map(look, found) if record is not None}
+
+
+def _require_complete(record: CommitRecord, job: Job, label: str) -> None:
+    """Raises FormatError unless each item of the shard is one row or one reject by the record."""
+    items, rejects = job.plan.shard_range(record.shard), {reject.index for reject in record.rejects}
+    rows = len(items) - (0 if job.settings.on_reject == "blank" else len(rejects))
+    if record.rows != rows or len(rejects) != len(record.rejects) or not all(index in items for index in rejects):
+        raise FormatError(
+            f"{label}: rows and rejects are not the shard's {len(items)} items; delete the file to rebuild"
+        )

@@ -1,0 +1,27 @@
+"""The size of every row, where the first image decides it."""
+
+from __future__ import annotations
+
+from ..config import BuildConfig
+from ..errors import SourceError
+from ..sources.base import Source
+from .plan import Plan
+
+
+def image_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
+    """Height and width of every row: as the settings say, or those of the first image that can be decoded.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if config.size is not None:
+        return config.size
+
+    from ..preprocess.pillow import first_size
+
+    size = first_size(source, (item for at in range(plan.item_count) for item in plan.items(at, at + 1)), config)
+    if size is None:
+        raise SourceError(
+            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
+        )
+    return size
