@@ -8,7 +8,6 @@ from typing import Any
 import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from gpu_npz import worker
 from gpu_npz.builder import BuildReport, Started, build, build_split
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
@@ -16,8 +15,9 @@ from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.layout import REPORT
 from gpu_npz.dataset.space import size
 from gpu_npz.errors import RejectLimitError
-from gpu_npz.messages import Message
 from gpu_npz.planning import Measuring
+from gpu_npz.workers import events
+from gpu_npz.workers.messages import Message
 
 _SHOWN = 3  # of the files that a message is about
 
@@ -125,7 +125,7 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def __call__(self, event: Started | Measuring | worker.Event) -> None:
+    def __call__(self, event: Started | Measuring | events.Event) -> None:
         task = self._progress.tasks[0]
         if isinstance(event, Measuring):
             self._progress.update(
@@ -136,7 +136,7 @@ class Bar:
                 self._task, description="building", total=event.items, completed=event.items_done, visible=True
             )
             self._start, self._rejects, self._bytes = event.items_done, 0, 0
-        elif isinstance(event, worker.Progress):
+        elif isinstance(event, events.Progress):
             self._rejects += event.rejects
             self._bytes += event.source_bytes
             elapsed = max(task.elapsed or 0.0, 1e-3)

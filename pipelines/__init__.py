@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from .planning import Measuring
     from .readers.dataset import Dataset, open_dataset
     from .readers.inference import Preprocess
-    from .worker import Committed, Progress, WorkerEnded
+    from .workers.events import Committed, Progress, WorkerEnded
 
 _HOMES = {
     "BuildConfig": "config",
     "BuildReport": "builder",
-    "Committed": "worker",
+    "Committed": "workers.events",
     "Dataset": "readers.dataset",
     "GpuNpzError": "errors",
     "Manifest": "dataset.manifest",
     "Measuring": "planning",
     "Preprocess": "readers.inference",
     "Problem": "audit.verification",
-    "Progress": "worker",
+    "Progress": "workers.events",
     "Started": "builder",
     "Verification": "audit.verification",
-    "WorkerEnded": "worker",
+    "WorkerEnded": "workers.events",
     "build": "builder",
     "build_split": "builder",
     "open_dataset": "readers.dataset",

@@ -21,11 +21,9 @@ from .dataset.commits import CommitRecord, committed
 from .dataset.job import Job
 from .dataset.layout import JOB, MANIFEST, REJECTS, REPORT, remove_temporaries, require_own
 from .dataset.manifest import class_list, publish
-from .engines import local, ray
 from .errors import GpuNpzError, LockedError, RejectLimitError, StorageError, UsageError
 from .machine.environment import Choice
 from .machine.tuning import Tuning
-from .messages import Heard, Message, Messages
 from .parts import Part, require_no_parts
 from .planning import (
     Measuring,
@@ -44,7 +42,9 @@ from .sources.base import Source
 from .storage import open_storage
 from .storage.base import Storage
 from .watch import Moment, Watch
-from .worker import Committed, Event, Task, WorkerEnded
+from .workers import local, ray
+from .workers.events import Committed, Event, Task, WorkerEnded
+from .workers.messages import Heard, Message, Messages
 
 log = logging.getLogger(__name__)
 _PLAN_WAIT_S = 86_400.0  # for the first of several parts, which lists and may measure, or the last, which finishes

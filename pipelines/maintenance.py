@@ -30,7 +30,7 @@ from .sources.base import Batch, Source
 from .sources.rejects import Reject
 from .storage import open_storage
 from .storage.base import Storage
-from .worker import environment_of, require_environment
+from .workers.worker import environment_of, require_environment
 
 log = logging.getLogger(__name__)
 _DEADLY = ("crashed", "timed-out")  # what to try in a worker of its own

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import MIN_STD, BuildConfig, as_option
-from .counting import count_source, mean_of, std_of
 from .dataset import space
 from .dataset.commits import CommitRecord
 from .dataset.image_size import image_size
@@ -23,7 +22,6 @@ from .dataset.layout import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_tempo
 from .dataset.originals import require_moved
 from .dataset.plan import Plan, same_listing
 from .dataset.selection import listed
-from .engines import ray
 from .errors import (
     BackendError,
     FormatError,
@@ -43,6 +41,8 @@ from .sources.base import Source, location_of
 from .storage import open_storage
 from .storage.base import Storage, is_remote
 from .storage.holders import PRIVATE
+from .workers import ray
+from .workers.counting import count_source, mean_of, std_of
 
 log = logging.getLogger(__name__)
 # A shard stores each path at the length of its longest one, with 4 bytes a character.

@@ -35,7 +35,8 @@ from .sources.rejects import Reject
 from .storage import open_storage
 from .storage.base import Storage
 from .storage.local import LocalStorage
-from .worker import Committed, Progress, Task, WorkerEnded, work
+from .workers.events import Committed, Progress, Task, WorkerEnded
+from .workers.worker import work
 
 SECONDS = 3.0
 _MEASURED_ITEMS = 20_000

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .dataset.space import free_space, size
 from .errors import StorageError
 from .sources.rejects import Reject
-from .worker import Event, Progress, Pulse
+from .workers.events import Event, Progress, Pulse
 
 log = logging.getLogger(__name__)
 _EARLY_REJECTS = 500  # before a build that rejects most of what it meets is stopped

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 
 import gpu_npz
-from gpu_npz import worker
 from gpu_npz.builder import BuildReport, Started, build
 from gpu_npz.config import BuildConfig, load_toml, settings_of
 from gpu_npz.dataset.job import Job
@@ -42,6 +41,7 @@ from gpu_npz.sources.access.local import LocalFiles
 from gpu_npz.sources.base import Item
 from gpu_npz.storage.local import LocalStorage
 from gpu_npz.watch import Moment
+from gpu_npz.workers.events import Committed, Event, Progress, WorkerEnded
 
 FileBytes = Callable[..., bytes]  # fixtures: see conftest.py
 MakeTree = Callable[..., Path]
@@ -177,8 +177,8 @@ def test_files_that_are_written_to_while_a_build_reads_them_are_reported(
     config = settings(backend=backend, batch_size=1, max_rejects="100%")
     assert build(src, out, config).changed_files == 0
 
-    def disturb(event: Started | worker.Event) -> None:
-        if isinstance(event, worker.Progress):
+    def disturb(event: Started | Event) -> None:
+        if isinstance(event, Progress):
             (src / "a/6.jpg").unlink(missing_ok=True)
             partial.write_bytes(whole[:-40])  # a download that goes on; moved, so that no reader sees it empty
             partial.replace(src / "a/7.jpg")
@@ -306,8 +306,8 @@ def test_above_ten_thousand_shards_they_lie_in_folders(tmp_path: Path, file_byte
     class Enough(Exception):
         pass
 
-    def stop(event: Started | worker.Event) -> None:
-        if isinstance(event, worker.Committed):
+    def stop(event: Started | Event) -> None:
+        if isinstance(event, Committed):
             raise Enough
 
     config = settings(shard_size=1, size=1, dtype="uint8")
@@ -385,7 +385,7 @@ def test_a_percentage_of_rejects_never_means_fewer_than_ten(mixed: Path, out: Pa
 
 
 def test_a_file_that_vanishes_after_planning_is_a_reject(pictures: Path, out: Path) -> None:
-    def remove(event: Started | worker.Event) -> None:
+    def remove(event: Started | Event) -> None:
         if isinstance(event, Started):
             (pictures / "b/2.jpg").unlink()
 
@@ -459,8 +459,8 @@ def test_a_dataset_that_lost_a_shard_is_not_complete_while_it_is_built_again(mix
     damage(copied, "shards lost")
     seen = []
 
-    def look(event: Started | worker.Event) -> None:
-        if isinstance(event, worker.Progress):
+    def look(event: Started | Event) -> None:
+        if isinstance(event, Progress):
             seen.append((copied / "dataset.json").exists())
 
     build(mixed, copied, settings(), progress=look)
@@ -859,8 +859,8 @@ def test_a_source_that_vanishes_during_a_build_is_an_error_and_makes_no_rejects(
 ) -> None:
     config = settings(shard_size=2)
 
-    def unmount(event: Started | worker.Event) -> None:
-        if isinstance(event, worker.Progress):
+    def unmount(event: Started | Event) -> None:
+        if isinstance(event, Progress):
             wait_for(out / ".gpu-npz/commits/shard-00000.json")
             pictures.rename(tmp_path / "unmounted")
 
@@ -886,8 +886,8 @@ def test_an_input_error_stops_the_build_and_mending_the_disk_lets_the_same_call_
 
     monkeypatch.setattr(LocalFiles, "read", stale)
 
-    def commit_first(event: Started | worker.Event) -> None:
-        if isinstance(event, worker.Progress):
+    def commit_first(event: Started | Event) -> None:
+        if isinstance(event, Progress):
             wait_for(out / ".gpu-npz/commits/shard-00000.json")
 
     with pytest.raises(ShardError, match=r"reading 'b/1\.jpg' failed 3 times: Stale file handle; see to") as caught:
@@ -919,8 +919,8 @@ def children() -> list[int]:
 def test_a_worker_that_is_killed_is_named_with_its_signal_and_the_same_call_finishes(
     mixed: Path, whole: Path, out: Path
 ) -> None:
-    def kill(event: Started | worker.Event) -> None:
-        if isinstance(event, worker.Progress):
+    def kill(event: Started | Event) -> None:
+        if isinstance(event, Progress):
             for process in children():
                 os.kill(process, signal.SIGKILL)
 
@@ -935,7 +935,7 @@ def test_a_worker_that_is_killed_is_named_with_its_signal_and_the_same_call_fini
 def test_what_a_worker_process_fails_with_reaches_the_caller(
     pictures: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose_plan(event: Started | worker.Event) -> None:
+    def lose_plan(event: Started | Event) -> None:
         if isinstance(event, Started):
             (out / ".gpu-npz/plan.npz").unlink()
 
@@ -968,7 +968,7 @@ def test_a_shard_that_fails_beside_others_stops_them_and_is_what_the_caller_hear
 def test_shards_take_turns_and_no_more_of_them_are_open_than_were_asked_for(mixed: Path, copied: Path) -> None:
     plan = Job.open(LocalStorage(copied)).plan
     tuning = Tuning(workers=1, batch_size=3, threads=1, prefetch=1, open_shards=3, hw_decoder_load=None)
-    batches = list(worker.interleaved(plan, range(plan.shard_count), tuning))
+    batches = list(interleaved(plan, range(plan.shard_count), tuning))
     assert sorted(item.index for batch in batches for item in batch.items) == list(range(plan.item_count))
     assert [batch.shard for batch in batches[:4]] == [0, 1, 2, 0]
     still_open: set[int] = set()
@@ -983,8 +983,8 @@ def test_shards_take_turns_and_no_more_of_them_are_open_than_were_asked_for(mixe
 def test_an_error_of_the_callers_own_stops_all_workers_and_publishes_nothing_half(
     mixed: Path, whole: Path, out: Path, workers: int
 ) -> None:
-    def broken(event: Started | worker.Event) -> None:
-        if isinstance(event, worker.Progress):
+    def broken(event: Started | Event) -> None:
+        if isinstance(event, Progress):
             raise RuntimeError("the caller's own fault")
 
     with pytest.raises(RuntimeError, match="the caller's own fault"):
@@ -998,15 +998,15 @@ def test_an_error_of_the_callers_own_stops_all_workers_and_publishes_nothing_hal
 # Progress
 
 
-def events(src: Path, out: Path, config: BuildConfig) -> list[Started | worker.Event]:
-    seen: list[Started | worker.Event] = []
+def events(src: Path, out: Path, config: BuildConfig) -> list[Started | Event]:
+    seen: list[Started | Event] = []
     build(src, out, config, progress=seen.append)
     return seen
 
 
-def progressed(seen: Iterable[Started | worker.Event]) -> tuple[int, int, int]:
+def progressed(seen: Iterable[Started | Event]) -> tuple[int, int, int]:
     """Items, rejects and bytes of all progress."""
-    steps = [event for event in seen if isinstance(event, worker.Progress)]
+    steps = [event for event in seen if isinstance(event, Progress)]
     return sum(s.items for s in steps), sum(s.rejects for s in steps), sum(s.source_bytes for s in steps)
 
 
@@ -1017,9 +1017,9 @@ def test_progress_adds_up_to_the_plan(mixed: Path, out: Path, options: dict[str,
     assert seen[0] == Started(ITEMS, 0, "pillow", "cpu", workers)
     file_bytes = sum(path.stat().st_size for path in mixed.rglob("*") if path.is_file())
     assert progressed(seen) == (ITEMS, len(REJECTS), file_bytes)
-    records = [event.record for event in seen if isinstance(event, worker.Committed)]
+    records = [event.record for event in seen if isinstance(event, Committed)]
     assert sorted(record.shard for record in records) == list(range(6))
-    assert len([event for event in seen if isinstance(event, worker.WorkerEnded)]) == max(1, workers)
+    assert len([event for event in seen if isinstance(event, WorkerEnded)]) == max(1, workers)
 
 
 def test_progress_of_a_resumed_build_adds_up_with_what_was_done(mixed: Path, copied: Path) -> None:

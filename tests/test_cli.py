@@ -586,8 +586,8 @@ def test_no_file_imports_the_folders_by_their_own_names() -> None:
 
 # What stands later may import what stands earlier, and its own line.
 ORDER = [
-    "errors", "config", "storage messages processes", "machine sources npz", "preprocess", "dataset parts",
-    "sink headers counting", "worker", "engines watch", "planning", "builder preflight",
+    "errors", "config", "storage", "machine sources npz", "preprocess", "dataset parts",
+    "workers watch", "planning headers", "builder preflight",
     "readers audit bench demo", "maintenance",
 ]  # fmt: skip
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names.split()}
@@ -606,7 +606,7 @@ def test_imports_in_the_package_point_down_only() -> None:
 
 
 def test_readers_and_audit_never_import_the_writer() -> None:
-    writing = ("npz.writer", "sink", "worker", "engines", "builder")
+    writing = ("npz.writer", "workers.sink", "workers.worker", "builder")
     for path, module in sources("pipelines/readers", "pipelines/audit").items():
         for name in imported(path, module):
             assert not name.startswith(tuple(f"gpu_npz.{each}" for each in writing)), f"{path} imports {name}"
@@ -619,7 +619,7 @@ def test_readers_and_audit_never_import_the_writer() -> None:
         ("keras", "readers/keras.py"),
         ("tensorflow", "readers/tensorflow.py"),
         ("nvidia", "preprocess/dali.py"),
-        ("ray", "engines/ray.py"),
+        ("ray", "workers/ray.py"),
     ],
 )
 def test_each_heavy_library_is_imported_in_one_module(library: str, home: str) -> None:

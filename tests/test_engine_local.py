@@ -16,22 +16,21 @@ import numpy as np
 import pytest
 
 import gpu_npz
-from gpu_npz import processes, worker
 from gpu_npz.builder import Started, build
 from gpu_npz.config import BuildConfig
-from gpu_npz.engines import local
 from gpu_npz.errors import ShardError
 from gpu_npz.machine.tuning import Tuning
 from gpu_npz.storage.holders import is_gone
+from gpu_npz.workers import local, subprocesses, worker
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 
 # Loaded by every worker before anything else of the package: a decoder that dies or hangs on some images.
 SABOTAGE = """
 import ctypes, logging, os, signal, time, warnings
-import gpu_npz.worker
+import gpu_npz.workers.worker
 from gpu_npz.preprocess.pillow import PillowDecoder
-gpu_npz.worker._MAX_GROWTH_BYTES, gpu_npz.worker._SETTLED_SHARDS = 1 << 25, 1
+gpu_npz.workers.worker._MAX_GROWTH_BYTES, gpu_npz.workers.worker._SETTLED_SHARDS = 1 << 25, 1
 leaked = []
 whole = PillowDecoder.decode_image
 def decode_image(self, data, path, frame=None):
@@ -79,16 +78,16 @@ def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def start_sabotaged(self: Any, task: Any) -> None:
         with pytest.MonkeyPatch.context() as patched:
-            popen = processes.subprocess.Popen
+            popen = subprocesses.subprocess.Popen
             patched.setattr(
-                processes.subprocess,
+                subprocesses.subprocess,
                 "Popen",
                 lambda command, **options: popen([*command[:2], edited(command[2])], **options),
             )
             start(self, task)
 
     def edited(program: str) -> str:
-        before, serve, rest = program.partition("from gpu_npz.engines.local import serve;")
+        before, serve, rest = program.partition("from gpu_npz.workers.local import serve;")
         return f"{before} import sabotage; {serve}{rest}"
 
     monkeypatch.setattr(local._Pool, "start", start_sabotaged)
@@ -282,7 +281,7 @@ def test_a_machine_on_which_everything_crashes_stops_the_build(
 def test_a_worker_that_cannot_start_is_an_error_at_once(
     src: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
+    monkeypatch.setattr(subprocesses.sys, "executable", "/bin/false")
     with pytest.raises(ShardError, match="a worker process ended with code 1"):
         build(src(), tmp_path / "out", settings())
 

@@ -18,8 +18,8 @@ import pytest
 from gpu_npz.builder import BuildReport, build
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
-from gpu_npz.engines import naming
-from gpu_npz.messages import Output, known
+from gpu_npz.workers import message_files
+from gpu_npz.workers.messages import Output, known
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 Start = Callable[[str], tuple[subprocess.Popen[bytes], Output]]
@@ -219,7 +219,7 @@ def test_a_quiet_build_writes_nothing_and_another_names_some_of_the_files(
 def test_no_more_is_decoded_again_than_a_share_of_the_build(
     noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(naming, "_FEW", 20)
+    monkeypatch.setattr(message_files, "_FEW", 20)
     report = build(noisy, tmp_path / "out", settings(backend="dali", batch_size=4))
     assert sum(message.count for message in report.messages) == 4
     assert 0 < sum(len(message.files) for message in report.messages) < 4
@@ -232,5 +232,5 @@ def test_no_more_is_decoded_again_than_a_share_of_the_build(
 def test_a_build_without_messages_decodes_nothing_again(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("gpu_npz.engines.local.named")
+    monkeypatch.delattr("gpu_npz.workers.local.named")
     assert build(tree, tmp_path / "out", settings(backend="pillow", workers=2)).messages == ()

@@ -16,12 +16,12 @@ import pytest
 
 from gpu_npz import builder, open_dataset
 from gpu_npz.config import BuildConfig
-from gpu_npz.engines import ray as engine
 from gpu_npz.errors import BackendError, RejectedError, ShardError, SourceError, StorageError
 from gpu_npz.machine import environment
 from gpu_npz.machine.tuning import Tuning
 from gpu_npz.sources.folders.folder import FolderSource
-from gpu_npz.worker import Committed, Progress, Task, WorkerEnded
+from gpu_npz.workers import ray as engine
+from gpu_npz.workers.events import Committed, Progress, Task, WorkerEnded
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")

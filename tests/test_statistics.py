@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 import gpu_npz
-from gpu_npz import BuildConfig, counting
+from gpu_npz import BuildConfig
 from gpu_npz.audit.statistics import Statistics, of_dataset, of_source
 from gpu_npz.cli.main import run
-from gpu_npz.counting import count_levels
 from gpu_npz.errors import FormatError, IncompleteError, ShardError, SourceError
+from gpu_npz.workers import counting
+from gpu_npz.workers.counting import count_levels
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]  # fixtures: see conftest.py
 Encode = Callable[..., bytes]

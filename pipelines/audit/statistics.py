@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import TRAIN, BuildConfig
-from ..counting import count_levels, count_source, mean_of, std_of
 from ..dataset.image_size import image_size
 from ..dataset.manifest import Manifest, class_list
 from ..dataset.plan import Plan
@@ -31,6 +30,7 @@ from ..readers.dataset import column_fault, open_index, open_shard, require_fit
 from ..sources import open_source
 from ..sources.base import LabelColumn, countable
 from ..storage import open_storage
+from ..workers.counting import count_levels, count_source, mean_of, std_of
 from .verification import shards_at_once
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,8 @@ from ..preprocess.normalize import Normalizer, row_shape
 from ..preprocess.normalize_cuda import CudaNormalizer
 from ..sources.base import Batch, Source
 from ..storage.local import LocalStorage
-from ..worker import Progress, Task, interleaved, work
+from ..workers.events import Progress, Task
+from ..workers.worker import interleaved, work
 from .rates import Tick, folder_of
 
 _BUFFERS = 3

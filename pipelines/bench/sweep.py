@@ -19,7 +19,7 @@ from ..builder import build
 from ..config import BuildConfig
 from ..machine.environment import choose, inspect, usable_cpus
 from ..sources.folders.folder import FolderSource
-from ..worker import Progress
+from ..workers.events import Progress
 from .rates import Tick, folder_of, linked, machine, rate
 from .setup import Setup
 

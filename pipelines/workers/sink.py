@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset.commits import CommitRecord, commit
-from .dataset.job import Job
-from .dataset.layout import shard_name
-from .machine.tuning import Tuning
-from .npz.writer import NpzWriter
-from .sources.base import Item
-from .sources.rejects import Reject
-from .storage.base import Storage
+from ..dataset.commits import CommitRecord, commit
+from ..dataset.job import Job
+from ..dataset.layout import shard_name
+from ..machine.tuning import Tuning
+from ..npz.writer import NpzWriter
+from ..sources.base import Item
+from ..sources.rejects import Reject
+from ..storage.base import Storage
 
 _SPARE_BUFFERS = 2  # one being filled, one on its way
 _UNFLUSHED_SHARDS = 2

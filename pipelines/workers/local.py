@@ -20,14 +20,15 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
-from .. import processes
 from ..dataset.job import Job
 from ..errors import GpuNpzError, ShardError
-from ..messages import Heard, Output
 from ..sources.rejects import Code
 from ..storage import open_storage
-from ..worker import Committed, Decoding, Event, Progress, Task, asked, remove_leftovers, work
-from .naming import AHEAD, Suspect, named
+from . import subprocesses
+from .events import Committed, Decoding, Event, Progress, Task
+from .message_files import AHEAD, Suspect, named
+from .messages import Heard, Output
+from .worker import asked, remove_leftovers, work
 
 log = logging.getLogger(__name__)
 _JOIN_S = 10.0
@@ -115,7 +116,7 @@ class _Pool:
 
     def start(self, task: Task) -> None:
         """Starts a worker."""
-        process, here, output = processes.start(__name__)
+        process, here, output = subprocesses.start(__name__)
         self._workers[here] = _Worker(process, task, output)
         with contextlib.suppress(ConnectionError):  # it died already: the first recv says so
             here.send(task)
@@ -246,7 +247,7 @@ def serve(descriptor: int) -> None:
         shard: int | None = connection.recv()
         return shard
 
-    processes.end_with_parent(descriptor)
+    subprocesses.end_with_parent(descriptor)
     try:
         task = connection.recv()
         with contextlib.closing(_messages(task, asked(ask, task.tuning.open_shards))) as messages:

@@ -37,8 +37,9 @@ from ..storage import open_storage
 from ..storage.base import is_remote
 from ..storage.holders import PRIVATE
 from ..storage.local import LocalStorage
-from ..worker import Committed, Event, Progress, Task, WorkerEnded, asked, remove_leftovers, work
 from . import local
+from .events import Committed, Event, Progress, Task, WorkerEnded
+from .worker import asked, remove_leftovers, work
 
 log = logging.getLogger(__name__)
 _FLUSH_S = 0.5

@@ -9,118 +9,34 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset.commits import CommitRecord
-from .dataset.job import Job
-from .dataset.layout import shard_name
-from .dataset.plan import Plan
-from .errors import MismatchError, RejectedError, ShardError
-from .machine.tuning import Tuning
-from .messages import Heard
-from .preprocess.base import Decoded, Decoder
-from .preprocess.decoders import make_decoder
-from .preprocess.geometry import Geometry
-from .preprocess.normalize import Normalizer
-from .preprocess.normalize_cuda import CudaNormalizer
+from ..dataset.job import Job
+from ..dataset.layout import shard_name
+from ..dataset.plan import Plan
+from ..errors import MismatchError, RejectedError, ShardError
+from ..machine.tuning import Tuning
+from ..preprocess.base import Decoded, Decoder
+from ..preprocess.decoders import make_decoder
+from ..preprocess.geometry import Geometry
+from ..preprocess.normalize import Normalizer
+from ..preprocess.normalize_cuda import CudaNormalizer
+from ..sources.base import Batch, Source, read_item
+from ..sources.rejects import BadItem, Reject, clean
+from ..storage import open_storage
+from .events import Committed, Decoding, Event, Progress, Pulse, Task, WorkerEnded
 from .sink import Rows, ShardSink
-from .sources.base import Batch, Source, read_item
-from .sources.rejects import BadItem, Code, Reject, clean
-from .storage import open_storage
-from .storage.holders import Fence
 
 _PULSE_S = 1.0
 # What a worker may grow by before another one takes its place, for libraries leak: libjpeg-turbo inside DALI keeps the
 # buffer of every image in whose data it gives up.
 _MAX_GROWTH_BYTES = 1 << 30
 _SETTLED_SHARDS = 4  # after which it has all the memory that it needs, even if a shard is a single batch
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A batch of a shard has been decoded and goes to the disk. Negative numbers take back what was lost.
-
-    `changed` counts files that were written to, or went, since the worker began: what was read of them may be a part.
-    `reject` is one of the batch's; `deep` is the path of an image of which 8 of 16 bits a channel were kept.
-    """
-
-    shard: int
-    items: int
-    rejects: int
-    source_bytes: int
-    changed: int = 0
-    reject: Reject | None = None
-    deep: str | None = None
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A shard is done."""
-
-    record: CommitRecord
-
-
-@dataclass(frozen=True)
-class WorkerEnded:
-    """What a worker took.
-
-    Attributes:
-        stage_seconds: how long it was busy with each stage. Stages overlap, and several shards are written at once.
-        memory_bytes: the most main memory that its process has held.
-        gpu_memory_bytes: memory of the GPU that it held at its end, with what DALI and CuPy keep to use again; 0 on a
-            CPU. Another process on the same GPU is counted in.
-    """
-
-    stage_seconds: dict[str, float]
-    memory_bytes: int
-    gpu_memory_bytes: int
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """In careful mode: the item that is about to be decoded, None once it is done. For the engine alone."""
-
-    index: int | None
-
-
-class Pulse(NamedTuple):
-    """How a worker fares, every second about: its process, main memory that it holds, open files, threads.
-
-    Zeros where the system does not tell.
-    """
-
-    process: int
-    memory_bytes: int
-    open_files: int
-    threads: int
-
-
-Event = Progress | Committed | WorkerEnded | Decoding | Pulse | Heard
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a worker needs to know; small, and can be pickled.
-
-    `gpu` is a device number, None for the CPU. `environment` is what the shards so far were made with, None if any will
-    do. `careful` decodes one image at a time and says which, and makes rejects of `banned` items, by index with code
-    and detail, without a look at them; its batches hold one item each. `fence` is the lock under which it works.
-    """
-
-    out: str
-    source: Source
-    gpu: int | None
-    tuning: Tuning
-    environment: dict[str, Any] | None
-    careful: bool = False
-    banned: Mapping[int, tuple[Code, str]] = field(default_factory=dict)
-    fence: Fence | None = None
 
 
 def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:

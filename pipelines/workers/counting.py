@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import BuildConfig
-from .dataset.plan import Plan
-from .errors import GpuNpzError, ShardError
-from .machine.environment import Choice
-from .machine.tuning import Tuning
+from ..config import BuildConfig
+from ..dataset.plan import Plan
+from ..errors import GpuNpzError, ShardError
+from ..machine.environment import Choice
+from ..machine.tuning import Tuning
+from ..preprocess.base import Decoder
+from ..preprocess.decoders import make_decoder
+from ..preprocess.geometry import Geometry
+from ..sources.base import Batch, Source
 from .messages import Output
-from .preprocess.base import Decoder
-from .preprocess.decoders import make_decoder
-from .preprocess.geometry import Geometry
-from .processes import running
-from .sources.base import Batch, Source
+from .subprocesses import running
 
 _RANGE_ITEMS = 1024  # of the plan, that a process is given at a time
 

@@ -11,15 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from .. import processes
 from ..dataset.job import Job
 from ..errors import GpuNpzError
-from ..messages import Heard
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
 from ..sources.base import Batch
 from ..storage import open_storage
-from ..worker import Task
+from . import subprocesses
+from .events import Task
+from .messages import Heard
 
 AHEAD = 4  # how many batches a worker may be ahead of the one that it reports, besides those that DALI prefetches
 _SHARE = 20  # of so many items, one may be decoded again; in a small build, _FEW items may be
@@ -38,7 +38,7 @@ def named(task: Task, suspects: Sequence[Suspect], built_items: int, timeout_s: 
         timeout_s: for one batch.
     """
     paths: defaultdict[str, list[str]] = defaultdict(list)
-    with contextlib.suppress(EOFError, OSError), processes.running(__name__) as (connection, output):
+    with contextlib.suppress(EOFError, OSError), subprocesses.running(__name__) as (connection, output):
         connection.send(task)
 
         def decoded(suspect: Suspect) -> tuple[list[str], Counter[str]]:

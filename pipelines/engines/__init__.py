@@ -1,1 +1,0 @@
-"""What gives shards to workers."""

@@ -1,0 +1,1 @@
+"""A plan to committed shards: the worker, and the engines that give it shards."""
