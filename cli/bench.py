@@ -73,10 +73,10 @@ def pipeline(
     Every line goes through the stages of the lines above it, too, so the first that falls behind is the bottleneck. The
     time until the first batch is not counted. SRC is a folder as for build; pictures are made up if there is none.
     """
+    from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.pipeline import measure
     from gpu_npz.bench.sweep import sweep
     from gpu_npz.cli.console import errors, print_json
-    from gpu_npz.demo import make_images
 
     config = read_config(None, given)
     with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
@@ -109,9 +109,9 @@ def sources(src: str | None, images: int, rounds: int, folder: str | None, as_js
     Items a second: listed, read with a decoder that does nothing, and built on one core. SRC is a folder as for build;
     pictures are made up if there is none.
     """
+    from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.sources import measure
     from gpu_npz.cli.console import errors, print_json
-    from gpu_npz.demo import make_images
 
     config = read_config(None, given)
     with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
@@ -156,10 +156,10 @@ def storage(
     All hold the same images, to the bit. SRC is a folder as for build; pictures are made up if there is none. Writes
     end on the disk, reads come from the page cache.
     """
+    from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.plots import draw, require_matplotlib
     from gpu_npz.bench.storage import cifar_files, measure
     from gpu_npz.cli.console import errors, print_json, show_warnings
-    from gpu_npz.demo import make_images
     from gpu_npz.sources.arrays.cifar import read_cifar
 
     show_warnings()

@@ -8,14 +8,15 @@ from typing import Any
 import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from gpu_npz.builder import BuildReport, Started, build, build_split
+from gpu_npz.builder.build import build, build_split
+from gpu_npz.builder.planning import Measuring
+from gpu_npz.builder.report import BuildReport, Started
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.layout import REPORT
 from gpu_npz.dataset.space import size
 from gpu_npz.errors import RejectLimitError
-from gpu_npz.planning import Measuring
 from gpu_npz.workers import events
 from gpu_npz.workers.messages import Message
 

@@ -28,8 +28,8 @@ def command(folder: str, images: int) -> int:
     """
     # Imported here, so that the help of this command does not load NumPy and Pillow.
     from gpu_npz import BuildConfig, build, open_dataset, verify
+    from gpu_npz.bench.pictures import make_images
     from gpu_npz.dataset.layout import REJECTS
-    from gpu_npz.demo import make_images
 
     show_warnings()
     place = Path(folder)

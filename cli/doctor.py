@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gpu_npz.audit.diagnosis import diagnose
+from gpu_npz.audit.doctor import diagnose
 from gpu_npz.cli.console import print_json
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
+from gpu_npz.builder.maintenance import finalize
 from gpu_npz.cli.console import printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
-from gpu_npz.maintenance import finalize
 
 
 @click.command("finalize")

@@ -13,8 +13,8 @@ from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.space import size
 
 if TYPE_CHECKING:
-    from gpu_npz.headers import Sample
-    from gpu_npz.preflight import Survey
+    from gpu_npz.builder.estimate import Survey
+    from gpu_npz.builder.headers import Sample
 
 
 @click.command("plan")
@@ -43,7 +43,7 @@ def command(
     Lists SRC, reads about 1,000 headers, and builds shards of some items for a few seconds in a temporary folder.
     Writes nothing to OUT, whose free space is looked at; that of the current folder if it is not given.
     """
-    from gpu_npz.preflight import survey
+    from gpu_npz.builder.estimate import survey
 
     show_warnings()
     config = read_config(config_file, given)

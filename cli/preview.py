@@ -34,7 +34,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Draw a contact sheet of the dataset in OUT: images as pixels again, with their classes."""
-    from gpu_npz.audit.previews import preview  # loads Pillow, which the help of this command does not need
+    from gpu_npz.audit.preview import preview  # loads Pillow, which the help of this command does not need
 
     if rejects and by == "class":
         raise UsageError("--rejects and --by class: rejects are not sorted by class; leave one out")

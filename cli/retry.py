@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
+from gpu_npz.builder.maintenance import retry
 from gpu_npz.cli.build import Bar, summary
 from gpu_npz.cli.console import print_json, printable, show_warnings
 from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
-from gpu_npz.maintenance import retry
 
 
 @click.command("retry")

@@ -16,7 +16,7 @@ from gpu_npz.errors import StorageError, UsageError
 from gpu_npz.storage import open_storage
 
 if TYPE_CHECKING:
-    from gpu_npz.audit.statistics import Statistics
+    from gpu_npz.audit.stats import Statistics
 
 _USED = (
     "device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "crop_pct", "pad_value",
@@ -40,7 +40,7 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
     Exact, by counts of levels. The last line has the options that normalize a build by these statistics. With --split
     they are those of train, unless another side is named, as in val=0.2/val.
     """
-    from gpu_npz.audit.statistics import of_dataset, of_source  # loads Pillow, which the help does not need
+    from gpu_npz.audit.stats import of_dataset, of_source  # loads Pillow, which the help does not need
 
     show_warnings()
     values = {name: value for name, value in given.items() if value is not None}

@@ -8,14 +8,14 @@ from typing import Any
 import click
 from rich.progress import Progress
 
-from gpu_npz.audit.comparison import MEAN_LEVELS, Comparison, compare
-from gpu_npz.audit.verification import Problem, verify
+from gpu_npz.audit.compare import MEAN_LEVELS, Comparison, compare
+from gpu_npz.audit.verify import Problem, verify
+from gpu_npz.builder.maintenance import repair
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
 from gpu_npz.dataset.layout import INDEX
 from gpu_npz.dataset.space import size
 from gpu_npz.errors import FormatError, UsageError
-from gpu_npz.maintenance import repair
 
 
 @click.command("verify")

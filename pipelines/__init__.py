@@ -14,34 +14,35 @@ import importlib
 TYPE_CHECKING = False  # `typing` takes a while to load, and the command line takes no signals before this has run
 if TYPE_CHECKING:
     __version__: str
-    from .audit.verification import Problem, Verification, verify
-    from .builder import BuildReport, Started, build, build_split
+    from .audit.verify import Problem, Verification, verify
+    from .builder.build import build, build_split
+    from .builder.planning import Measuring
+    from .builder.report import BuildReport, Started
     from .config import BuildConfig
     from .dataset.manifest import Manifest
     from .errors import GpuNpzError
-    from .planning import Measuring
     from .readers.dataset import Dataset, open_dataset
     from .readers.inference import Preprocess
     from .workers.events import Committed, Progress, WorkerEnded
 
 _HOMES = {
     "BuildConfig": "config",
-    "BuildReport": "builder",
+    "BuildReport": "builder.report",
     "Committed": "workers.events",
     "Dataset": "readers.dataset",
     "GpuNpzError": "errors",
     "Manifest": "dataset.manifest",
-    "Measuring": "planning",
+    "Measuring": "builder.planning",
     "Preprocess": "readers.inference",
-    "Problem": "audit.verification",
+    "Problem": "audit.verify",
     "Progress": "workers.events",
-    "Started": "builder",
-    "Verification": "audit.verification",
+    "Started": "builder.report",
+    "Verification": "audit.verify",
     "WorkerEnded": "workers.events",
-    "build": "builder",
-    "build_split": "builder",
+    "build": "builder.build",
+    "build_split": "builder.build",
     "open_dataset": "readers.dataset",
-    "verify": "audit.verification",
+    "verify": "audit.verify",
 }
 __all__ = [
     "BuildConfig",

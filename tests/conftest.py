@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 import gpu_npz
-from gpu_npz.demo import paint
+from gpu_npz.bench.pictures import paint
 from gpu_npz.errors import LockedError
 
 Pixels = NDArray[np.uint8]

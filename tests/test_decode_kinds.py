@@ -16,8 +16,8 @@ from PIL import Image, features
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
+from gpu_npz.bench.pictures import paint
 from gpu_npz.dataset.manifest import Manifest
-from gpu_npz.demo import paint
 from gpu_npz.preprocess.decoders import pillow_decoder
 from gpu_npz.preprocess.geometry import Geometry
 from gpu_npz.preprocess.pillow import PillowDecoder, is_simd

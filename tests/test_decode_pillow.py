@@ -18,8 +18,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin
 
+from gpu_npz.bench.pictures import paint
 from gpu_npz.config import BuildConfig
-from gpu_npz.demo import paint
 from gpu_npz.errors import ShardError
 from gpu_npz.preprocess.base import Decoded
 from gpu_npz.preprocess.geometry import Geometry

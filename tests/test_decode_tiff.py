@@ -18,8 +18,8 @@ from PIL import Image, ImageFile, features
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
-from gpu_npz.maintenance import retry
-from gpu_npz.preflight import survey
+from gpu_npz.builder.estimate import survey
+from gpu_npz.builder.maintenance import retry
 from gpu_npz.preprocess.decoders import pillow_decoder
 from gpu_npz.preprocess.geometry import Geometry
 from gpu_npz.preprocess.pillow import PillowDecoder, first_size

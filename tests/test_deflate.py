@@ -20,9 +20,9 @@ import pytest
 from numpy.typing import NDArray
 
 import gpu_npz
-from gpu_npz.audit.comparison import compare
-from gpu_npz.audit.previews import preview
-from gpu_npz.audit.statistics import of_dataset
+from gpu_npz.audit.compare import compare
+from gpu_npz.audit.preview import preview
+from gpu_npz.audit.stats import of_dataset
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import FormatError, MismatchError, UsageError
 from gpu_npz.npz import writer

@@ -25,7 +25,7 @@ def test_the_demo_makes_builds_and_verifies_and_can_be_run_again(
 
 
 def test_the_broken_files_of_the_demo_are_its_rejects(tmp_path: Path) -> None:
-    from gpu_npz.demo import make_images
+    from gpu_npz.bench.pictures import make_images
 
     made = make_images(tmp_path / "images", count=20)
     config = gpu_npz.BuildConfig(device="cpu", backend="pillow", workers=0, size=32)

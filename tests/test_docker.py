@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_npz.audit import diagnosis
+from gpu_npz.audit import doctor
 from gpu_npz.machine.environment import Machine
 
 ROOT = Path(__file__).parent.parent
@@ -68,11 +68,11 @@ def test_an_image_runs_gpu_npz_as_a_user_without_rights(name: str) -> None:
 def test_doctor_notices_that_a_container_hides_the_hardware_jpeg_engines(
     capabilities: str | None, hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnosis, "inspect", lambda *_: Machine(1, 13_000, None, None, None))
+    monkeypatch.setattr(doctor, "inspect", lambda *_: Machine(1, 13_000, None, None, None))
     if capabilities is None:
         monkeypatch.delenv("NVIDIA_DRIVER_CAPABILITIES", raising=False)
     else:
         monkeypatch.setenv("NVIDIA_DRIVER_CAPABILITIES", capabilities)
-    found = {finding.what: finding for finding in diagnosis.diagnose()}
+    found = {finding.what: finding for finding in doctor.diagnose()}
     assert ("JPEG engines" in found) == hidden
     assert not hidden or "video" in found["JPEG engines"].remedy

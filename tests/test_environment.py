@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gpu_npz.builder import build
+from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import BackendError, MismatchError, UsageError
 from gpu_npz.machine import environment

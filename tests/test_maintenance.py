@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import gpu_npz
-from gpu_npz.builder import build
+from gpu_npz.builder.build import build
+from gpu_npz.builder.maintenance import repair, retry
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import IncompleteError, MismatchError, RejectLimitError, SourceError
-from gpu_npz.maintenance import repair, retry
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 BACKENDS = ["pillow", "dali"]

@@ -27,8 +27,8 @@ pytest.importorskip("moto.server")
 import fsspec
 from moto.server import ThreadedMotoServer
 
-from gpu_npz.audit.verification import verify
-from gpu_npz.builder import build
+from gpu_npz.audit.verify import verify
+from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.job import Job
 from gpu_npz.dataset.manifest import Manifest, class_list
@@ -211,7 +211,7 @@ def test_a_client_that_is_missing_is_named_with_the_line_that_installs_it(monkey
 
 
 def test_neither_the_package_nor_its_storage_loads_a_client() -> None:
-    modules = "sys, gpu_npz.builder, gpu_npz.storage.objects"
+    modules = "sys, gpu_npz.builder.run, gpu_npz.storage.objects"
     code = f"import {modules}; print(*{{'fsspec', 's3fs', 'botocore'}} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "\n"
 
@@ -365,7 +365,7 @@ def test_a_plan_without_a_shard_is_replaced_in_a_bucket_too(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("gpu_npz.builder.run", interrupted)
+        patched.setattr("gpu_npz.builder.build.run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build(src, out, SETTINGS.model_copy(update={"part": part}))
     assert contents(out).keys() == {".gpu-npz/job.json", ".gpu-npz/plan.npz"}
@@ -474,8 +474,8 @@ def test_a_multipart_upload_that_is_cut_leaves_no_object(
 
 def test_a_build_that_is_killed_while_it_uploads_goes_on(src: Path, out: str, proxy: Proxy, tmp_path: Path) -> None:
     code = (
-        "import sys; from gpu_npz import builder; from gpu_npz.config import BuildConfig\n"
-        "builder.build(*sys.argv[1:3], BuildConfig(size=16, shard_size=2, workers=0, device='cpu'))"
+        "import sys; from gpu_npz import BuildConfig, build\n"
+        "build(*sys.argv[1:3], BuildConfig(size=16, shard_size=2, workers=0, device='cpu'))"
     )
     hit, reached = puts(rb"\S*/shard-00002.npz"), threading.Event()
 

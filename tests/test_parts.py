@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import gpu_npz
-from gpu_npz.builder import build
+from gpu_npz.builder.build import build
+from gpu_npz.builder.maintenance import finalize
+from gpu_npz.builder.parts import Part
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import IncompleteError, LockedError, MismatchError, RejectLimitError, UsageError
-from gpu_npz.maintenance import finalize
-from gpu_npz.parts import Part
 from gpu_npz.storage import file_lock
 from gpu_npz.storage.local import LocalStorage
 
@@ -156,7 +156,7 @@ def test_parts_that_were_built_in_other_environments_are_not_mixed_by_accident(
 ) -> None:
     out = tmp_path / "out"
     build(src, out, settings(part="1/2"))
-    monkeypatch.setattr("gpu_npz.builder._environment", lambda records, config: None)  # both began at the same time
+    monkeypatch.setattr("gpu_npz.builder.run._environment", lambda records, config: None)  # both began at the same time
     monkeypatch.setattr("gpu_npz.preprocess.pillow.versions", lambda: {"pillow": "another"})
     with pytest.raises(MismatchError, match="several environments"):
         build(src, out, settings(part="2/2"))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_npz.builder import build
+from gpu_npz.builder.build import build
+from gpu_npz.builder.planning import planned
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.job import Job
 from gpu_npz.dataset.plan import Plan, collect
@@ -21,7 +22,6 @@ from gpu_npz.errors import FormatError, SourceError
 from gpu_npz.machine.environment import Choice
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter
-from gpu_npz.planning import planned
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Group, Item
 from gpu_npz.sources.folders.folder import FolderSource

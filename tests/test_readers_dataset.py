@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import gpu_npz
-from gpu_npz.audit.comparison import compare
-from gpu_npz.audit.previews import preview
-from gpu_npz.audit.statistics import of_dataset
+from gpu_npz.audit.compare import compare
+from gpu_npz.audit.preview import preview
+from gpu_npz.audit.stats import of_dataset
 from gpu_npz.errors import FormatError, IncompleteError, RejectLimitError
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter

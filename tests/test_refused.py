@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 
-from gpu_npz import builder
-from gpu_npz.builder import build, build_split
+from gpu_npz.builder.build import build, build_split
+from gpu_npz.builder.estimate import survey
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.job import Job
 from gpu_npz.errors import BackendError, GpuNpzError, LockedError, MismatchError, ShardError, StorageError
-from gpu_npz.preflight import survey
 from gpu_npz.storage import file_lock
 from gpu_npz.storage.local import LocalStorage
 
@@ -29,9 +28,9 @@ Kill = Callable[..., None]
 # A build that is killed when it has stored its plan and no worker has begun.
 KILLED = """
 import os, signal, sys
-from gpu_npz import builder
+import gpu_npz.builder.build
 from gpu_npz.cli.main import run
-builder.run = lambda *of, **named: os.kill(os.getpid(), signal.SIGKILL)
+gpu_npz.builder.build.run = lambda *of, **named: os.kill(os.getpid(), signal.SIGKILL)
 run(["build", *sys.argv[1:], "--device", "cpu", "--size", "16", "--shard-size", "8"])
 """
 
@@ -91,7 +90,7 @@ def test_a_build_that_does_not_fit_leaves_nothing_and_its_advice_works(
 def test_what_does_not_fit_is_refused_before_its_statistics_are_measured(
     tree: Path, out: Path, small_disk: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("gpu_npz.planning.count_source")
+    monkeypatch.delattr("gpu_npz.builder.planning.count_source")
     small_disk(400_000)
     with pytest.raises(StorageError, match="would take"):
         build(tree, out, settings(size=64, normalize="dataset"))
@@ -143,7 +142,7 @@ def test_a_plan_that_somebody_else_has_taken_meanwhile_is_not_withdrawn(
         stack.enter_context(storage.lock("lock-part-2-of-2"))
         raise BackendError("no room")
 
-    monkeypatch.setattr(builder, "run", refused)
+    monkeypatch.setattr("gpu_npz.builder.build.run", refused)
     with contextlib.ExitStack() as stack, pytest.raises(BackendError):
         build(tree, out, settings(part="1/2"))
     assert Job.open(LocalStorage(out)).record.items == 40
@@ -198,7 +197,7 @@ def test_a_plan_without_a_shard_is_kept_where_the_settings_are_the_same(
     tree: Path, out: Path, killed: Kill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed()
-    monkeypatch.delattr("gpu_npz.planning.listed")
+    monkeypatch.delattr("gpu_npz.builder.planning.listed")
     assert build(tree, out, settings()).complete
 
 

@@ -16,8 +16,8 @@ import pytest
 from listing import pack
 
 import gpu_npz
-from gpu_npz.audit.comparison import compare
-from gpu_npz.builder import build, build_split
+from gpu_npz.audit.compare import compare
+from gpu_npz.builder.build import build, build_split
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.job import Job
 from gpu_npz.dataset.plan import Plan

@@ -13,7 +13,7 @@ import pytest
 from listing import labelled, opened, refusal
 
 import gpu_npz
-from gpu_npz.builder import build
+from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.selection import listed
 from gpu_npz.errors import SourceError

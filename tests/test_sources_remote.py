@@ -24,10 +24,10 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
+from gpu_npz.builder.planning import check_places
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.selection import listed
 from gpu_npz.errors import ShardError, SourceError, UsageError
-from gpu_npz.planning import check_places
 from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.folders.folder import FolderSource

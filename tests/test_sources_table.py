@@ -24,7 +24,7 @@ from listing import items, labelled, opened, refusal
 from numpy.typing import NDArray
 
 import gpu_npz
-from gpu_npz.audit.comparison import compare
+from gpu_npz.audit.compare import compare
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
 from gpu_npz.sources import open_source

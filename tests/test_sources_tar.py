@@ -15,7 +15,7 @@ import pytest
 from listing import items, labelled, pack
 
 import gpu_npz
-from gpu_npz.audit.comparison import compare
+from gpu_npz.audit.compare import compare
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import MismatchError, ShardError, SourceError, UsageError
 from gpu_npz.sources import open_source

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from gpu_npz.audit.verification import verify
-from gpu_npz.builder import build
+from gpu_npz.audit.verify import verify
+from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import LockedError, StorageError
 from gpu_npz.storage import file_lock

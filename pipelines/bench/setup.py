@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from isal.isal_zlib import crc32
 
-from ..builder import build
+from ..builder.build import build
 from ..config import BuildConfig
 from ..dataset.job import Job
 from ..dataset.plan import Plan, collect

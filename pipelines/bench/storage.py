@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..builder import build
+from ..builder.build import build
 from ..config import BuildConfig
 from ..dataset.space import free_space, size
 from ..errors import FormatError, SourceError, UsageError

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..builder import build
+from ..builder.build import build
 from ..config import BuildConfig
 from ..machine.environment import choose, inspect, usable_cpus
 from ..sources.folders.folder import FolderSource

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gpu_npz.audit.verification import verify
+from gpu_npz.audit.verify import verify
 from gpu_npz.dataset.manifest import Manifest
 from gpu_npz.storage import open_storage
 

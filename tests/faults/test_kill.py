@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gpu_npz.audit.verification import verify
-from gpu_npz.builder import build
+from gpu_npz.audit.verify import verify
+from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
@@ -136,7 +136,7 @@ def test_a_build_goes_on_at_once_beside_the_workers_that_outlive_a_killed_one(
 
 KILLED_AT_EACH = """
 import itertools, os, signal, sys
-from gpu_npz.builder import build
+from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
 import gpu_npz.preprocess.pillow
 call, step, src, out, settings = sys.argv[1:]

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from gpu_npz.builder import BuildReport, build
+from gpu_npz.builder.build import build
+from gpu_npz.builder.report import BuildReport
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.workers import message_files

@@ -15,10 +15,10 @@ from listing import pack
 
 import gpu_npz
 from gpu_npz import BuildConfig
-from gpu_npz.audit.comparison import MEAN_LEVELS, compare
+from gpu_npz.audit.compare import MEAN_LEVELS, compare
+from gpu_npz.builder.maintenance import repair
 from gpu_npz.cli.main import run
 from gpu_npz.errors import FormatError, IncompleteError, MismatchError, SourceError, UsageError
-from gpu_npz.maintenance import repair
 from gpu_npz.npz.reader import NpzReader
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
@@ -167,7 +167,7 @@ def test_a_seed_chooses_the_rows(src: Path, tmp_path: Path) -> None:
 
 
 def test_very_many_problems_are_counted(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_npz.audit.comparison._MOST_PROBLEMS", 2)
+    monkeypatch.setattr("gpu_npz.audit.compare._MOST_PROBLEMS", 2)
     out = build(src, tmp_path / "out")
     for path in src.rglob("*.jpg"):
         path.unlink()

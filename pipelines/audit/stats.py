@@ -31,7 +31,7 @@ from ..sources import open_source
 from ..sources.base import LabelColumn, countable
 from ..storage import open_storage
 from ..workers.counting import count_levels, count_source, mean_of, std_of
-from .verification import shards_at_once
+from .verify import shards_at_once
 
 log = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 64

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import MIN_STD, BuildConfig, as_option
-from .dataset import space
-from .dataset.commits import CommitRecord
-from .dataset.image_size import image_size
-from .dataset.job import Job, shown_classes
-from .dataset.layout import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_temporaries, require_own
-from .dataset.originals import require_moved
-from .dataset.plan import Plan, same_listing
-from .dataset.selection import listed
-from .errors import (
+from ..config import MIN_STD, BuildConfig, as_option
+from ..dataset import space
+from ..dataset.commits import CommitRecord
+from ..dataset.image_size import image_size
+from ..dataset.job import Job, shown_classes
+from ..dataset.layout import JOB, MANIFEST, PLAN, clear, is_unbuilt, remove_temporaries, require_own
+from ..dataset.originals import require_moved
+from ..dataset.plan import Plan, same_listing
+from ..dataset.selection import listed
+from ..errors import (
     BackendError,
     FormatError,
     GpuNpzError,
@@ -32,17 +32,17 @@ from .errors import (
     StorageError,
     UsageError,
 )
-from .machine import environment
-from .machine.environment import Choice, Machine
+from ..machine import environment
+from ..machine.environment import Choice, Machine
+from ..preprocess.base import DECODING_REVISION
+from ..preprocess.normalize import row_shape, table
+from ..sources.base import Source, location_of
+from ..storage import open_storage
+from ..storage.base import Storage, is_remote
+from ..storage.holders import PRIVATE
+from ..workers import ray
+from ..workers.counting import count_source, mean_of, std_of
 from .parts import Part, require_no_parts
-from .preprocess.base import DECODING_REVISION
-from .preprocess.normalize import row_shape, table
-from .sources.base import Source, location_of
-from .storage import open_storage
-from .storage.base import Storage, is_remote
-from .storage.holders import PRIVATE
-from .workers import ray
-from .workers.counting import count_source, mean_of, std_of
 
 log = logging.getLogger(__name__)
 # A shard stores each path at the length of its longest one, with 4 bytes a character.

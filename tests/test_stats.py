@@ -14,7 +14,7 @@ import pytest
 
 import gpu_npz
 from gpu_npz import BuildConfig
-from gpu_npz.audit.statistics import Statistics, of_dataset, of_source
+from gpu_npz.audit.stats import Statistics, of_dataset, of_source
 from gpu_npz.cli.main import run
 from gpu_npz.errors import FormatError, IncompleteError, ShardError, SourceError
 from gpu_npz.workers import counting

@@ -18,13 +18,13 @@ from PIL import Image
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
-from gpu_npz.audit.comparison import compare
-from gpu_npz.audit.previews import preview
-from gpu_npz.audit.statistics import of_dataset, of_source
+from gpu_npz.audit.compare import compare
+from gpu_npz.audit.preview import preview
+from gpu_npz.audit.stats import of_dataset, of_source
+from gpu_npz.builder.estimate import survey
 from gpu_npz.cli.main import run
 from gpu_npz.errors import BackendError, ImageError, ShardError
 from gpu_npz.machine.environment import Machine, choose
-from gpu_npz.preflight import survey
 from gpu_npz.preprocess.decoders import pillow_decoder
 from gpu_npz.preprocess.geometry import Geometry
 from gpu_npz.preprocess.pillow import PillowDecoder

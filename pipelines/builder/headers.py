@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .config import BuildConfig
-from .dataset.plan import Plan
-from .machine.environment import Choice
-from .preprocess.dicom import is_dicom
-from .preprocess.geometry import Geometry
-from .preprocess.pillow import PillowDecoder, dicom_size, opened, orientation_of
-from .preprocess.samples import is_deep
-from .sources.base import Item, Source, read_item
-from .sources.dicom_frames import frame_count
-from .sources.rejects import BadItem
+from ..config import BuildConfig
+from ..dataset.plan import Plan
+from ..machine.environment import Choice
+from ..preprocess.dicom import is_dicom
+from ..preprocess.geometry import Geometry
+from ..preprocess.pillow import PillowDecoder, dicom_size, opened, orientation_of
+from ..preprocess.samples import is_deep
+from ..sources.base import Item, Source, read_item
+from ..sources.dicom_frames import frame_count
+from ..sources.rejects import BadItem
 
 if TYPE_CHECKING:
     from PIL import Image

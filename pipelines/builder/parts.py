@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from .errors import LockedError, UsageError
-from .storage.base import LOCK, Storage
+from ..errors import LockedError, UsageError
+from ..storage.base import LOCK, Storage
 
+PLAN_WAIT_S = 86_400.0  # for the first of several parts, which lists and may measure, or the last, which finishes
 _ARRAY = (("MIN", "0"), ("STEP", "1"))
 
 

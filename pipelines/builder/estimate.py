@@ -13,30 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from .config import BuildConfig
-from .dataset.commits import committed
-from .dataset.image_size import image_size
-from .dataset.job import Job
-from .dataset.layout import JOB, is_unbuilt, shard_name
-from .dataset.manifest import class_list
-from .dataset.plan import Plan, collect
-from .dataset.selection import listed
-from .dataset.space import free_space, held_bytes, lack_of_space, output_bytes
-from .errors import BackendError, MismatchError, StorageError
+from ..config import BuildConfig
+from ..dataset.commits import committed
+from ..dataset.image_size import image_size
+from ..dataset.job import Job
+from ..dataset.layout import JOB, is_unbuilt, shard_name
+from ..dataset.manifest import class_list
+from ..dataset.plan import Plan, collect
+from ..dataset.selection import listed
+from ..dataset.space import free_space, held_bytes, lack_of_space, output_bytes
+from ..errors import BackendError, MismatchError, StorageError
+from ..machine import environment
+from ..machine.environment import Choice
+from ..machine.tuning import Tuning
+from ..preprocess.normalize import row_shape, table
+from ..sources import open_source
+from ..sources.base import Group, LabelColumn, Source, as_bytes
+from ..sources.rejects import Reject
+from ..storage import open_storage
+from ..storage.base import Storage
+from ..storage.local import LocalStorage
+from ..workers.events import Committed, Progress, Task, WorkerEnded
+from ..workers.worker import work
 from .headers import Sample, sample_headers, spread
-from .machine import environment
-from .machine.environment import Choice
-from .machine.tuning import Tuning
 from .planning import backend, doubts, inspect, places, remarks, require_revision, require_scaled, resume
-from .preprocess.normalize import row_shape, table
-from .sources import open_source
-from .sources.base import Group, LabelColumn, Source, as_bytes
-from .sources.rejects import Reject
-from .storage import open_storage
-from .storage.base import Storage
-from .storage.local import LocalStorage
-from .workers.events import Committed, Progress, Task, WorkerEnded
-from .workers.worker import work
 
 SECONDS = 3.0
 _MEASURED_ITEMS = 20_000

@@ -33,7 +33,7 @@ from ..readers.dataset import column_fault, open_index, open_shard
 from ..sources.base import Batch
 from ..storage import open_storage
 from ..storage.base import Storage
-from .verification import Problem
+from .verify import Problem
 
 MEAN_LEVELS = 2.0  # tolerance between versions of a decoder, of the mean of one image, of 255 levels
 _MOST_PROBLEMS = 1000

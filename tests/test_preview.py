@@ -15,14 +15,12 @@ from PIL import Image, ImageFile, ImageFont
 
 import gpu_npz
 from gpu_npz import BuildConfig
-from gpu_npz.audit import previews
-from gpu_npz.audit.previews import Sheet, preview
+from gpu_npz.audit.preview import _CAPTION, _GAP, Sheet, Tile, _fitted, preview
 from gpu_npz.cli.main import run
 from gpu_npz.errors import FormatError, IncompleteError, SourceError, StorageError, UsageError
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]  # fixtures: see conftest.py
 FileBytes = Callable[..., bytes]
-GAP = previews._GAP
 
 
 def build(src: Path, out: Path, **values: Any) -> Path:
@@ -35,9 +33,9 @@ def squares(path: Path, sheet: Sheet, side: int = 32) -> list[np.ndarray]:
     """The images of a sheet."""
     with Image.open(path) as drawn:
         pixels = np.asarray(drawn)
-    columns = (sheet.width - GAP) // (side + GAP)
+    columns = (sheet.width - _GAP) // (side + _GAP)
     places = [
-        (GAP + at // columns * (side + previews._CAPTION + GAP), GAP + at % columns * (side + GAP))
+        (_GAP + at // columns * (side + _CAPTION + _GAP), _GAP + at % columns * (side + _GAP))
         for at in range(len(sheet.tiles))
     ]
     return [pixels[top : top + side, left : left + side] for top, left in places]
@@ -68,7 +66,7 @@ def test_an_image_has_the_pixels_that_were_decoded(
     sheet = preview(out, tmp_path / "sheet.png", tile=32)
     expected = np.broadcast_to(gpu_npz.open_dataset(plain)[0], (32, 32, 3))
     np.testing.assert_array_equal(squares(tmp_path / "sheet.png", sheet)[0], expected)
-    assert sheet.tiles == (previews.Tile("a/0.jpg", 0, 0, "a"),)
+    assert sheet.tiles == (Tile("a/0.jpg", 0, 0, "a"),)
 
 
 @pytest.mark.parametrize("kind", ["standardize", "minmax", "maxabs", "l2"])
@@ -108,8 +106,8 @@ def test_by_class_each_class_has_its_place_and_what_does_not_fit_is_counted(
     sheet = preview(dataset, tmp_path / "sheet.png", show="class", count=2, tile=32)
     assert [tile.class_name for tile in sheet.tiles] == ["apples"] * 2 + ["berries"] * 2 + ["cherries"] * 2
     assert sheet.left_out == 0
-    assert sheet.width == GAP + 2 * (32 + GAP)
-    monkeypatch.setattr(previews, "_SHEET_PIXELS", 4 * (32 + GAP) * (32 + GAP + previews._CAPTION))
+    assert sheet.width == _GAP + 2 * (32 + _GAP)
+    monkeypatch.setattr("gpu_npz.audit.preview._SHEET_PIXELS", 4 * (32 + _GAP) * (32 + _GAP + _CAPTION))
     sheet = preview(dataset, tmp_path / "sheet.png", show="class", count=2, tile=32)
     assert ({tile.class_name for tile in sheet.tiles}, sheet.left_out) == ({"apples", "berries"}, 1)
 
@@ -180,8 +178,8 @@ def test_names_that_no_font_has_are_written_all_the_same(
 
 def test_a_long_text_is_cut_to_the_width_of_its_image_at_the_end_that_matters_less() -> None:
     font = ImageFont.load_default()
-    name = previews._fitted("abcdefgh" * 100, 60, font, from_end=False)
-    path = previews._fitted("folder/" * 100 + "1.jpg", 60, font, from_end=True)
+    name = _fitted("abcdefgh" * 100, 60, font, from_end=False)
+    path = _fitted("folder/" * 100 + "1.jpg", 60, font, from_end=True)
     assert name.startswith("abc")
     assert name.endswith("..")
     assert path.startswith("..")
@@ -191,7 +189,7 @@ def test_a_long_text_is_cut_to_the_width_of_its_image_at_the_end_that_matters_le
 
 def test_datasets_without_labels_and_with_blank_rows(make_tree: MakeTree, tmp_path: Path) -> None:
     out = build(make_tree({"0.jpg": "jpeg", "1.jpg": "half"}), tmp_path / "out", on_reject="blank")
-    assert preview(out, tmp_path / "sheet.png").tiles == (previews.Tile("0.jpg", 0),)
+    assert preview(out, tmp_path / "sheet.png").tiles == (Tile("0.jpg", 0),)
     with pytest.raises(UsageError, match="has no labels; leave --by class out"):
         preview(out, tmp_path / "sheet.png", show="class")
 

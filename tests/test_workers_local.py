@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import gpu_npz
-from gpu_npz.builder import Started, build
+from gpu_npz.builder.build import build
+from gpu_npz.builder.report import Started
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import ShardError
 from gpu_npz.machine.tuning import Tuning
@@ -220,7 +221,7 @@ def test_what_a_worker_that_died_was_writing_is_gone_before_its_shard_is_built_a
 
 PARENT = """
 import sys
-from gpu_npz.builder import build
+from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
 build(sys.argv[1], sys.argv[2], BuildConfig(size=16, shard_size=5, workers=1, device="cpu", max_rejects="100%"))
 """

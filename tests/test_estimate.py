@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from gpu_npz import headers, preflight
-from gpu_npz.builder import build, build_split
+from gpu_npz.builder import estimate, headers
+from gpu_npz.builder.build import build, build_split
+from gpu_npz.builder.estimate import Survey, survey
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset import space
 from gpu_npz.dataset.space import require_space
 from gpu_npz.errors import SourceError, StorageError, UsageError
-from gpu_npz.preflight import Survey, survey
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 CPU: dict[str, Any] = {"device": "cpu", "size": 32, "shard_size": "16"}
@@ -194,7 +194,7 @@ def test_memory_grows_with_what_a_worker_holds(tree: Path) -> None:
     assert look(tree, workers=2).memory_bytes == 2 * look(tree, workers=2).worker_memory_bytes
     assert base.tuning.batch_size == 16
     buffers = (base.tuning.open_shards + 2) * 16 * base.row_bytes
-    assert base.worker_memory_bytes > buffers + preflight._PROCESS_BYTES["pillow"]
+    assert base.worker_memory_bytes > buffers + estimate._PROCESS_BYTES["pillow"]
 
 
 def test_a_measured_run_leaves_nothing_behind_and_takes_rejects_as_they_are(
@@ -215,7 +215,7 @@ def test_a_measured_run_leaves_nothing_behind_and_takes_rejects_as_they_are(
 def test_a_measured_run_ends_when_its_time_is_over(
     tree: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "_MEASURED_SHARD_BYTES", 1)
+    monkeypatch.setattr(estimate, "_MEASURED_SHARD_BYTES", 1)
     found = survey(tree, BuildConfig(**CPU, batch_size=2), seconds=1e-9)
     assert found.measured is not None
     assert found.measured.items == 2
@@ -225,7 +225,7 @@ def test_a_measured_run_ends_when_its_time_is_over(
 def test_a_measured_run_takes_room_for_a_few_shards_only(
     tree: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "_MEASURED_SHARD_BYTES", 1)
+    monkeypatch.setattr(estimate, "_MEASURED_SHARD_BYTES", 1)
     most = 0
 
     def count(stage: str, done: float, total: float | None) -> None:
@@ -242,7 +242,7 @@ def test_a_run_that_cannot_be_measured_is_told_and_the_rest_stands(
     def full(*given: Any, **named: Any) -> None:
         raise StorageError("no space left on device")
 
-    monkeypatch.setattr(preflight.Job, "create", full)
+    monkeypatch.setattr(estimate.Job, "create", full)
     found = survey(tree, BuildConfig(**CPU))
     assert (found.measured, found.duration_s, found.items) == (None, None, 40)
     assert "the duration is not known: no space left on device; --folder DIR measures elsewhere" in found.warnings
@@ -346,7 +346,7 @@ def test_float32_is_warned_of_with_the_size_of_uint8_where_that_saves_something(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not warned(look(tree), "--dtype uint8")
-    monkeypatch.setattr("gpu_npz.planning._LARGE_BYTES", 10**5)
+    monkeypatch.setattr("gpu_npz.builder.planning._LARGE_BYTES", 10**5)
     size = look(tree).output_bytes
     smaller = f"{space.size(size // 4)} instead of {space.size(size)}"
     assert smaller.count("kB") == 2
@@ -403,7 +403,7 @@ def test_what_an_earlier_run_left_needs_no_room_again(tree: Path, tmp_path: Path
 
 
 def test_very_many_shards_are_warned_of(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_MANY_SHARDS", 39)
+    monkeypatch.setattr(estimate, "_MANY_SHARDS", 39)
     assert warned(look(tree, shard_size="1"), "40 shards are slow to list")
     assert not warned(look(tree, shard_size="2"), "slow to list")
 

@@ -11,26 +11,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .audit.verification import Problem, verify
-from .builder import BuildReport, Tell, run
-from .config import BuildConfig
-from .dataset.commits import CommitRecord, committed
-from .dataset.job import Job
-from .dataset.layout import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
-from .dataset.manifest import Manifest, publish
-from .dataset.originals import source_of
-from .errors import FormatError, IncompleteError, SourceError
-from .machine.tuning import Tuning
+from ..audit.verify import Problem, verify
+from ..config import BuildConfig
+from ..dataset.commits import CommitRecord, committed
+from ..dataset.job import Job
+from ..dataset.layout import INDEX, MANIFEST, REJECTS, commit_name, remove_temporaries, shard_name
+from ..dataset.manifest import Manifest, publish
+from ..dataset.originals import source_of
+from ..errors import FormatError, IncompleteError, SourceError
+from ..machine.tuning import Tuning
+from ..preprocess.base import Decoder
+from ..preprocess.decoders import make_decoder
+from ..preprocess.geometry import Geometry
+from ..sources.base import Batch, Source
+from ..sources.rejects import Reject
+from ..storage import open_storage
+from ..storage.base import Storage
+from ..workers.worker import environment_of, require_environment
 from .parts import live_parts, require_no_parts
 from .planning import backend, require_revision
-from .preprocess.base import Decoder
-from .preprocess.decoders import make_decoder
-from .preprocess.geometry import Geometry
-from .sources.base import Batch, Source
-from .sources.rejects import Reject
-from .storage import open_storage
-from .storage.base import Storage
-from .workers.worker import environment_of, require_environment
+from .report import BuildReport, Tell
+from .run import run
 
 log = logging.getLogger(__name__)
 _DEADLY = ("crashed", "timed-out")  # what to try in a worker of its own

@@ -11,11 +11,11 @@ import pytest
 
 import gpu_npz
 from gpu_npz import BuildConfig, Measuring, Preprocess
-from gpu_npz.audit.statistics import of_source
-from gpu_npz.builder import build
+from gpu_npz.audit.stats import of_source
+from gpu_npz.builder.build import build
+from gpu_npz.builder.estimate import survey
 from gpu_npz.cli.main import run
 from gpu_npz.errors import MismatchError, SourceError, UsageError
-from gpu_npz.preflight import survey
 
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]  # fixtures: see conftest.py
 FILES = {"a/0.jpg": "jpeg", "a/1.jpg": "half", "a/2.jpg": "cmyk", "b/3.png": "alpha", "b/4.jpg": "jpeg"}

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_npz import builder, open_dataset
+from gpu_npz import open_dataset
+from gpu_npz.builder import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import BackendError, RejectedError, ShardError, SourceError, StorageError
 from gpu_npz.machine import environment
@@ -83,7 +84,7 @@ def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path
 def whole(src: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`src`, built by the local engine."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    builder.build(src, out, BuildConfig(**settings(workers=0)))
+    build.build(src, out, BuildConfig(**settings(workers=0)))
     return out
 
 
@@ -133,9 +134,9 @@ def built(traps: Path, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """`built(cluster, see, **settings)`: builds tmp_path/"out" by Ray, returns the events, each shown to `see`, too."""
     from gpu_npz_traps import TrappedSource
 
-    monkeypatch.setattr(builder, "open_source", lambda src, config, classes: TrappedSource(src, classes))
+    monkeypatch.setattr(build, "open_source", lambda src, config, classes: TrappedSource(src, classes))
 
-    def build(cluster: Any, see: Callable[[Any], None] = lambda _: None, **values: Any) -> list[Any]:
+    def built(cluster: Any, see: Callable[[Any], None] = lambda _: None, **values: Any) -> list[Any]:
         seen: list[Any] = []
 
         def progress(event: Any) -> None:
@@ -143,10 +144,10 @@ def built(traps: Path, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             see(event)
 
         values = {"engine": "ray", "ray_address": cluster and cluster.address, "worker_timeout": 60, **values}
-        builder.build(src, tmp_path / "out", BuildConfig(**settings(**values)), progress=progress)
+        build.build(src, tmp_path / "out", BuildConfig(**settings(**values)), progress=progress)
         return seen
 
-    return build
+    return built
 
 
 def settings(**values: Any) -> dict[str, Any]:

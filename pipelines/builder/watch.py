@@ -7,10 +7,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from .dataset.space import free_space, size
-from .errors import StorageError
-from .sources.rejects import Reject
-from .workers.events import Event, Progress, Pulse
+from ..dataset.space import free_space, size
+from ..errors import StorageError
+from ..sources.rejects import Reject
+from ..workers.events import Event, Progress, Pulse
 
 log = logging.getLogger(__name__)
 _EARLY_REJECTS = 500  # before a build that rejects most of what it meets is stopped

@@ -1,0 +1,139 @@
+"""`build` and `build_split`: from the settings to a plan and a lock, then a run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+
+from ..config import BuildConfig
+from ..dataset.job import Job
+from ..dataset.layout import JOB, MANIFEST, require_own
+from ..dataset.manifest import class_list
+from ..errors import GpuNpzError, UsageError
+from ..sources import open_source
+from ..storage import open_storage
+from ..workers import ray
+from ..workers.events import Event
+from .parts import PLAN_WAIT_S, Part, require_no_parts
+from .planning import Measuring, check_places, places, planned, require_scaled, withdraw
+from .report import BuildReport, Started, Tell
+from .run import run
+
+log = logging.getLogger(__name__)
+
+
+def build(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    progress: Tell | None = None,
+) -> BuildReport:
+    """Builds NPZ shards in `out` from the images in `src`, or goes on with a build that was stopped.
+
+    Args:
+        src: a folder of class folders, or of images.
+        out: a folder, made if it is not there; or `s3://bucket/path` and the like.
+        config: the settings; the defaults if None.
+        progress: called with what happens, from the calling thread.
+
+    Raises:
+        UsageError, BackendError, SourceError, StorageError, MismatchError, ShardError: see `gpu_npz.errors`.
+        RejectLimitError: all shards are built, and more items were rejected than `max_rejects` allows.
+    """
+    return _build(src, out, config or BuildConfig(), progress, None)
+
+
+def _build(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: BuildConfig,
+    progress: Tell | None,
+    beside: Job | None,
+) -> BuildReport:
+    """As `build`; `beside` is another side of the same split."""
+    if config.sides:
+        raise UsageError(
+            f"split {config.split} makes several datasets: call build_split, or name one: {config.split}/val"
+        )
+    require_scaled(config)
+    start = time.perf_counter()
+    storage = open_storage(out)
+    check_places(src, storage)
+    part = None if config.part is None else Part.of(config.part, os.environ)
+    if part and config.overwrite:
+        raise UsageError(
+            "--part and --overwrite: the parts would delete each other's shards; delete OUT, then start them"
+        )
+    source = open_source(src, config, class_list(config.classes_from))
+    require_own(storage)
+    untried = False  # a plan of this build, with which no worker has begun
+    try:
+        with contextlib.ExitStack() as stack:
+            if config.engine == "ray" and (config.overwrite or storage.size(MANIFEST) is None):
+                stack.enter_context(ray.cluster(config.ray_address))  # once for all that follows
+            with contextlib.ExitStack() as planning:
+                planning.enter_context(storage.lock(wait_s=PLAN_WAIT_S if part else 0.0))
+
+                def told(event: Started | Measuring | Event) -> None:
+                    nonlocal untried
+                    untried = untried and isinstance(event, Started)
+                    if progress:
+                        progress(event)
+
+                if not part:
+                    require_no_parts(storage)
+                job, untried = planned(storage, source, config, told, part=part, beside=beside)
+                if part:
+                    log.warning("building part %s (%s)", part, part.origin)
+                    stack.enter_context(storage.lock(part.lock))
+                else:
+                    stack.push(planning.pop_all())
+
+            return run(storage, job, source, config, told, start=start, part=part)
+    except GpuNpzError:
+        if untried:
+            withdraw(storage)
+        raise
+
+
+def build_split(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: BuildConfig,
+    *,
+    progress: Callable[[str, Started | Measuring | Event], None] | None = None,
+) -> dict[str, BuildReport]:
+    """Builds a dataset for each side of `config.split`, in `out`/train first and `out`/val and the like then.
+
+    All have the same class numbers. With `normalize` dataset, the statistics are those of train. A side that is
+    complete is not built again.
+
+    Args:
+        src, out, config: as for `build`.
+        progress: called with the side and what happens.
+
+    Raises:
+        UsageError: nothing is split, or a side gets no item.
+        StorageError: `out` is a dataset itself.
+        MismatchError: SRC has changed since the first side was begun.
+        As `build`.
+    """
+    if not config.sides:
+        raise UsageError("split: give it as val=0.1; build makes a single dataset")
+    reports = {}
+    first: Job | None = None
+    if (whole := open_storage(out)).size(JOB) is not None:
+        withdraw(whole)  # a build without --split has got no further than its plan
+    for side, storage in places(src, out, config).items():
+        told = functools.partial(progress, side) if progress else None
+        reports[side] = _build(src, storage.root, config.sides[side], told, first)
+        if first is None:
+            first = Job.open(storage)
+            if config.normalize == "dataset":
+                config = config.model_copy(update={"mean": first.settings.mean, "std": first.settings.std})
+    return reports
