@@ -13,8 +13,8 @@ from gpu_npz.config import load_toml
 
 ROOT = Path(__file__).parents[1]
 
-# Each room with the rooms that it may import, then its modules, one floor a string, from the ground up. A module imports
-# those of its own room only from lower floors. The name of a room, or of a folder in it, stands for its __init__.py.
+# Each room: the rooms that it may import; then its modules, one floor per string, from the ground up. A module imports
+# those of its own room only from lower floors. The name of a room, or of a folder in it, means its `__init__.py`.
 ROOMS = {
     "errors": ("", ["errors"]),
     "config": ("errors", ["config"]),
