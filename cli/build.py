@@ -15,7 +15,7 @@ from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.layout import REPORT
-from gpu_npz.dataset.space import size
+from gpu_npz.dataset.space import format_bytes
 from gpu_npz.errors import RejectLimitError
 from gpu_npz.workers import events
 from gpu_npz.workers.messages import Message
@@ -61,7 +61,7 @@ def summary(report: BuildReport) -> str:
     columns = report.label_columns
     labels = f"labels {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
     labels = f" ({printable(labels)})" if report.classes is None else f" of {report.classes} classes"
-    shards = f"{report.shards} shards, {size(report.dataset_bytes)}"
+    shards = f"{report.shards} shards, {format_bytes(report.dataset_bytes)}"
     lines = [
         f"{printable(report.out)}: {report.rows} images{labels} in {shards}",
         f"  rejects     {_rejects(report)}",
@@ -73,11 +73,11 @@ def summary(report: BuildReport) -> str:
         return "\n".join([*lines, f"  {'complete; ' if report.complete else ''}nothing was left to build"])
     tuning, place = report.tuning, "GPU" if report.device == "cuda" else "CPU"
     workers = f"{tuning.workers} worker(s)" if tuning.workers else "no worker but itself"
-    gpu_memory = f", {size(report.gpu_memory_bytes)} on its GPU" if report.gpu_memory_bytes else ""
+    gpu_memory = f", {format_bytes(report.gpu_memory_bytes)} on its GPU" if report.gpu_memory_bytes else ""
     lines += [
         f"  built       {report.built_items} items in {report.seconds:.1f} s: {report.images_per_second:.0f} images/s",
         f"  with        {report.backend} on the {place}, {workers}, batches of {tuning.batch_size}",
-        f"  memory      {size(report.worker_memory_bytes)} in a worker{gpu_memory}",
+        f"  memory      {format_bytes(report.worker_memory_bytes)} in a worker{gpu_memory}",
     ]
     if report.bottleneck:
         lines.append(f"  bottleneck  {report.bottleneck}")
@@ -142,5 +142,7 @@ class Bar:
             self._bytes += event.source_bytes
             elapsed = max(task.elapsed or 0.0, 1e-3)
             done = task.completed + event.items - self._start
-            rates = f"{done / elapsed:.0f} images/s  {size(self._bytes / elapsed)}/s read  {self._rejects} rejects"
+            rates = (
+                f"{done / elapsed:.0f} images/s  {format_bytes(self._bytes / elapsed)}/s read  {self._rejects} rejects"
+            )
             self._progress.update(self._task, advance=event.items, rates=rates)

@@ -10,10 +10,10 @@ from rich.progress import Progress
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.config import BuildConfig
-from gpu_npz.dataset.space import size
+from gpu_npz.dataset.space import format_bytes
 
 if TYPE_CHECKING:
-    from gpu_npz.builder.estimate import Survey
+    from gpu_npz.builder.estimate import Estimate
     from gpu_npz.builder.headers import Sample
 
 
@@ -43,13 +43,13 @@ def command(
     Lists SRC, reads about 1,000 headers, and builds shards of some items for a few seconds in a temporary folder.
     Writes nothing to OUT, whose free space is looked at; that of the current folder if it is not given.
     """
-    from gpu_npz.builder.estimate import survey
+    from gpu_npz.builder.estimate import estimate
 
     show_warnings()
     config = read_config(config_file, given)
     with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        found = survey(
+        found = estimate(
             src,
             config,
             out,
@@ -63,24 +63,25 @@ def command(
         click.echo("\n".join(_lines(found)))
 
 
-def _lines(found: Survey) -> list[str]:
+def _lines(found: Estimate) -> list[str]:
     tuning = found.tuning
-    free = "" if found.free_bytes is None else f", {size(found.free_bytes)} free"
+    free = "" if found.free_bytes is None else f", {format_bytes(found.free_bytes)} free"
     workers = f"{tuning.workers} worker(s)" if tuning.workers else "no worker but itself"
     shape = f"{found.image_size[0]} x {found.image_size[1]}"
-    shards = f"{found.shards} shard(s) of up to {found.shard_rows} rows, {size(found.output_bytes)}{free}"
+    shards = f"{found.shards} shard(s) of up to {found.shard_rows} rows, {format_bytes(found.output_bytes)}{free}"
     lines = [
         f"{printable(found.source)}: {found.items} items{_classes(found)}",
         *_labels(found),
         *_sides(found),
         *_sampled(found.sample, found.items),
-        f"  output      images of {shape}, {size(found.row_bytes)} each; {shards}",
+        f"  output      images of {shape}, {format_bytes(found.row_bytes)} each; {shards}",
         f"  with        {found.backend} on the {'GPU' if found.device == 'cuda' else 'CPU'}, {workers}, "
         f"batches of {tuning.batch_size}, {tuning.open_shards} open shard(s) a worker",
-        f"  memory      about {size(found.worker_memory_bytes)} a worker, {size(found.memory_bytes)} in all",
+        f"  memory      about {format_bytes(found.worker_memory_bytes)} a worker, "
+        f"{format_bytes(found.memory_bytes)} in all",
     ]
     if found.measured and found.measured.gpu_memory_bytes:
-        lines[-1] += f"; {size(found.measured.gpu_memory_bytes)} of the GPU"
+        lines[-1] += f"; {format_bytes(found.measured.gpu_memory_bytes)} of the GPU"
     if found.measured and found.duration_s is not None:
         rate = f"{found.measured.images_per_second:.0f} images/s by one worker"
         lines.append(f"  duration    about {_time(found.duration_s)}: {rate}, {found.measured.items} items measured")
@@ -90,7 +91,7 @@ def _lines(found: Survey) -> list[str]:
     return lines + [f"  warning     {printable(warning, keep=chr(10))}" for warning in found.warnings]
 
 
-def _classes(found: Survey) -> str:
+def _classes(found: Estimate) -> str:
     if found.classes is None or found.smallest_class is None or found.largest_class is None:
         return "" if found.columns else ", no labels"
     (small, least), (large, most) = found.smallest_class, found.largest_class
@@ -99,11 +100,11 @@ def _classes(found: Survey) -> str:
     return f" in {found.classes} classes, {least} ({printable(small)}) to {most} ({printable(large)}) in one"
 
 
-def _labels(found: Survey) -> list[str]:
+def _labels(found: Estimate) -> list[str]:
     return [f"  labels      {printable(', '.join(map(str, found.columns)))}"] if found.columns else []
 
 
-def _sides(found: Survey) -> list[str]:
+def _sides(found: Estimate) -> list[str]:
     counts = ", ".join(f"{items} {side}" for side, items in found.sides.items())
     return [f"  split       {counts}"] if counts else []
 
@@ -114,7 +115,7 @@ def _sampled(sample: Sample, items: int) -> list[str]:
     if not sample.sizes:
         return lines
     smallest, median, largest = (f"{height} x {width}" for height, width in sample.sizes)
-    encoded = f"{size(sample.encoded_bytes)} encoded, some {size(sample.encoded_bytes * items)} in all"
+    encoded = f"{format_bytes(sample.encoded_bytes)} encoded, some {format_bytes(sample.encoded_bytes * items)} in all"
     readable = sum(sample.formats.values())
     kinds = {"progressive": sample.progressive, "turned by EXIF": sample.turned, "CMYK": sample.cmyk}
     shares = ", ".join(f"{count / readable:.1%} {kind}" for kind, count in {**kinds, "gray": sample.gray}.items())
@@ -124,7 +125,9 @@ def _sampled(sample: Sample, items: int) -> list[str]:
     ]
     if (heaviest := sample.heaviest) is not None:
         sides = f"{heaviest.height} x {heaviest.width} {heaviest.mode} {heaviest.format}"
-        lines.append(f"  heaviest    {sides}, {size(heaviest.decode_bytes)} to decode: {printable(heaviest.path)}")
+        lines.append(
+            f"  heaviest    {sides}, {format_bytes(heaviest.decode_bytes)} to decode: {printable(heaviest.path)}"
+        )
     return lines
 
 

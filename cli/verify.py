@@ -14,7 +14,7 @@ from gpu_npz.builder.maintenance import repair
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
 from gpu_npz.dataset.layout import INDEX
-from gpu_npz.dataset.space import size
+from gpu_npz.dataset.space import format_bytes
 from gpu_npz.errors import FormatError, UsageError
 
 
@@ -75,7 +75,8 @@ def command(
             click.echo(_compared(again))
         verdict = "whole" if result.ok else f"NOT whole, {len(result.problems)} problem(s)"
         click.echo(
-            f"{printable(result.path)}: {result.rows} rows in {result.shards} shards, {size(result.bytes)}: {verdict}"
+            f"{printable(result.path)}: {result.rows} rows in {result.shards} shards, {format_bytes(result.bytes)}: "
+            f"{verdict}"
         )
     return 0 if result.ok else 1
 

@@ -21,7 +21,7 @@ from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.audit.compare import compare
 from gpu_npz.audit.preview import preview
 from gpu_npz.audit.stats import of_dataset, of_source
-from gpu_npz.builder.estimate import survey
+from gpu_npz.builder.estimate import estimate
 from gpu_npz.cli.main import run
 from gpu_npz.errors import BackendError, ImageError, ShardError
 from gpu_npz.machine.environment import Machine, choose
@@ -336,9 +336,9 @@ def test_a_build_in_8_bits_of_files_in_16_says_so_and_one_in_16_does_not(
     build(src, tmp_path / "out", bit_depth=8)
     assert [record.getMessage() for record in caplog.records].count(doubt) == 1
     sampled = "1 of 3 sampled images have 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all"
-    assert sampled in survey(src, BuildConfig(device="cpu", size=8), seconds=0).warnings
+    assert sampled in estimate(src, BuildConfig(device="cpu", size=8), seconds=0).warnings
     (src / "2.png").unlink()
-    assert not any("16 bits" in each for each in survey(src, BuildConfig(device="cpu", size=8), seconds=0).warnings)
+    assert not any("16 bits" in each for each in estimate(src, BuildConfig(device="cpu", size=8), seconds=0).warnings)
 
 
 @pytest.mark.parametrize("channels", ["rgb", "bgr", "gray"])

@@ -25,7 +25,7 @@ import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.audit.compare import compare
 from gpu_npz.bench.pictures import paint
-from gpu_npz.builder.estimate import survey
+from gpu_npz.builder.estimate import estimate
 from gpu_npz.cli.main import run
 from gpu_npz.dataset.plan import Plan
 from gpu_npz.dataset.selection import _noted, listed
@@ -505,7 +505,7 @@ def test_a_build_takes_them_beside_other_images(tmp_path: Path, file_bytes: Call
     source = FolderSource(tmp_path / "src")
     items = list(source_items(source))
     assert first_size(source, items, BuildConfig(resize_mode="none")) == (HEIGHT, WIDTH)
-    found = survey(tmp_path / "src", config, seconds=0).sample
+    found = estimate(tmp_path / "src", config, seconds=0).sample
     assert (found.formats, found.unreadable) == ({"DICOM": 2, "JPEG": 1}, {})
 
 
@@ -583,7 +583,7 @@ def test_the_frames_of_a_file_in_a_folder_are_items(tmp_path: Path, monkeypatch:
     shutil.rmtree(tmp_path / "out/.gpu-npz")
     assert compare(tmp_path / "out", 6, source=tmp_path / "src").problems == ()
     source = FolderSource(tmp_path / "src")
-    sample = survey(tmp_path / "src", config, seconds=0).sample
+    sample = estimate(tmp_path / "src", config, seconds=0).sample
     sizes = [os.path.getsize(tmp_path / "src" / name) for name in ("a/1.dcm", "b/one.dcm", "b/scan.dcm")]
     assert sample.encoded_bytes == (sizes[0] + sizes[1] + 4 * (sizes[2] // 4)) // 6  # a file's frames share its bytes
     first, second = (item for item in Plan(listed(source, config), 1).items(0, 6) if item.path in frames[:2])

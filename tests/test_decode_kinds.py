@@ -143,7 +143,7 @@ def test_a_bmp_of_16_bits_a_pixel_has_8_bits_a_channel(masks: tuple[int, int, in
     data = bmp(pixels, masks)
     with decoder_of(size="20x31") as decoder:
         np.testing.assert_array_equal(decoder.decode_image(data, "a.bmp"), expected)
-        assert decoder.deep is None
+        assert decoder.sixteen_bit is None
     pytest.importorskip("tifffile")
     pytest.importorskip("imagecodecs")
     np.testing.assert_array_equal(decoded(data, size="20x31", bit_depth=16), expected * 257)

@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, features
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
-from gpu_npz.builder.estimate import survey
+from gpu_npz.builder.estimate import estimate
 from gpu_npz.builder.maintenance import retry
 from gpu_npz.preprocess.decoders import pillow_decoder
 from gpu_npz.preprocess.geometry import Geometry
@@ -403,7 +403,7 @@ def test_without_the_extra_it_is_said_what_to_install_and_the_rest_is_as_before(
             assert detail.endswith("; run: pip install 'gpu-npz[bits16]'")
         report = gpu_npz.build(tmp_path / "src", tmp_path / "out", config)
         assert (report.rows, report.rejects_by_code) == (5, {"undecodable": 3})
-        assert survey(tmp_path / "src", config, seconds=0).sample.unreadable == {"undecodable": 3}
+        assert estimate(tmp_path / "src", config, seconds=0).sample.unreadable == {"undecodable": 3}
     retry(tmp_path / "out", config)
     data = gpu_npz.open_dataset(tmp_path / "out")
     for row, expected in zip(data[5:], rows.values(), strict=True):
@@ -431,8 +431,8 @@ def test_a_build_and_what_looks_at_it_take_both_kinds(tmp_path: Path) -> None:
             np.testing.assert_array_equal(preprocess(src / name), data[row])
             if name != "1.tif":  # Pillow gives nobody the samples of planes, or of depths that it does not know
                 continue
-        sample = survey(src, config, seconds=0).sample
-        assert (sample.formats, sample.unreadable, sample.deep, sample.turned) == (
+        sample = estimate(src, config, seconds=0).sample
+        assert (sample.formats, sample.unreadable, sample.sixteen_bit, sample.turned) == (
             {"TIFF": 3},
             {"undecodable": 1},
             2,

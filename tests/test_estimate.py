@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from gpu_npz.builder import estimate, headers
+from gpu_npz.builder import headers
 from gpu_npz.builder.build import build, build_split
-from gpu_npz.builder.estimate import Survey, survey
+from gpu_npz.builder.estimate import _PROCESS_BYTES, Estimate, estimate
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset import space
@@ -54,8 +54,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Fill:
     return fill
 
 
-def look(src: Path, out: Path | None = None, **settings: Any) -> Survey:
-    return survey(src, BuildConfig(**{**CPU, **settings}), out, seconds=0)
+def look(src: Path, out: Path | None = None, **settings: Any) -> Estimate:
+    return estimate(src, BuildConfig(**{**CPU, **settings}), out, seconds=0)
 
 
 def written(out: Path) -> int:
@@ -63,7 +63,7 @@ def written(out: Path) -> int:
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name != "report.json")
 
 
-# What a survey says
+# What a estimate says
 
 
 def test_items_classes_and_shards_are_those_of_the_build(tree: Path, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_memory_grows_with_what_a_worker_holds(tree: Path) -> None:
     assert look(tree, workers=2).memory_bytes == 2 * look(tree, workers=2).worker_memory_bytes
     assert base.tuning.batch_size == 16
     buffers = (base.tuning.open_shards + 2) * 16 * base.row_bytes
-    assert base.worker_memory_bytes > buffers + estimate._PROCESS_BYTES["pillow"]
+    assert base.worker_memory_bytes > buffers + _PROCESS_BYTES["pillow"]
 
 
 def test_a_measured_run_leaves_nothing_behind_and_takes_rejects_as_they_are(
@@ -204,7 +204,7 @@ def test_a_measured_run_leaves_nothing_behind_and_takes_rejects_as_they_are(
     before = {*tmp_path.rglob("*")}
     config = BuildConfig(**{**CPU, "shard_size": "2"}, on_reject="fail", workers=2)
     stages = {}
-    found = survey(src, config, tmp_path / "out", seconds=60, progress=lambda *told: stages.update({told[0]: told}))
+    found = estimate(src, config, tmp_path / "out", seconds=60, progress=lambda *told: stages.update({told[0]: told}))
     assert {*tmp_path.rglob("*")} == before
     assert found.measured is not None
     assert 0 < found.measured.items <= 8
@@ -215,8 +215,8 @@ def test_a_measured_run_leaves_nothing_behind_and_takes_rejects_as_they_are(
 def test_a_measured_run_ends_when_its_time_is_over(
     tree: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "_MEASURED_SHARD_BYTES", 1)
-    found = survey(tree, BuildConfig(**CPU, batch_size=2), seconds=1e-9)
+    monkeypatch.setattr("gpu_npz.builder.estimate._MEASURED_SHARD_BYTES", 1)
+    found = estimate(tree, BuildConfig(**CPU, batch_size=2), seconds=1e-9)
     assert found.measured is not None
     assert found.measured.items == 2
     assert not list(temporary.iterdir())
@@ -225,14 +225,14 @@ def test_a_measured_run_ends_when_its_time_is_over(
 def test_a_measured_run_takes_room_for_a_few_shards_only(
     tree: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "_MEASURED_SHARD_BYTES", 1)
+    monkeypatch.setattr("gpu_npz.builder.estimate._MEASURED_SHARD_BYTES", 1)
     most = 0
 
     def count(stage: str, done: float, total: float | None) -> None:
         nonlocal most
         most = max(most, len(list(temporary.rglob("shard-*.npz"))))
 
-    survey(tree, BuildConfig(**CPU, batch_size=1), seconds=60, progress=count)
+    estimate(tree, BuildConfig(**CPU, batch_size=1), seconds=60, progress=count)
     assert 0 < most < 10  # of 40
 
 
@@ -242,8 +242,8 @@ def test_a_run_that_cannot_be_measured_is_told_and_the_rest_stands(
     def full(*given: Any, **named: Any) -> None:
         raise StorageError("no space left on device")
 
-    monkeypatch.setattr(estimate.Job, "create", full)
-    found = survey(tree, BuildConfig(**CPU))
+    monkeypatch.setattr("gpu_npz.builder.estimate.Job.create", full)
+    found = estimate(tree, BuildConfig(**CPU))
     assert (found.measured, found.duration_s, found.items) == (None, None, 40)
     assert "the duration is not known: no space left on device; --folder DIR measures elsewhere" in found.warnings
     assert not list(temporary.iterdir())
@@ -259,7 +259,7 @@ def test_images_of_one_size_are_found_without_size(make_tree: MakeTree) -> None:
 
 def test_a_split_is_told_by_its_sides_which_are_those_of_the_build(tree: Path, tmp_path: Path) -> None:
     config = BuildConfig(**CPU, workers=0, split="val=0.2,test=0.1")
-    found = survey(tree, config, tmp_path / "out", seconds=0)
+    found = estimate(tree, config, tmp_path / "out", seconds=0)
     reports = build_split(tree, tmp_path / "out", config)
     assert found.sides == {side: report.items for side, report in reports.items()}
     assert (found.items, found.shards) == (40, sum(report.shards for report in reports.values()))
@@ -290,10 +290,10 @@ def test_columns_of_labels_are_told_where_they_are_not_classes(
 def test_what_is_left_of_a_build_is_told_and_its_duration_is_that_of_the_rest(tree: Path, tmp_path: Path) -> None:
     assert look(tree, tmp_path / "out").shards_left is None
     build(tree, tmp_path / "out", BuildConfig(**CPU, workers=0))
-    done = survey(tree, BuildConfig(**CPU), tmp_path / "out", seconds=60)
+    done = estimate(tree, BuildConfig(**CPU), tmp_path / "out", seconds=60)
     assert (done.shards_left, done.measured) == (0, None)
     (tmp_path / "out/shard-00001.npz").unlink()
-    found = survey(tree, BuildConfig(**CPU, workers=1), tmp_path / "out", seconds=0.01)
+    found = estimate(tree, BuildConfig(**CPU, workers=1), tmp_path / "out", seconds=0.01)
     assert (found.shards, found.shards_left) == (3, 1)
     assert found.measured is not None
     assert found.duration_s == pytest.approx(40 / 3 / found.measured.images_per_second)
@@ -334,7 +334,7 @@ def test_what_is_left_of_a_split_counts_the_sides_that_were_not_begun(
 # Warnings
 
 
-def warned(found: Survey, text: str) -> bool:
+def warned(found: Estimate, text: str) -> bool:
     return any(text in warning for warning in found.warnings)
 
 
@@ -348,7 +348,7 @@ def test_float32_is_warned_of_with_the_size_of_uint8_where_that_saves_something(
     assert not warned(look(tree), "--dtype uint8")
     monkeypatch.setattr("gpu_npz.builder.planning._LARGE_BYTES", 10**5)
     size = look(tree).output_bytes
-    smaller = f"{space.size(size // 4)} instead of {space.size(size)}"
+    smaller = f"{space.format_bytes(size // 4)} instead of {space.format_bytes(size)}"
     assert smaller.count("kB") == 2
     assert warned(look(tree), f"--dtype uint8 would take some {smaller}; readers then normalize")
 
@@ -368,7 +368,7 @@ def test_more_unreadable_headers_than_the_build_allows_are_warned_of(make_tree: 
 
 
 def test_what_only_a_decoder_finds_is_told_by_the_measured_run(make_tree: MakeTree) -> None:
-    found = survey(make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "half"}), BuildConfig(**CPU), seconds=0.01)
+    found = estimate(make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "half"}), BuildConfig(**CPU), seconds=0.01)
     assert found.measured is not None
     assert (found.sample.unreadable, found.measured.rejects) == ({}, 1)
     (warning,) = found.warnings
@@ -388,7 +388,7 @@ def test_a_disk_that_is_too_small_is_warned_of(tree: Path, tmp_path: Path, disk:
     asked = disk(free=1000)
     found = look(tree, tmp_path / "not/there")
     assert found.free_bytes == 1000
-    needs = f"needs {space.size(found.output_bytes)}, and its filesystem has 1.0 kB free"
+    needs = f"needs {space.format_bytes(found.output_bytes)}, and its filesystem has 1.0 kB free"
     assert warned(found, f"{os.fspath(tmp_path / 'not/there')!r} {needs}")
     assert set(asked) == {os.fspath(tmp_path)}
     disk(free=10**9)
@@ -403,7 +403,7 @@ def test_what_an_earlier_run_left_needs_no_room_again(tree: Path, tmp_path: Path
 
 
 def test_very_many_shards_are_warned_of(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_MANY_SHARDS", 39)
+    monkeypatch.setattr("gpu_npz.builder.estimate._MANY_SHARDS", 39)
     assert warned(look(tree, shard_size="1"), "40 shards are slow to list")
     assert not warned(look(tree, shard_size="2"), "slow to list")
 
@@ -514,7 +514,7 @@ def test_a_source_that_is_missing_or_empty_ends_with_1_and_a_bad_option_with_2(
     assert run(["plan", os.fspath(tmp_path / "empty")]) == 1
     assert "holds no images" in capsys.readouterr().err
     with pytest.raises(SourceError):
-        survey(tmp_path / "missing")
+        estimate(tmp_path / "missing")
     assert run(["plan", os.fspath(tree), "--dtype", "float8"]) == 2
     assert "dtype: got 'float8'; allowed: float32, float16, uint8" in capsys.readouterr().err
     assert run(["plan", os.fspath(tree), "--seconds", "-1"]) == 2
@@ -531,13 +531,13 @@ def test_a_foreign_folder_as_out_is_refused_as_by_the_build(tree: Path, tmp_path
 def test_an_out_inside_of_src_is_refused_as_by_build(make_tree: Any) -> None:
     src = make_tree({"a/1.jpg": "jpeg"})
     with pytest.raises(UsageError, match="lies inside SRC"):
-        survey(src, BuildConfig(), src / "out", seconds=0)
+        estimate(src, BuildConfig(), src / "out", seconds=0)
 
 
 def test_the_size_of_compressed_images_is_that_of_the_measured_ones(make_tree: Any, tmp_path: Path) -> None:
     src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(9)})
     config = BuildConfig(device="cpu", size=64, shard_size=3, workers=1, compress="deflate")
     report = build(src, tmp_path / "out", config)
-    found = survey(src, config, seconds=1)
+    found = estimate(src, config, seconds=1)
     assert found.output_bytes == pytest.approx(report.dataset_bytes, rel=0.02)
-    assert found.output_bytes < survey(src, config, seconds=0).output_bytes / 1.2
+    assert found.output_bytes < estimate(src, config, seconds=0).output_bytes / 1.2

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gpu_npz.builder.build import build, build_split
-from gpu_npz.builder.estimate import survey
+from gpu_npz.builder.estimate import estimate
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.job import Job
 from gpu_npz.errors import BackendError, GpuNpzError, LockedError, MismatchError, ShardError, StorageError
@@ -185,7 +185,7 @@ def test_a_plan_without_a_shard_is_replaced_where_the_settings_differ(
     if "backend" in values:
         pytest.importorskip("nvidia.dali")
     killed()
-    assert not any("other settings" in text for text in survey(tree, settings(**values), out, seconds=0).warnings)
+    assert not any("other settings" in text for text in estimate(tree, settings(**values), out, seconds=0).warnings)
     report = build(tree, out, settings(**values))
     assert report.complete or "part" in values
     assert "has a plan with other settings and no shard yet; the plan is replaced" in caplog.text
@@ -231,7 +231,9 @@ def test_the_plan_of_a_part_at_work_is_not_replaced(tree: Path, out: Path, kille
         with pytest.raises(LockedError, match="a part of the build is at work"):
             build(tree, out, settings(dtype="uint8"))
         assert files(out) == before
-        assert any("other settings" in text for text in survey(tree, settings(dtype="uint8"), out, seconds=0).warnings)
+        assert any(
+            "other settings" in text for text in estimate(tree, settings(dtype="uint8"), out, seconds=0).warnings
+        )
     assert build(tree, out, settings(dtype="uint8")).complete
 
 

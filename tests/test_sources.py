@@ -103,7 +103,7 @@ def test_out_in_a_src_by_its_url_is_refused(tmp_path: Path) -> None:
         gpu_npz.build(f"file://{tmp_path}", tmp_path / "out")
 
 
-# Listing
+# TableListing
 
 
 def test_classes_are_numbered_as_torchvision_numbers_them(tmp_path: Path) -> None:

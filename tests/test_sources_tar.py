@@ -46,7 +46,7 @@ def opened(path: Path | str, **settings: Any) -> TarSource:
     return TarSource(os.fspath(path), BuildConfig(**settings), settings.pop("classes", None))
 
 
-# Listing and reading
+# TableListing and reading
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

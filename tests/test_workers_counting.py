@@ -13,7 +13,7 @@ import gpu_npz
 from gpu_npz import BuildConfig, Measuring, Preprocess
 from gpu_npz.audit.stats import of_source
 from gpu_npz.builder.build import build
-from gpu_npz.builder.estimate import survey
+from gpu_npz.builder.estimate import estimate
 from gpu_npz.cli.main import run
 from gpu_npz.errors import MismatchError, SourceError, UsageError
 
@@ -72,7 +72,7 @@ def test_the_command_line_knows_it(make_tree: MakeTree, tmp_path: Path, capsys: 
     options = ["--normalize", "dataset", "--size", "16", "--device", "cpu", "--workers", "1"]
     assert run(["build", str(src), str(tmp_path / "out"), *options]) == 0
     capsys.readouterr()
-    found = survey(src, settings(), seconds=0)
+    found = estimate(src, settings(), seconds=0)
     assert any("nearly twice the duration" in warning for warning in found.warnings)
     assert run(["bench", "pipeline", str(src), "--images", "2", "--rounds", "1", *options[:-2]]) == 2
     assert "give --mean and --std here" in capsys.readouterr().err

@@ -136,10 +136,10 @@ def preview(
     data = open_dataset(out)
     if show == "class":
         groups, left_out = _by_class(data, count, most // count, seed)
-        sheet = _drawn(groups, count, tile, _Rows(data))
+        sheet = _drawn(groups, count, tile, _StoredPixels(data))
     elif show == "random":
         groups, left_out = _random(data, count, seed), 0
-        sheet = _drawn(groups, 1, tile, _Rows(data))
+        sheet = _drawn(groups, 1, tile, _StoredPixels(data))
     else:
         storage = LocalStorage(data.path)
         groups, left_out = _rejects(storage, count, seed)
@@ -214,7 +214,7 @@ def _tile(data: Dataset, row: int) -> Tile:
 # How it looks
 
 
-class _Rows:
+class _StoredPixels:
     """A dataset's rows as pictures."""
 
     def __init__(self, data: Dataset) -> None:

@@ -20,12 +20,13 @@ from ..dataset.job import Job
 from ..dataset.plan import Plan, collect
 from ..machine.environment import Choice
 from ..machine.tuning import Tuning
-from ..preprocess.base import Decoder, Stage
+from ..preprocess.base import Decoder
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
 from ..preprocess.normalize import Normalizer, row_shape
 from ..preprocess.normalize_cuda import CudaNormalizer
 from ..sources.base import Batch, Source
+from ..sources.rejects import Stage
 from ..storage.local import LocalStorage
 from ..workers.events import Progress, Task
 from ..workers.worker import interleaved, work

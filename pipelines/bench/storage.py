@@ -25,7 +25,7 @@ from PIL import Image
 
 from ..builder.build import build
 from ..config import BuildConfig
-from ..dataset.space import free_space, size
+from ..dataset.space import format_bytes, free_space
 from ..errors import FormatError, SourceError, UsageError
 from ..preprocess.normalize import levels, row_shape, table
 from ..preprocess.pillow import versions
@@ -238,7 +238,10 @@ def _as_many_as_fit(images: int, config: BuildConfig, place: Path) -> int:
         if room is None or images * image_bytes <= room * _MEMORY_SHARE:
             continue
         fit = int(room * _MEMORY_SHARE) // image_bytes
-        needs = f"{images} images in all formats take {size(images * image_bytes)}, and {what} has {size(room)}"
+        needs = (
+            f"{images} images in all formats take {format_bytes(images * image_bytes)}, and {what} has "
+            f"{format_bytes(room)}"
+        )
         if not fit:
             raise UsageError(f"{needs}: not one fits; choose a smaller --size, or --folder")
         log.warning("%s: %d are taken; --dtype uint8 or a smaller --size lets more fit", needs, fit)

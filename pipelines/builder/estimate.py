@@ -36,7 +36,7 @@ from ..storage.local import LocalStorage
 from ..workers.events import Committed, Progress, Task, WorkerEnded
 from ..workers.worker import work
 from .headers import Sample, sample_headers, spread
-from .planning import backend, doubts, inspect, places, remarks, require_revision, require_scaled, resume
+from .planning import backend, hints, inspect, places, require_revision, require_scaled, resume, warnings
 
 SECONDS = 3.0
 _MEASURED_ITEMS = 20_000
@@ -68,7 +68,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Estimate:
     """What a build would do. Sizes in bytes; of the whole dataset, whatever `part` says.
 
     Attributes:
@@ -116,11 +116,11 @@ class Survey:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The survey as JSON values."""
+        """The estimate as JSON values."""
         return {**asdict(self), "columns": [column.model_dump() for column in self.columns]}
 
 
-def survey(
+def estimate(
     src: str | os.PathLike[str],
     config: BuildConfig | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -128,7 +128,7 @@ def survey(
     seconds: float = SECONDS,
     folder: str | None = None,
     progress: Tell = lambda stage, done, total: None,
-) -> Survey:
+) -> Estimate:
     """Says what `build` with the same arguments would do; writes nothing to `out`.
 
     Args:
@@ -187,7 +187,7 @@ def survey(
     share = 1.0 if left is None else left / sum(shards.values())
     held = sum(held_bytes(storage.root) for storage in outs.values())
     smallest, largest = _classes(plan, source)
-    return Survey(
+    return Estimate(
         source=source.location,
         items=plan.item_count,
         sides=sides,
@@ -217,8 +217,8 @@ def survey(
                 *unfit,
                 lack_of_space(place, needed - held, sum(shards.values())),
                 _MEASURES_FIRST if measures_first and left is None else None,
-                *doubts(config),
-                *remarks(config, needed, plan.shard_count, labelled=source.class_names is not None),
+                *warnings(config),
+                *hints(config, needed, plan.shard_count, labelled=source.class_names is not None),
                 *_warnings(config, plan, sample),
                 _rejected(measured),
                 trouble,
@@ -358,9 +358,9 @@ def _warnings(config: BuildConfig, plan: Plan, sample: Sample) -> Iterator[str]:
             f"{sample.over_max_pixels} of {sample.items} sampled images have more than --max-pixels "
             f"{config.max_pixels} and would be rejected; raise it if memory allows"
         )
-    if sample.deep and config.bit_depth == 8:
+    if sample.sixteen_bit and config.bit_depth == 8:
         yield (
-            f"{sample.deep} of {sample.items} sampled images have 16 bits a channel, of which 8 are kept; "
+            f"{sample.sixteen_bit} of {sample.items} sampled images have 16 bits a channel, of which 8 are kept; "
             "--bit-depth 16 keeps them all"
         )
     if plan.shard_count > _MANY_SHARDS:

@@ -13,7 +13,7 @@ from ..machine.environment import Choice
 from ..preprocess.dicom import is_dicom
 from ..preprocess.geometry import Geometry
 from ..preprocess.pillow import PillowDecoder, dicom_size, opened, orientation_of
-from ..preprocess.samples import is_deep
+from ..preprocess.samples import is_sixteen_bit
 from ..sources.base import Item, Source, read_item
 from ..sources.dicom_frames import frame_count
 from ..sources.rejects import BadItem
@@ -40,7 +40,7 @@ class Picture:
     format: str
     progressive: bool
     turned: bool
-    deep: bool
+    sixteen_bit: bool
     encoded_bytes: int
     decode_bytes: int
 
@@ -56,8 +56,8 @@ class Sample:
         sizes: height and width of the smallest, the median and the largest image by pixels; empty if none can be read.
         encoded_bytes: of those that can be read, in the mean.
         modes, formats: how many images have each, as Pillow names them.
-        progressive, turned, cmyk, gray, deep: how many are progressive JPEGs, turned by EXIF, CMYK, gray, or have 16
-            bits a channel and are no DICOM files.
+        progressive, turned, cmyk, gray: how many are progressive JPEGs, turned by EXIF, CMYK, gray.
+        sixteen_bit: how many have 16 bits a channel and are not DICOM files.
         heaviest: the image that takes the most memory to decode, of those within `max_pixels`.
     """
 
@@ -72,7 +72,7 @@ class Sample:
     turned: int
     cmyk: int
     gray: int
-    deep: int
+    sixteen_bit: int
     heaviest: Picture | None
 
 
@@ -111,7 +111,7 @@ def sample_headers(
         turned=sum(picture.turned for picture in pictures),
         cmyk=sum(picture.mode == "CMYK" for picture in pictures),
         gray=sum(picture.mode in ("1", "L", "LA", "I", "I;16") for picture in pictures),
-        deep=sum(picture.deep for picture in pictures),
+        sixteen_bit=sum(picture.sixteen_bit for picture in pictures),
         heaviest=max(within, key=lambda picture: picture.decode_bytes, default=None),
     )
 
@@ -140,7 +140,7 @@ def _picture(data: bytes, path: str, decoder: PillowDecoder, config: BuildConfig
             format=image.format or "",
             progressive=progressive,
             turned=orientation > 1,
-            deep=is_deep(image),
+            sixteen_bit=is_sixteen_bit(image),
             encoded_bytes=len(data),
             decode_bytes=len(data)
             + _decode_bytes(image, height, width, progressive, orientation > 1, geometry)

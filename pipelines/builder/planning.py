@@ -168,7 +168,7 @@ def _begin(
             f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
             "or --overwrite to build it anew"
         )
-    for doubt in doubts(config):
+    for doubt in warnings(config):
         log.warning("%s", doubt)
     choice = environment.choose(config, inspect(config))
     if choice.warning:
@@ -224,9 +224,9 @@ def _require_even_paths(plan: Plan, source: Source) -> None:
             path = max((item.path for item in plan.items(span.start, span.stop)), key=len)
             raise SourceError(
                 f"{source.location!r}: a path of {longest} bytes ({path[:100]!r}...) would take "
-                f"{space.size(4 * longest * rows)} in a shard of {rows} rows, which stores each path at the length of "
-                f"the longest; at most {space.size(most)} are allowed: give it a path of at most {most // rows // 4} "
-                f"bytes, or say --shard-size {_MAX_PATHS_BYTES // longest // 4} or less"
+                f"{space.format_bytes(4 * longest * rows)} in a shard of {rows} rows, which stores each path at the "
+                f"length of the longest; at most {space.format_bytes(most)} are allowed: give it a path of at most "
+                f"{most // rows // 4} bytes, or say --shard-size {_MAX_PATHS_BYTES // longest // 4} or less"
             )
 
 
@@ -242,19 +242,19 @@ def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source:
         )
 
 
-def remarks(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool) -> Iterator[str]:
+def hints(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool) -> Iterator[str]:
     """What would be better for most of those who train on a dataset of this size and so many shards."""
     if config.dtype == "float32" and output_bytes > _LARGE_BYTES:
-        smaller = space.size(output_bytes * config.bit_depth // 32)
+        smaller = space.format_bytes(output_bytes * config.bit_depth // 32)
         yield (
-            f"--dtype {config.pixel_dtype} would take some {smaller} instead of {space.size(output_bytes)}; readers "
-            "then normalize, with equal values"
+            f"--dtype {config.pixel_dtype} would take some {smaller} instead of {space.format_bytes(output_bytes)}; "
+            "readers then normalize, with equal values"
         )
     if labelled and config.shuffle is None and shards > 1:
         yield "shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order"
 
 
-def doubts(config: BuildConfig) -> Iterator[str]:
+def warnings(config: BuildConfig) -> Iterator[str]:
     """What may be asked for, and probably should not."""
     if config.normalize == "dataset" and config.mean is None and config.classes_from is not None:
         yield (

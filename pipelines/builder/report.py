@@ -23,7 +23,7 @@ from ..sources.base import Source
 from ..storage.base import Storage
 from ..workers.events import Event
 from ..workers.messages import Message
-from .planning import Measuring, remarks
+from .planning import Measuring, hints
 from .watch import Moment
 
 log = logging.getLogger(__name__)
@@ -96,16 +96,16 @@ def bottleneck(stages: Counter[str], tuning: Tuning) -> str | None:
 
 
 def hints_for(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[str, ...]:
-    hints = []
+    found = []
     if changed:
         rows = sum(record.rows for record in records)
-        hints.append(
+        found.append(
             f"{changed} files were written to, or went, while the build read them, so rows may be of parts of them; "
             f"when nothing writes to SRC any more, `gpu-npz verify OUT --deep {rows}` names those that differ"
         )
     total = sum(record.bytes for record in records)
-    hints += remarks(job.settings, total, len(records), labelled=job.labelled)
-    return tuple(hints)
+    found += hints(job.settings, total, len(records), labelled=job.labelled)
+    return tuple(found)
 
 
 def advice_on(source: Source, rejects_by_code: Mapping[str, int]) -> str:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from ..dataset.space import free_space, size
+from ..dataset.space import format_bytes, free_space
 from ..errors import StorageError
 from ..sources.rejects import Reject
 from ..workers.events import Event, Progress, Pulse
@@ -56,7 +56,7 @@ class Watch:
         self.items = self.rejects = self.changed = 0
         self.reject: Reject | None = None
         self.codes: Counter[str] = Counter()
-        self._deep = False
+        self._sixteen_bit = False
         self._limit = reject_limit
         self._root = storage_root
         free_bytes = free_space(storage_root)[0] if storage_root else None
@@ -78,10 +78,11 @@ class Watch:
             if event.reject:
                 self.reject = self.reject or event.reject
                 self.codes[event.reject.code] += event.rejects
-            if event.deep and not self._deep:
-                self._deep = True
+            if event.sixteen_bit and not self._sixteen_bit:
+                self._sixteen_bit = True
                 log.warning(
-                    "%r, for one, has 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all", event.deep
+                    "%r, for one, has 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all",
+                    event.sixteen_bit,
                 )
             self._look()
         elif isinstance(event, Pulse):
@@ -109,7 +110,7 @@ class Watch:
         free_bytes, _ = free_space(self._root)
         if free_bytes is not None and free_bytes < self._floor:
             raise StorageError(
-                f"{self._root!r}: its filesystem has {size(free_bytes)} free, less than the "
-                f"{size(self._floor)} that a build leaves; stopped before it is full. Free some space, then run "
-                "the same command to resume (--no-preflight does not look)"
+                f"{self._root!r}: its filesystem has {format_bytes(free_bytes)} free, less than the "
+                f"{format_bytes(self._floor)} that a build leaves; stopped before it is full. Free some space, then "
+                "run the same command to resume (--no-preflight does not look)"
             )

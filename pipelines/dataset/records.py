@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from ..errors import FormatError
-from ..npz.reader import Known, NpzReader
+from ..npz.reader import CachedDirectory, NpzReader
 from ..npz.writer import NpzWriter
 from ..storage.base import Storage
 
@@ -35,7 +35,7 @@ def store_arrays(storage: Storage, name: str, arrays: Mapping[str, NDArray[Any]]
         storage.discard(temporary)
 
 
-def open_npz(storage: Storage, name: str, before: Known | None = None) -> NpzReader:
+def open_npz(storage: Storage, name: str, before: CachedDirectory | None = None) -> NpzReader:
     """An NPZ of OUT, mapped; errors name it by its place in OUT. Raises OSError if it cannot be opened.
 
     `before` is as for `NpzReader`.

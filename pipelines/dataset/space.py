@@ -55,7 +55,7 @@ def require_space(
     if lack is None:
         return
     item_bytes, pixel_bytes = np.dtype(dtype).itemsize, np.dtype(pixel_dtype).itemsize
-    pixels = size(_at_most(rows, row_bytes * pixel_bytes // item_bytes, shards) - freed_bytes)
+    pixels = format_bytes(_at_most(rows, row_bytes * pixel_bytes // item_bytes, shards) - freed_bytes)
     smaller = f"--dtype {pixel_dtype} would take {pixels}; " if item_bytes > pixel_bytes else ""
     raise StorageError(
         f"{lack}. {smaller}free some space, choose another OUT, or start all the same with --no-preflight"
@@ -121,7 +121,7 @@ def lack_of_space(place: str, needed_bytes: int, shards: int) -> str | None:
     """What does not fit where `place` lies, None if all does."""
     free_bytes, free_files = free_space(place)
     if free_bytes is not None and needed_bytes > free_bytes:
-        return f"{place!r} needs {size(needed_bytes)}, and its filesystem has {size(free_bytes)} free"
+        return f"{place!r} needs {format_bytes(needed_bytes)}, and its filesystem has {format_bytes(free_bytes)} free"
     files = 2 * shards + shards // 500 + _OTHER_FILES  # a commit record each, and folders of 1,000
     if free_files is not None and files > free_files:
         room = f"its filesystem has room for {free_files}"
@@ -152,7 +152,7 @@ def held_bytes(place: str) -> int:
     return sum(storage.size(name) or 0 for name in shard_files(storage))
 
 
-def size(number: float) -> str:
+def format_bytes(number: float) -> str:
     """A number of bytes as people write it."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(number) < 1000:

@@ -76,11 +76,11 @@ class DeflatedRows:
         return data
 
 
-Rows = NDArray[Any] | DeflatedRows
+RowArray = NDArray[Any] | DeflatedRows
 
 
 @dataclass(frozen=True)
-class Known:
+class CachedDirectory:
     """What a reader has found in a file, and which file that was: device, inode, size and time of its last change."""
 
     identity: tuple[int, int, int, int]
@@ -102,7 +102,7 @@ class NpzReader:
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], before: Known | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], before: CachedDirectory | None = None) -> None:
         self.path = os.fspath(path)
         descriptor = open_regular(self.path, os.O_RDONLY)
         try:
@@ -116,9 +116,9 @@ class NpzReader:
         self._buffer = memoryview(self._map)
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         same = before is not None and before.identity == identity
-        self.known = before if before and same else Known(identity, read_directory(self._buffer, self.path))
+        self.known = before if before and same else CachedDirectory(identity, read_directory(self._buffer, self.path))
         self.directory = self.known.directory
-        self._rows: dict[str, Rows] = {}
+        self._rows: dict[str, RowArray] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.directory.members
@@ -137,7 +137,7 @@ class NpzReader:
         """The array `name`, None if there is none."""
         return self[name] if name in self else None
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> RowArray:
         """The rows of array `name`: a view of the map, or what inflates them.
 
         Raises:

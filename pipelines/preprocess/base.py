@@ -7,14 +7,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..sources.access.read_ahead import SHARE, NoRoomError, Room, Share
 from ..sources.base import Batch, Item, Source, read_item
-from ..sources.rejects import Reject
+from ..sources.rejects import Reject, Stage
 
 
 @dataclass
@@ -100,14 +100,11 @@ def _taken(read: Future[tuple[bytes, Share] | None], item: Item, source: Source)
     return data
 
 
-Stage = Literal["read", "decode", "resize"]
-
-
 class Decoder(Protocol):
     """Batches to pixels. Use as a context manager; it may read ahead, and keeps the order."""
 
     @property
-    def deep(self) -> str | None:
+    def sixteen_bit(self) -> str | None:
         """The path of an image of which it kept 8 of 16 bits a channel."""
         ...
 

@@ -40,8 +40,8 @@ from ..errors import BackendError, ShardError
 from ..machine.tuning import Tuning
 from ..sources.access.local import is_plain
 from ..sources.base import Batch, Item, Source, read_item
-from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, clean
-from .base import DECODING_REVISION, Decoded, Stage
+from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, Stage, clean
+from .base import DECODING_REVISION, Decoded
 from .fed_pipeline import FedPipeline
 from .geometry import Geometry
 from .pillow import PillowDecoder, versions
@@ -85,7 +85,7 @@ class _Read:
 
 
 @dataclass
-class _Rows:
+class _DecodedRows:
     """A batch in the making: pixels (N, H, W, C), encoded sizes, and which rows have their pixels."""
 
     pixels: Any
@@ -98,7 +98,7 @@ class _Unfinished:
     """A batch that DALI is done with, and what Pillow makes of the items at the positions `left`."""
 
     batch: Batch
-    rows: _Rows
+    rows: _DecodedRows
     left: NDArray[np.int64]
     results: list[Future[tuple[int, NDArray[np.uint8] | Reject]]]
     seconds: float
@@ -225,9 +225,9 @@ class DaliDecoder:
         return found
 
     @property
-    def deep(self) -> str | None:
+    def sixteen_bit(self) -> str | None:
         """See `PillowDecoder`, to which all such images go."""
-        return self._pillow.deep
+        return self._pillow.sixteen_bit
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
         """See `Decoder.decode`; what `batches` raises comes after the batches before it."""
@@ -275,7 +275,7 @@ class DaliDecoder:
                         log.info("DALI failed on a batch, which is decoded again in parts: %s", _reason(outputs))
                         rows = self._salvage(read, outputs)
                     else:
-                        rows = _Rows(self._pixels(outputs), _sizes(read.encoded), read.route.usable.copy())
+                        rows = _DecodedRows(self._pixels(outputs), _sizes(read.encoded), read.route.usable.copy())
                 left = np.flatnonzero(~rows.done)
                 results = [self._pool.submit(self._by_pillow, read, position) for position in left.tolist()]
                 yield _Unfinished(read.batch, rows, left, results, time.perf_counter() - start)
@@ -375,11 +375,11 @@ class DaliDecoder:
         except BadItem:
             return _array(b"")
 
-    def _salvage(self, read: _Read, failure: Exception) -> _Rows:
+    def _salvage(self, read: _Read, failure: Exception) -> _DecodedRows:
         """What DALI can decode of a batch that it failed on as a whole."""
         count = len(read.encoded)
         pixels = self._xp.empty((count, *self._row_shape), np.uint8)
-        rows = _Rows(pixels, _sizes(read.encoded), np.zeros(count, np.bool_))
+        rows = _DecodedRows(pixels, _sizes(read.encoded), np.zeros(count, np.bool_))
         positions = np.flatnonzero(read.route.usable).tolist()
         if _is_no_memory(failure):
             dali.backend.ReleaseUnusedMemory()
@@ -395,7 +395,7 @@ class DaliDecoder:
             self._decode_again(rows, read, group)
         return rows
 
-    def _decode_again(self, rows: _Rows, read: _Read, positions: list[int]) -> None:
+    def _decode_again(self, rows: _DecodedRows, read: _Read, positions: list[int]) -> None:
         """Decodes these items by DALI, in halves where that fails."""
         self._repair = self._repair or self._decoding(self._names, 1)
         feed = [(None, self._inputs(read, self._names, positions))]

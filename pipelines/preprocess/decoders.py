@@ -46,9 +46,9 @@ def make_decoder(
 def pillow_decoder(config: BuildConfig, geometry: Geometry, source: Source | None) -> PillowDecoder:
     """Pillow's, for pixels of as many bits as the settings say; without a source, for single images."""
     if config.bit_depth == 16:
-        from .pillow_16bit import DeepDecoder
+        from .pillow_16bit import SixteenBitDecoder
 
-        return DeepDecoder(config, geometry, source)
+        return SixteenBitDecoder(config, geometry, source)
     from .pillow import PillowDecoder
 
     return PillowDecoder(config, geometry, source)

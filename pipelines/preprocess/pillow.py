@@ -22,14 +22,14 @@ from ..config import BuildConfig
 from ..errors import BackendError, ShardError, UsageError
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.dicom_frames import require_pydicom
-from ..sources.rejects import BadItem, Reject
-from .base import DECODING_REVISION, Decoded, Stage, with_reads
+from ..sources.rejects import BadItem, Reject, Stage
+from .base import DECODING_REVISION, Decoded, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .exif import EXIF_HEADER, orientation_in
 from .geometry import Geometry, Placement
 from .jpeg import read_header, without_metadata
 from .png import is_png, samples16, set_transparency, without_extras
-from .samples import deep_samples, format_of, is_deep, plain, turned
+from .samples import format_of, is_sixteen_bit, plain, sixteen_bit_samples, turned
 from .tiff import Tiff, is_tiff
 
 _FILTERS = {
@@ -59,8 +59,8 @@ class PillowDecoder:
     """Decodes one image after the other; `decode_image` is the whole of the preprocessing up to uint8 pixels.
 
     Attributes:
-        deep: the path of an image with 16 bits a channel, of which 8 were kept; None if there was none. What DICOM
-            files keep, their window decides.
+        sixteen_bit: the path of an image with 16 bits a channel, of which 8 were kept; None if there was none. What
+            DICOM files keep, their window decides.
     """
 
     # Formats of which a file may give other pixels than a PIL image of it.
@@ -73,7 +73,7 @@ class PillowDecoder:
         self._mode = "L" if config.channels == "gray" else "RGB"
         self._filter = _FILTERS[config.interpolation]
         self._may_draft = config.reduces_jpegs
-        self.deep: str | None = None
+        self.sixteen_bit: str | None = None
         self._frames = threading.local()
 
     def __enter__(self) -> PillowDecoder:
@@ -144,8 +144,8 @@ class PillowDecoder:
         if levels is not None:
             return self.pixels_of(levels, path)
         with opened(self.prepared(data), path) as image:
-            if self.deep is None and self._config.bit_depth == 8 and is_deep(image):
-                self.deep = path
+            if self.sixteen_bit is None and self._config.bit_depth == 8 and is_sixteen_bit(image):
+                self.sixteen_bit = path
             picture, place = self._upright(image)
         with enough_memory(path):
             return self._place(picture, place)
@@ -157,8 +157,8 @@ class PillowDecoder:
         tiff = self.tiff_elsewhere(data)
         if tiff is None:
             return None
-        if self.deep is None and self._config.bit_depth == 8 < tiff.bits:
-            self.deep = path
+        if self.sixteen_bit is None and self._config.bit_depth == 8 < tiff.bits:
+            self.sixteen_bit = path
         with _blamed(path):
             return turned(tiff.decode(self._config.bit_depth), tiff.orientation if self._config.exif_orientation else 1)
 
@@ -263,7 +263,7 @@ class PillowDecoder:
 
     def _upright(self, image: Image.Image) -> tuple[Image.Image, Placement]:
         """The whole image, 8-bit L or RGB, and where it goes."""
-        exact = file_of(image) if "transparency" in image.info and deep_samples(image) else None
+        exact = file_of(image) if "transparency" in image.info and sixteen_bit_samples(image) else None
         orientation, place = self._loaded(image)
         if exact is not None:  # a colour of 16-bit samples, of which Pillow has kept 8
             image = Image.fromarray((samples16(exact) >> 8).astype(np.uint8))

@@ -22,13 +22,13 @@ from ..sources.base import Source
 from .geometry import Geometry, Placement
 from .pillow import PillowDecoder, enough_memory, file_of, upright
 from .png import samples16
-from .samples import deep_samples, is_gray16, opacity, plain
+from .samples import is_gray16, opacity, plain, sixteen_bit_samples
 
 _WHITE = 65_535
 _LUMA = (299, 587, 114)
 
 
-class DeepDecoder(PillowDecoder):
+class SixteenBitDecoder(PillowDecoder):
     """As PillowDecoder, to uint16 pixels.
 
     Raises:
@@ -55,7 +55,7 @@ class DeepDecoder(PillowDecoder):
 
     def _upright(self, image: Image.Image) -> tuple[Any, Placement]:
         """The whole image as planes of 32-bit floats, and where they go."""
-        kind = deep_samples(image)  # which loading forgets, as it does the place of the samples
+        kind = sixteen_bit_samples(image)  # which loading forgets, as it does the place of the samples
         data = None if kind is None else file_of(image)
         tile: Any = next(iter(getattr(image, "tile", ())), None)
         orientation, place = self._loaded(image)

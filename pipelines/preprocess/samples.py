@@ -27,7 +27,7 @@ def format_of(data: bytes) -> str | None:
     return next((name for name, pattern in _OTHERS.items() if re.match(pattern, data, re.DOTALL)), None)
 
 
-def deep_samples(image: Image.Image) -> tuple[str, int] | None:
+def sixteen_bit_samples(image: Image.Image) -> tuple[str, int] | None:
     """Pillow's name for the samples of an image that is not loaded, and the largest; None where Pillow keeps them all.
 
     CMYK is not among them: Pillow alone converts it, in 8 bits.
@@ -39,10 +39,10 @@ def deep_samples(image: Image.Image) -> tuple[str, int] | None:
     return (str(raw_mode), int(most)) if most > 255 else None
 
 
-def is_deep(image: Image.Image) -> bool:
+def is_sixteen_bit(image: Image.Image) -> bool:
     """Whether an image that is not loaded has 16 bits a channel, as far as Pillow tells."""
     gray = image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    return gray or deep_samples(image) is not None
+    return gray or sixteen_bit_samples(image) is not None
 
 
 def is_gray16(image: Image.Image) -> bool:

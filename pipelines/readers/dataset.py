@@ -23,7 +23,7 @@ from ..dataset.manifest import Manifest, so_far
 from ..dataset.records import open_npz
 from ..errors import FormatError, IncompleteError, StorageError
 from ..machine.environment import usable_cpus
-from ..npz.reader import DeflatedRows, Known, NpzReader
+from ..npz.reader import CachedDirectory, DeflatedRows, NpzReader
 from ..sources.base import label_form
 from ..storage.base import Storage, is_remote
 from ..storage.local import LocalStorage
@@ -43,7 +43,7 @@ def _renew_locks() -> None:
 
 os.register_at_fork(after_in_child=_renew_locks)  # a thread that the child does not have may hold one for ever
 
-Rows = SupportsIndex | slice | Sequence[int] | NDArray[np.integer[Any]]
+RowIndex = SupportsIndex | slice | Sequence[int] | NDArray[np.integer[Any]]
 
 
 class Dataset:
@@ -102,7 +102,7 @@ class Dataset:
         self.paths: Sequence[str] = _Paths(self)
         self._ends: list[int] = ends
         self._shards: dict[int, NpzReader] = {}  # the first opened is the first to go
-        self._known: dict[int, Known] = {}
+        self._known: dict[int, CachedDirectory] = {}
         self._lock = threading.Lock()
         _datasets.add(self)
 
@@ -126,7 +126,7 @@ class Dataset:
         """The dtype of the images."""
         return np.dtype(self.manifest.images.dtype)
 
-    def __getitem__(self, rows: Rows) -> NDArray[Any]:
+    def __getitem__(self, rows: RowIndex) -> NDArray[Any]:
         if type(rows) is int:  # by the shortest way: a small image is copied in the time that a few calls take
             shard, at = self._find(rows)
             row: NDArray[Any] = (self._shards.get(shard) or self.shard(shard)).rows("images")[at]
@@ -137,7 +137,7 @@ class Dataset:
         for number in range(len(self.shard_rows)):
             yield from self.shard(number).rows("images")
 
-    def column(self, name: str, rows: Rows) -> NDArray[Any]:
+    def column(self, name: str, rows: RowIndex) -> NDArray[Any]:
         """The entries of one array of the shards (`images`, `paths`, `source_bytes`, ...) for the given rows.
 
         Raises:
@@ -162,7 +162,7 @@ class Dataset:
         places = [self._find(int(row)) for row in wanted]
         return self._gather(name, [(shard, at, at + 1) for shard, at in places])
 
-    def normalized(self, rows: Rows) -> NDArray[np.float32]:
+    def normalized(self, rows: RowIndex) -> NDArray[np.float32]:
         """Images as float32, with the dataset's normalization applied where it stores uint8 pixels.
 
         A uint8 dataset gives exactly the values that a float32 build of the same images stores; blank rows stay zero.
@@ -322,7 +322,7 @@ def require_fit(index: Any, rows: int, shards: int, path: str) -> None:
         raise FormatError(f"{path}: {INDEX} does not fit the manifest; run gpu-npz verify on the dataset")
 
 
-def open_shard(storage: Storage, manifest: Manifest, number: int, before: Known | None = None) -> NpzReader:
+def open_shard(storage: Storage, manifest: Manifest, number: int, before: CachedDirectory | None = None) -> NpzReader:
     """One shard, which must be the one of this number and of this dataset; `before` as for `NpzReader`.
 
     Raises:
@@ -363,7 +363,7 @@ def _copying(url: str) -> str:
     return f"copy the dataset first, with {command} for one, and open DIR"
 
 
-def _opened(storage: Storage, name: str, before: Known | None = None) -> NpzReader:
+def _opened(storage: Storage, name: str, before: CachedDirectory | None = None) -> NpzReader:
     path = storage.path(name)
     try:
         return open_npz(storage, name, before)

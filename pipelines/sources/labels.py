@@ -17,7 +17,7 @@ from ..errors import SourceError, UsageError
 from .base import LabelColumn, Source, as_text, numbered
 
 Kind = Literal["class", "integer", "float"]
-Asked = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
+LabelSpec = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
 KINDS = ("class", "integer", "float")
 _MAX_TEXTS = 100_000
 _MAX_LABEL = 4096  # characters
@@ -38,8 +38,8 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What `Listed._list` gives at least: labels, or None if there are none."""
+class Listing:
+    """What `LabelledSource._list` gives at least: labels, or None if there are none."""
 
     digest: ClassVar[str | None] = None  # see `Source.listing`
     labels: Labels | None
@@ -55,7 +55,7 @@ class _HasLabels(Protocol):
 L = TypeVar("L", bound=_HasLabels)
 
 
-class Listed(Source, Generic[L]):
+class LabelledSource(Source, Generic[L]):
     """A source that has to read all labels to know its classes.
 
     What the constructor read serves the first listing, and is let go then. It may be large, and never travels to
@@ -104,13 +104,13 @@ def shared() -> Callable[[Any], Any]:
     return one
 
 
-def asked_columns(text: str) -> Asked:
+def label_spec(text: str) -> LabelSpec:
     """The columns that `--labels A,B:float` names, each with the kind that it is said to have.
 
     Raises:
         UsageError: a name is empty or stands there twice.
     """
-    found: Asked = []
+    found: LabelSpec = []
     for part in text.split(","):
         name, colon, kind = part.strip().rpartition(":")
         known: Kind | None = next((each for each in KINDS if colon and each == kind), None)  # type: ignore[misc]

@@ -32,7 +32,7 @@ from dataclasses import replace
 
 from ..errors import LockedError
 from .holders import Holder, is_gone
-from .names import beside, create, move_aside, put_back
+from .names import create, move_aside, put_back, temporary_name
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0
@@ -131,7 +131,7 @@ class FileLock:
     def _made(self) -> int | None:
         """A new lock file, already locked; None if there is one."""
         self._make_folders()
-        temporary = beside(self._path, self._own.token)
+        temporary = temporary_name(self._path, self._own.token)
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # another holder has just removed the folder, which was empty
@@ -191,7 +191,7 @@ class FileLock:
 
     def _remove(self, status: os.stat_result, holder: Holder | None = None) -> None:
         """Removes a lock file if it is still this one and, if given, still says this; another's new one stays."""
-        aside = beside(self._path, self._own.token)
+        aside = temporary_name(self._path, self._own.token)
         if not move_aside(self._path, aside):
             return  # another waiter was faster
         with contextlib.suppress(FileNotFoundError):  # whoever holds OUT by now has tidied up

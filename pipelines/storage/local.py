@@ -18,7 +18,7 @@ from ..errors import LockedError, StorageError
 from .base import LOCK, open_regular
 from .file_lock import FileLock, is_live
 from .holders import PRIVATE, Fence, Holder, fenced, require_held
-from .names import Beside, beside, create, move_aside, put_back
+from .names import TemporaryName, create, move_aside, put_back, temporary_name
 
 _ADVICE = {
     errno.ENOSPC: "free some space, then run the same command to resume",
@@ -91,7 +91,7 @@ class LocalStorage:
             if not os.path.isdir(os.path.dirname(path)):
                 self.require_held()
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-        return beside(path, self._owner)
+        return temporary_name(path, self._owner)
 
     def publish(self, temporary: str, name: str) -> None:
         """Gives a temporary file, already flushed to the disk, its final name.
@@ -106,7 +106,7 @@ class LocalStorage:
             self._flush_folder(os.path.dirname(self.path(name)))
 
     def _publish_held(self, temporary: str, path: str) -> None:
-        aside, own = beside(path, self._owner, "old"), _identity(temporary)
+        aside, own = temporary_name(path, self._owner, "old"), _identity(temporary)
         moved = False
         try:
             self.require_held()
@@ -167,7 +167,7 @@ class LocalStorage:
 
     def _remove(self, path: str, is_right: Callable[[str], bool]) -> None:
         """Removes a file that is the right one, by a look at where it lies now; one that is not stays."""
-        aside, right = beside(path, self._owner, "old"), False
+        aside, right = temporary_name(path, self._owner, "old"), False
         if move_aside(path, aside):
             try:
                 right = is_right(aside)
@@ -183,7 +183,7 @@ class LocalStorage:
 
         Only for the holder of a lock, while nothing else works under it.
         """
-        found = {name: file for name in self.names(folder) if (file := Beside.of(name))}
+        found = {name: file for name in self.names(folder) if (file := TemporaryName.of(name))}
         own = {fence.token for fence in self._fences}
         others = {self._holder(lock).token for lock in self.live_locks()} - own if found else set()
         for name, file in found.items():
@@ -194,10 +194,10 @@ class LocalStorage:
         """Removes what a worker under our lock, which is no more, left unfinished of a file."""
         folder, base = os.path.split(name)
         for other in self.names(folder):
-            if (file := Beside.of(other)) and (file.base, file.owner) == (base, self._owner):
+            if (file := TemporaryName.of(other)) and (file.base, file.owner) == (base, self._owner):
                 self._end(folder, other, file)
 
-    def _end(self, folder: str, name: str, file: Beside) -> None:
+    def _end(self, folder: str, name: str, file: TemporaryName) -> None:
         path = self.path(os.path.join(folder, name))
         with self.explained(name), contextlib.suppress(FileNotFoundError):
             if file.moved:

@@ -18,7 +18,7 @@ _BESIDE = re.compile(r"\.(.+)\.(?:([0-9a-f]{16})-[0-9a-f]{8}|\d+-\d+)\.(tmp|old)
 _NOBODY = "0" * 16
 
 
-class Beside(NamedTuple):
+class TemporaryName(NamedTuple):
     """What a name for a moment says: whose file it is, under which lock's token ("" if none), and whether it was moved.
 
     A file that was moved aside belongs where it was unless its name is taken; any other is unfinished.
@@ -29,13 +29,13 @@ class Beside(NamedTuple):
     moved: bool
 
     @classmethod
-    def of(cls, name: str) -> Beside | None:
+    def of(cls, name: str) -> TemporaryName | None:
         """None for a name that is none of these."""
         found = _BESIDE.fullmatch(name)
         return found and cls(found[1], "" if found[2] in (None, _NOBODY) else found[2], found[3] == "old")
 
 
-def beside(path: str, owner: str, kind: Literal["tmp", "old"] = "tmp") -> str:
+def temporary_name(path: str, owner: str, kind: Literal["tmp", "old"] = "tmp") -> str:
     """A new name for a moment in the same folder; `owner` is the token of the lock under which it is used, or ""."""
     folder, base = os.path.split(path)
     return os.path.join(folder, f".{base}.{owner or _NOBODY}-{secrets.token_hex(4)}.{kind}")

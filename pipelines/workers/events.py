@@ -19,7 +19,7 @@ class Progress:
     """A batch of a shard has been decoded and goes to the disk. Negative numbers take back what was lost.
 
     `changed` counts files that were written to, or went, since the worker began: what was read of them may be a part.
-    `reject` is one of the batch's; `deep` is the path of an image of which 8 of 16 bits a channel were kept.
+    `reject` is one of the batch's; `sixteen_bit` is the path of an image of which 8 of 16 bits a channel were kept.
     """
 
     shard: int
@@ -28,7 +28,7 @@ class Progress:
     source_bytes: int
     changed: int = 0
     reject: Reject | None = None
-    deep: str | None = None
+    sixteen_bit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class WorkerEnded:
 
 @dataclass(frozen=True)
 class Decoding:
-    """In careful mode: the item that is about to be decoded, None once it is done. For the engine alone."""
+    """In isolated mode: the item that is about to be decoded, None once it is done. For the engine alone."""
 
     index: int | None
 
@@ -81,7 +81,7 @@ class Task:
     """What a worker needs to know; small, and can be pickled.
 
     `gpu` is a device number, None for the CPU. `environment` is what the shards so far were made with, None if any will
-    do. `careful` decodes one image at a time and says which, and makes rejects of `banned` items, by index with code
+    do. `isolated` decodes one image at a time and says which, and makes rejects of `skipped` items, by index with code
     and detail, without a look at them; its batches hold one item each. `fence` is the lock under which it works.
     """
 
@@ -90,6 +90,6 @@ class Task:
     gpu: int | None
     tuning: Tuning
     environment: dict[str, Any] | None
-    careful: bool = False
-    banned: Mapping[int, tuple[Code, str]] = field(default_factory=dict)
+    isolated: bool = False
+    skipped: Mapping[int, tuple[Code, str]] = field(default_factory=dict)
     fence: Fence | None = None

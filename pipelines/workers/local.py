@@ -1,7 +1,7 @@
 """Worker processes on this machine. Only shard numbers and events travel between them, never pixels.
 
 A worker that dies or hangs is replaced, and the shards that it had begun are built again. A worker that has grown too
-large ends by itself between two shards, and is replaced, too. A shard that loses its worker twice is built in careful
+large ends by itself between two shards, and is replaced, too. A shard that loses its worker twice is built in isolated
 mode: one image at a time in a process that says which one it is about to decode. An image that ends that process
 becomes a reject; the death of a process by SIGKILL, as the system does it when memory is short, is never taken for an
 image's fault.
@@ -66,7 +66,7 @@ def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float
     finally:
         pool.stop()
     if pool.suspects:
-        yield named(dataclasses.replace(tasks[0], banned=pool.banned), pool.suspects, pool.built_items, timeout_s)
+        yield named(dataclasses.replace(tasks[0], skipped=pool.skipped), pool.suspects, pool.built_items, timeout_s)
 
 
 @dataclasses.dataclass
@@ -76,7 +76,7 @@ class _Worker:
     Attributes:
         output: what it writes to stdout and stderr.
         progress: what it has done of each shard that it has begun and not committed.
-        decoding: in careful mode, the item that is being decoded.
+        decoding: in isolated mode, the item that is being decoded.
         dismissed: whether it was told that there is no shard for it; None before it has asked for one.
         suspected: of how many of its next batches known messages may have been written.
         silent_s: how long it has said nothing.
@@ -100,13 +100,13 @@ class _Pool:
     Attributes:
         built_items: how many items the workers have reported.
         suspects: batches about which decoders may have written known messages.
-        banned: items that have ended or hung their decoder.
+        skipped: items that have ended or hung their decoder.
     """
 
     def __init__(self, shards: Sequence[int], timeout_s: float) -> None:
         self.built_items = 0
         self.suspects: list[Suspect] = []
-        self.banned: dict[int, tuple[Code, str]] = {}
+        self.skipped: dict[int, tuple[Code, str]] = {}
         self._workers: dict[Connection, _Worker] = {}
         self._todo = deque(shards)
         self._doubtful: deque[int] = deque()
@@ -180,7 +180,7 @@ class _Pool:
                     yield message
 
     def _queue(self, worker: _Worker) -> deque[int]:
-        return self._doubtful if worker.task.careful else self._todo
+        return self._doubtful if worker.task.isolated else self._todo
 
     def _next(self, worker: _Worker) -> int | None:
         """A shard for a worker, None if there is none for it; begins the one that it gets."""
@@ -211,7 +211,7 @@ class _Pool:
         if (code >= 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # it cannot even start
             raise ShardError(_epitaph(cause, self._deaths) + last)
         if worker.decoding is not None and (worker.hung or code in _CRASHES):
-            self.banned[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
+            self.skipped[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
         else:
             self._losses.update(list(worker.progress))
         remove_leftovers(worker.task, worker.progress)
@@ -230,8 +230,8 @@ class _Pool:
         )  # fmt: skip
         if self._doubtful:
             tuning = dataclasses.replace(worker.task.tuning, batch_size=1, prefetch=1, open_shards=1)
-            self.start(dataclasses.replace(worker.task, tuning=tuning, careful=True, banned=dict(self.banned)))
-        if self._todo and not worker.task.careful:
+            self.start(dataclasses.replace(worker.task, tuning=tuning, isolated=True, skipped=dict(self.skipped)))
+        if self._todo and not worker.task.isolated:
             self.start(worker.task)
 
 

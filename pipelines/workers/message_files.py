@@ -32,7 +32,7 @@ def named(task: Task, suspects: Sequence[Suspect], built_items: int, timeout_s: 
     """The paths of the items about which a decoder writes known messages.
 
     Args:
-        task: that of the workers; banned items are left out.
+        task: that of the workers; skipped items are left out.
         suspects: the batches in which they may be.
         built_items: how many items were decoded; the more, the more may be decoded again.
         timeout_s: for one batch.
@@ -75,7 +75,7 @@ def serve(descriptor: int) -> None:
             while True:
                 shard, first, count = connection.recv()
                 start = job.plan.shard_range(shard).start + first
-                items = [item for item in job.plan.items(start, start + count) if item.index not in task.banned]
+                items = [item for item in job.plan.items(start, start + count) if item.index not in task.skipped]
                 for _ in decoder.decode([Batch(shard, items, last=True)] if items else []):
                     pass
                 connection.send([item.path for item in items])

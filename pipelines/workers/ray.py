@@ -128,14 +128,14 @@ class _Worker:
     Attributes:
         progress: what it has done of each shard that it has begun and not committed.
         node: where it runs; None until it does.
-        careful: whether it is for one shard that was lost before.
+        isolated: whether it is for one shard that was lost before.
         silent_s: how long it has said nothing.
     """
 
     actor: Any
     progress: dict[int, list[Progress]] = dataclasses.field(default_factory=dict)
     node: str | None = None
-    careful: bool = False
+    isolated: bool = False
     silent_s: float = 0.0
 
 
@@ -202,11 +202,11 @@ class _Pool:
     def _grow(self) -> None:
         """Starts actors for the shards that are left. Ray places them, as soon as nobody else holds their resources."""
         count = min(self._room(), self._limit) - len(self._calls)
-        idle = Counter(worker.careful for worker in self._calls.values() if not worker.progress)
+        idle = Counter(worker.isolated for worker in self._calls.values() if not worker.progress)
         wanted = [True] * (len(self._doubtful) - idle[True]) + [False] * (len(self._todo) - idle[False])
-        for careful in wanted[: max(0, count)]:
-            actor = self._actor.remote(self._task, "GPU" in self._demand, self._token, self._timeout_s, careful)
-            self._calls[actor.poll.remote()] = _Worker(actor, careful=careful)
+        for isolated in wanted[: max(0, count)]:
+            actor = self._actor.remote(self._task, "GPU" in self._demand, self._token, self._timeout_s, isolated)
+            self._calls[actor.poll.remote()] = _Worker(actor, isolated=isolated)
 
     def _take(self, call: Any) -> Iterator[Event]:
         """Takes what an actor says, calls it again with the answers, and passes the events on."""
@@ -228,7 +228,7 @@ class _Pool:
                 if self._token and not _appears(self._task.out, str(message.probe), self._token):
                     raise _unshared(message.node, self._task.out)
             elif message is None:
-                shards = self._doubtful if worker.careful else self._todo
+                shards = self._doubtful if worker.isolated else self._todo
                 answers.append(shard := shards.popleft() if shards else None)
                 if shard is not None:
                     worker.progress[shard] = []
@@ -251,8 +251,8 @@ class _Pool:
         at_work = [(call, worker) for call, worker in self._calls.items() if worker.node]
         for call, worker in at_work:
             worker.silent_s += elapsed_s
-            # A careful one watches a process for as long, and what it has to say of that comes after.
-            if worker.silent_s > self._timeout_s * (2 if worker.careful else 1):
+            # A isolated one watches a process for as long, and what it has to say of that comes after.
+            if worker.silent_s > self._timeout_s * (2 if worker.isolated else 1):
                 yield from self._lost(call, f"gave no sign of life for {worker.silent_s:.0f} s")
         if at_work:
             self._idle_s = 0.0
@@ -292,13 +292,13 @@ class _Pool:
 class _Actor:
     """What Ray runs for each worker: `work` in a thread, and a mailbox in front of it."""
 
-    def __init__(self, task: Task, gpu: bool, token: str | None, timeout_s: float, careful: bool) -> None:
+    def __init__(self, task: Task, gpu: bool, token: str | None, timeout_s: float, isolated: bool) -> None:
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._stopped = False
         if gpu:
             task = dataclasses.replace(task, gpu=0)  # Ray shows an actor no GPU but its own
-        self._alone_s = timeout_s if careful else None
+        self._alone_s = timeout_s if isolated else None
         self._thread = threading.Thread(target=self._work, args=(task, token), daemon=True)
         self._thread.start()
 

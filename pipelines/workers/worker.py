@@ -70,7 +70,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         stack.enter_context(sink)
         pulse_s = 0.0
         batches = interleaved(job.plan, shards, task.tuning)
-        for decoded in _carefully(decoder, batches, task) if task.careful else decoder.decode(batches):
+        for decoded in _in_isolation(decoder, batches, task) if task.isolated else decoder.decode(batches):
             if isinstance(decoded, Decoding):
                 yield decoded
                 continue
@@ -89,7 +89,9 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             sink.put(rows)
             counts = len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum())
             changed = _changed(task.source, decoded, began_ns)
-            yield Progress(decoded.batch.shard, *counts, changed, next(iter(decoded.rejects), None), decoder.deep)
+            yield Progress(
+                decoded.batch.shard, *counts, changed, next(iter(decoded.rejects), None), decoder.sixteen_bit
+            )
             yield from map(Committed, sink.committed())
             if time.monotonic() >= pulse_s:
                 yield _pulse()
@@ -141,15 +143,15 @@ def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[B
             turns.append(batches)
 
 
-def _carefully(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Iterator[Decoded | Decoding]:
+def _in_isolation(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Iterator[Decoded | Decoding]:
     """Decodes batches of one item each. Between a Decoding with an index and one without, only a decoder is at work.
 
     Reading comes before: a disk that does not answer is not the image's fault.
     """
     for batch in batches:
         (item,) = batch.items
-        if item.index in task.banned:
-            reject = Reject(item.path, item.index, "decode", *task.banned[item.index])
+        if item.index in task.skipped:
+            reject = Reject(item.path, item.index, "decode", *task.skipped[item.index])
             yield Decoded(batch, None, np.empty(0, np.int64), np.zeros(1, np.int64), [reject], {})
             continue
         with contextlib.suppress(BadItem):

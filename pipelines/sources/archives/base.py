@@ -46,7 +46,7 @@ class Member(NamedTuple):
 
 
 @dataclass
-class Survey:
+class Inventory:
     """What all archives of a source hold.
 
     Attributes:
@@ -100,23 +100,23 @@ class ArchiveSource(Source):
                 f"--labels {config.labels}: labels of a {self.kind} are class-dir (the first folder) or none; for "
                 "others unpack it, or make a table of its paths"
             )
-        self._found = survey = self._survey()
+        self._found = inventory = self._inventory()
         if config.labels == "none":
             return
-        if survey.loose is not None and survey.filed is not None:
+        if inventory.loose is not None and inventory.filed is not None:
             raise SourceError(
-                f"{self.location!r} holds both images in no folder ({as_text(survey.loose)!r}, ...) and images in "
-                f"folders ({as_text(survey.filed)!r}, ...); move those into a folder of their class, or say "
+                f"{self.location!r} holds both images in no folder ({as_text(inventory.loose)!r}, ...) and images in "
+                f"folders ({as_text(inventory.filed)!r}, ...); move those into a folder of their class, or say "
                 "--labels none"
             )
-        if survey.loose is not None:
+        if inventory.loose is not None:
             return
-        found = [as_text(folder) for folder in sorted(survey.folders)]
+        found = [as_text(folder) for folder in sorted(inventory.folders)]
         if config.labels is None:
             top, src = as_text(self._top), quote(self.location)
-            sides = {side: map(as_text, survey.folders[as_bytes(side)]) for side in split_sides(found)}
+            sides = {side: map(as_text, inventory.folders[as_bytes(side)]) for side in split_sides(found)}
             refuse_sides(self.location, sides, lambda side: f"gpu-npz build {src} --root {quote(top + side)}")
-        self.bare = [name for name in found if as_bytes(name) not in survey.filled]
+        self.bare = [name for name in found if as_bytes(name) not in inventory.filled]
         self.class_names = tuple(found if classes is None else classes)
         numbers = numbered(list(self.class_names), found, self.location)
         self._numbers = {as_bytes(name): number for name, number in numbers.items()}
@@ -167,20 +167,20 @@ class ArchiveSource(Source):
             elif (path := path_of(member.name, self._files.path(number))).startswith(self._top):
                 yield path[len(self._top) :], member
 
-    def _survey(self) -> Survey:
-        survey = Survey()
+    def _inventory(self) -> Inventory:
+        inventory = Inventory()
         for number in range(len(self._files)):
-            self._survey_archive(number, survey)
-        if not survey.images and self.root:
+            self._inventory_of(number, inventory)
+        if not inventory.images and self.root:
             raise SourceError(
                 f"{self.location!r} holds no images below --root {self.root}; give a folder that has some"
             )
-        if not survey.images:
-            raise no_images(self.location, survey.others)
-        self.left_out = survey.others
-        return survey
+        if not inventory.images:
+            raise no_images(self.location, inventory.others)
+        self.left_out = inventory.others
+        return inventory
 
-    def _survey_archive(self, number: int, survey: Survey) -> None:
+    def _inventory_of(self, number: int, inventory: Inventory) -> None:
         others, other, names = 0, b"", Names(self._files.path(number))
         for path, member in self._below_root(number):
             if member.kind == "other":
@@ -190,7 +190,7 @@ class ArchiveSource(Source):
                 continue
             folder, slash, below = path.partition(b"/")
             if folder and (slash or member.kind == "folder"):
-                inner = survey.folders.setdefault(folder, set())
+                inner = inventory.folders.setdefault(folder, set())
                 second, deeper, _ = below.partition(b"/")
                 if second and (deeper or member.kind == "folder") and is_side(as_text(folder)):
                     inner.add(second)
@@ -198,14 +198,14 @@ class ArchiveSource(Source):
                 continue
             if has_extension(path):
                 names.add(path)
-                survey.images += 1
+                inventory.images += 1
                 if slash:
-                    survey.filed = survey.filed or path
-                    survey.filled.add(folder)
+                    inventory.filed = inventory.filed or path
+                    inventory.filled.add(folder)
                 else:
-                    survey.loose = survey.loose or path
+                    inventory.loose = inventory.loose or path
             else:
-                survey.others[extension_of(path)] += 1
+                inventory.others[extension_of(path)] += 1
         if others:
             warn_of_others(self._files.path(number), others, other)
         names.require_unique(path for path, _ in self._images(number))

@@ -18,7 +18,7 @@ from ...config import BuildConfig
 from ...errors import SourceError, UsageError
 from ..access.files import GROUP_ITEMS
 from ..base import IMAGE_EXTENSIONS, Group, as_text, is_hidden
-from ..labels import KINDS, Found, Kind, Listed, asked_columns, read_labels, shared
+from ..labels import KINDS, Kind, LabelledSource, Listing, label_spec, read_labels, shared
 from .base import Names, log, path_of, warn_of_others
 from .tar import TarSource, members, split_key
 
@@ -26,13 +26,13 @@ _MAX_LABEL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Listing(Found):
+class _WebDatasetListing(Listing):
     """Also: a hash of each image's path."""
 
     paths: array[int]
 
 
-class WebDatasetSource(TarSource, Listed[_Listing]):
+class WebDatasetSource(TarSource, LabelledSource[_WebDatasetListing]):
     """The images of samples in tars, which are not unpacked.
 
     The image of a sample is its file with an image's extension (`a.jpg`; `a.mask.png` is none). `--labels` names its
@@ -47,25 +47,25 @@ class WebDatasetSource(TarSource, Listed[_Listing]):
     kind = "webdataset"
 
     def _number_classes(self, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        named = [] if config.labels == "none" else asked_columns(config.labels or "cls")
+        named = [] if config.labels == "none" else label_spec(config.labels or "cls")
         self._asked, self._classes = [_label_column(*each) for each in named], classes
         self._take_labels()
 
-    def _list(self) -> _Listing:
+    def _list(self) -> _WebDatasetListing:
         values: list[list[Any]] = [[] for _ in self._asked]
         paths = array("q")
         one = shared()
         for number in range(len(self._files)):
-            for path, row in self._survey_samples(number):
+            for path, row in self._inventory_of_samples(number):
                 paths.append(hash(path))
                 for column, value in zip(values, row, strict=True):
                     column.append(one(value))
         columns = [(name.removeprefix("json:"), kind) for name, kind in self._asked]
         if not columns:
-            return _Listing(None, paths)
+            return _WebDatasetListing(None, paths)
         where = self._sample
         labels = read_labels(columns, values, location=self.location, where=where, classes=self._classes)
-        return _Listing(labels, paths)
+        return _WebDatasetListing(labels, paths)
 
     def groups(self) -> Iterator[Group]:
         """The images, some thousand at a time. Raises SourceError if a tar has changed meanwhile."""
@@ -82,7 +82,7 @@ class WebDatasetSource(TarSource, Listed[_Listing]):
                 places = np.array([place for _, place in chunk], np.int64)
                 yield Group(prefix, [path for path, _ in chunk], labels=labels, places=places)
 
-    def _survey_samples(self, number: int) -> Iterator[tuple[bytes, list[Any]]]:
+    def _inventory_of_samples(self, number: int) -> Iterator[tuple[bytes, list[Any]]]:
         """Looks through a tar; the image's path and the labels of each sample that has an image."""
         archive = self._files.path(number)
         names, without, first = Names(archive), 0, b""

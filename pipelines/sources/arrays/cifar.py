@@ -16,7 +16,7 @@ from ...errors import SourceError, UsageError
 from ...storage.base import is_remote
 from ..access.files import Files, place_of, read_piece
 from ..base import Group, Item, as_text
-from ..labels import Found, Listed, array_labels
+from ..labels import LabelledSource, Listing, array_labels
 from . import pickles
 from .netpbm import encoded
 
@@ -45,7 +45,7 @@ class Cifar:
 
 
 @dataclass(frozen=True)
-class Batch:
+class CifarBatch:
     """One file.
 
     Attributes:
@@ -96,7 +96,7 @@ def class_names(folder: str | os.PathLike[str], *, coarse: bool = False) -> tupl
     return tuple(_text(name) for name in names)
 
 
-def read_batch(folder: str | os.PathLike[str], name: str, classes: int, *, coarse: bool = False) -> Batch:
+def read_batch(folder: str | os.PathLike[str], name: str, classes: int, *, coarse: bool = False) -> CifarBatch:
     """One file of a collection with so many classes. Raises SourceError as `read_cifar`."""
     path = Path(folder, name)
     key = "labels" if _meta(folder).name == "batches.meta" else f"{_level(coarse)}_labels"
@@ -112,7 +112,7 @@ def read_batch(folder: str | os.PathLike[str], name: str, classes: int, *, coars
     rows = len(data) // ROW_BYTES
     if len(labels) != rows or not all(type(label) is int and 0 <= label < classes for label in labels):
         raise _damaged(path, f"{key} is not a list of {rows} numbers from 0 to {classes - 1}")
-    return Batch(name, data, raw.find(data), np.array(labels, np.int64))
+    return CifarBatch(name, data, raw.find(data), np.array(labels, np.int64))
 
 
 def interleaved(data: bytes) -> NDArray[np.uint8]:
@@ -173,13 +173,13 @@ def _load(path: Path, data: bytes) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Listing(Found):
+class _CifarListing(Listing):
     """Also: name, offset of the pixels, and number of images of each file."""
 
     files: list[tuple[str, int, int]]
 
 
-class CifarSource(Listed[_Listing]):
+class CifarSource(LabelledSource[_CifarListing]):
     """CIFAR-10 or CIFAR-100 as the Python archive unpacks: its folder for the training images, or one file in it.
 
     `cifar-10-batches-py` takes data_batch_1 to 5, `cifar-10-batches-py/test_batch` the test images; so do
@@ -217,7 +217,7 @@ class CifarSource(Listed[_Listing]):
         self.files = self._files.stamps
         self._take_labels()
 
-    def _list(self) -> _Listing:
+    def _list(self) -> _CifarListing:
         coarse = self._asked == "coarse"
         names = class_names(self._folder, coarse=coarse)
         files, labels = [], []
@@ -229,8 +229,8 @@ class CifarSource(Listed[_Listing]):
             files.append((file, batch.offset, len(batch.labels)))
             labels.append(batch.labels)
         if self._asked == "none":
-            return _Listing(None, files)
-        return _Listing(
+            return _CifarListing(None, files)
+        return _CifarListing(
             array_labels("labels", np.concatenate(labels), self.location, self._classes, names=names), files
         )
 

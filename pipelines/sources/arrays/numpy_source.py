@@ -23,7 +23,7 @@ from ...errors import SourceError, UsageError
 from ...storage.base import is_remote
 from ..access.files import GROUP_ITEMS, Files, place_of, read_piece
 from ..base import Group, Item
-from ..labels import KINDS, Found, Kind, Listed, array_labels
+from ..labels import KINDS, Kind, LabelledSource, Listing, array_labels
 from ..rejects import MAX_ENCODED_BYTES
 from ..tables.columns import LABEL_COLUMNS
 from . import npy
@@ -38,7 +38,7 @@ _WORD = re.compile(r"[xyXY](?=train|val|test|dev)|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\
 _UNNAMED = re.compile(r"arr_(\d+)")  # what numpy.savez calls an array that has no name
 
 
-class NumpySource(Listed[Found]):
+class NumpySource(LabelledSource[Listing]):
     """The images of one array in an .npy, or in an .npz (`a.npz`, or `a.npz/x_test.npy` for a certain one).
 
     The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 (R,G,B) or 4 (uint8 with alpha);
@@ -180,11 +180,11 @@ class NumpySource(Listed[Found]):
         made: BinaryIO = file
         return made
 
-    def _list(self) -> Found:
+    def _list(self) -> Listing:
         arrays = npy.arrays(self._files)
         name, kind = self._asked or (self._usual_labels(arrays), None)
         if name in (None, "none"):
-            return Found(None)
+            return Listing(None)
         files, column, array = self._files, name, arrays.get(name)
         if array is None and name.lower().endswith(".npy"):
             files, column = Files(name), "labels"
@@ -198,7 +198,7 @@ class NumpySource(Listed[Found]):
         self._require_fit(array)
         values = npy.values(files, array)
         values = values[:, 0] if values.shape[1:] == (1,) else values
-        return Found(array_labels(column, values, self.location, self._classes, kind=kind))
+        return Listing(array_labels(column, values, self.location, self._classes, kind=kind))
 
     def _usual_labels(self, arrays: Mapping[str, Array]) -> str | None:
         """The array that has the labels by its name. Raises SourceError if there are several."""

@@ -30,8 +30,8 @@ from ..base import (
     refuse_sides,
     split_sides,
 )
-from ..labels import Listed
-from ..tables.rows import EXTENSIONS, Listing
+from ..labels import LabelledSource
+from ..tables.rows import EXTENSIONS, TableListing
 from ..tables.sidecar import absolute, list_tables
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class TreeSource(Source):
                 )
 
 
-class FolderSource(TreeSource, Listed[Listing]):
+class FolderSource(TreeSource, LabelledSource[TableListing]):
     """The images below a folder on a disk; see `TreeSource`.
 
     Each frame of a DICOM file that has several is an item, `scan.dcm/0003`; its place is the frame's number. Such files
@@ -230,7 +230,7 @@ class FolderSource(TreeSource, Listed[Listing]):
         other._root_identity = other._identity(b"")
         return other
 
-    def _list(self) -> Listing:
+    def _list(self) -> TableListing:
         assert self._tables is not None
 
         def folders(name: str) -> Iterator[Group]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ...config import BuildConfig
 from ...errors import SourceError, UsageError
-from ..labels import KINDS, Asked, asked_columns
+from ..labels import KINDS, LabelSpec, label_spec
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def path_column(asked: str | None, columns: Sequence[str], location: str) -> str
     return require(found, columns, location)
 
 
-def label_columns(labels: str | None, columns: Sequence[str], location: str) -> Asked:
+def label_columns(labels: str | None, columns: Sequence[str], location: str) -> LabelSpec:
     """The columns of SRC that have labels, as `named_columns`; none for `--labels none`. Warns where it finds none."""
     if labels == "none":
         return []
@@ -54,7 +54,7 @@ def label_columns(labels: str | None, columns: Sequence[str], location: str) -> 
     return found
 
 
-def named_columns(names: str | None, columns: Sequence[str], location: str, before: str = "") -> Asked:
+def named_columns(names: str | None, columns: Sequence[str], location: str, before: str = "") -> LabelSpec:
     """The columns of a table that are named, as in A,B:float, or else the one that has a usual name, if any.
 
     Args:
@@ -65,7 +65,7 @@ def named_columns(names: str | None, columns: Sequence[str], location: str, befo
 
     Raises:
         SourceError: there is no such column, or there are two with usual names.
-        UsageError: as `asked_columns`, or another kind than there are.
+        UsageError: as `label_spec`, or another kind than there are.
     """
     if names is None:
         found = [require(name, columns, location) for name in usual(LABEL_COLUMNS, columns)]
@@ -75,7 +75,7 @@ def named_columns(names: str | None, columns: Sequence[str], location: str, befo
                 f"{before}A,B, or none"
             )
         return [(name, None) for name in found]
-    asked = asked_columns(names)
+    asked = label_spec(names)
     for name, _ in asked:
         column, colon, kind = name.rpartition(":")
         if colon and name not in columns and column in columns:

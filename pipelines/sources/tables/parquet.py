@@ -26,7 +26,7 @@ from ...config import BuildConfig
 from ...errors import SourceError
 from ..access.files import Files
 from ..base import Group, Item, as_bytes
-from ..labels import Found, Listed, is_missing, read_labels, shared
+from ..labels import LabelledSource, Listing, is_missing, read_labels, shared
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .arrow import explained, is_text, open_parquet, rows
 from .columns import PATH_COLUMNS, key_column, label_columns, require, usual
@@ -42,14 +42,14 @@ _LARGE_GROUP_BYTES = _WINDOW_BYTES
 
 
 @dataclass(frozen=True)
-class _Listing(Found):
+class _ParquetListing(Listing):
     """Also: the rows of each row group of each file, and the key of each row."""
 
     counts: list[list[int]]
     keys: list[bytes]
 
 
-class ParquetSource(Listed[_Listing]):
+class ParquetSource(LabelledSource[_ParquetListing]):
     """The images in Parquet files, in the order of files and rows; an item's path is `FILE.parquet/000123`.
 
     Raises:
@@ -124,7 +124,7 @@ class ParquetSource(Listed[_Listing]):
                     )
                     start, row = start + taken, row + taken
 
-    def _list(self) -> _Listing:
+    def _list(self) -> _ParquetListing:
         """Rows of each row group of each file, and their labels."""
         counts: list[list[int]] = []
         values: list[list[Any]] = [[] for _ in self._asked]
@@ -158,11 +158,11 @@ class ParquetSource(Listed[_Listing]):
             return f"row {row - starts[number]} of {self._files.names[number]!r}"
 
         if not self._asked:
-            return _Listing(None, counts, keys)
+            return _ParquetListing(None, counts, keys)
         labels = read_labels(
             self._asked, values, location=self.location, where=where, classes=self._classes, known=self._known
         )
-        return _Listing(labels, counts, keys)
+        return _ParquetListing(labels, counts, keys)
 
     def read(self, item: Item) -> bytes:
         """The bytes that the row has.

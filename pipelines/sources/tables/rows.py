@@ -27,7 +27,7 @@ from ...storage.base import is_remote
 from ..access.files import Files
 from ..access.stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of, without_query
 from ..base import Group, as_bytes, as_text, is_image
-from ..labels import Asked, Labels, is_missing, read_labels, shared
+from ..labels import Labels, LabelSpec, is_missing, read_labels, shared
 from ..rejects import BadItem
 from . import arrow
 from .columns import PATH_COLUMNS, require, usual
@@ -211,7 +211,7 @@ class Table:
         return SourceError(f"{self.location!r}: line {line} {what}; {advice}")
 
 
-class Listing:
+class TableListing:
     """The items that tables name: some 30 bytes an item beside its path, its labels, and texts that few rows share.
 
     Args:
@@ -224,7 +224,7 @@ class Listing:
         digest: SHA-256 of paths, labels and keys, once `finish` was called.
     """
 
-    def __init__(self, location: str, asked: Asked, key: str | None = None) -> None:
+    def __init__(self, location: str, asked: LabelSpec, key: str | None = None) -> None:
         self.labels: Labels | None = None
         self.digest: str | None = None
         self._location = location
@@ -277,7 +277,7 @@ class Listing:
             self._ends.append(len(self._names))
             self._hashes.append(hash(name))
 
-    def finish(self, classes: Sequence[str] | None) -> Listing:
+    def finish(self, classes: Sequence[str] | None) -> TableListing:
         """Itself, when all tables were added: finds the labels out.
 
         Raises:

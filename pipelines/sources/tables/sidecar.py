@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from ...errors import SourceError, UsageError
 from ...storage.base import is_remote
 from ..base import Group, location_of
-from ..labels import Asked
+from ..labels import LabelSpec
 from .columns import PATH_COLUMNS, named_columns, path_column, usual
 from .paths import Base, below, within
-from .rows import EXTENSIONS, Listing, Table
+from .rows import EXTENSIONS, Table, TableListing
 
 _TABLE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, EXTENSIONS))}))(?::(.*))?", re.I | re.S)  # FILE.csv:A,B
 
@@ -26,7 +26,7 @@ def list_tables(
     key: str | None,
     classes: Sequence[str] | None,
     follow_links: bool,
-) -> Listing:
+) -> TableListing:
     """The items that the tables name, with their labels.
 
     Args:
@@ -34,7 +34,7 @@ def list_tables(
             `:A,B` behind it, the columns of labels: see `FolderSource`.
         location: SRC.
         folders: gives the folders of images, and those with a file of the given name.
-        key: as for `Listing`.
+        key: as for `TableListing`.
         classes: as for `read_labels`.
         follow_links: whether a path may lead out of SRC by a symbolic link.
 
@@ -63,7 +63,7 @@ def list_tables(
             f"--labels {labels}: it has the columns {', '.join(map(repr, table.columns))}, none with a usual name of "
             f"labels; say --labels {match[1]}:{table.columns[-1]}"
         )
-    listing = Listing(table.location, asked, key)
+    listing = TableListing(table.location, asked, key)
     listing.add(table, path_column(None, table.columns, table.location), _path_of(location, follow_links))
     return listing.finish(classes)
 
@@ -83,10 +83,10 @@ def absolute(labels: str) -> str:
 
 def _in_folders(
     name: str, names: str | None, location: str, folders: Iterator[Group], key: str | None, follow_links: bool
-) -> Listing:
+) -> TableListing:
     path_of = _path_of(location, follow_links)
-    listing: Listing | None = None
-    first: tuple[str, Asked] = "", []
+    listing: TableListing | None = None
+    first: tuple[str, LabelSpec] = "", []
     for group in folders:
         folder = os.fsdecode(group.folder)
         path = os.path.join(location, folder, name)
@@ -95,7 +95,7 @@ def _in_folders(
         table = Table(path)
         column, asked = _columns(table, names, f"csv:{name}:", key)
         if listing is None:
-            listing, first = Listing(location, asked, key), (folder, asked)
+            listing, first = TableListing(location, asked, key), (folder, asked)
         if {*asked} != {*first[1]}:
             raise SourceError(
                 f"{location!r}: {name!r} has the labels {_named(first[1])} in {first[0] or '.'!r} and {_named(asked)} "
@@ -107,7 +107,7 @@ def _in_folders(
     return listing
 
 
-def _columns(table: Table, names: str | None, before: str, key: str | None) -> tuple[str, Asked]:
+def _columns(table: Table, names: str | None, before: str, key: str | None) -> tuple[str, LabelSpec]:
     """The column of file names of a folder's table, and those of labels."""
     asked = named_columns(names, table.columns, table.location, before)
     others = [each for each in table.columns if each and each != key and each not in dict(asked)]
@@ -127,5 +127,5 @@ def _in_folder(text: str, folder: str, location: str, path_of: Callable[[str], b
     return path_of(folder + text) if text not in ("", ".", "..") else below(text, location)
 
 
-def _named(columns: Asked) -> str:
+def _named(columns: LabelSpec) -> str:
     return ", ".join(repr(name) for name, _ in columns) or "none"

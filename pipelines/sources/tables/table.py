@@ -14,13 +14,13 @@ from ...storage.base import is_remote
 from ..access.local import LocalFiles
 from ..access.stores import READS_AT_ONCE, fetch, is_web, patiently, store_of, without_query
 from ..base import Group, Item, full_location
-from ..labels import Listed
+from ..labels import LabelledSource
 from .columns import key_column, label_columns, path_column
 from .paths import Base, within
-from .rows import Listing, Table
+from .rows import Table, TableListing
 
 
-class TableSource(Listed[Listing]):
+class TableSource(LabelledSource[TableListing]):
     """The images that a table names, in the order of its rows.
 
     Paths are relative to the table's folder, or to `config.root`; either may be a URL. A full path or URL is taken if
@@ -66,8 +66,8 @@ class TableSource(Listed[Listing]):
         groups = self._listed().groups()
         return groups if self._files is None else map(self._files.with_frames, groups)
 
-    def _list(self) -> Listing:
-        listing = Listing(self.location, self._asked, self._key)
+    def _list(self) -> TableListing:
+        listing = TableListing(self.location, self._asked, self._key)
         listing.add(self._table or Table(self.location), self._path_column, self._path_of())
         return listing.finish(self._classes)
 
