@@ -1094,7 +1094,7 @@ def test_a_build_that_stops_before_any_commit_says_what_to_do(
     assert report.missing_shards
     committed = len(list((tmp_path / "out/.gpu-npz/commits").glob("*.json")))
     assert report.built_shards <= committed  # a shard's thread may commit one more while the build stops
-    assert report.rejects == report.built_items <= 60
+    assert report.built_items <= report.rejects <= 60
     fixed = {"root": str(right), "overwrite": "part" not in options}
     if "part" in options:
         shutil.rmtree(tmp_path / "out")
