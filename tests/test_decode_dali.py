@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,9 +50,13 @@ EXACT = (0, 0, 0.0)
 GPU_EXTRA = (8, 8, 1.0)  # DALI's own tests allow its GPU decoder a mean of 1 from its CPU decoder
 
 
-@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> int | None:
-    return None if request.param == "cpu" else 0
+PIPELINES = 1  # of the decoders in this module
+
+
+@pytest.fixture(params=["cpu", "two pipelines", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    monkeypatch.setattr(sys.modules[__name__], "PIPELINES", 1 if request.param == "cpu" else 2)
+    return 0 if request.param == "gpu" else None
 
 
 @dataclass
@@ -93,7 +98,7 @@ def config_of(device: int | None, **settings: Any) -> tuple[BuildConfig, Geometr
 
 def tuning_of(config: BuildConfig, batch_size: int) -> Tuning:
     load = 0.0 if config.reproducible else None
-    return Tuning(1, batch_size, threads=2, prefetch=2, open_shards=1, hw_decoder_load=load)
+    return Tuning(1, batch_size, threads=2, pipelines=PIPELINES, prefetch=2, open_shards=1, hw_decoder_load=load)
 
 
 def decoder_of(root: Path, device: int | None, batch_size: int = 8, **settings: Any) -> Any:
@@ -340,15 +345,19 @@ def test_want_of_memory_splits_the_batch_and_never_changes_the_decoder(device: i
     names = [*good, "missing.jpg"]
     with decoder_of(root, device) as decoder:
         clean = outcome_of(decoder, names).rows
-        main, most, message = decoder._main.run, 2, "Error in MIXED operator: CUDA allocation failed"
-        decoder._repair = decoder._decoding(decoder._names, 1)
+        most, message = 2, "Error in MIXED operator: CUDA allocation failed"
+        (decoder._repair,) = decoder._decoding(decoder._names, repairing=True)
         repair = decoder._repair.run
 
-        def run(feed: Any, stream: int | None) -> Any:
+        def run(feed: Any, stream: Any) -> Any:
             return repair(feed, stream) if len(feed[0][1][0]) <= most else [(None, RuntimeError(message))]
 
+        def failing(main: Any) -> Any:
+            return lambda *given: ((read, RuntimeError(message)) for read, _ in main(*given))
+
         decoder._repair.run = run
-        decoder._main.run = lambda *given: ((read, RuntimeError(message)) for read, _ in main(*given))
+        for pipeline in decoder._main:
+            pipeline.run = failing(pipeline.run)
         assert_same(outcome_of(decoder, names).rows, clean)
         most, message = 0, "std::bad_alloc"
         with pytest.raises(ShardError, match="no memory"):
@@ -362,9 +371,9 @@ def test_a_batch_that_comes_out_of_turn_is_an_error(device: int | None, tmp_path
     with decoder_of(folder(tmp_path, pictures(4)), device) as decoder:
         decoding = decoder.decode(batches_of(list(pictures(4)), 1))
         next(decoding)
-        decoder._main._pipeline.run()  # as if DALI had lost a batch
+        decoder._main[0]._pipeline.run()  # as if DALI had lost a batch
         with pytest.raises(ShardError, match="out of turn"):
-            next(decoding)
+            list(decoding)
 
 
 def test_the_environment_is_json_and_names_what_decides_the_pixels(device: int | None, tree: Path) -> None:
@@ -404,7 +413,7 @@ def test_pixels_are_ordered_on_the_stream_that_was_given(tmp_path: Path) -> None
     config, geometry = config_of(0)
     stream, source, tuning = cupy.cuda.Stream(non_blocking=True), FolderSource(root), tuning_of(config, 8)
     with (
-        dali.DaliDecoder(config, geometry, source, tuning=tuning, device=0, stream=stream.ptr) as decoder,
+        dali.DaliDecoder(config, geometry, source, tuning=tuning, device=0, stream=stream) as decoder,
         stream,
     ):
         rows = np.concatenate([cupy.asnumpy(decoded.pixels) for decoded in decoder.decode(batches_of(names, 8))])

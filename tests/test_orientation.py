@@ -97,7 +97,7 @@ def decoded(backend: Any, root: Path, files: dict[str, bytes], **settings: Any) 
         (root / name).write_bytes(data)
     config = BuildConfig(**{"size": (48, 72), "normalize": "unit", "device": "cpu", "backend": backend, **settings})
     assert config.size is not None
-    geometry, tuning = Geometry.of(config, config.size), Tuning(1, len(files), 2, 2, 1, None)
+    geometry, tuning = Geometry.of(config, config.size), Tuning(1, len(files), 2, 1, 2, 1, None)
     batch = Batch(0, [Item(number, name, None) for number, name in enumerate(files)], True)
     with make_decoder(backend, config, geometry, FolderSource(root), tuning=tuning) as decoder:
         (found,) = decoder.decode([batch])

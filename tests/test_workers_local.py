@@ -291,7 +291,7 @@ def test_each_worker_has_a_gpu_of_its_own_and_they_are_taken_in_turn(monkeypatch
     started: list[int | None] = []
     monkeypatch.setattr(local._Pool, "start", lambda self, task: started.append(task.gpu))
     monkeypatch.setattr(local._Pool, "events", lambda self: iter(()))
-    tuning = Tuning(workers=5, batch_size=1, threads=1, prefetch=1, open_shards=1, hw_decoder_load=None)
+    tuning = Tuning(workers=5, batch_size=1, threads=1, pipelines=1, prefetch=1, open_shards=1, hw_decoder_load=None)
     task = worker.Task("out", None, None, tuning, None)  # type: ignore[arg-type]  # nobody reads it
     assert list(local.run(task, [0, 1], (2, 0), 1.0)) == []
     assert started == [2, 0, 2, 0, 2]

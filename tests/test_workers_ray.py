@@ -401,7 +401,7 @@ def test_the_machine_of_a_build_is_that_of_the_nodes(head: Any, gpu: int) -> Non
 
 
 def task(source: Any, out: Path) -> Task:
-    tuning = Tuning(workers=1, batch_size=1, threads=3, prefetch=1, open_shards=1, hw_decoder_load=None)
+    tuning = Tuning(workers=1, batch_size=1, threads=3, pipelines=1, prefetch=1, open_shards=1, hw_decoder_load=None)
     return Task(str(out), source, None, tuning, None)
 
 

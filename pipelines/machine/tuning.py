@@ -8,8 +8,13 @@ from ..config import BATCH_SIZE, BuildConfig
 from .environment import Choice
 
 _BATCH_BYTES = 1 << 28  # a batch of huge images is smaller, unless asked for
-# Two batches inside DALI: one is decoded while another is used. On CPU operators 3 was no faster.
-_PREFETCH = 2
+# Batches inside each of DALI's pipelines. On a GPU, one more keeps two in flight while Python works; on CPU operators 3
+# was no faster.
+_PREFETCH = {"cuda": 3, "cpu": 2}
+# A pipeline runs one operator of a kind at a time; with two, one does its work on the host while the other waits.
+_PIPELINES = {"cuda": 2, "cpu": 1}
+_OTHER_CORES = 2  # of a GPU's: for Python, and for the threads that write
+_READING = 8  # one in so many of a GPU's threads reads files: 25 us an image, beside some 700 us to decode its share
 # One thread writes a shard, and on one file two of them gain nothing. A GPU gives more than one thread can write.
 _OPEN_SHARDS = {"cuda": 4, "cpu": 1}
 
@@ -21,8 +26,9 @@ class Tuning:
     Attributes:
         workers: processes; none where everything is done in the process that builds.
         batch_size: images that are decoded together, at most.
-        threads: threads of a worker's DALI; pillow has none.
-        prefetch: batches inside DALI at the same time.
+        threads: threads of a worker's DALI, shared by its pipelines on a GPU; pillow has none.
+        pipelines: of DALI, that decode in turn.
+        prefetch: batches inside each of them at the same time.
         open_shards: shards that a worker writes at the same time.
         hw_decoder_load: the share of a batch's JPEGs that a GPU's hardware engines get, None for DALI's own choice.
     """
@@ -30,6 +36,7 @@ class Tuning:
     workers: int
     batch_size: int
     threads: int
+    pipelines: int
     prefetch: int
     open_shards: int
     hw_decoder_load: float | None
@@ -51,14 +58,25 @@ class Tuning:
             workers = cores if choice.backend == "pillow" else max(1, len(choice.gpus))  # DALI has threads
         workers = min(workers, max(1, shards))
         batch_size = config.batch_size or max(1, min(BATCH_SIZE[device], _BATCH_BYTES // row_bytes))
-        threads = max(1, cores // max(1, workers))
         if device == "cuda":
-            threads = max(1, threads // 2)  # the GPU's decoder keeps as many again for its share on the host
+            cores -= _OTHER_CORES
+        threads = max(1, cores // max(1, workers))
         return cls(
             workers=workers,
             batch_size=min(batch_size, shard_rows),
             threads=config.threads or threads,
-            prefetch=config.prefetch or _PREFETCH,
+            pipelines=_PIPELINES[device],
+            prefetch=config.prefetch or _PREFETCH[device],
             open_shards=min(config.open_shards or _OPEN_SHARDS[device], max(1, shards // max(1, workers))),
             hw_decoder_load=0.0 if config.reproducible else config.hw_decoder_load,
         )
+
+    @property
+    def reading_threads(self) -> int:
+        """Threads of the pipeline that reads files."""
+        return self.threads if self.pipelines == 1 else max(1, self.threads // _READING)
+
+    @property
+    def decoding_threads(self) -> int:
+        """Threads of each pipeline that decodes."""
+        return self.threads if self.pipelines == 1 else max(1, (self.threads - self.reading_threads) // self.pipelines)

@@ -42,7 +42,7 @@ from ..sources.access.local import is_plain
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, Stage, clean
 from .base import DECODING_REVISION, Decoded
-from .fed_pipeline import FedPipeline
+from .fed_pipeline import FedPipeline, run_in_turn
 from .geometry import Geometry
 from .pillow import PillowDecoder, versions
 from .routing import Route, route
@@ -113,7 +113,7 @@ class DaliDecoder:
         source: gives the items. Where each is a local file, DALI reads it.
         tuning: the largest batch that `decode` will meet, threads (for DALI, and as many for Pillow), and so on.
         device: the GPU's number, or None for DALI's CPU operators.
-        stream: handle of the CUDA stream on which the pixels will be used; None waits for each batch instead.
+        stream: CuPy's stream on which the pixels will be used; None waits for each batch instead.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class DaliDecoder:
         *,
         tuning: Tuning,
         device: int | None,
-        stream: int | None = None,
+        stream: Any = None,
     ) -> None:
         self._config = config
         self._geometry = geometry
@@ -140,18 +140,20 @@ class DaliDecoder:
         self._xp: Any = np if device is None else importlib.import_module("cupy")
         self._on_stream: Any = contextlib.nullcontext()
         if stream is not None:
-            self._on_stream = self._xp.cuda.ExternalStream(stream, device)
+            self._on_stream = stream
         elif device is not None:
             self._on_stream = self._xp.cuda.Device(device)
-        self._main: FedPipeline[_Read] | None = None
+        self._main: list[FedPipeline[_Read]] = []
         self._repair: FedPipeline[None] | None = None
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> DaliDecoder:
         try:
             if self._source.file_per_item:
-                self._reader: FedPipeline[tuple[Batch, list[bool]]] = self._opened(_files, None, self._tuning.prefetch)
-            self._main = self._decoding(self._names, self._tuning.prefetch)
+                self._reader: FedPipeline[tuple[Batch, list[bool]]] = self._opened(
+                    _files, None, self._tuning.prefetch, self._tuning.reading_threads
+                )
+            self._main = self._decoding(self._names)
             self._try_blank()
         except (RuntimeError, OSError) as exc:
             self._open.close()
@@ -169,40 +171,51 @@ class DaliDecoder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._main = self._repair = None
+        self._main, self._repair = [], None
         self._open.close()
 
     def _try_blank(self) -> None:
-        """Decodes a blank image: without its plug-ins, nvImageCodec starts and then fails on every image."""
-        assert self._main is not None
-        blank = _Read(Batch(0, [], True), [self._blank], route([self._blank.data], self._config, self._geometry))
-        ((_, outputs),) = self._main.run([(blank, self._inputs(blank, self._names))], self._stream)
-        if isinstance(outputs, Exception):
+        """Decodes blank images: without its plug-ins, nvImageCodec starts and then fails on every image.
+
+        On a GPU, a whole batch of them: the first batch of a decoder's life fixes the share of the hardware engines.
+        """
+        count = 1 if self._device is None else self._tuning.batch_size
+        encoded = [self._blank] * count
+        blanks = _Read(Batch(0, [], True), encoded, route([self._blank.data] * count, self._config, self._geometry))
+        feed = [(blanks, self._inputs(blanks, self._names))] * len(self._main)
+        for outputs in (outputs for _, outputs in run_in_turn(self._main, feed, self._stream)):
+            if not isinstance(outputs, Exception):
+                continue
             raise BackendError(
                 f"DALI decodes no JPEG here ({_reason(outputs)}); nvImageCodec needs its plug-ins, by links in the "
                 f"temporary folder {tempfile.gettempdir()!r}, whose name must have no colon. If TMPDIR and "
                 "NVIMGCODEC_EXTENSIONS_PATH are in order, reinstall nvidia-nvimgcodec"
             ) from outputs
 
-    def _decoding(self, names: Sequence[str], prefetch: int) -> FedPipeline[Any]:
-        """A pipeline that decodes, as far as its inputs say."""
+    def _decoding(self, names: Sequence[str], *, repairing: bool = False) -> list[FedPipeline[Any]]:
+        """The pipelines that decode, as far as their inputs say; for repairs, one that takes a batch at a time."""
+        count, prefetch = (1, 1) if repairing else (self._tuning.pipelines, self._tuning.prefetch)
         with _without_opencv():
-            return self._opened(
-                _decoded,
-                self._device,
-                prefetch,
-                names=names,
-                config=self._config,
-                geometry=self._geometry,
-                backend=self._backend,
-                hw_decoder_load=self._tuning.hw_decoder_load,
-            )
+            return [
+                self._opened(
+                    _decoded,
+                    self._device,
+                    prefetch,
+                    self._tuning.decoding_threads,
+                    names=names,
+                    config=self._config,
+                    geometry=self._geometry,
+                    backend=self._backend,
+                    hw_decoder_load=self._tuning.hw_decoder_load,
+                )
+                for _ in range(count)
+            ]
 
-    def _opened(self, graph: Any, device: int | None, prefetch: int, **options: Any) -> FedPipeline[Any]:
+    def _opened(self, graph: Any, device: int | None, prefetch: int, threads: int, **options: Any) -> FedPipeline[Any]:
         pipeline: FedPipeline[Any] = FedPipeline(
             graph,
             batch_size=self._tuning.batch_size,
-            num_threads=self._tuning.threads,
+            num_threads=threads,
             device_id=device,
             prefetch_queue_depth=prefetch,
             **options,
@@ -253,23 +266,22 @@ class DaliDecoder:
             yield from (read.batch for read in reads)
             return
         names = _input_names(last, self._geometry, self._backend)
-        pipeline = self._decoding(names, self._tuning.prefetch)
-        try:
-            for read, outputs in pipeline.run((read, self._inputs(read, names)) for read in reads):
+        with contextlib.ExitStack() as stack:
+            pipelines = self._decoding(names)
+            for pipeline in pipelines:
+                stack.callback(pipeline.close)
+            for read, outputs in run_in_turn(pipelines, ((read, self._inputs(read, names)) for read in reads)):
                 if isinstance(outputs, Exception):
                     log.debug("DALI failed on a batch")
                 yield read.batch
-        finally:
-            pipeline.close()
 
     def _run(self, batches: Iterable[Batch]) -> Generator[_Unfinished, None, None]:
         """What DALI makes of the batches, in order; what it has left begins at Pillow."""
-        assert self._main is not None
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             reads = stack.enter_context(contextlib.closing(self._read(batches)))
             feed = ((read, self._inputs(read, self._names)) for read in reads)
-            for read, outputs in stack.enter_context(contextlib.closing(self._main.run(feed, self._stream))):
+            for read, outputs in stack.enter_context(contextlib.closing(run_in_turn(self._main, feed, self._stream))):
                 with self._on_stream:
                     if isinstance(outputs, Exception):
                         log.info("DALI failed on a batch, which is decoded again in parts: %s", _reason(outputs))
@@ -309,9 +321,11 @@ class DaliDecoder:
         """A batch, which of its items are plain files, and the paths that DALI reads: of another item an empty file."""
         paths = [self._source.local_path(item) for item in self._checked(batch).items]
         plain = [is_plain(path) for path in paths]
-        return (batch, plain), [
-            [_array(path if fits else b"/dev/null") for path, fits in zip(paths, plain, strict=True)]
-        ]
+        taken = [path if fits else b"/dev/null" for path, fits in zip(paths, plain, strict=True)]
+        # One array costs DALI a seventh of what an array per path does. Slashes before an absolute path change nothing.
+        length = max(map(len, taken))
+        padded = _array(b"".join(path.rjust(length, b"/") for path in taken)).reshape(len(taken), length)
+        return (batch, plain), [padded]
 
     def _checked(self, batch: Batch) -> Batch:
         if not 1 <= len(batch.items) <= self._tuning.batch_size:
@@ -336,7 +350,7 @@ class DaliDecoder:
 
     def _pixels(self, outputs: list[Any]) -> Any:
         pixels = outputs[0].as_tensor()
-        return np.asarray(pixels) if self._device is None else self._xp.from_dlpack(pixels)
+        return self._xp.asarray(pixels)  # holds the tensor; with DLPack, DALI would free it in a thread that waits
 
     def _finish(self, run: _Unfinished) -> Decoded:
         """The batch with Pillow's pixels where DALI has none."""
@@ -397,7 +411,7 @@ class DaliDecoder:
 
     def _decode_again(self, rows: _DecodedRows, read: _Read, positions: list[int]) -> None:
         """Decodes these items by DALI, in halves where that fails."""
-        self._repair = self._repair or self._decoding(self._names, 1)
+        self._repair = self._repair or self._decoding(self._names, repairing=True)[0]
         feed = [(None, self._inputs(read, self._names, positions))]
         ((_, outputs),) = self._repair.run(feed, self._stream)
         if not isinstance(outputs, Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import BuildConfig
 from ..machine.environment import BackendName
@@ -23,7 +23,7 @@ def make_decoder(
     *,
     tuning: Tuning,
     gpu: int | None = None,
-    stream: int | None = None,
+    stream: Any = None,
 ) -> Decoder:
     """The decoder of that name; its library is loaded here.
 
@@ -34,7 +34,7 @@ def make_decoder(
         source: gives the items.
         tuning: the largest batch that it will meet, how many threads it may have, and so on.
         gpu: the device's number, None for the CPU.
-        stream: handle of the CUDA stream on which the pixels will be used.
+        stream: CuPy's stream on which the pixels will be used.
     """
     if backend == "pillow":
         return pillow_decoder(config, geometry, source)

@@ -63,9 +63,9 @@ class CudaNormalizer:
             self._table = None if self._host_table is None else cupy.asarray(self._host_table)
 
     @property
-    def stream(self) -> int:
-        """The kernel's CUDA stream, as a number: for the decoder, so that the two are in order without waiting."""
-        return int(self._stream.ptr)
+    def stream(self) -> Any:
+        """The kernel's stream: for the decoder, so that the two are in order without waiting."""
+        return self._stream
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
         """A pinned host buffer for stored rows, of exactly the size needed, and its twin on the device."""
@@ -80,7 +80,7 @@ class CudaNormalizer:
         """Enqueues the kernel alone, from `pixels` to the twin of `out`; see `apply`."""
         cupy = self._cupy
         with self._stream:
-            source = cupy.from_dlpack(pixels)
+            source = cupy.asarray(pixels)
             fit = source.dtype == np.uint8 and source.ndim == 4 and source.shape[3] == self._config.channel_count
             if not fit or not source.flags.c_contiguous:
                 raise ValueError(f"pixels: got {source.dtype} {source.shape}; need dense uint8 (N, H, W, C)")
@@ -114,7 +114,7 @@ class CudaNormalizer:
         """Enqueues kernel and copy; see `Normalizer.apply`.
 
         Args:
-            pixels: uint8 (N, H, W, C) in R,G,B: anything with DLPack on this GPU.
+            pixels: uint8 (N, H, W, C) in R,G,B: anything on this GPU that has CUDA's array interface.
             kept: which of the N.
             out: the front of a buffer that `allocate` made.
         """
