@@ -64,7 +64,7 @@ ROOMS = {
     "workers": (
         "errors config storage machine npz sources preprocess dataset",
         [
-            "workers messages",
+            "workers messages shard_queue",
             "events sink subprocesses",
             "worker counting",
             "message_files",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +29,16 @@ class Progress:
     changed: int = 0
     reject: Reject | None = None
     sixteen_bit: str | None = None
+
+
+def taken_back(shard: int, steps: Sequence[Progress]) -> Progress:
+    """The Progress that cancels earlier steps of a shard."""
+    return Progress(
+        shard,
+        -sum(step.items for step in steps),
+        -sum(step.rejects for step in steps),
+        -sum(step.source_bytes for step in steps),
+    )
 
 
 @dataclass(frozen=True)

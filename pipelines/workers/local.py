@@ -16,7 +16,6 @@ import signal
 import subprocess
 import time
 import traceback
-from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
@@ -25,16 +24,16 @@ from ..errors import GpuNpzError, ShardError
 from ..sources.rejects import Code
 from ..storage import open_storage
 from . import subprocesses
-from .events import Committed, Decoding, Event, Progress, Task
+from .events import Committed, Decoding, Event, Progress, Task, taken_back
 from .message_files import AHEAD, Suspect, named
 from .messages import Heard, Output
+from .shard_queue import ShardQueue
 from .worker import asked, remove_leftovers, work
 
 log = logging.getLogger(__name__)
 _JOIN_S = 10.0
 _LOOK_S = 1.0
-_DOUBTFUL = 2  # losses of a shard after which it is built with care
-_HOPELESS = 5  # losses of a shard without an image to blame
+_MAX_LOSSES = 5  # of one shard, without an image to blame
 _MAX_DEATHS = 100
 _CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE}
 
@@ -58,19 +57,20 @@ def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float
     if task.tuning.workers == 0:
         yield from (event for event in work(tasks[0], shards) if not isinstance(event, Decoding))
         return
-    pool = _Pool(shards, timeout_s)
+    workers = _LocalWorkers(shards, timeout_s)
     try:
         for number in range(task.tuning.workers):
-            pool.start(tasks[number % len(tasks)])
-        yield from pool.events()
+            workers.start(tasks[number % len(tasks)])
+        yield from workers.events()
     finally:
-        pool.stop()
-    if pool.suspects:
-        yield named(dataclasses.replace(tasks[0], skipped=pool.skipped), pool.suspects, pool.built_items, timeout_s)
+        workers.stop()
+    if workers.suspects:
+        first_task = dataclasses.replace(tasks[0], skipped=workers.skipped)
+        yield named(first_task, workers.suspects, workers.built_items, timeout_s)
 
 
 @dataclasses.dataclass
-class _Worker:
+class _LocalWorker:
     """A process, what it was told, and what is known of it.
 
     Attributes:
@@ -94,7 +94,7 @@ class _Worker:
     hung: bool = False
 
 
-class _Pool:
+class _LocalWorkers:
     """The workers of one build, and the shards that are left for them.
 
     Attributes:
@@ -107,17 +107,15 @@ class _Pool:
         self.built_items = 0
         self.suspects: list[Suspect] = []
         self.skipped: dict[int, tuple[Code, str]] = {}
-        self._workers: dict[Connection, _Worker] = {}
-        self._todo = deque(shards)
-        self._doubtful: deque[int] = deque()
-        self._losses: Counter[int] = Counter()
+        self._workers: dict[Connection, _LocalWorker] = {}
+        self._shards = ShardQueue(shards, max_losses=_MAX_LOSSES)
         self._deaths = 0
         self._timeout_s = timeout_s
 
     def start(self, task: Task) -> None:
         """Starts a worker."""
         process, here, output = subprocesses.start(__name__)
-        self._workers[here] = _Worker(process, task, output)
+        self._workers[here] = _LocalWorker(process, task, output)
         with contextlib.suppress(ConnectionError):  # it died already: the first recv says so
             here.send(task)
 
@@ -156,7 +154,7 @@ class _Pool:
                         yield Heard(counts)
                     if code or worker.progress or worker.dismissed is None:
                         yield from self._lost(worker, code)
-                    elif not worker.dismissed and self._queue(worker):
+                    elif not worker.dismissed and self._shards.left(isolated=worker.task.isolated):
                         log.info("a worker process has grown too large; another takes its place")
                         self.start(worker.task)
                     continue
@@ -179,13 +177,9 @@ class _Pool:
                         done.append(message)
                     yield message
 
-    def _queue(self, worker: _Worker) -> deque[int]:
-        return self._doubtful if worker.task.isolated else self._todo
-
-    def _next(self, worker: _Worker) -> int | None:
+    def _next(self, worker: _LocalWorker) -> int | None:
         """A shard for a worker, None if there is none for it; begins the one that it gets."""
-        queue = self._queue(worker)
-        shard = queue.popleft() if queue else None
+        shard = self._shards.take(isolated=worker.task.isolated)
         worker.dismissed = shard is None
         if shard is not None:
             worker.progress[shard] = []
@@ -199,7 +193,7 @@ class _Pool:
                 worker.hung = True
                 worker.process.kill()
 
-    def _lost(self, worker: _Worker, code: int) -> Iterator[Event]:
+    def _lost(self, worker: _LocalWorker, code: int) -> Iterator[Event]:
         """Sees to the shards of a worker that has died, and to a new worker.
 
         Raises:
@@ -210,28 +204,25 @@ class _Pool:
         last = worker.output.last_words
         if (code >= 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # it cannot even start
             raise ShardError(_epitaph(cause, self._deaths) + last)
-        if worker.decoding is not None and (worker.hung or code in _CRASHES):
-            self.skipped[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
-        else:
-            self._losses.update(list(worker.progress))
+        blamed = worker.decoding if worker.hung or code in _CRASHES else None
+        if blamed is not None:
+            self.skipped[blamed] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
         remove_leftovers(worker.task, worker.progress)
-        for shard, lost in worker.progress.items():
-            if self._losses[shard] >= _HOPELESS:
+        for shard, steps in worker.progress.items():
+            self._shards.put_back(shard, lost=blamed is None)
+            if self._shards.is_hopeless(shard):
                 raise ShardError(_epitaph(cause, self._deaths) + last)
-            (self._doubtful if self._losses[shard] >= _DOUBTFUL else self._todo).appendleft(shard)
-            items, rejects, source_bytes = (
-                sum(column) for column in zip(*((p.items, p.rejects, p.source_bytes) for p in lost), strict=True)
-            ) if lost else (0, 0, 0)  # fmt: skip
-            yield Progress(shard, -items, -rejects, -source_bytes)
+            if steps:
+                yield taken_back(shard, steps)
         while_decoding = "" if worker.decoding is None else f" while it decoded {_path(worker.task, worker.decoding)!r}"
         log.warning(
             "a worker process %s%s; another takes over its %d shard(s)%s",
             cause, while_decoding, len(worker.progress), last,
         )  # fmt: skip
-        if self._doubtful:
+        if self._shards.left(isolated=True):
             tuning = dataclasses.replace(worker.task.tuning, batch_size=1, prefetch=1, open_shards=1)
             self.start(dataclasses.replace(worker.task, tuning=tuning, isolated=True, skipped=dict(self.skipped)))
-        if self._todo and not worker.task.isolated:
+        if self._shards.left(isolated=False) and not worker.task.isolated:
             self.start(worker.task)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import os
 import queue
@@ -23,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +37,8 @@ from ..storage.base import is_remote
 from ..storage.holders import PRIVATE
 from ..storage.local import LocalStorage
 from . import local
-from .events import Committed, Event, Progress, Task, WorkerEnded
+from .events import Committed, Event, Progress, Task, WorkerEnded, taken_back
+from .shard_queue import ShardQueue
 from .worker import asked, remove_leftovers, work
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ _JOIN_S = 10.0
 _CONNECT_S = 10.0
 _VISIBLE_S = 5.0  # network filesystems may show a new file a little late
 _PATIENCE_S = 30.0  # without an actor, before the log says what the build waits for
-_DOUBTFUL = 2  # losses of a shard after which it is built with care
-_HOPELESS = 4  # losses of a shard, or of actors in a row that had none
+_MAX_LOSSES = 4  # of one shard, or of actors in a row that had no shard
 _STORE_BYTES = 100 << 20  # Ray's object store, of which nothing is used here
 
 
@@ -80,11 +79,11 @@ def run(
         GpuNpzError: what an actor failed with; ShardError if a shard is lost again and again.
     """
     with cluster(address), _probe(task) as token:
-        pool = _Pool(task, shards, token, workers, timeout_s)
+        actors = _RayActors(task, shards, token, workers, timeout_s)
         try:
-            yield from pool.events()
+            yield from actors.events()
         finally:
-            pool.stop()
+            actors.stop()
 
 
 def inspect(address: str | None, *, dali: bool) -> Machine:
@@ -122,7 +121,7 @@ class _Here:
 
 
 @dataclasses.dataclass
-class _Worker:
+class _RayWorker:
     """An actor, and what is known of it.
 
     Attributes:
@@ -139,7 +138,7 @@ class _Worker:
     silent_s: float = 0.0
 
 
-class _Pool:
+class _RayActors:
     """The actors of one build, and the shards that are left for them."""
 
     def __init__(
@@ -148,15 +147,14 @@ class _Pool:
         import ray
 
         self._task = task
-        self._todo = deque(shards)
-        self._doubtful: deque[int] = deque()
+        self._shards = ShardQueue(shards, max_losses=_MAX_LOSSES)
         self._token = token
         self._limit = sys.maxsize if limit is None else max(1, limit)
         self._timeout_s = timeout_s
         self._demand = _demand(task)
         self._actor = ray.remote(num_cpus=self._demand.get("CPU", 0), num_gpus=self._demand.get("GPU", 0))(_Actor)
-        self._calls: dict[Any, _Worker] = {}
-        self._losses: Counter[int | None] = Counter()
+        self._calls: dict[Any, _RayWorker] = {}
+        self._losses_without_shard = 0  # in a row
         self._idle_s: float | None = 0.0  # without an actor; None once the log has said so
         if not self._room():
             wanted = " and ".join(f"{amount} {name}" for name, amount in self._demand.items())
@@ -170,7 +168,7 @@ class _Pool:
         import ray
 
         looked = -_LOOK_S
-        while self._todo or self._doubtful or any(worker.node for worker in self._calls.values()):
+        while self._shards or any(worker.node for worker in self._calls.values()):
             if time.monotonic() - looked >= _LOOK_S:
                 looked = time.monotonic()
                 self._grow()
@@ -203,10 +201,12 @@ class _Pool:
         """Starts actors for the shards that are left. Ray places them, as soon as nobody else holds their resources."""
         count = min(self._room(), self._limit) - len(self._calls)
         idle = Counter(worker.isolated for worker in self._calls.values() if not worker.progress)
-        wanted = [True] * (len(self._doubtful) - idle[True]) + [False] * (len(self._todo) - idle[False])
+        wanted = [
+            isolated for isolated in (True, False) for _ in range(self._shards.left(isolated=isolated) - idle[isolated])
+        ]
         for isolated in wanted[: max(0, count)]:
             actor = self._actor.remote(self._task, "GPU" in self._demand, self._token, self._timeout_s, isolated)
-            self._calls[actor.poll.remote()] = _Worker(actor, isolated=isolated)
+            self._calls[actor.poll.remote()] = _RayWorker(actor, isolated=isolated)
 
     def _take(self, call: Any) -> Iterator[Event]:
         """Takes what an actor says, calls it again with the answers, and passes the events on."""
@@ -228,15 +228,14 @@ class _Pool:
                 if self._token and not _appears(self._task.out, str(message.probe), self._token):
                     raise _unshared(message.node, self._task.out)
             elif message is None:
-                shards = self._doubtful if worker.isolated else self._todo
-                answers.append(shard := shards.popleft() if shards else None)
+                answers.append(shard := self._shards.take(isolated=worker.isolated))
                 if shard is not None:
                     worker.progress[shard] = []
             else:
                 events.append(message)
                 if isinstance(message, Committed):
                     del worker.progress[message.record.shard]
-                    del self._losses[None]
+                    self._losses_without_shard = 0
                 elif isinstance(message, Progress):
                     worker.progress[message.shard].append(message)
         del self._calls[call]
@@ -270,12 +269,15 @@ class _Pool:
         """
         worker = self._calls.pop(call)
         _kill(worker.actor)
-        lost: list[int | None] = [*worker.progress] or [None]
-        self._losses.update(lost)
+        for shard in worker.progress:
+            self._shards.put_back(shard)
+        if not worker.progress:
+            self._losses_without_shard += 1
         place = f"a worker on node {worker.node}" if worker.node else "a worker that was starting"
-        if max(self._losses[shard] for shard in lost) >= _HOPELESS:
+        hopeless = any(self._shards.is_hopeless(shard) for shard in worker.progress)
+        if hopeless or self._losses_without_shard >= _MAX_LOSSES:
             raise ShardError(
-                f"{place} was lost, the last of {_HOPELESS}: {cause}\nRay's logs on that node say more; run the same "
+                f"{place} was lost, the last of {_MAX_LOSSES}: {cause}\nRay's logs on that node say more; run the same "
                 "command to resume, with fewer --workers if memory is short"
             )
         log.warning(
@@ -283,10 +285,9 @@ class _Pool:
             place, len(worker.progress), cause.split("\n")[0],
         )  # fmt: skip
         remove_leftovers(self._task, worker.progress)
-        for shard in worker.progress:
-            (self._doubtful if self._losses[shard] >= _DOUBTFUL else self._todo).appendleft(shard)
-        for step in itertools.chain(*worker.progress.values()):
-            yield Progress(step.shard, -step.items, -step.rejects, -step.source_bytes)
+        for shard, steps in worker.progress.items():
+            if steps:
+                yield taken_back(shard, steps)
 
 
 class _Actor:
