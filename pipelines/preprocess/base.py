@@ -1,4 +1,4 @@
-"""What a decoder takes and gives."""
+"""What a decoder and a normalizer take and give."""
 
 from __future__ import annotations
 
@@ -128,3 +128,36 @@ class Decoder(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Normalizer(Protocol):
+    """Decoded pixels to stored rows."""
+
+    @property
+    def stream(self) -> int | None:
+        """Handle of the CUDA stream on which `apply` reads the pixels; None on the CPU."""
+        ...
+
+    def allocate(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        """A buffer in host memory for stored rows, of the stored dtype."""
+        ...
+
+    def apply(self, pixels: Any, kept: NDArray[np.int64], out: NDArray[Any]) -> Callable[[], None]:
+        """Writes the rows of some images to `out`.
+
+        Args:
+            pixels: (N, H, W, C) in R,G,B or gray, uint8 or, in 16 bits, uint16, as a decoder gives them.
+            kept: which of the N images, int64 (rows,).
+            out: (rows, *row shape) in the stored dtype: the front of a buffer that `allocate` made.
+
+        Returns:
+            A function that waits until `out` is complete; call it before reading `out`.
+
+        Raises:
+            ValueError: the shape or dtype of `pixels` or `out` is wrong.
+        """
+        ...
+
+    def device_bytes(self) -> int:
+        """GPU memory in use, that of other processes included; 0 on the CPU."""
+        ...

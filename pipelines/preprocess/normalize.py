@@ -284,8 +284,10 @@ def _quotients(row: Array, source: Array) -> Array:
     return places
 
 
-class Normalizer:
-    """Turns decoded pixels into stored rows on the CPU."""
+class NumpyNormalizer:
+    """Turns decoded pixels into stored rows on the CPU; see `base.Normalizer`."""
+
+    stream = None
 
     def __init__(self, config: BuildConfig) -> None:
         self._config = config
@@ -295,19 +297,11 @@ class Normalizer:
         self._swap = config.channels == "bgr"  # decoders give R,G,B; the table is in stored order already
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
-        """A buffer for stored rows."""
+        """See `Normalizer.allocate`."""
         return np.empty(shape, self._dtype)
 
     def apply(self, pixels: Array, kept: NDArray[np.int64], out: Array) -> Callable[[], None]:
-        """Writes the rows of some images to `out`.
-
-        Args:
-            pixels: (N, H, W, C) in R,G,B, uint8 or, in 16 bits, uint16.
-            kept: which of the N, int64 (rows,).
-            out: (rows, *row shape) in the stored dtype.
-
-        Returns a function that waits until `out` is whole; here it is already.
-        """
+        """See `Normalizer.apply`; `out` may be any array, and is complete when this returns."""
         channels = self._config.channel_count
         if pixels.dtype != self._config.pixel_dtype or pixels.ndim != 4 or pixels.shape[3] != channels:
             wanted = f"{self._config.pixel_dtype} (N, H, W, {channels})"
@@ -333,7 +327,7 @@ class Normalizer:
         return np.tile(image_table(self._config, Sums.of(image)), (len(image), 1))
 
     def device_bytes(self) -> int:
-        """Memory of a GPU that is in use: none."""
+        """See `Normalizer.device_bytes`."""
         return 0
 
 

@@ -64,7 +64,7 @@ class CudaNormalizer:
 
     @property
     def stream(self) -> int:
-        """The kernel's CUDA stream, as a number: for the decoder, so that the two are in order without waiting."""
+        """Handle of the kernel's CUDA stream. The decoder gets it too, so that neither waits for the other."""
         return int(self._stream.ptr)
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
@@ -130,7 +130,7 @@ class CudaNormalizer:
         return wait
 
     def device_bytes(self) -> int:
-        """Memory of the GPU that is in use, by whomever."""
+        """See `Normalizer.device_bytes`."""
         free, total = self._cupy.cuda.runtime.memGetInfo()
         return int(total - free)
 

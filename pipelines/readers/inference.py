@@ -15,7 +15,7 @@ from ..config import BuildConfig
 from ..dataset.manifest import Manifest
 from ..errors import ImageError
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import Normalizer, apply_table, row_shape, statistics, table, tables
+from ..preprocess.normalize import NumpyNormalizer, apply_table, row_shape, statistics, table, tables
 from ..sources.dicom_frames import split_frame
 from ..sources.rejects import BadItem
 
@@ -200,8 +200,8 @@ class Preprocess:
         return pillow_decoder(self.config, Geometry.of(self.config, self.image_size), None)
 
     @functools.cached_property
-    def _normalizer(self) -> Normalizer:
-        return Normalizer(self.config)
+    def _normalizer(self) -> NumpyNormalizer:
+        return NumpyNormalizer(self.config)
 
     @functools.cached_property
     def _table(self) -> NDArray[np.float32] | None:

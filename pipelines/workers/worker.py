@@ -21,10 +21,10 @@ from ..dataset.layout import shard_name
 from ..dataset.plan import Plan
 from ..errors import MismatchError, RejectedError, ShardError
 from ..machine.tuning import Tuning
-from ..preprocess.base import Decoded, Decoder
+from ..preprocess.base import Decoded, Decoder, Normalizer
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import Normalizer
+from ..preprocess.normalize import NumpyNormalizer
 from ..preprocess.normalize_cuda import CudaNormalizer
 from ..sources.base import Batch, Source, read_item
 from ..sources.rejects import BadItem, Reject, clean
@@ -52,7 +52,9 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
     job = Job.open(storage)
     began_ns = time.time_ns()
     with _explained(task), contextlib.ExitStack() as stack:
-        normalizer = Normalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)
+        normalizer: Normalizer = (
+            NumpyNormalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)
+        )
         decoder = make_decoder(
             job.record.backend,
             job.settings,
@@ -60,7 +62,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             task.source,
             tuning=task.tuning,
             gpu=task.gpu,
-            stream=getattr(normalizer, "stream", None),
+            stream=normalizer.stream,
         )
         environment = environment_of(decoder, job)
         require_environment(task.environment, environment)
@@ -162,7 +164,7 @@ def _in_isolation(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Ite
             yield decoded
 
 
-def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaNormalizer, *, blank: bool) -> Rows:
+def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer, *, blank: bool) -> Rows:
     batch, kept = decoded.batch, decoded.kept
     valid = np.ones(len(kept), bool)
     if blank:
