@@ -26,7 +26,7 @@ from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
 from ..preprocess.normalize import NumpyNormalizer
 from ..preprocess.normalize_cuda import CudaNormalizer
-from ..sources.base import Batch, Source, read_item
+from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import BadItem, Reject, clean
 from ..storage import open_storage
 from .events import Committed, Decoding, Event, Progress, Pulse, Task, WorkerEnded
@@ -90,7 +90,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             seconds["normalize"] += time.perf_counter() - start
             sink.put(rows)
             counts = len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum())
-            changed = _changed(task.source, decoded, began_ns)
+            changed = _changed_files(task.source, decoded, began_ns)
             yield Progress(
                 decoded.batch.shard, *counts, changed, next(iter(decoded.rejects), None), decoder.sixteen_bit
             )
@@ -192,21 +192,32 @@ def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer, *, bla
     )
 
 
-def _changed(source: Source, decoded: Decoded, since_ns: int) -> int:
-    """How many files that a batch has read are gone, have another size, or were written to since then."""
-    changed = 0
+def _changed_files(source: Source, decoded: Decoded, since_ns: int) -> int:
+    """How many files of a batch changed while the worker ran; see `_has_changed`."""
     if not source.file_per_item:
-        return changed
-    for item, size in zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True):
-        if source.frame(item):
-            continue  # of a file that was looked at for its first one
-        try:
-            status = os.stat(source.local_path(item))
-        except (OSError, ValueError):  # a name with a NUL byte, say
-            changed += size > 0
-        else:
-            changed += 0 != size != status.st_size or since_ns < status.st_mtime_ns <= time.time_ns()
-    return changed
+        return 0
+    read = zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True)
+    # Of a file with several frames, only the first frame is checked.
+    return sum(_has_changed(source, item, size, since_ns) for item, size in read if not source.frame(item))
+
+
+def _has_changed(source: Source, item: Item, size: int, since_ns: int) -> bool:
+    """Whether an item's file was removed or resized after it was read, or written to since a point in time.
+
+    Args:
+        source: a source with one file per item.
+        item: one of its items.
+        size: how many bytes were read; 0 if the file could not be read.
+        since_ns: nanoseconds since the epoch.
+    """
+    was_read = size > 0
+    try:
+        status = os.stat(source.local_path(item))
+    except (OSError, ValueError):  # ValueError: the name contains a NUL byte, for example
+        return was_read
+    if was_read and size != status.st_size:
+        return True
+    return since_ns < status.st_mtime_ns <= time.time_ns()
 
 
 @contextlib.contextmanager
