@@ -46,6 +46,7 @@ ROOMS = {
             "preprocess exif fed_pipeline samples geometry normalize",
             "jpeg normalize_cuda dali_pipelines",
             "base dicom png routing tiff",
+            "pillow_files",
             "pillow",
             "pillow_16bit dali",
             "decoders",
