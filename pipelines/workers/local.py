@@ -1,10 +1,10 @@
-"""Worker processes on this machine. Only shard numbers and events travel between them, never pixels.
+"""The local engine: worker processes on this machine, which exchange only shard numbers and events, never pixels.
 
-A worker that dies or hangs is replaced, and the shards that it had begun are built again. A worker that has grown too
-large ends by itself between two shards, and is replaced, too. A shard that loses its worker twice is built in isolated
-mode: one image at a time in a process that says which one it is about to decode. An image that ends that process
-becomes a reject; the death of a process by SIGKILL, as the system does it when memory is short, is never taken for an
-image's fault.
+A worker that dies or hangs is replaced, and its unfinished shards are built again. A worker that has grown too large
+ends by itself between two shards and is replaced, too. A shard that loses its worker twice is built in isolation mode:
+one image at a time, in a process that reports which image it is about to decode. An image that crashes or hangs this
+process is rejected. A death by SIGKILL is never blamed on an image, since the system kills processes with SIGKILL when
+memory is short.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from .worker import asked, remove_leftovers, work
 log = logging.getLogger(__name__)
 _JOIN_S = 10.0
 _LOOK_S = 1.0
-_MAX_LOSSES = 5  # of one shard, without an image to blame
+_MAX_LOSSES = 5  # of one shard, if no image is to blame
 _MAX_DEATHS = 100
 _CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE}
 
 
 def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float) -> Generator[Event, None, None]:
-    """Builds `shards` with as many processes as the task says (none: in this one) and yields what happens.
+    """Builds `shards` with `task.tuning.workers` processes (if 0, in this process) and yields events.
 
-    A worker asks for a shard when it needs one, so fast workers take more. Progress that is lost with a worker is taken
-    back by a negative Progress. Closing the generator early stops all workers.
+    A worker asks for a shard when it needs one, so fast workers build more shards. If a worker is lost, a negative
+    Progress cancels the progress of its unfinished shards. Closing the generator early stops all workers.
 
     Args:
-        task: what every worker needs to know; each gets its own `gpu`.
-        shards: what to build.
-        gpus: the workers take them in turn; none for the CPU.
-        timeout_s: a worker without a sign of life for so long is taken to hang.
+        task: the task of all workers; each gets its own `gpu`.
+        shards: the numbers of the shards to build.
+        gpus: device numbers, assigned to the workers in turn; empty for the CPU.
+        timeout_s: a worker that has been silent for longer is considered hung.
 
     Raises:
-        GpuNpzError: what a worker failed with; ShardError if workers die again and again.
+        GpuNpzError: the error of a worker; ShardError if workers die repeatedly.
     """
     tasks = [dataclasses.replace(task, gpu=gpu) for gpu in gpus or (None,)]
     if task.tuning.workers == 0:
@@ -71,16 +71,18 @@ def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float
 
 @dataclasses.dataclass
 class _LocalWorker:
-    """A process, what it was told, and what is known of it.
+    """A worker process and its state, as its parent knows it.
 
     Attributes:
+        process: the process.
+        task: its task.
         output: what it writes to stdout and stderr.
-        progress: what it has done of each shard that it has begun and not committed.
-        decoding: in isolated mode, the item that is being decoded.
-        dismissed: whether it was told that there is no shard for it; None before it has asked for one.
-        suspected: of how many of its next batches known messages may have been written.
-        silent_s: how long it has said nothing.
-        hung: whether it was stopped for that.
+        progress: the events of each of its unfinished shards.
+        decoding: in isolation mode, the index of the item that is being decoded.
+        dismissed: whether its last request for a shard was answered with None; None before its first request.
+        suspected: how many of its next batches may be the cause of known messages.
+        silent_s: how long it has been silent, in seconds.
+        hung: whether it was killed because it was silent for too long.
     """
 
     process: subprocess.Popen[bytes]
@@ -95,12 +97,12 @@ class _LocalWorker:
 
 
 class _LocalWorkers:
-    """The workers of one build, and the shards that are left for them.
+    """The worker processes of one build.
 
     Attributes:
         built_items: how many items the workers have reported.
         suspects: batches about which decoders may have written known messages.
-        skipped: items that have ended or hung their decoder.
+        skipped: items that have crashed or hung their decoder: code and detail by index.
     """
 
     def __init__(self, shards: Sequence[int], timeout_s: float) -> None:
@@ -116,13 +118,13 @@ class _LocalWorkers:
         """Starts a worker."""
         process, here, output = subprocesses.start(__name__)
         self._workers[here] = _LocalWorker(process, task, output)
-        with contextlib.suppress(ConnectionError):  # it died already: the first recv says so
+        with contextlib.suppress(ConnectionError):  # it has died already, as the first recv will show
             here.send(task)
 
     def stop(self) -> None:
-        """Ends all workers."""
+        """Stops all workers."""
         for connection in self._workers:
-            connection.close()  # a worker that sends to nobody ends
+            connection.close()  # ends the worker
         for worker in self._workers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(_JOIN_S)
@@ -131,13 +133,13 @@ class _LocalWorkers:
             worker.output.close()
 
     def events(self) -> Iterator[Event]:
-        """What happens, until all shards are built."""
+        """The events of all workers, until all shards are built."""
         while self._workers:
             begin = time.monotonic()
             ready = wait(list(self._workers), _LOOK_S)
-            self._watch(ready, min(time.monotonic() - begin, 2 * _LOOK_S))  # a machine that slept is no hung worker
+            self._watch(ready, min(time.monotonic() - begin, 2 * _LOOK_S))  # if the machine slept, no worker hung
             for talking, worker in self._workers.items():
-                # Before its message is taken: what a worker wrote about a batch is in the pipe when it says so.
+                # Before its next event is received: what a worker writes about a batch is in the pipe before the event.
                 if (talking in ready or worker.output.unread) and (counts := worker.output.known()):
                     worker.suspected = AHEAD + worker.task.tuning.prefetch
                     yield Heard(counts)
@@ -146,7 +148,7 @@ class _LocalWorkers:
                 worker = self._workers[connection]
                 try:
                     message = connection.recv()
-                except (EOFError, OSError):  # OSError where it died in the middle of a message
+                except (EOFError, OSError):  # OSError if it died in the middle of a message
                     del self._workers[connection]
                     connection.close()
                     code = worker.process.wait()
@@ -161,7 +163,7 @@ class _LocalWorkers:
                 if isinstance(message, BaseException):
                     raise message
                 if message is None:
-                    with contextlib.suppress(ConnectionError):  # it died meanwhile: the next recv says so
+                    with contextlib.suppress(ConnectionError):  # it has died meanwhile, as the next recv will show
                         connection.send(self._next(worker))
                 elif isinstance(message, Decoding):
                     worker.decoding = message.index
@@ -178,7 +180,7 @@ class _LocalWorkers:
                     yield message
 
     def _next(self, worker: _LocalWorker) -> int | None:
-        """A shard for a worker, None if there is none for it; begins the one that it gets."""
+        """The next shard for a worker; None if there is none for it."""
         shard = self._shards.take(isolated=worker.task.isolated)
         worker.dismissed = shard is None
         if shard is not None:
@@ -186,7 +188,7 @@ class _LocalWorkers:
         return shard
 
     def _watch(self, ready: Sequence[object], elapsed_s: float) -> None:
-        """Stops the workers that have said nothing for too long."""
+        """Kills the workers that have been silent for too long."""
         for connection, worker in self._workers.items():
             worker.silent_s = 0.0 if connection in ready else worker.silent_s + elapsed_s
             if worker.silent_s > self._timeout_s and not worker.hung:
@@ -194,15 +196,15 @@ class _LocalWorkers:
                 worker.process.kill()
 
     def _lost(self, worker: _LocalWorker, code: int) -> Iterator[Event]:
-        """Sees to the shards of a worker that has died, and to a new worker.
+        """Puts the shards of a dead worker back and starts a new worker.
 
         Raises:
-            ShardError: there is no point in going on.
+            ShardError: continuing is pointless.
         """
         self._deaths += 1
         cause = f"gave no sign of life for {self._timeout_s:.0f} s" if worker.hung else _cause(code)
         last = worker.output.last_words
-        if (code >= 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # it cannot even start
+        if (code >= 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # the former if it cannot even start
             raise ShardError(_epitaph(cause, self._deaths) + last)
         blamed = worker.decoding if worker.hung or code in _CRASHES else None
         if blamed is not None:
@@ -227,9 +229,9 @@ class _LocalWorkers:
 
 
 def serve(descriptor: int) -> None:
-    """What a worker process runs, given its end of the pipe.
+    """What a worker process runs, with its end of the pipe.
 
-    It takes a Task; then it sends None for "give me a shard", events, and an error if there was one.
+    It receives a Task. Then it sends events, None to request a shard, and an error if it failed.
     """
     connection = Connection(descriptor)
 
@@ -245,11 +247,11 @@ def serve(descriptor: int) -> None:
             for message in messages:
                 connection.send(message)
     except (ConnectionError, EOFError):
-        raise SystemExit(1) from None  # the parent has stopped; if it has not, it must not take this for a good end
+        raise SystemExit(1) from None  # the parent has ended; if not, this must count as a failure
 
 
 def _messages(task: Task, shards: Iterator[int]) -> Generator[Event | GpuNpzError, None, None]:
-    """What happens, and at last what it failed with."""
+    """The events of a worker, and the error if it failed."""
     try:
         yield from work(task, shards)
     except (ConnectionError, EOFError):

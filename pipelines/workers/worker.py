@@ -1,4 +1,4 @@
-"""Joins the stages for one device: shards in, committed shards out, in one stream that never drains between two."""
+"""Runs all stages for one device: builds shards in one continuous stream that does not drain between shards."""
 
 from __future__ import annotations
 
@@ -33,19 +33,23 @@ from .events import Committed, Decoding, Event, Progress, Pulse, Task, WorkerEnd
 from .sink import Rows, ShardSink
 
 _PULSE_S = 1.0
-# What a worker may grow by before another one takes its place, for libraries leak: libjpeg-turbo inside DALI keeps the
-# buffer of every image in whose data it gives up.
+# How much a worker may grow before it is replaced, since libraries leak memory: libjpeg-turbo inside DALI keeps the
+# buffer of every image whose data it fails to decode.
 _MAX_GROWTH_BYTES = 1 << 30
-_SETTLED_SHARDS = 4  # after which it has all the memory that it needs, even if a shard is a single batch
+_SETTLED_SHARDS = 4  # after which a worker has allocated all the memory it needs, even if a shard is a single batch
 
 
 def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
-    """Builds shards and says what happens. Closing the generator early publishes nothing that is unfinished.
+    """Builds shards and yields events. If the generator is closed early, unfinished shards are discarded.
+
+    Args:
+        task: what to build, and how.
+        shards: the numbers of the shards; the next one is taken when its first batch can be started.
 
     Raises:
         MismatchError: another decoder, version or GPU model made the shards so far.
         RejectedError: an item was rejected under `--on-reject fail`.
-        ShardError: a shard failed for a reason that lies outside its images.
+        ShardError: a shard failed for a reason that no image caused.
         StorageError: OUT cannot be written.
     """
     storage = open_storage(task.out, task.fence)
@@ -104,7 +108,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
 
 
 def remove_leftovers(task: Task, shards: Iterable[int]) -> None:
-    """Removes what a worker that is no more left unfinished of shards, before others build them."""
+    """Removes the unfinished files of shards whose worker was lost, before other workers build them."""
     storage = open_storage(task.out, task.fence)
     count = Job.open(storage).plan.shard_count
     for shard in shards:
@@ -112,13 +116,14 @@ def remove_leftovers(task: Task, shards: Iterable[int]) -> None:
 
 
 def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
-    """The shards that a worker asks for, until there are none, or its process should be replaced by a fresh one.
+    """The shards of a worker, until none is left or the worker's process should be replaced by a fresh one.
 
-    That is when it has grown by a gigabyte since it ended its first few shards. macOS does not say.
+    It should be replaced once it has grown by a gigabyte since it finished its first few shards. On macOS this is
+    unknown, and the worker continues.
 
     Args:
-        ask: gives the next shard, None if there is none.
-        open_shards: how many a worker takes before it ends one.
+        ask: returns the number of the next shard; None if none is left.
+        open_shards: how many shards a worker takes before it finishes the first one.
     """
     taken, allowed = 0, sys.maxsize
     while _memory_bytes() <= allowed:
@@ -132,7 +137,7 @@ def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
 
 
 def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[Batch]:
-    """The batches of several shards in turn, as many as may be open, so that their threads write at the same time."""
+    """The batches of all shards; those of the open shards alternate, so that their threads write at the same time."""
     coming, turns = iter(shards), deque[Iterator[Batch]]()
     while True:
         while len(turns) < tuning.open_shards and (shard := next(coming, None)) is not None:
@@ -146,9 +151,10 @@ def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[B
 
 
 def _in_isolation(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Iterator[Decoded | Decoding]:
-    """Decodes batches of one item each. Between a Decoding with an index and one without, only a decoder is at work.
+    """Decodes batches of one item each, in isolation mode.
 
-    Reading comes before: a disk that does not answer is not the image's fault.
+    Between the event Decoding with an index and the one without, nothing but the decoder runs. Each item is read before
+    that, so that a disk that does not respond is not blamed on the image.
     """
     for batch in batches:
         (item,) = batch.items
@@ -222,7 +228,7 @@ def _has_changed(source: Source, item: Item, size: int, since_ns: int) -> bool:
 
 @contextlib.contextmanager
 def _explained(task: Task) -> Iterator[None]:
-    """Makes a ShardError of what goes wrong with memory, or with a GPU."""
+    """Turns errors of the body that a lack of memory or a GPU causes into a ShardError with advice."""
     try:
         yield
     except MemoryError as exc:  # CuPy's, too
@@ -240,7 +246,7 @@ def _explained(task: Task) -> Iterator[None]:
 
 
 def environment_of(decoder: Decoder, job: Job) -> dict[str, Any]:
-    """What decides the bytes of shards besides the settings: the decoder, and the library that compresses."""
+    """What decides the bytes of shards besides the settings: the decoder and the compression library."""
     deflater = {} if job.settings.deflate_level is None else {"isal": importlib.metadata.version("isal")}
     return {**decoder.environment(), **deflater}
 
@@ -254,7 +260,7 @@ def _pulse() -> Pulse:
 
 
 def _memory_bytes() -> int:
-    """Main memory that this process holds; 0 where the system does not tell."""
+    """The main memory that this process holds; 0 if the system does not provide it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -267,7 +273,7 @@ def _peak_bytes() -> int:
 
 
 def require_environment(expected: dict[str, Any] | None, found: dict[str, Any]) -> None:
-    """Raises MismatchError if shards were made in another environment; None if any will do."""
+    """Raises MismatchError if the environment differs from the expected one; None accepts any environment."""
     if expected is None or expected == found:
         return
     names = sorted({*expected, *found})
