@@ -16,7 +16,7 @@ from gpu_npz.config import BuildConfig
 from gpu_npz.errors import UsageError
 from gpu_npz.preprocess import normalize, normalize_cuda
 from gpu_npz.preprocess.normalize import (
-    Normalizer,
+    NumpyNormalizer,
     Sums,
     apply_table,
     image_table,
@@ -207,8 +207,8 @@ def test_pixels_of_16_bits_are_looked_up_stored_and_given_back(kind: Any, channe
     pixels = np.random.default_rng(0).integers(0, 65536, (3, 16, 24, config.channel_count), np.uint16)
     rows = {}
     for each in (config, deep):
-        rows[each.dtype] = Normalizer(each).allocate((3, *row_shape(each, 16, 24)))
-        Normalizer(each).apply(pixels, every(pixels), rows[each.dtype])
+        rows[each.dtype] = NumpyNormalizer(each).allocate((3, *row_shape(each, 16, 24)))
+        NumpyNormalizer(each).apply(pixels, every(pixels), rows[each.dtype])
     np.testing.assert_array_equal(
         apply_table(tables(deep, rows["uint16"]), rows["uint16"], layout), rows["float32"], strict=True
     )
@@ -220,7 +220,7 @@ def test_pixels_of_16_bits_are_looked_up_stored_and_given_back(kind: Any, channe
         assert values is not None
         np.testing.assert_array_equal(levels(values, rows["float32"], layout), rows["uint16"], strict=True)
     with pytest.raises(ValueError, match="need uint16"):
-        Normalizer(config).apply(pixels.astype(np.uint8), every(pixels), rows["float32"])
+        NumpyNormalizer(config).apply(pixels.astype(np.uint8), every(pixels), rows["float32"])
     with pytest.raises(ValueError, match="need uint16"):
         apply_table(tables(deep, rows["uint16"]), rows["uint16"].astype(np.uint8), layout)
 
@@ -232,7 +232,7 @@ def test_pixels_of_16_bits_are_looked_up_stored_and_given_back(kind: Any, channe
 def test_an_image_is_normalized_by_its_own_statistics(kind: Any, dtype: Any, channels: Any, layout: Any) -> None:
     config = BuildConfig(normalize=kind, dtype=dtype, channels=channels, layout=layout)
     pixels, kept = images_of_every_kind(channels), np.array([5, 4, 3, 2, 0, 6])
-    normalizer = Normalizer(config)
+    normalizer = NumpyNormalizer(config)
     rows = normalizer.allocate((len(kept), *row_shape(config, 16, 24)))
     normalizer.apply(pixels, kept, rows)()
     stored = pixels[kept][..., ::-1] if channels == "bgr" else pixels[kept]
@@ -243,8 +243,8 @@ def test_an_image_is_normalized_by_its_own_statistics(kind: Any, dtype: Any, cha
         np.testing.assert_array_equal(rows, planes)
         rows = apply_table(tables(config, rows), rows, layout)
         direct = BuildConfig(normalize=kind, channels=channels, layout=layout)
-        floats = Normalizer(direct).allocate(rows.shape)
-        Normalizer(direct).apply(pixels, kept, floats)()
+        floats = NumpyNormalizer(direct).allocate(rows.shape)
+        NumpyNormalizer(direct).apply(pixels, kept, floats)()
         np.testing.assert_array_equal(rows, floats, strict=True)
         np.testing.assert_array_equal(apply_table(tables(config, planes[1]), planes[1], layout), floats[1], strict=True)
     # Half a unit in the last place of the stored type; float64's own errors are far below.
@@ -263,8 +263,8 @@ def test_values_lie_within_their_range_and_reach_it() -> None:
     pixels = images_of_every_kind("rgb")
     for kind in PER_IMAGE:
         config = BuildConfig(normalize=kind)
-        rows = Normalizer(config).allocate((7, 3, 16, 24))
-        Normalizer(config).apply(pixels, every(pixels), rows)
+        rows = NumpyNormalizer(config).allocate((7, 3, 16, 24))
+        NumpyNormalizer(config).apply(pixels, every(pixels), rows)
         low, high = value_range(config, rows[0].size)
         assert (low <= rows.min(axis=(0, 2, 3))).all()
         assert (rows.max(axis=(0, 2, 3)) <= high).all()
@@ -273,8 +273,8 @@ def test_values_lie_within_their_range_and_reach_it() -> None:
     alone[0, 100, 100, 1] = 255
     for dtype in ("float16", "float32"):
         config = BuildConfig(normalize="standardize", dtype=dtype)
-        rows = Normalizer(config).allocate((1, 3, 224, 224))
-        Normalizer(config).apply(alone, every(alone), rows)
+        rows = NumpyNormalizer(config).allocate((1, 3, 224, 224))
+        NumpyNormalizer(config).apply(alone, every(alone), rows)
         _, high = value_range(config, rows.size)
         assert np.sqrt(rows.size) * 0.999 < rows.max() <= high[0] < np.sqrt(rows.size) * 1.002
     low, high = value_range(BuildConfig(channels="bgr"), 9)
@@ -331,7 +331,7 @@ def test_with_clip_such_values_are_the_largest_that_float16_holds_and_float32_ke
 def test_rows_hold_the_tables_values_in_the_layout_and_order_asked_for(dtype: str, channels: str, layout: str) -> None:
     config = config_of("mean-std", channels, dtype=dtype, layout=layout)
     pixels = pixels_with_every_level(channels)
-    normalizer = Normalizer(config)
+    normalizer = NumpyNormalizer(config)
     out = normalizer.allocate((len(pixels), *row_shape(config, 16, 24)))
     normalizer.apply(pixels, every(pixels), out)()
     np.testing.assert_array_equal(out, looked_up(table(config), pixels, channels, layout), strict=True)
@@ -340,7 +340,7 @@ def test_rows_hold_the_tables_values_in_the_layout_and_order_asked_for(dtype: st
 def test_pixels_may_be_a_view_and_rows_a_part_of_a_larger_buffer() -> None:
     config = config_of("imagenet", "bgr", layout="NHWC")
     pixels = pixels_with_every_level("rgb", images=6)[::2, ::-1]
-    normalizer = Normalizer(config)
+    normalizer = NumpyNormalizer(config)
     buffer = normalizer.allocate((8, *row_shape(config, 16, 24)))
     buffer[...] = -99
     normalizer.apply(pixels, every(pixels), buffer[2:5])()
@@ -353,7 +353,7 @@ def test_only_the_images_that_are_kept_become_rows() -> None:
     for dtype in DTYPES:
         config = config_of("imagenet", dtype=dtype)
         pixels, kept = pixels_with_every_level("rgb", images=6), np.array([1, 2, 5])
-        normalizer = Normalizer(config)
+        normalizer = NumpyNormalizer(config)
         rows = normalizer.allocate((3, *row_shape(config, 16, 24)))
         normalizer.apply(pixels, kept, rows)()
         np.testing.assert_array_equal(rows, looked_up(table(config), pixels[kept], "rgb", "NCHW"))
@@ -361,7 +361,7 @@ def test_only_the_images_that_are_kept_become_rows() -> None:
 
 def test_a_batch_without_images_is_no_trouble() -> None:
     config = config_of("imagenet")
-    normalizer = Normalizer(config)
+    normalizer = NumpyNormalizer(config)
     normalizer.apply(np.empty((2, 16, 24, 3), np.uint8), np.arange(0), normalizer.allocate((0, 3, 16, 24)))()
 
 
@@ -375,7 +375,7 @@ def test_stored_pixels_and_the_table_give_what_a_float_build_would_have_stored(
     rows = {}
     for kind in ("uint8", dtype):
         config = config_of("imagenet", channels, dtype=kind, layout=layout)
-        normalizer = Normalizer(config)
+        normalizer = NumpyNormalizer(config)
         rows[kind] = normalizer.allocate((len(pixels), *row_shape(config, 16, 24)))
         normalizer.apply(pixels, every(pixels), rows[kind])()
     values = table(config_of("imagenet", channels, dtype="uint8"), dtype)
@@ -403,14 +403,14 @@ def test_the_shape_of_a_row_follows_layout_and_channels() -> None:
 )
 def test_pixels_that_are_not_uint8_nhwc_are_refused(pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"pixels: got .*; need uint8 \(N, H, W, 3\)"):
-        Normalizer(config_of("imagenet")).apply(pixels, np.arange(2), np.empty((2, 3, 16, 24), np.float32))
+        NumpyNormalizer(config_of("imagenet")).apply(pixels, np.arange(2), np.empty((2, 3, 16, 24), np.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_for_another_number_or_size_of_images_are_refused(layout: str, dtype: str) -> None:
     config = config_of("imagenet", dtype=dtype, layout=layout)
-    normalizer = Normalizer(config)
+    normalizer = NumpyNormalizer(config)
     for shape in ((3, *row_shape(config, 16, 24)), (1, *row_shape(config, 16, 24)), (2, *row_shape(config, 16, 23))):
         with pytest.raises(ValueError, match="out: got"):
             normalizer.apply(np.zeros((2, 16, 24, 3), np.uint8), np.arange(2), np.empty(shape, dtype))
@@ -426,7 +426,7 @@ def test_rows_for_another_number_or_size_of_images_are_refused(layout: str, dtyp
     ids=["channels", "float16", "uint8"],
 )
 def test_rows_of_another_dtype_or_number_of_channels_are_refused(dtype: str, out: np.ndarray) -> None:
-    normalizer = Normalizer(config_of("imagenet", dtype=dtype))
+    normalizer = NumpyNormalizer(config_of("imagenet", dtype=dtype))
     with pytest.raises(ValueError, match="out: got"):
         normalizer.apply(np.zeros((2, 16, 24, 3), np.uint8), np.arange(2), out)
 
@@ -459,8 +459,8 @@ def test_the_gpu_gives_an_image_its_own_table_as_the_cpu_does(
     config = BuildConfig(normalize=kind, dtype=dtype, channels=channels, layout=layout)
     pixels, kept = images_of_every_kind(channels), np.array([5, 4, 3, 2, 0, 6])
     normalizer = CudaNormalizer(config, 0)
-    expected, rows = (each.allocate((6, *row_shape(config, 16, 24))) for each in (Normalizer(config), normalizer))
-    Normalizer(config).apply(pixels, kept, expected)()
+    expected, rows = (each.allocate((6, *row_shape(config, 16, 24))) for each in (NumpyNormalizer(config), normalizer))
+    NumpyNormalizer(config).apply(pixels, kept, expected)()
     on_gpu = cupy.asarray(pixels)
     cupy.cuda.get_current_stream().synchronize()
     normalizer.apply(on_gpu, kept, rows)()
@@ -480,8 +480,8 @@ def test_the_gpu_gives_the_cpus_rows_to_the_last_bit(dtype: str, channels: str, 
             continue
         config = config_of(name, channels, dtype=dtype, layout=layout)
         shape = (len(pixels), *row_shape(config, 16, 24))
-        expected = Normalizer(config).allocate(shape)
-        Normalizer(config).apply(pixels, every(pixels), expected)()
+        expected = NumpyNormalizer(config).allocate(shape)
+        NumpyNormalizer(config).apply(pixels, every(pixels), expected)()
         normalizer = CudaNormalizer(config, 0)
         on_gpu = cupy.asarray(pixels)
         cupy.cuda.get_current_stream().synchronize()
@@ -554,7 +554,7 @@ def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
     config = settings.model_copy(update={"dtype": dtype, "layout": layout})
     pixels, kept, values = pixels_with_every_level(channels), np.array([2, 0], np.int32), table(config)
     expected, steps = np.empty((2, *row_shape(config, 16, 24)), dtype), (0, 256)
-    Normalizer(config).apply(pixels, kept.astype(np.int64), expected)
+    NumpyNormalizer(config).apply(pixels, kept.astype(np.int64), expected)
     if values is None:
         values, steps = np.stack([image_table(config, Sums.of(pixels[place])) for place in kept]), (256, 0)
     out = np.full((3, *row_shape(config, 16, 24)), 99, dtype)

@@ -75,7 +75,7 @@ def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sabotage.py").write_text(SABOTAGE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("ONCE", str(tmp_path))
-    start = local._Pool.start
+    start = local._LocalWorkers.start
 
     def start_sabotaged(self: Any, task: Any) -> None:
         with pytest.MonkeyPatch.context() as patched:
@@ -91,7 +91,7 @@ def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         before, serve, rest = program.partition("from gpu_npz.workers.local import serve;")
         return f"{before} import sabotage; {serve}{rest}"
 
-    monkeypatch.setattr(local._Pool, "start", start_sabotaged)
+    monkeypatch.setattr(local._LocalWorkers, "start", start_sabotaged)
 
 
 @pytest.fixture
@@ -289,8 +289,8 @@ def test_a_worker_that_cannot_start_is_an_error_at_once(
 
 def test_each_worker_has_a_gpu_of_its_own_and_they_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int | None] = []
-    monkeypatch.setattr(local._Pool, "start", lambda self, task: started.append(task.gpu))
-    monkeypatch.setattr(local._Pool, "events", lambda self: iter(()))
+    monkeypatch.setattr(local._LocalWorkers, "start", lambda self, task: started.append(task.gpu))
+    monkeypatch.setattr(local._LocalWorkers, "events", lambda self: iter(()))
     tuning = Tuning(workers=5, batch_size=1, threads=1, pipelines=1, prefetch=1, open_shards=1, hw_decoder_load=None)
     task = worker.Task("out", None, None, tuning, None)  # type: ignore[arg-type]  # nobody reads it
     assert list(local.run(task, [0, 1], (2, 0), 1.0)) == []

@@ -28,7 +28,7 @@ from ..npz.reader import NpzReader
 from ..preprocess.base import Decoded, on_host
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import Normalizer, Sums, image_table, levels, table
+from ..preprocess.normalize import NumpyNormalizer, Sums, image_table, levels, table
 from ..readers.dataset import column_fault, open_index, open_shard
 from ..sources.base import Batch
 from ..storage import open_storage
@@ -147,7 +147,7 @@ class _Seen:
     def __init__(self, manifest: Manifest) -> None:
         self._config = manifest.config
         self._table = table(self._config)
-        self._normalizer = Normalizer(self._config)
+        self._normalizer = NumpyNormalizer(self._config)
         self._problems: list[Problem] = []
         self._more = 0
         self.rows = self.difference = self.pixels = self.largest = 0

@@ -21,7 +21,8 @@ from ..dataset.originals import Originals, originals
 from ..errors import FormatError, ShardError, UsageError
 from ..preprocess.geometry import Geometry
 from ..preprocess.normalize import levels, table
-from ..preprocess.pillow import PillowDecoder, opened
+from ..preprocess.pillow import PillowDecoder
+from ..preprocess.pillow_files import opened
 from ..readers.dataset import Dataset, open_dataset
 from ..sources.base import countable, read_item
 from ..sources.rejects import BadItem

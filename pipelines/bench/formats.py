@@ -22,7 +22,7 @@ from PIL import Image
 from ..config import DEFLATE_LEVEL, BuildConfig
 from ..dataset.layout import shard_name
 from ..npz.writer import NpzWriter
-from ..preprocess.normalize import Normalizer
+from ..preprocess.normalize import NumpyNormalizer
 from ..readers.dataset import open_dataset
 
 Array = NDArray[Any]
@@ -119,7 +119,7 @@ class Png(Format):
 
     @contextlib.contextmanager
     def reading(self, images: Images, place: Path) -> Iterator[Reader]:
-        normalizer, first = Normalizer(images.config), np.zeros(1, np.int64)
+        normalizer, first = NumpyNormalizer(images.config), np.zeros(1, np.int64)
         shape, dtype = images.rows.shape[1:], images.rows.dtype
 
         def row(number: int) -> Array:

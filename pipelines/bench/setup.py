@@ -20,10 +20,10 @@ from ..dataset.job import Job
 from ..dataset.plan import Plan, collect
 from ..machine.environment import Choice
 from ..machine.tuning import Tuning
-from ..preprocess.base import Decoder
+from ..preprocess.base import Decoder, Normalizer
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import Normalizer, row_shape
+from ..preprocess.normalize import NumpyNormalizer, row_shape
 from ..preprocess.normalize_cuda import CudaNormalizer
 from ..sources.base import Batch, Source
 from ..sources.rejects import Stage
@@ -84,17 +84,17 @@ class Setup:
 
     def normalized(self, tick: Tick, *, transfer: bool) -> None:
         """Decoded, resized and normalized rows; on a GPU they stay there, or are copied to the host."""
-        normalizer: Normalizer | CudaNormalizer
+        normalizer: Normalizer
         if self.choice.gpu is None:
-            normalizer = Normalizer(self.config)
+            normalizer = NumpyNormalizer(self.config)
             step = normalizer.apply
         else:
-            normalizer = CudaNormalizer(self.config, self.choice.gpu)
-            step = normalizer.apply if transfer else normalizer.launch
+            normalizer = on_gpu = CudaNormalizer(self.config, self.choice.gpu)
+            step = on_gpu.apply if transfer else on_gpu.launch
         shape = (self.tuning.batch_size, *self._shape(self.config))
         buffers = [normalizer.allocate(shape) for _ in range(_BUFFERS)]
         waits: deque[Callable[[], None]] = deque()
-        with self.decoder(getattr(normalizer, "stream", None)) as decoder:
+        with self.decoder(normalizer.stream) as decoder:
             for number, decoded in enumerate(decoder.decode(self.batches())):
                 out = buffers[number % _BUFFERS][: len(decoded.kept)]
                 waits.append(step(decoded.pixels, decoded.kept, out))
@@ -136,7 +136,7 @@ class Setup:
 
         Of all shards, or of some.
         """
-        normalizer = Normalizer(self.config)
+        normalizer = NumpyNormalizer(self.config)
         buffer = normalizer.allocate((self.tuning.batch_size, *self._shape(self.config)))
         with self.decoder() as decoder:
             for shard in range(self.plan.shard_count) if shards is None else shards:

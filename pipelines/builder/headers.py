@@ -12,7 +12,8 @@ from ..dataset.plan import Plan
 from ..machine.environment import Choice
 from ..preprocess.dicom import is_dicom
 from ..preprocess.geometry import Geometry
-from ..preprocess.pillow import PillowDecoder, dicom_size, opened, orientation_of
+from ..preprocess.pillow import PillowDecoder, dicom_size
+from ..preprocess.pillow_files import opened, orientation_of
 from ..preprocess.samples import is_sixteen_bit
 from ..sources.base import Item, Source, read_item
 from ..sources.dicom_frames import frame_count

@@ -1,1 +1,1 @@
-"""Encoded images to stored values: decode, resize, normalize; one module per library."""
+"""Encoded images to stored values: decode, resize, normalize."""

@@ -1,4 +1,4 @@
-"""What a decoder takes and gives."""
+"""What a decoder and a normalizer take and give."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Decoded:
     """A batch after decoding and resizing.
 
     Attributes:
-        batch: what was asked for.
-        pixels: (N, H, W, C) in R,G,B (C=3) or gray (C=1), uint8 or, in 16 bits, uint16: an image for each of the
-            batch's N items, of which a reject's is undefined. A NumPy array, or one of CuPy on the decoder's GPU,
-            ordered on the stream that the decoder was given. On a GPU, hold it until that stream has done with it.
+        batch: the batch that was decoded.
+        pixels: (N, H, W, C) in R,G,B (C=3) or gray (C=1), uint8 or, in 16 bits, uint16: one image for each of the
+            batch's N items; undefined for rejects. A NumPy array, or a CuPy array on the decoder's GPU that is ready in
+            the order of the decoder's stream. On a GPU, keep a reference until that stream no longer reads it.
         kept: positions in `batch.items` that have pixels, ascending, int64 (rows,).
-        source_bytes: encoded size of every item of the batch, int64; 0 where nothing could be read.
+        source_bytes: encoded size of each item, int64 (N,); 0 if it could not be read.
         rejects: the items without pixels, in order.
-        seconds: time spent in each stage, by its name.
+        seconds: time spent in each stage, by the stage's name.
     """
 
     batch: Batch
@@ -41,22 +41,22 @@ class Decoded:
 
 
 def on_host(pixels: Any) -> NDArray[Any]:
-    """A batch's pixels as a NumPy array; CuPy's are copied."""
+    """A batch's pixels as a NumPy array; a CuPy array is copied."""
     host: NDArray[Any] = pixels if isinstance(pixels, np.ndarray) else pixels.get()
     return host
 
 
-# Raised by one whenever the same libraries may give other pixels or verdicts for the same file. It is part of what
-# `Decoder.environment` gives, so a build never continues with another revision.
+# Increase by one whenever this code may give other pixels or rejects for the same file with the same libraries. It is
+# part of `Decoder.environment`, so a build never continues with another revision.
 DECODING_REVISION = 3
 
 Reads = list[Callable[[], bytes]]
 
 
 def with_reads(source: Source, batches: Iterable[Batch]) -> Generator[tuple[Batch, Reads], None, None]:
-    """Each batch with what gives its items' bytes, as `read_item` does.
+    """Each batch with a function per item that returns the item's bytes and raises as `read_item` does.
 
-    Where reads take long, those of this batch and of the next are under way, as far as there is `Room`.
+    For slow sources, the items of this batch and of the next one are read ahead in threads, as far as `Room` allows.
     """
     if source.reads_at_once == 1:
         for batch in batches:
@@ -78,7 +78,7 @@ def with_reads(source: Source, batches: Iterable[Batch]) -> Generator[tuple[Batc
 
 
 def _ahead(source: Source, item: Item, room: Room) -> tuple[bytes, Share] | None:
-    """An item's bytes, and what they take of the room; None if there is none for them."""
+    """An item's bytes and their share of the room; None if the room is too small for them."""
     share = Share(room)
     SHARE.set(share)
     try:
@@ -101,26 +101,26 @@ def _taken(read: Future[tuple[bytes, Share] | None], item: Item, source: Source)
 
 
 class Decoder(Protocol):
-    """Batches to pixels. Use as a context manager; it may read ahead, and keeps the order."""
+    """Batches to pixels. Use as a context manager. A decoder may read ahead, but keeps the order of the batches."""
 
     @property
     def sixteen_bit(self) -> str | None:
-        """The path of an image of which it kept 8 of 16 bits a channel."""
+        """The path of an image that was reduced from 16 to 8 bits per channel; None if there was none."""
         ...
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
-        """The batches, decoded. Raises ShardError for trouble that is not an image's."""
+        """Decodes the batches. Raises ShardError for a failure that no image caused, such as a lack of memory."""
         ...
 
     def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
-        """For measuring: the stages up to `last`, as `decode` goes through them, and nothing around them.
+        """For benchmarks: runs only the stages up to `last`, in the same way as `decode`.
 
-        What comes of them is lost; gives each batch when it is done.
+        The pixels are discarded; each batch is returned when it is done.
         """
         ...
 
     def environment(self) -> dict[str, Any]:
-        """What decides the pixels besides the settings: this code, libraries with versions, and the GPU's model."""
+        """What decides the pixels besides the settings: this code's revision, library versions, the GPU model."""
         ...
 
     def __enter__(self) -> Decoder: ...
@@ -128,3 +128,36 @@ class Decoder(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Normalizer(Protocol):
+    """Decoded pixels to stored rows."""
+
+    @property
+    def stream(self) -> int | None:
+        """Handle of the CUDA stream on which `apply` reads the pixels; None on the CPU."""
+        ...
+
+    def allocate(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        """A buffer in host memory for stored rows, of the stored dtype."""
+        ...
+
+    def apply(self, pixels: Any, kept: NDArray[np.int64], out: NDArray[Any]) -> Callable[[], None]:
+        """Writes the rows of some images to `out`.
+
+        Args:
+            pixels: (N, H, W, C) in R,G,B or gray, uint8 or, in 16 bits, uint16, as a decoder gives them.
+            kept: which of the N images, int64 (rows,).
+            out: (rows, *row shape) in the stored dtype: the front of a buffer that `allocate` made.
+
+        Returns:
+            A function that waits until `out` is complete; call it before reading `out`.
+
+        Raises:
+            ValueError: the shape or dtype of `pixels` or `out` is wrong.
+        """
+        ...
+
+    def device_bytes(self) -> int:
+        """GPU memory in use, that of other processes included; 0 on the CPU."""
+        ...

@@ -1,13 +1,13 @@
-"""Decoding and resizing by DALI, on a GPU or by its CPU operators: plain JPEGs there, all else by Pillow.
+"""Decodes and resizes plain JPEGs with DALI, on a GPU or with its CPU operators, and all other images with Pillow.
 
-DALI decodes many images in one process, and a file that two of its parsers read differently could make it write beyond
-a buffer, into another image. So it decides nothing: one pipeline reads files, Python reads each header (`jpeg.py`), and
-a second pipeline gets the bytes with the size, the placement and the orientation that go with them. Only plain JPEGs
-within the limits reach its decoder; a blank image takes the place of any other, which is then Pillow's.
+DALI decodes many images in one process. If two of its parsers read a file differently, it could write beyond a buffer
+into another image. So DALI decides nothing: one pipeline reads files, Python parses each header (`jpeg.py`), and a
+second pipeline gets the bytes together with their size, placement and orientation. Only plain JPEGs within the limits
+reach DALI's decoder. Every other image is replaced by a blank one in DALI's batch and decoded by Pillow.
 
-DALI answers one damaged image by failing its whole batch. Such a batch is decoded again in parts, until an image that
-DALI cannot decode stands alone; it too is Pillow's. So an image's pixels do not depend on its neighbours, and every
-verdict comes from one place.
+If one image is damaged, DALI fails on its whole batch. Such a batch is decoded again in parts, until each image that
+DALI cannot decode is alone; Pillow then decodes it. So an image's pixels do not depend on its neighbours, and all
+rejects come from Pillow.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ import importlib
 import io
 import itertools
 import logging
-import os
 import re
 import tempfile
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -42,42 +39,23 @@ from ..sources.access.local import is_plain
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, Stage, clean
 from .base import DECODING_REVISION, Decoded
+from .dali_pipelines import decode_images, input_names, read_files, without_opencv
 from .fed_pipeline import FedPipeline, run_in_turn
 from .geometry import Geometry
 from .pillow import PillowDecoder, versions
 from .routing import Route, route
 
 log = logging.getLogger(__name__)
-fn: Any = dali.fn  # untyped all three: DALI's stubs leave out much of what it has
-types: Any = dali.types
-pipeline_def: Any = dali.pipeline.pipeline_def
-
-_FILTERS = {
-    "bilinear": types.INTERP_LINEAR,
-    "bicubic": types.INTERP_CUBIC,
-    "lanczos": types.INTERP_LANCZOS3,
-    "nearest": types.INTERP_NN,
-}
-_INPUTS = {  # type and dimensions; `routing.Route` says what they are
-    "encoded": (types.UINT8, 1),
-    "shape": (types.INT32, 1),
-    "size": (types.FLOAT, 1),
-    "start": (types.INT32, 1),
-    "transposed": (types.BOOL, 0),
-    "flipped": (types.BOOL, 0),
-    "flips": (types.INT32, 1),
-}
 _NO_MEMORY = re.compile("bad_alloc|out.of.memory|MemoryAllocation|allocation failed|can't allocate", re.IGNORECASE)
 _BROKEN_GPU = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
-_UNFINISHED = 2  # batches that wait for Pillow while DALI goes on: a few slow files in one of them do no harm
-
+_UNFINISHED = 2  # batches that may wait for Pillow while DALI continues, so that a few slow files do not stop it
 
 _Encoded = list[NDArray[np.uint8]]
 
 
 @dataclass
 class _Read:
-    """A batch whose files have been read: each item's bytes, empty if it cannot be read, and where they go."""
+    """A batch whose files have been read: each item's bytes, empty if it cannot be read, and its route."""
 
     batch: Batch
     encoded: _Encoded
@@ -86,7 +64,13 @@ class _Read:
 
 @dataclass
 class _DecodedRows:
-    """A batch in the making: pixels (N, H, W, C), encoded sizes, and which rows have their pixels."""
+    """A batch that is being decoded.
+
+    Attributes:
+        pixels: uint8 (N, H, W, C), of NumPy or CuPy.
+        source_bytes: encoded size of each item, int64 (N,).
+        done: which rows have their pixels, bool (N,).
+    """
 
     pixels: Any
     source_bytes: NDArray[np.int64]
@@ -95,7 +79,7 @@ class _DecodedRows:
 
 @dataclass
 class _Unfinished:
-    """A batch that DALI is done with, and what Pillow makes of the items at the positions `left`."""
+    """A batch that DALI has finished, and Pillow's results for the items at the positions `left`."""
 
     batch: Batch
     rows: _DecodedRows
@@ -105,15 +89,18 @@ class _Unfinished:
 
 
 class DaliDecoder:
-    """Decodes plain JPEGs by DALI; every other item, and what DALI fails on, by Pillow.
+    """Decodes plain JPEGs with DALI; all other images, and those on which DALI fails, with Pillow.
 
     Args:
         config: the settings of the build.
-        geometry: where pixels go.
-        source: gives the items. Where each is a local file, DALI reads it.
-        tuning: the largest batch that `decode` will meet, threads (for DALI, and as many for Pillow), and so on.
-        device: the GPU's number, or None for DALI's CPU operators.
-        stream: CuPy's stream on which the pixels will be used; None waits for each batch instead.
+        geometry: the resize mode and the output size.
+        source: reads the items. If each item is a local file, DALI reads it.
+        tuning: the batch size, the number of threads (for DALI, and as many for Pillow), and so on.
+        device: the device number of the GPU; None for DALI's CPU operators.
+        stream: CuPy's stream on which the pixels will be used; None waits for each batch.
+
+    Raises:
+        BackendError: on entering, if DALI does not start or decodes no JPEG.
     """
 
     def __init__(
@@ -135,7 +122,7 @@ class DaliDecoder:
         self._stream = stream
         self._row_shape = (geometry.height, geometry.width, config.channel_count)
         self._backend = "cpu" if device is None else "mixed"
-        self._names = _input_names("resize", geometry, self._backend)
+        self._names = input_names("resize", geometry, self._backend)
         self._blank = _blank(geometry.height, geometry.width)
         self._xp: Any = np if device is None else importlib.import_module("cupy")
         self._on_stream: Any = contextlib.nullcontext()
@@ -151,7 +138,7 @@ class DaliDecoder:
         try:
             if self._source.file_per_item:
                 self._reader: FedPipeline[tuple[Batch, list[bool]]] = self._opened(
-                    _files, None, self._tuning.prefetch, self._tuning.reading_threads
+                    read_files, None, self._tuning.prefetch, self._tuning.reading_threads
                 )
             self._main = self._decoding(self._names)
             self._try_blank()
@@ -162,7 +149,7 @@ class DaliDecoder:
                 advice = "`nvidia-smi` shows which processes hold the GPU's memory; end them, or take another GPU"
             raise BackendError(f"DALI does not start ({_reason(exc)}); {advice}") from exc
         if self._device is not None:
-            with self._on_stream:  # CuPy compiles this once, which must not come in the midst of a build
+            with self._on_stream:  # CuPy compiles this once; better now than in the middle of a build
                 self._xp.zeros((1, 1), np.uint8)[self._xp.asarray([0])] = self._xp.asarray(np.ones((1, 1), np.uint8))
         self._open.enter_context(self._pillow)
         self._pool = self._open.enter_context(ThreadPoolExecutor(self._tuning.threads, "gpu-npz-pillow"))
@@ -175,9 +162,9 @@ class DaliDecoder:
         self._open.close()
 
     def _try_blank(self) -> None:
-        """Decodes blank images: without its plug-ins, nvImageCodec starts and then fails on every image.
+        """Decodes blank images, since nvImageCodec without plug-ins starts but then fails on every image.
 
-        On a GPU, a whole batch of them: the first batch of a decoder's life fixes the share of the hardware engines.
+        On a GPU it decodes a whole batch: the first batch in a decoder's life fixes the share of the hardware engines.
         """
         count = 1 if self._device is None else self._tuning.batch_size
         encoded = [self._blank] * count
@@ -193,12 +180,12 @@ class DaliDecoder:
             ) from outputs
 
     def _decoding(self, names: Sequence[str], *, repairing: bool = False) -> list[FedPipeline[Any]]:
-        """The pipelines that decode, as far as their inputs say; for repairs, one that takes a batch at a time."""
+        """The pipelines that decode, with the steps that their inputs allow; for repairs, one without prefetching."""
         count, prefetch = (1, 1) if repairing else (self._tuning.pipelines, self._tuning.prefetch)
-        with _without_opencv():
+        with without_opencv():
             return [
                 self._opened(
-                    _decoded,
+                    decode_images,
                     self._device,
                     prefetch,
                     self._tuning.decoding_threads,
@@ -224,7 +211,7 @@ class DaliDecoder:
         return pipeline
 
     def environment(self) -> dict[str, Any]:
-        """What decides the pixels besides the settings: DALI, its codecs, Pillow, and the GPU's model."""
+        """See `Decoder.environment`: the versions of DALI, its codecs and Pillow, and the GPU model."""
         found = {
             "backend": "dali",
             "device": "cpu" if self._device is None else "cuda",
@@ -239,11 +226,11 @@ class DaliDecoder:
 
     @property
     def sixteen_bit(self) -> str | None:
-        """See `PillowDecoder`, to which all such images go."""
+        """See `PillowDecoder.sixteen_bit`; Pillow decodes all images with 16 bits per channel."""
         return self._pillow.sixteen_bit
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
-        """See `Decoder.decode`; what `batches` raises comes after the batches before it."""
+        """See `Decoder.decode`. An exception of `batches` is raised after all batches before it are returned."""
         unfinished: deque[_Unfinished] = deque()
         try:
             with contextlib.closing(self._run(batches)) as runs:
@@ -265,7 +252,7 @@ class DaliDecoder:
         if last == "read":
             yield from (read.batch for read in reads)
             return
-        names = _input_names(last, self._geometry, self._backend)
+        names = input_names(last, self._geometry, self._backend)
         with contextlib.ExitStack() as stack:
             pipelines = self._decoding(names)
             for pipeline in pipelines:
@@ -276,7 +263,7 @@ class DaliDecoder:
                 yield read.batch
 
     def _run(self, batches: Iterable[Batch]) -> Generator[_Unfinished, None, None]:
-        """What DALI makes of the batches, in order; what it has left begins at Pillow."""
+        """The batches that DALI has finished, in order; Pillow starts on the items that DALI left."""
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             reads = stack.enter_context(contextlib.closing(self._read(batches)))
@@ -294,7 +281,7 @@ class DaliDecoder:
                 start = time.perf_counter()
 
     def _read(self, batches: Iterable[Batch]) -> Generator[_Read, None, None]:
-        """The batches with their items' bytes, and what the headers say."""
+        """The batches with the bytes and the route of their items."""
         read = self._read_by_dali if self._source.file_per_item else self._read_by_source
         with contextlib.closing(read(batches)) as reads:
             for batch, encoded in reads:
@@ -305,9 +292,10 @@ class DaliDecoder:
             yield batch, list(self._pool.map(self._encoded, self._checked(batch).items))
 
     def _read_by_dali(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, _Encoded], None, None]:
-        """Reads files in DALI's threads; what is none by its looks, and a batch in which one cannot be read, by Python.
+        """Reads regular files in DALI's threads.
 
-        DALI would wait for a named pipe, and would fill memory from /proc/kcore.
+        Python reads everything else, since DALI would wait for a named pipe and fill the memory from /proc/kcore. It
+        also reads the batches on which DALI fails because a file cannot be read.
         """
         with contextlib.closing(self._reader.run(map(self._named, batches))) as runs:
             for (batch, plain), outputs in runs:
@@ -318,7 +306,7 @@ class DaliDecoder:
                     yield batch, [np.asarray(data) if fits else self._encoded(item) for item, fits, data in read]
 
     def _named(self, batch: Batch) -> tuple[tuple[Batch, list[bool]], list[Any]]:
-        """A batch, which of its items are plain files, and the paths that DALI reads: of another item an empty file."""
+        """A batch, which of its items are plain files, and the paths for DALI: an empty file for all other items."""
         paths = [self._source.local_path(item) for item in self._checked(batch).items]
         plain = [is_plain(path) for path in paths]
         taken = [path if fits else b"/dev/null" for path, fits in zip(paths, plain, strict=True)]
@@ -333,7 +321,7 @@ class DaliDecoder:
         return batch
 
     def _inputs(self, read: _Read, names: Sequence[str], positions: Sequence[int] | None = None) -> list[Any]:
-        """What DALI is given of a batch, or of the items at some positions; a blank for what is not DALI's."""
+        """The pipeline's inputs for a batch, or for the items at `positions`; a blank for items that Pillow decodes."""
         route, encoded = read.route, read.encoded
         chosen = list(range(len(encoded)) if positions is None else positions)
         turns = route.turns[chosen]
@@ -353,7 +341,7 @@ class DaliDecoder:
         return self._xp.asarray(pixels)  # holds the tensor; with DLPack, DALI would free it in a thread that waits
 
     def _finish(self, run: _Unfinished) -> Decoded:
-        """The batch with Pillow's pixels where DALI has none."""
+        """The batch with Pillow's pixels in the rows that DALI left."""
         start = time.perf_counter()
         rows, rejects, decoded, images = run.rows, [], [], []
         for position, future in zip(run.left.tolist(), run.results, strict=True):
@@ -371,11 +359,12 @@ class DaliDecoder:
         return Decoded(run.batch, rows.pixels, np.flatnonzero(rows.done), rows.source_bytes, rejects, seconds)
 
     def _by_pillow(self, read: _Read, position: int) -> tuple[int, NDArray[np.uint8] | Reject]:
-        """An item's encoded size, 0 if it cannot be read, and its pixels or why it has none."""
+        """An item's encoded size, 0 if it cannot be read, and its pixels or the reject."""
         item, encoded, data = read.batch.items[position], read.encoded[position], b""
         frame = self._source.frame(item)
         try:
-            # Reading again says why it failed, or what is too large; and the source keeps a file of several frames.
+            # Reading again gives the reason of a failure, or the size of a file that is too large. For a file of
+            # several frames, the source keeps it in memory.
             again = frame is not None or not 0 < len(encoded) <= MAX_ENCODED_BYTES
             data = read_item(self._source, item) if again else encoded.tobytes()
             return len(data), self._pillow.decode_image(data, item.path, frame)
@@ -390,7 +379,7 @@ class DaliDecoder:
             return _array(b"")
 
     def _salvage(self, read: _Read, failure: Exception) -> _DecodedRows:
-        """What DALI can decode of a batch that it failed on as a whole."""
+        """The rows that DALI can decode of a batch on which it failed as a whole."""
         count = len(read.encoded)
         pixels = self._xp.empty((count, *self._row_shape), np.uint8)
         rows = _DecodedRows(pixels, _sizes(read.encoded), np.zeros(count, np.bool_))
@@ -399,9 +388,9 @@ class DaliDecoder:
             dali.backend.ReleaseUnusedMemory()
             groups = list(_halves(positions))
         else:
-            # DALI names one image at most. Whatever Pillow rejects is a good guess at them all, and mostly leaves one
-            # run for the others. But what DALI does with an image alone decides, or its pixels would depend on its
-            # neighbours.
+            # DALI names at most one damaged image. The images that Pillow rejects are a good guess at all of them, so
+            # one more run usually decodes all others. Still, each suspect goes through DALI alone: only that decides,
+            # or its pixels would depend on its neighbours.
             results = self._pool.map(self._by_pillow, itertools.repeat(read), positions)
             suspects = [p for p, (_, result) in zip(positions, results, strict=True) if isinstance(result, Reject)]
             groups = [[position for position in positions if position not in suspects], *([p] for p in suspects)]
@@ -410,14 +399,18 @@ class DaliDecoder:
         return rows
 
     def _decode_again(self, rows: _DecodedRows, read: _Read, positions: list[int]) -> None:
-        """Decodes these items by DALI, in halves where that fails."""
+        """Decodes these items with DALI; on failure, each half on its own.
+
+        Raises:
+            ShardError: there is too little memory for a single image, or the GPU is in an error state.
+        """
         self._repair = self._repair or self._decoding(self._names, repairing=True)[0]
         feed = [(None, self._inputs(read, self._names, positions))]
         ((_, outputs),) = self._repair.run(feed, self._stream)
         if not isinstance(outputs, Exception):
             rows.pixels[self._xp.asarray(positions)] = self._pixels(outputs)
             rows.done[positions] = True
-            if self._device is not None:  # DALI may use the part's buffer again as soon as it is dropped
+            if self._device is not None:  # DALI may reuse the output buffer as soon as it is released
                 self._xp.cuda.get_current_stream().synchronize()
             return
         no_memory = _is_no_memory(outputs)
@@ -431,110 +424,11 @@ class DaliDecoder:
         if len(positions) > 1:
             for half in _halves(positions):
                 self._decode_again(rows, read, half)
-        elif no_memory:  # never another decoder for want of memory: its pixels would differ
+        elif no_memory:  # never fall back to Pillow for lack of memory: its pixels would differ
             raise ShardError(
                 "no memory to decode one image; end what else uses it, or lower --workers or --open-shards, and "
                 "run the command again to resume (with a lower --max-pixels, it starts anew)"
             ) from outputs
-
-
-@pipeline_def  # type: ignore[untyped-decorator]  # see above
-def _files(source: Callable[[], list[Any]]) -> Any:
-    """The bytes of the files whose paths `source` gives."""
-    paths, number = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 0])
-    # Not mapped: plain reads are twice as fast, and a file that shrinks meanwhile does no harm.
-    return fn.io.file.read(paths, dont_use_mmap=True), number
-
-
-@pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]  # see above
-def _decoded(
-    source: Callable[[], list[Any]],
-    names: Sequence[str],
-    config: BuildConfig,
-    geometry: Geometry,
-    backend: str,
-    hw_decoder_load: float | None,
-) -> Any:
-    """Encoded images to pixels, as far as there are inputs for it, whose `names` are those of `_INPUTS`."""
-    *inputs, number = fn.external_source(
-        source,
-        num_outputs=len(names) + 1,
-        no_copy=backend == "cpu",  # a GPU may still be reading when the batch is handed out; not yet measured
-        dtype=[*(_INPUTS[name][0] for name in names), types.INT64],
-        ndim=[*(_INPUTS[name][1] for name in names), 0],
-    )
-    given = dict(zip(names, inputs))  # noqa: B905  # DALI's translation of this function has a zip without `strict`
-    options: dict[str, Any] = {
-        "device": backend,
-        "output_type": types.GRAY if config.channels == "gray" else types.RGB,
-        "adjust_orientation": False,  # by a parser that may take another EXIF segment than ours
-        "jpeg_fancy_upsampling": True,  # as Pillow does; without it, pixels of 4:2:0 images differ by up to 27 levels
-    }
-    if hw_decoder_load is not None:
-        options["hw_decoder_load"] = hw_decoder_load
-    if "shape" in given:
-        images = fn.decoders.image_slice(given["encoded"], start=[0, 0], shape=given["shape"], axes=[0, 1], **options)
-    else:
-        images = fn.decoders.image(given["encoded"], **options)
-    if "size" in given:
-        images = fn.resize(images, size=given["size"], interp_type=_FILTERS[config.interpolation], subpixel_scale=False)
-    if "flips" in given:
-        transposed, flipped, flips = (given[name] for name in ("transposed", "flipped", "flips"))
-        if transposed:
-            images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
-        if flipped:
-            images = fn.flip(images, horizontal=flips[0], vertical=flips[1])
-    if "start" in given:
-        images = fn.slice(
-            images,
-            start=given["start"],
-            shape=[geometry.height, geometry.width],
-            axes=[0, 1],
-            out_of_bounds_policy="pad",
-            fill_values=config.pad_value,
-        )
-    return images, number
-
-
-def _input_names(last: Stage, geometry: Geometry, backend: str) -> list[str]:
-    """The inputs that a pipeline needs to go up to the stage `last`; DALI warns of any that it does not use."""
-    names = ["encoded"]
-    if backend == "cpu":
-        # The decoder compares a region with what it finds in the data; without one it trusts its parser. On a GPU, a
-        # region may change the engine that decodes: not yet measured.
-        names.append("shape")
-    if last == "resize":
-        names += ["transposed", "flipped", "flips"]
-        names += [] if geometry.mode == "none" else ["size"]
-        names += ["start"] if geometry.mode in ("center-crop", "pad") else []
-    return names
-
-
-_environment = threading.Lock()  # which _without_opencv changes for a moment
-
-
-@contextlib.contextmanager
-def _without_opencv() -> Iterator[None]:
-    """Decoders that are made meanwhile have all plug-ins of nvImageCodec but OpenCV's.
-
-    OpenCV decodes damaged JPEGs without an error, with gray where the data ends, and writes as many pixels as it finds
-    rather than as many as there is room for.
-    """
-    name = "NVIMGCODEC_EXTENSIONS_PATH"
-    with _environment, tempfile.TemporaryDirectory(prefix="gpu-npz-") as links:
-        before = os.environ.get(name)
-        folders = (before or os.path.join(os.path.dirname(nvimgcodec.__file__), "extensions")).split(os.pathsep)
-        for plugin in (plugin for folder in folders for plugin in Path(folder).glob("*.so*")):
-            if "opencv" not in plugin.name:
-                Path(links, plugin.name).symlink_to(plugin.resolve())
-        os.environ[name] = links
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
 
 
 def _array(data: bytes) -> NDArray[np.uint8]:
@@ -555,7 +449,7 @@ def _is_no_memory(failure: Exception) -> bool:
 
 
 def _reason(failure: BaseException) -> str:
-    return clean(str(failure).rpartition("encountered:")[2])  # before it, DALI quotes the graph's source
+    return clean(str(failure).rpartition("encountered:")[2])  # before that, DALI quotes the pipeline's source code
 
 
 def _blank(height: int, width: int) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: one protocol, one module a library."""
+"""Makes the decoder of a build; its library is imported only then."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def make_decoder(
     gpu: int | None = None,
     stream: Any = None,
 ) -> Decoder:
-    """The decoder of that name; its library is loaded here.
+    """The decoder of a backend, whose library is imported here.
 
     Args:
-        backend: which one.
+        backend: "pillow" or "dali".
         config: the settings of the build.
-        geometry: where pixels go.
-        source: gives the items.
-        tuning: the largest batch that it will meet, how many threads it may have, and so on.
-        gpu: the device's number, None for the CPU.
+        geometry: the resize mode and the output size.
+        source: reads the items.
+        tuning: limits such as the batch size and the number of threads.
+        gpu: the device number; None for the CPU.
         stream: CuPy's stream on which the pixels will be used.
     """
     if backend == "pillow":
@@ -44,7 +44,7 @@ def make_decoder(
 
 
 def pillow_decoder(config: BuildConfig, geometry: Geometry, source: Source | None) -> PillowDecoder:
-    """Pillow's, for pixels of as many bits as the settings say; without a source, for single images."""
+    """The Pillow decoder for the bit depth of the settings; without a source it only decodes single images."""
     if config.bit_depth == 16:
         from .pillow_16bit import SixteenBitDecoder
 

@@ -1,20 +1,22 @@
-"""DICOM images to levels, a frame at a time: rescaled and windowed as DICOM PS3.3 says, decoded by pydicom.
+"""Decodes DICOM frames with pydicom, and rescales and windows them to levels as DICOM PS3.3 says.
 
-A stored value becomes x = slope * value + intercept (C.11.1.1.2), in CT Hounsfield units. The values between LO and HI
-become the levels, 0 to 255 or 65535, those beyond are cut off, and MONOCHROME1 is inverted, for it shows its lowest
-value as white (C.7.6.3.1.2):
+A stored value becomes x = slope * value + intercept (C.11.1.1.2), for CT in Hounsfield units. The range from LO to HI
+is mapped to the levels 0 to `top`, 255 or 65535; values outside are clipped:
 
     level = round(top * (x - LO) / (HI - LO)), halves to even
 
-LO and HI are the setting `dicom_window`; else by the file's first window, of center c and width w,
+MONOCHROME1 is inverted, since it shows its lowest value as white (C.7.6.3.1.2). LO and HI are the setting
+`dicom_window`. Without it they come from the first window of the file, with center c and width w:
 
-    c - 0.5 - (w - 1) / 2 and c - 0.5 + (w - 1) / 2    LINEAR, and where no function is named (C.11.2.1.2.1)
+    c - 0.5 - (w - 1) / 2 and c - 0.5 + (w - 1) / 2    LINEAR, the default function (C.11.2.1.2.1)
     c - w / 2 and c + w / 2                            LINEAR_EXACT (C.11.2.1.3.2)
 
-else the lowest and the highest value of the frame; tables (VOI LUT Sequence) are not looked at. Enhanced files have
-slope and window in functional groups, for all frames or for each. RGB and YBR images are taken as colours.
+Without a window, they are the lowest and highest value of the frame. Lookup tables (VOI LUT Sequence) are ignored.
+Enhanced files have slope and window in functional groups, for all frames or for each frame. RGB and YBR images are
+decoded as colours.
 
-What pydicom's decoders would allocate by a frame's own data is compared with the file's header before they see it.
+Compressed frames have headers of their own. Their size is compared with the file's header first, so that pydicom's
+decoders never allocate memory for a size that the file does not declare.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from ..sources.dicom_frames import FRAME_NAMES, blamed_on_its_end, frames_of, re
 from ..sources.rejects import BadItem
 from .jpeg import read_header
 
-_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of them
+_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")  # pydicom converts them to RGB
 _GRAYS = ("MONOCHROME1", "MONOCHROME2")
 _GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths")
@@ -42,18 +44,23 @@ _NAMES = (
     "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
     *_GROUPS, *_PIXELS,
 )  # fmt: skip
-_MAX_GROUPS_BYTES = 8 << 20  # of functional groups, of which pydicom makes up to 250 times as much
+_MAX_GROUPS_BYTES = 8 << 20  # of functional groups; parsed, they take up to 250 times as much memory
 _RLE = "1.2.840.10008.1.2.5"
-_SMALL_BYTES = 1 << 20  # of RLE data, which become 64 MB at most (PS3.5, G.3.1)
+_SMALL_BYTES = 1 << 20  # RLE data of this size decodes to at most 64 MB (PS3.5, G.3.1)
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether a file is DICOM by its prefix (PS3.10, 7.1)."""
+    """Whether a file is DICOM, by its prefix (PS3.10, 7.1)."""
     return data[128:132] == b"DICM"
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Height and width by the header; raises what pydicom raises, and BackendError if it is missing."""
+    """Height and width from the header, in pixels.
+
+    Raises:
+        BackendError: pydicom is missing.
+        Exception: whatever pydicom raises for a damaged file.
+    """
     header = read_dicom(io.BytesIO(data), ["Rows", "Columns"])
     with blamed_on_its_end(header):
         require_attributes(header, "Rows", "Columns")
@@ -61,14 +68,14 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 class DicomFile:
-    """A DICOM file whose attributes have been read, for one frame after another.
+    """A DICOM file whose attributes have been read, so that its frames can be decoded one by one.
 
     Attributes:
-        size: height and width.
-        frames: how many images it holds.
+        size: height and width, in pixels.
+        frames: how many frames it has.
 
     Raises:
-        BadItem: not of a kind that is described above.
+        BadItem: a kind that is not supported.
         Exception: whatever pydicom raises for a damaged file.
     """
 
@@ -89,8 +96,8 @@ class DicomFile:
         """The levels of a frame: (H, W), or (H, W, 3) in R,G,B; uint8, or uint16 in 16 bits.
 
         Raises:
-            BadItem: not of a kind that is described above, or cut off.
-            Exception: whatever pydicom raises for a damaged file, or for want of a plugin that decompresses it.
+            BadItem: the frame is of a kind that is not supported, or truncated.
+            Exception: whatever pydicom raises for a damaged file, or if it has no plugin that decompresses it.
         """
         if not any(name in self._file for name in _PIXELS[:3]):
             raise BadItem("decode", "truncated", "a DICOM file that ends before its PixelData")
@@ -127,7 +134,7 @@ def _levels(file: Any, frame: int, config: BuildConfig) -> NDArray[Any]:
 
 
 def _check_frame(file: Any, frame: int, count: int) -> None:
-    """Raises BadItem if a compressed frame is not of the size that the header says."""
+    """Raises BadItem if a compressed frame does not have the size that the file's header says."""
     syntax = file.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
         return
@@ -142,11 +149,11 @@ def _check_frame(file: Any, frame: int, count: int) -> None:
     if syntax == _RLE:
         _check_rle(data, size[0] * size[1])
         return
-    read_header(data)  # raises for one that would take very long
+    read_header(data)  # raises BadItem for a JPEG that would take very long
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "JPEG2000")) as image:  # as pydicom itself
+        with Image.open(io.BytesIO(data), formats=("JPEG", "JPEG2000")) as image:  # as pydicom does
             found = image.size
-    except UnidentifiedImageError:  # JPEG-LS and the like: for other libraries, if there are any
+    except UnidentifiedImageError:  # JPEG-LS and so on, which pydicom decodes with other libraries if installed
         return
     if found != size:
         detail = f"an image of {found[0]} x {found[1]} pixels, where the header has {size[0]} x {size[1]}"
@@ -154,7 +161,7 @@ def _check_frame(file: Any, frame: int, count: int) -> None:
 
 
 def _check_rle(data: bytes, pixels: int) -> None:
-    """Raises BadItem if one of the segments becomes much more than one byte a pixel (PS3.5, G.3.1 and G.5)."""
+    """Raises BadItem if a segment decodes to much more than one byte per pixel (PS3.5, G.3.1 and G.5)."""
     if len(data) <= _SMALL_BYTES:
         return
     count, *offsets = struct.unpack_from("<16I", data)
@@ -177,7 +184,7 @@ def _rescale(file: Any, frame: int, stored: NDArray[np.float64]) -> None:
 
 
 def _window(file: Any, frame: int) -> tuple[float, float] | None:
-    """LO and HI of the file's first window; None if it has none."""
+    """LO and HI of the file's first window; None if it has no window."""
     group = _group(file, frame, "FrameVOILUTSequence", "WindowCenter")
     center, width = (_first(group.get(name)) for name in ("WindowCenter", "WindowWidth"))
     if center is None or width is None:
@@ -196,7 +203,7 @@ def _window(file: Any, frame: int) -> tuple[float, float] | None:
 
 
 def _group(file: Any, frame: int, sequence: str, keyword: str) -> Any:
-    """Where an attribute of a frame stands: in its functional group, in that of all frames, or in the file itself."""
+    """The dataset that holds an attribute of a frame: its functional group, the group of all frames, or the file."""
     frames, shared = (file.get(name) for name in _GROUPS)
     for group in (frames[frame] if frames else None, shared[0] if shared else None):
         if group is not None and (inner := group.get(sequence)) and keyword in inner[0]:
@@ -205,6 +212,6 @@ def _group(file: Any, frame: int, sequence: str, keyword: str) -> Any:
 
 
 def _first(value: Any) -> float | None:
-    """The first of an attribute's values; None if it is absent or empty."""
+    """The first value of an attribute; None if it is absent or empty."""
     values = [] if value is None else [value] if isinstance(value, (int, float, str)) else list(value)
     return float(values[0]) if values else None

@@ -1,9 +1,9 @@
-"""The orientation that EXIF gives an image: one rule for every decoder and every file format.
+"""Reads the EXIF orientation of an image: one rule for all decoders and file formats.
 
-The first EXIF block of a file counts, and in it the first entry of IFD0 with tag 0x0112 (Exif 2.32, table 4) that holds
-one number of type BYTE, SHORT or LONG, in either byte order (TIFF 6.0, sections 2 and 8). Entries before it do not
-matter, nor does a directory that claims more entries than the block has room for. An orientation is a number from 1 to
-8; anything else means 1, upright. XMP is ignored.
+Only the first EXIF block of a file is read. In it, the orientation is the first entry of IFD0 with tag 0x0112 (Exif
+2.32, table 4) that holds a single number of type BYTE, SHORT or LONG, in either byte order (TIFF 6.0, sections 2 and
+8). Other entries are ignored, and a directory may claim more entries than the block has room for. An orientation is a
+number from 1 to 8; any other value means 1, upright. XMP is ignored.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _ENTRY_BYTES = 12
 
 
 def orientation_in(block: bytes | memoryview) -> int:
-    """The orientation, 1 to 8, in an EXIF block: a TIFF structure, with or without `Exif\\0\\0` before it."""
-    for _ in range(2):  # some files have it twice
+    """The orientation, 1 to 8, in an EXIF block: a TIFF structure with or without the prefix `Exif\\0\\0`."""
+    for _ in range(2):  # some files have the prefix twice
         if block[: len(EXIF_HEADER)] == EXIF_HEADER:
             block = block[len(EXIF_HEADER) :]
     order = _BYTE_ORDERS.get(bytes(block[:4]))

@@ -1,4 +1,4 @@
-"""DALI pipelines that are fed from Python: batches in, what becomes of each out, in order, whatever fails between."""
+"""DALI pipelines that are fed from Python and give one result per batch, in order, even if some batches fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import ShardError
 
-FAILURES = (RuntimeError, MemoryError, UnicodeDecodeError)  # the last: a missing file whose name is not UTF-8
+FAILURES = (RuntimeError, MemoryError, UnicodeDecodeError)  # the last for a missing file whose name is not UTF-8
 
 _OUT_OF_TURN = "DALI gave a batch out of turn; install DALI 2.4"
 
@@ -21,17 +21,17 @@ Entry = TypeVar("Entry")
 
 
 class FedPipeline(Generic[T]):
-    """A DALI pipeline that takes batches from an iterable and gives what becomes of each, in their order.
+    """A DALI pipeline that takes batches from an iterable and gives one result for each, in the same order.
 
     Args:
-        graph: a pipeline definition whose first argument is the source of its inputs. The last input and the last
-            output are the batch's number, by which a batch that is out of turn is noticed.
-        options: of the pipeline.
+        graph: a pipeline definition whose first argument is the source of its inputs. Its last input and its last
+            output are the batch's number, which detects a batch that comes out of order.
+        options: passed to the pipeline.
     """
 
     def __init__(self, graph: Callable[..., Any], **options: Any) -> None:
         self._feed: Iterator[tuple[T, list[Any]]] = iter(())
-        # Given to DALI and not yet taken back, in order, with the inputs that it may still be reading.
+        # The batches that DALI is working on, in order, with their inputs, which DALI may still be reading.
         self._ahead: deque[tuple[T, list[Any]]] = deque()
         self._number = 0
         self._failure: Exception | None = None
@@ -41,13 +41,13 @@ class FedPipeline(Generic[T]):
     def run(
         self, feed: Iterable[tuple[T, list[Any]]], stream: Any = None
     ) -> Generator[tuple[T, list[Any] | Exception], None, None]:
-        """For each batch of the feed, what came with its inputs, and its outputs or why DALI failed on it.
+        """For each batch of the feed: its companion, and its outputs or the exception with which DALI failed on it.
 
-        DALI works ahead. What the feed raises comes after the batches before it.
+        DALI works ahead. An exception of the feed is raised after the results of all batches before it.
 
         Args:
-            feed: batches, each with what comes with it and its inputs.
-            stream: the CUDA stream (CuPy's, say) on which the outputs will be used; None waits for each batch instead.
+            feed: pairs of a companion, which is returned with the result, and the inputs of the pipeline.
+            stream: the CUDA stream on which the outputs will be used, CuPy's for example; None waits for each batch.
         """
         self._feed, self._failure = iter(feed), None
         self._pipeline.reset()
@@ -68,7 +68,7 @@ class FedPipeline(Generic[T]):
                     yield companion, outputs
         finally:
             self._feed = iter(())
-            while self._ahead:  # what nobody will ask for any more
+            while self._ahead:  # discard the results that nobody will ask for
                 with contextlib.suppress(StopIteration, *FAILURES):
                     self._pipeline.run()
                 self._ahead.popleft()
@@ -76,16 +76,16 @@ class FedPipeline(Generic[T]):
             raise self._failure
 
     def close(self) -> None:
-        """Ends its threads, even while the frames of an exception still refer to it."""
+        """Ends DALI's threads, even while the traceback of an exception still refers to the pipeline."""
         self._pipeline.__del__()
 
     def _next(self) -> list[Any]:
-        """The inputs of the next batch; DALI takes no exception but StopIteration."""
+        """The inputs of the next batch. DALI handles no exception but StopIteration."""
         try:
             companion, inputs = next(self._feed)
         except StopIteration:
             raise
-        except Exception as exc:  # for `run` to raise; out of here it would come again at every run
+        except Exception as exc:  # `run` raises it; raised here, it would come again at every run
             self._failure = exc
             raise StopIteration from exc
         self._number += 1

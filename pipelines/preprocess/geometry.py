@@ -1,7 +1,7 @@
-"""Where pixels go: the integer formulas of the resize modes, shared by every decoder.
+"""The integer formulas of the resize modes, shared by every decoder.
 
-Libraries differ here (a 427x640 image with its shorter side brought to 256 is 383 wide by torchvision's rule and 384 by
-DALI's), so sizes and offsets are computed from these formulas and handed to the library as plain numbers.
+Libraries differ here: a 640x427 image whose shorter side is resized to 256 becomes 383 pixels long with torchvision's
+rule and 384 with DALI's. So sizes and offsets are computed with these formulas and passed to the library as numbers.
 
 With an image of h x w pixels (EXIF orientation applied) and an output of H x W:
 
@@ -9,7 +9,7 @@ With an image of h x w pixels (EXIF orientation applied) and an output of H x W:
     center-crop  cover Hc x Wc, where Hc = round(H / crop_pct), Wc = round(W / crop_pct), halves up:
                      h * Wc >= w * Hc:  resize to  (h * Wc // w) x Wc
                      otherwise:         resize to  Hc x (w * Hc // h)
-                 then cut H x W at offset crop(resized - output), crop(d) = d / 2 rounded half to even
+                 then crop H x W at offset crop(resized - output), crop(d) = d / 2 rounded half to even
     pad          fit H x W:
                      h * W >= w * H:    resize to  H x max(1, (2 * w * H + h) // (2 * h))
                      otherwise:         resize to  max(1, (2 * h * W + w) // (2 * w)) x W
@@ -31,9 +31,9 @@ from ..config import BuildConfig, ResizeMode
 
 @dataclass(frozen=True)
 class Placement:
-    """What to do with one image: resize to `height` x `width`, then put that at (`top`, `left`) of the output.
+    """What to do with one image: resize it to `height` x `width`, then put it at (`top`, `left`) of the output.
 
-    Negative offsets cut (center-crop), positive ones leave a border (pad).
+    Negative offsets crop (center-crop), positive offsets leave a border (pad).
     """
 
     height: int
@@ -44,7 +44,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The resize mode of a build with its output size in pixels."""
+    """The resize mode of a build and its output size in pixels."""
 
     mode: ResizeMode
     height: int
@@ -53,17 +53,17 @@ class Geometry:
 
     @classmethod
     def of(cls, config: BuildConfig, image_size: tuple[int, int]) -> Geometry:
-        """The geometry that `config` asks for; `image_size` is the plan's (height, width)."""
+        """The geometry that `config` specifies; `image_size` is the (height, width) of the plan."""
         return cls(config.resize_mode, *image_size, config.crop_pct)
 
     @functools.cached_property
     def cover(self) -> tuple[int, int]:
-        """(Hc, Wc): the size that a resized image covers before center-crop cuts it."""
+        """(Hc, Wc): the size that a resized image covers before it is center-cropped."""
         pct = Fraction(str(self.crop_pct))
         return tuple(int(side / pct + Fraction(1, 2)) for side in (self.height, self.width))  # type: ignore[return-value]  # always two
 
     def place(self, height: int, width: int) -> Placement:
-        """Where an image of `height` x `width` pixels goes (for `none`: as it is, whatever its size)."""
+        """Where an image of `height` x `width` pixels goes; with mode `none`, it keeps its size."""
         if self.mode == "stretch":
             return Placement(self.height, self.width)
         if self.mode == "none":

@@ -1,8 +1,8 @@
-"""What a JPEG's header says, read once and for every decoder (ITU-T T.81, annex B).
+"""Parses a JPEG's header once, for every decoder (ITU-T T.81, annex B).
 
-Decoders read headers with parsers of their own. Where two of them disagree, one allocates a buffer for another image
-than the other decodes. So only a JPEG whose header leaves no room for disagreement is `plain`, and only plain ones go
-to a decoder that works on many images in one process.
+Each decoder has its own header parser. If two of them disagree, a buffer may be allocated for one image size while the
+decoder writes another. So a JPEG is `plain` only if every parser must read its header alike, and only plain JPEGs go to
+a decoder that works on many images in one process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 from ..sources.rejects import BadItem
 from .exif import EXIF_HEADER, orientation_in
 
-_MAX_SCANS = 256  # as nvImageCodec: each scan of a progressive JPEG costs a pass over the whole image
-_MAX_SEGMENTS = 65_536  # and markers; an ICC profile takes up to 255, extended XMP some thousands
+_MAX_SCANS = 256  # as in nvImageCodec: each scan of a progressive JPEG costs a pass over the whole image
+_MAX_SEGMENTS = 65_536  # markers included; an ICC profile takes up to 255, extended XMP a few thousand
 
 _segment = struct.Struct(">BBH").unpack_from
 _frame = struct.Struct(">BHHB").unpack_from
@@ -25,24 +25,24 @@ _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # a marker with a length, o
 
 _SOI, _EOI, _SOS, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xE1, 0xEE
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # these three are DHT, JPG and DAC
-_SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # frames that decoders take from their first scan, if it has all components
+_SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # frames that decoders decode in one scan if it has all components
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD9)))  # TEM, RST0 to RST7, SOI
-_COLOR_BYTES = {0xE0: 16, _APP14: 14}  # the length of JFIF and Adobe segments that decoders believe
-# What may stand in the header of a plain JPEG: SOF0 to SOF2, DHT, DQT, DRI, APP0 to APP15, COM, and SOS at its end.
+_COLOR_BYTES = {0xE0: 16, _APP14: 14}  # the least length at which decoders use a JFIF or Adobe segment
+# The markers that a plain JPEG's header may have: SOF0 to SOF2, DHT, DQT, DRI, APP0 to APP15, COM, and SOS at its end.
 _PLAIN = frozenset((0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE, _SOS))
 
 
 class JpegHeader(NamedTuple):
-    """What stands before the data of a JPEG's first scan.
+    """What a JPEG contains before the data of its first scan.
 
     Attributes:
         frame: the second byte of the first SOF marker, 0xC0 for a baseline JPEG; None if there is none.
-        height, width: pixels, as they are stored.
-        precision: bits a sample.
+        height, width: pixels, as stored.
+        precision: bits per sample.
         components: 1 for gray, 3 for color, 4 for CMYK or YCCK.
         adobe_transform: the color transform of the last Adobe marker: 0, 1 or 2; None if there is none.
-        orientation: 1 to 8, by the first EXIF segment, as `exif.py` has it.
-        plain: whether it is a complete JPEG of 8 bits in gray or YCbCr whose header every decoder reads alike.
+        orientation: 1 to 8, from the first EXIF segment, as defined in `exif.py`.
+        plain: whether it is a complete 8-bit JPEG in gray or YCbCr whose header every decoder reads alike.
     """
 
     frame: int | None
@@ -56,15 +56,15 @@ class JpegHeader(NamedTuple):
 
 
 def read_header(data: bytes | memoryview) -> JpegHeader | None:
-    """The header of a JPEG; None if the data does not begin as one.
+    """The header of a JPEG; None if the data does not begin like a JPEG.
 
-    Behind damage it reads on at the next marker, as libjpeg does.
+    After damaged data, parsing continues at the next marker, as in libjpeg.
 
     Args:
         data: the whole file.
 
     Raises:
-        BadItem: it has so many segments or scans that decoders would take very long.
+        BadItem: so many segments or scans that decoders would take very long.
     """
     end = len(data)
     if end < 4 or data[0] != 0xFF or data[1] != _SOI:
@@ -72,7 +72,7 @@ def read_header(data: bytes | memoryview) -> JpegHeader | None:
     plain = data[end - 2] == 0xFF and data[end - 1] == _EOI
     frame = adobe_transform = orientation = None
     height = width = precision = components = segments = 0
-    names = scanned = b""  # of components: those of the frame, and those of its first scan
+    names = scanned = b""  # component identifiers: of the frame, and of its first scan
     position = 2
     while position + 4 <= end:
         prefix, marker, length = _segment(data, position)
@@ -121,16 +121,16 @@ def read_header(data: bytes | memoryview) -> JpegHeader | None:
     return JpegHeader(frame, height, width, precision, components, adobe_transform, orientation or 1, plain)
 
 
-@functools.lru_cache  # most files of a collection share one of a few combinations
+@functools.lru_cache  # most files of a collection share a few combinations
 def _is_plain_frame(precision: int, components: int, specifications: bytes) -> bool:
-    """Whether the parameters of a frame (B.2.2) are ordinary; `specifications` has three bytes a component."""
+    """Whether the parameters of a frame (B.2.2) are ordinary; `specifications` has three bytes per component."""
     names, factors, tables = specifications[::3], specifications[1::3], specifications[2::3]
     return (
         precision == 8
         and components in (1, 3)
         and len(specifications) == 3 * components
         and _are_of(names, names)
-        and names != b"RGB"  # which libjpeg takes for R,G,B, and others for YCbCr
+        and names != b"RGB"  # libjpeg reads this as R,G,B, other decoders as YCbCr
         and all(0 < factor >> 4 <= 4 and 0 < factor & 15 <= 4 for factor in factors)
         and max(tables) < 4
     )
@@ -138,14 +138,15 @@ def _is_plain_frame(precision: int, components: int, specifications: bytes) -> b
 
 @functools.lru_cache
 def _are_of(some: bytes, names: bytes) -> bool:
-    """Whether there are `some` components, each another one of those with these names."""
+    """Whether `some` is a non-empty list of distinct identifiers that are all in `names`."""
     return 0 < len(some) == len({*some} & {*names})
 
 
 def without_metadata(data: bytes) -> bytes:
-    """A JPEG without the segments that no pixel depends on, but for the orientation that its EXIF gives.
+    """A JPEG without the segments that do not affect pixels; only the EXIF orientation is kept.
 
-    Pillow refuses a whole file for what is wrong with one of them. JFIF and Adobe segments stay: they decide colors.
+    Pillow refuses a whole file if one of these segments is invalid. JFIF and Adobe segments are kept, since they decide
+    colors.
     """
     header = read_header(data)
     assert header is not None
@@ -165,7 +166,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _check_scans(data: bytes) -> None:
-    """Raises BadItem for a JPEG of too many scans before its end; what is appended does not count (B.1.1)."""
+    """Raises BadItem if a JPEG has too many scans before its end marker; data after that is ignored (B.1.1)."""
     if data.count(b"\xff\xda") <= _MAX_SCANS:
         return
     scans = segments = position = 0
@@ -178,5 +179,5 @@ def _check_scans(data: bytes) -> None:
             raise BadItem("decode", "undecodable", f"more than {what}")
         if marker == _EOI:
             return
-        # What libjpeg takes for markers without a length where it looks for a restart: those below 0xC0, too.
+        # When libjpeg looks for a restart marker, it takes markers below 0xC0 for markers without a length, too.
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")

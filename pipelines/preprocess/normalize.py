@@ -1,25 +1,25 @@
-"""Pixels to values, dtype and layout: a table look-up, here by NumPy; see `cuda` for the same on a GPU.
+"""Normalizes pixels by table look-up, in the stored dtype and layout, with NumPy; `normalize_cuda.py` does it on a GPU.
 
-A pixel is one of 256 levels, or 65,536 in 16 bits, so every normalization is a table of as many values a channel. Of
-most kinds, each entry is the exact number rounded once to the stored type, half to even; in 16 bits, 65535 takes the
-place of 255:
+A pixel has one of 256 levels (65,536 in 16 bits), so every normalization is a table with one value per level and
+channel. For most kinds, each entry is the exact number rounded once to the stored type, half to even. In 16 bits, 65535
+replaces 255:
 
-    mean-std    (level / 255 - mean) / std; so, too, imagenet, unit, signed and dataset
-    window      (level - LO) / (HI - LO), cut off at 0 and 1
+    mean-std    (level / 255 - mean) / std; also for imagenet, unit, signed and dataset
+    window      (level - LO) / (HI - LO), clipped to 0..1
     log         log(1 + level) / log(1 + 255)
     none        level
 
-Four kinds go by the statistics of each image, of all the n values of its pixels as they are stored, in all channels: m
-is their mean, s their standard deviation. So every image has a table of its own, the same for all channels. Sums over
-an image are integers, and exact; the table is made in float64 and rounded once to the stored type:
+Four kinds use the statistics of each image, over all n values of its pixels in all channels: m is their mean, s their
+standard deviation. So every image has its own table, the same for all channels. Sums over an image are exact integers;
+the table is computed in float64 and rounded once to the stored type:
 
     standardize (level - m) / max(s, 1 / sqrt(n)): tf.image.per_image_standardization of the levels as floats
-    minmax      (level - min) / (max - min), 0 if they are equal: scikit-learn's minmax_scale of all values
-    maxabs      level / max, 0 if max is: maxabs_scale
-    l2          level / sqrt(sum of squares), 0 if that is: normalize with norm="l2"
+    minmax      (level - min) / (max - min), 0 if max equals min: scikit-learn's minmax_scale of all values
+    maxabs      level / max, 0 if max is 0: scikit-learn's maxabs_scale
+    l2          level / sqrt(sum of squares), 0 if the sum is 0: scikit-learn's normalize with norm="l2"
 
-The ImageNet statistics are those of torchvision's models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 in the
-order R, G, B.
+The ImageNet statistics are those of torchvision's models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 for R,
+G, B.
 """
 
 from __future__ import annotations
@@ -47,16 +47,18 @@ _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "signed": ((0.5,) * 3, (0.5,) * 3),
 }
 _PER_IMAGE = ("standardize", "minmax", "maxabs", "l2")
-_ULPS = 4  # of float64, within which `_formulas` comes near the exact value
+_ULPS = 4  # the error bound of the float64 values of `_formulas`, in units in the last place
 _DIGITS = decimal.Context(prec=50)
 
 
 def table(config: BuildConfig, dtype: str | None = None) -> Array | None:
-    """The value of every level: shape (channels, 256), in the stored order of channels; None if that is an image's own.
+    """The value of every level: (channels, 256), in the stored order of channels; None for per-image kinds.
+
+    In 16 bits, the shape is (channels, 65536).
 
     Args:
-        config: gives `normalize`, with what belongs to it, `channels` and `dtype`.
-        dtype: another type than the config's; a reader asks for float32 tables of a uint8 dataset.
+        config: the settings of the build.
+        dtype: overrides the dtype of `config`; a reader asks for float32 tables of a uint8 dataset.
 
     Raises:
         UsageError: float16 cannot hold a value, and `clip` is not set.
@@ -80,7 +82,15 @@ def table(config: BuildConfig, dtype: str | None = None) -> Array | None:
 
 @dataclass(frozen=True)
 class Sums:
-    """What a per-image kind has to know of an image: of its values in all channels, exactly."""
+    """The statistics of an image that the per-image kinds use: exact integers over the values of all channels.
+
+    Attributes:
+        count: how many values.
+        total: their sum.
+        squares: the sum of their squares.
+        low: the smallest value.
+        high: the largest value.
+    """
 
     count: int
     total: int
@@ -90,16 +100,16 @@ class Sums:
 
     @classmethod
     def of(cls, image: Array) -> Sums:
-        """Those of pixels, in whatever layout."""
+        """The statistics of the pixels of one image, (C, H, W) or (H, W, C)."""
         squares = int(np.einsum("ijk,ijk->", image, image, dtype=np.int64))
         return cls(image.size, int(image.sum(dtype=np.int64)), squares, int(image.min()), int(image.max()))
 
 
 def image_table(config: BuildConfig, sums: Sums, dtype: str | None = None) -> Array:
-    """The value of every level in an image under a per-image kind: shape (256,), for every channel; see `table`."""
+    """The value of every level of one image under a per-image kind: (256,), the same for all channels; see `table`."""
     n, start, step = sums.count, 0.0, 1.0
     if config.normalize == "standardize":
-        variance = (n * sums.squares - sums.total**2) / n**2  # of integers, rounded once
+        variance = (n * sums.squares - sums.total**2) / n**2  # a quotient of integers, rounded once
         start, step = sums.total / n, max(math.sqrt(variance), 1 / math.sqrt(n))
     elif config.normalize == "minmax":
         start, step = sums.low, sums.high - sums.low
@@ -112,10 +122,10 @@ def image_table(config: BuildConfig, sums: Sums, dtype: str | None = None) -> Ar
 
 
 def tables(config: BuildConfig, stored: Array) -> NDArray[np.float32]:
-    """What `apply_table` takes for stored pixels: (channels, 256), or under a per-image kind (images, 1, 256).
+    """The float32 tables for stored pixels: (channels, 256), or (images, 1, 256) under a per-image kind.
 
     Args:
-        config: the settings that they were stored with.
+        config: the settings with which the pixels were stored.
         stored: uint8 (..., C, H, W) or (..., H, W, C).
     """
     if (same := table(config, "float32")) is not None:
@@ -126,7 +136,12 @@ def tables(config: BuildConfig, stored: Array) -> NDArray[np.float32]:
 
 
 def value_range(config: BuildConfig, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The lowest and the highest value that each channel of an image of `count` values can have, (channels,) each."""
+    """The lowest and highest possible value of each channel, (channels,) each.
+
+    Args:
+        config: the settings of the build.
+        count: values per image, in all channels.
+    """
     if (values := table(config)) is not None:
         return values.min(axis=1).astype(np.float64), values.max(axis=1).astype(np.float64)
     # Samuelson's inequality: no value is further from the mean than sqrt(n - 1) standard deviations.
@@ -138,12 +153,12 @@ def value_range(config: BuildConfig, count: int) -> tuple[NDArray[np.float64], N
 
 
 def statistics(config: BuildConfig) -> tuple[list[Fraction], list[Fraction]] | None:
-    """Mean and standard deviation of each stored channel, of pixels scaled to 0..1; None where values have none.
+    """Mean and standard deviation of each stored channel, for pixels scaled to 0..1; None for kinds that use neither.
 
-    Decimals are taken as they are written: a mean of 0.485 is 485/1000.
+    Decimals are taken literally: a mean of 0.485 is 485/1000.
 
     Raises:
-        UsageError: those of the dataset itself are asked for, and have not been measured.
+        UsageError: `normalize` is "dataset", and the statistics of the dataset have not been measured.
     """
     if config.normalize == "dataset" and config.mean is None:
         raise UsageError("--normalize dataset is for build, which measures first; give --mean and --std here")
@@ -155,7 +170,7 @@ def statistics(config: BuildConfig) -> tuple[list[Fraction], list[Fraction]] | N
 
 
 def _formulas(config: BuildConfig) -> list[tuple[NDArray[np.float64], Exact]]:
-    """Of each stored channel, the value of every level in float64, and the function that gives it exactly."""
+    """For each stored channel: the value of every level in float64, and a function that gives it exactly."""
     top = config.max_level
     if (found := statistics(config)) is not None:
         return [_line(top * mean, top * std, top) for mean, std in zip(*found, strict=True)]
@@ -166,22 +181,22 @@ def _formulas(config: BuildConfig) -> list[tuple[NDArray[np.float64], Exact]]:
     elif config.window is not None:
         low, high = (Fraction(str(number)) for number in config.window)
         values, exact = _line(low, high - low, top)
-        formula = values.clip(0, 1), exact  # the ends need no rounding
+        formula = values.clip(0, 1), exact  # 0 and 1 need no rounding
     else:
         formula = _line(Fraction(0), Fraction(1), top)
     return [formula] * config.channel_count
 
 
 def _line(start: Fraction, step: Fraction, top: int) -> tuple[NDArray[np.float64], Exact]:
-    """(level - start) / step."""
+    """The formula (level - start) / step, as `_formulas` gives it."""
     scale = math.lcm(start.denominator, step.denominator)
     first, divisor = int(start * scale), int(step * scale)
-    values = [(level * scale - first) / divisor for level in range(top + 1)]  # of integers, rounded once
+    values = [(level * scale - first) / divisor for level in range(top + 1)]  # quotients of integers, rounded once
     return np.array(values), lambda level: (level - start) / step
 
 
 def _rounded(values: NDArray[np.float64], exact: Exact, dtype: np.dtype[Any]) -> Array:
-    """The exact values in the nearest numbers of `dtype`; asked for only where float64 leaves open which these are."""
+    """The exact values, rounded to `dtype`. `exact` is called only where float64 does not decide the rounding."""
     found = values.astype(dtype)
     margin = _ULPS * np.spacing(np.abs(values))
     for level in np.flatnonzero((values - margin).astype(dtype) != (values + margin).astype(dtype)).tolist():
@@ -200,21 +215,21 @@ def _nearest(value: Fraction, dtype: np.dtype[Any]) -> Any:
 
 
 def row_shape(config: BuildConfig, height: int, width: int) -> tuple[int, int, int]:
-    """The shape of one stored image."""
+    """The shape of one stored image: (C, H, W) or (H, W, C)."""
     channels = config.channel_count
     return (channels, height, width) if config.layout == "NCHW" else (height, width, channels)
 
 
 def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
-    """Stored uint8 images (..., C, H, W) or (..., H, W, C) as `values[channel, level]`, in the table's dtype.
+    """Looks up `values[channel, level]` for each stored pixel; the shape of `stored`, the dtype of `values`.
 
     Args:
-        values: (channels, 256), or (images, 1, 256) where each image has its own.
-        stored: the images.
-        layout: which of the two.
+        values: (channels, 256), or (images, 1, 256) if each image has its own table; 65536 levels for uint16 pixels.
+        stored: uint8 or uint16 (..., C, H, W) or (..., H, W, C).
+        layout: "NCHW" or "NHWC", the layout of `stored`.
 
     Raises:
-        ValueError: other pixels than the table was made for.
+        ValueError: the table does not fit the dtype or shape of the pixels.
     """
     axis = stored.ndim - 3 if layout == "NCHW" else stored.ndim - 1
     count = math.prod(stored.shape[:-3])
@@ -234,15 +249,15 @@ def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
 
 
 def _pixel_dtype(values: Array) -> np.dtype[Any]:
-    """The type of the pixels that a table is for."""
+    """The dtype of the pixels that a table is for."""
     return np.dtype(np.uint8 if values.shape[-1] == 256 else np.uint16)
 
 
 def _look_up(values: Array, source: Array, target: Array, plane: Array) -> None:
-    """Writes `values[channel, level]` of (C, H, W) `source` to `target`; `plane` is (H, W) for a while.
+    """Writes `values[channel, level]` of `source` (C, H, W) to `target`; `plane` (H, W) is a scratch buffer.
 
-    One contiguous plane at a time: twice as fast as whole batches at a stride. mode="clip" spares a bounds check, and
-    an entry for every level makes it exact.
+    One contiguous plane at a time is twice as fast as whole batches with strides. mode="clip" avoids a bounds check,
+    and never clips, since the table has an entry for every level.
     """
     for row, pixels, out in zip(values, source, target, strict=True):
         if out.flags.c_contiguous:
@@ -252,16 +267,15 @@ def _look_up(values: Array, source: Array, target: Array, plane: Array) -> None:
 
 
 def levels(values: Array, stored: Array, layout: Layout) -> Array:
-    """Stored images as pixels again: of each value the level whose entry in the table is nearest.
+    """Turns stored images back into pixels: for each value, the level whose table entry is nearest.
 
-    The inverse of `apply_table`, to the bit, where the table tells its levels apart; stored pixels come back as they
-    are. Most tables are a straight line but for their rounding, and the level is a quotient; through the others, a line
-    is drawn from entry to entry.
+    This is the exact inverse of `apply_table` if all entries of the table differ. Stored pixels are returned unchanged.
+    Most tables are linear apart from rounding, so the level is a quotient; other tables are interpolated linearly.
 
     Args:
-        values: the table that made them, (channels, 256).
+        values: the table that was applied, (channels, 256).
         stored: (..., C, H, W) or (..., H, W, C); NaN becomes level 0.
-        layout: which of the two.
+        layout: "NCHW" or "NHWC", the layout of `stored`.
     """
     if stored.dtype.kind == "u":
         return stored
@@ -277,37 +291,31 @@ def levels(values: Array, stored: Array, layout: Layout) -> Array:
 
 
 def _quotients(row: Array, source: Array) -> Array:
-    """The place of each value between the first and the last entry of a row, from 0 to the last entry's number."""
+    """The position of each value between the first and last entry of a row, from 0 to the index of the last entry."""
     low, high = row[[0, -1]].astype(np.float32)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a table of one value, and damaged images
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # constant tables, damaged images
         places: Array = (source.astype(np.float32) - low) * (np.float32(len(row) - 1) / (high - low))
     return places
 
 
-class Normalizer:
-    """Turns decoded pixels into stored rows on the CPU."""
+class NumpyNormalizer:
+    """Turns decoded pixels into stored rows on the CPU; see `base.Normalizer`."""
+
+    stream = None
 
     def __init__(self, config: BuildConfig) -> None:
         self._config = config
         self._table = table(config)
         self._dtype = np.dtype(config.dtype)
         self._planar = config.layout == "NCHW"
-        self._swap = config.channels == "bgr"  # decoders give R,G,B; the table is in stored order already
+        self._swap = config.channels == "bgr"  # decoders give R,G,B; the table is in stored order
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
-        """A buffer for stored rows."""
+        """See `Normalizer.allocate`."""
         return np.empty(shape, self._dtype)
 
     def apply(self, pixels: Array, kept: NDArray[np.int64], out: Array) -> Callable[[], None]:
-        """Writes the rows of some images to `out`.
-
-        Args:
-            pixels: (N, H, W, C) in R,G,B, uint8 or, in 16 bits, uint16.
-            kept: which of the N, int64 (rows,).
-            out: (rows, *row shape) in the stored dtype.
-
-        Returns a function that waits until `out` is whole; here it is already.
-        """
+        """See `Normalizer.apply`; `out` may be any array, and is complete when this returns."""
         channels = self._config.channel_count
         if pixels.dtype != self._config.pixel_dtype or pixels.ndim != 4 or pixels.shape[3] != channels:
             wanted = f"{self._config.pixel_dtype} (N, H, W, {channels})"
@@ -333,7 +341,7 @@ class Normalizer:
         return np.tile(image_table(self._config, Sums.of(image)), (len(image), 1))
 
     def device_bytes(self) -> int:
-        """Memory of a GPU that is in use: none."""
+        """See `Normalizer.device_bytes`."""
         return 0
 
 

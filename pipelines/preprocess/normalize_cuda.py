@@ -1,4 +1,4 @@
-"""Normalization on a GPU, by CuPy: the tables of `normalize`, and the same values to the last bit."""
+"""Normalizes pixels on a GPU with CuPy: the tables of `normalize.py`, with bit-identical values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .normalize import Sums, image_table, table
 if TYPE_CHECKING:
     Array = NDArray[Any]
 
-# A thread a pixel. Values are moved as bits, so one kernel serves every dtype and needs no header. `image_step` and
-# `channel_step` are entries of `table` from one image's, or channel's, to the next; 0 where they share them.
+# One thread per pixel. Values are copied as bits, so one kernel serves every dtype and needs no header. `image_step`
+# and `channel_step` are the distances in `table` between images and between channels; 0 if they share entries.
 _KERNEL = r"""
 extern "C" __global__ void normalize(const unsigned char* pixels, const int* kept, const VALUE* table, VALUE* out,
                                      int plane, int channels, int planar, int swap, int image_step, int channel_step) {
@@ -35,12 +35,12 @@ _THREADS = 256
 
 
 class CudaNormalizer:
-    """Turns decoded pixels into stored rows on a GPU, and copies them to pinned host memory.
+    """Turns decoded pixels into stored rows on a GPU and copies them to pinned host memory; see `base.Normalizer`.
 
-    The kernel runs on one stream, the copy on another, so that the next kernel does not wait for it. Every host buffer
-    has a twin on the device, made with it: whoever may write to the one may write to the other. For the per-image
-    kinds, sums over each image come to the host, which makes the tables: it waits for the decoder there. They have not
-    been tried on a GPU yet.
+    The kernel and the copy run on separate streams, so that the next kernel need not wait for the copy. Each host
+    buffer has a twin on the device that is allocated with it: a buffer that is free is free on both sides. For the
+    per-image kinds, sums over each image are copied to the host, which makes the tables; this waits for the decoder.
+    The per-image kinds have not been tried on a GPU yet.
     """
 
     def __init__(self, config: BuildConfig, device: int) -> None:
@@ -64,11 +64,11 @@ class CudaNormalizer:
 
     @property
     def stream(self) -> Any:
-        """The kernel's stream: for the decoder, so that the two are in order without waiting."""
+        """The kernel's CUDA stream. The decoder gets it too, so that neither waits for the other."""
         return self._stream
 
     def allocate(self, shape: tuple[int, ...]) -> Array:
-        """A pinned host buffer for stored rows, of exactly the size needed, and its twin on the device."""
+        """A pinned host buffer of exactly the needed size; also allocates its twin on the device."""
         dtype = self._dtype
         count = int(np.prod(shape))
         memory = self._cupy.cuda.PinnedMemoryPointer(self._cupy.cuda.PinnedMemory(max(1, count * dtype.itemsize)), 0)
@@ -77,7 +77,7 @@ class CudaNormalizer:
         return host
 
     def launch(self, pixels: Any, kept: NDArray[np.int64], out: Array) -> Callable[[], None]:
-        """Enqueues the kernel alone, from `pixels` to the twin of `out`; see `apply`."""
+        """Enqueues only the kernel, which writes from `pixels` to the twin of `out`; see `apply`."""
         cupy = self._cupy
         with self._stream:
             source = cupy.asarray(pixels)
@@ -106,17 +106,14 @@ class CudaNormalizer:
         def wait() -> None:
             nonlocal pixels, source, positions, table
             event.synchronize()
-            pixels = source = positions = table = None  # the kernel reads them
+            pixels = source = positions = table = None  # the kernel no longer reads them
 
         return wait
 
     def apply(self, pixels: Any, kept: NDArray[np.int64], out: Array) -> Callable[[], None]:
-        """Enqueues kernel and copy; see `Normalizer.apply`.
+        """Enqueues the kernel and the copy; see `Normalizer.apply`.
 
-        Args:
-            pixels: uint8 (N, H, W, C) in R,G,B: anything on this GPU that has CUDA's array interface.
-            kept: which of the N.
-            out: the front of a buffer that `allocate` made.
+        `pixels` is any uint8 array on this GPU that has CUDA's array interface.
         """
         launched = self.launch(pixels, kept, out)
         self._copy_stream.wait_event(self._recorded(self._stream))
@@ -130,12 +127,12 @@ class CudaNormalizer:
         return wait
 
     def device_bytes(self) -> int:
-        """Memory of the GPU that is in use, by whomever."""
+        """See `Normalizer.device_bytes`."""
         free, total = self._cupy.cuda.runtime.memGetInfo()
         return int(total - free)
 
     def _tables_of(self, source: Any, kept: NDArray[np.int64]) -> Any:
-        """The tables of the images that are kept, under a per-image kind, on the device."""
+        """The tables of the kept images under a per-image kind, on the device."""
         flat = source.reshape(len(source), -1)
         columns = flat.sum(axis=1, dtype=np.int64), self._squares(flat, axis=1), flat.min(axis=1), flat.max(axis=1)
         sums = self._cupy.stack([column.astype(np.int64) for column in columns], axis=1).get()[kept]
@@ -143,6 +140,6 @@ class CudaNormalizer:
         return self._cupy.asarray(np.array(own, self._dtype))
 
     def _recorded(self, stream: Any) -> Any:
-        event = self._cupy.cuda.Event(block=True, disable_timing=True)  # who waits for it sleeps
+        event = self._cupy.cuda.Event(block=True, disable_timing=True)  # a thread that waits for it sleeps
         event.record(stream)
         return event

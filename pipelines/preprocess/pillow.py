@@ -1,14 +1,10 @@
-"""Decoding and resizing by Pillow, or by Pillow-SIMD where that is what `PIL` is."""
+"""Decodes and resizes images with Pillow, or with Pillow-SIMD if that is installed in its place."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import struct
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
@@ -16,20 +12,20 @@ from typing import Any
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, features
 
 from ..config import BuildConfig
-from ..errors import BackendError, ShardError, UsageError
+from ..errors import UsageError
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.dicom_frames import require_pydicom
 from ..sources.rejects import BadItem, Reject, Stage
 from .base import DECODING_REVISION, Decoded, with_reads
 from .dicom import DicomFile, is_dicom, size_of
-from .exif import EXIF_HEADER, orientation_in
 from .geometry import Geometry, Placement
-from .jpeg import read_header, without_metadata
-from .png import is_png, samples16, set_transparency, without_extras
-from .samples import format_of, is_sixteen_bit, plain, sixteen_bit_samples, turned
+from .jpeg import read_header
+from .pillow_files import as_bad_item, enough_memory, file_of, opened, orientation_of, pillow_settings
+from .png import is_png, samples16, without_extras
+from .samples import is_sixteen_bit, plain, sixteen_bit_samples, turned
 from .tiff import Tiff, is_tiff
 
 _FILTERS = {
@@ -38,7 +34,7 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
 }
-# Exif 2.32, table 6, tag 0x0112: how to turn the stored image upright.
+# Exif 2.32, table 6, tag 0x0112: how to turn a stored image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,22 +44,23 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What a collection holds. Pillow opens more: rare formats with rarely read parsers, and PostScript, which it runs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
-_UNSIGNED = ("DIB", "PPM")  # formats whose first bytes may be anything's
-_ENDED = ("index out of range", "not enough image data")  # what Pillow says where bytes are missing
 _LOSSLESS = 0xC3  # SOF3 (ITU-T T.81, table B.1)
 
 
 class PillowDecoder:
-    """Decodes one image after the other; `decode_image` is the whole of the preprocessing up to uint8 pixels.
+    """Decodes images one by one; `decode_image` does all of the preprocessing up to uint8 pixels.
+
+    Args:
+        config: the settings of the build.
+        geometry: the resize mode and the output size.
+        source: reads the items; None if only single images are decoded.
 
     Attributes:
-        sixteen_bit: the path of an image with 16 bits a channel, of which 8 were kept; None if there was none. What
-            DICOM files keep, their window decides.
+        sixteen_bit: the path of an image that was reduced from 16 to 8 bits per channel; None if there was none. DICOM
+            files are not counted, since their window selects the levels.
     """
 
-    # Formats of which a file may give other pixels than a PIL image of it.
+    # Formats whose files may give other pixels than a PIL image that was opened elsewhere.
     _whole_files: tuple[str, ...] = ("JPEG", "PNG", "TIFF")
 
     def __init__(self, config: BuildConfig, geometry: Geometry, source: Source | None) -> None:
@@ -77,13 +74,13 @@ class PillowDecoder:
         self._frames = threading.local()
 
     def __enter__(self) -> PillowDecoder:
-        _pillow_settings.change()
+        pillow_settings.change()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _pillow_settings.restore()
+        pillow_settings.restore()
 
     def environment(self) -> dict[str, Any]:
         """The libraries whose versions decide the pixels."""
@@ -128,16 +125,16 @@ class PillowDecoder:
             yield batch
 
     def decode_image(self, data: bytes, path: str, frame: int | None = None) -> NDArray[Any]:
-        """The pixels of one encoded image: uint8, or uint16 in 16 bits, (H, W, C), C = 3 in R,G,B or 1.
+        """The pixels of one encoded image: uint8, or uint16 in 16 bits, (H, W, C), C = 3 in R,G,B or 1 in gray.
 
         Args:
             data: the encoded image.
             path: the item's path, for messages.
-            frame: which image of a DICOM file, None for its only one; see `dicom.py` for what its values become.
+            frame: the number of a frame in a DICOM file; None if it has only one. See `dicom.py`.
 
         Raises:
-            BadItem: the data is no image, damaged or too large: a property of the file.
-            BackendError: it is DICOM, and pydicom is missing.
+            BadItem: the data is not an image, is damaged or too large.
+            BackendError: the image is DICOM, and pydicom is missing.
             ShardError: there is not enough memory.
         """
         levels = self._elsewhere(data, path, frame)
@@ -151,7 +148,7 @@ class PillowDecoder:
             return self._place(picture, place)
 
     def _elsewhere(self, data: bytes, path: str, frame: int | None) -> NDArray[Any] | None:
-        """The levels, upright, of a file that is not for Pillow: DICOM, and some TIFF. None for all else."""
+        """The upright levels of a file that another library decodes: DICOM, and some TIFF. None for all other files."""
         if is_dicom(data):
             return self._of_dicom(data, path, frame)
         tiff = self.tiff_elsewhere(data)
@@ -159,19 +156,19 @@ class PillowDecoder:
             return None
         if self.sixteen_bit is None and self._config.bit_depth == 8 < tiff.bits:
             self.sixteen_bit = path
-        with _blamed(path):
+        with as_bad_item(path):
             return turned(tiff.decode(self._config.bit_depth), tiff.orientation if self._config.exif_orientation else 1)
 
     def tiff_elsewhere(self, data: bytes) -> Tiff | None:
-        """A TIFF whose levels Pillow does not give right; None for all else.
+        """The TIFF if Pillow does not decode it correctly; None for all other files.
 
         Raises:
-            BadItem: as `prepared`, or tifffile is missing.
+            BadItem: as in `prepared`, or tifffile is missing.
         """
         tiff = self._tiff(data) if is_tiff(data) else None
         if tiff is None or tiff.by_pillow(self._config.bit_depth):
             return None
-        with _blamed("a TIFF"):
+        with as_bad_item("a TIFF"):
             tiff.require_tifffile()
         return tiff
 
@@ -184,44 +181,44 @@ class PillowDecoder:
     def _of_dicom(self, data: bytes, path: str, frame: int | None) -> NDArray[Any]:
         require_pydicom()
         last, self._frames.last = getattr(self._frames, "last", None), None
-        with _blamed(path):
+        with as_bad_item(path):
             file = last[1] if last and last[0] is data else DicomFile(data)
         if file.frames > 1:
             if frame is None:
                 detail = f"a DICOM file of {file.frames} frames, which are items only on a disk, with a name in .dcm"
                 raise BadItem("decode", "undecodable", detail)
-            self._frames.last = data, file  # whose next frame is likely to come next
+            self._frames.last = data, file  # its next frame is likely to come next
         height, width = file.size
         self._check_pixels(width, height)
-        with _blamed(path):
+        with as_bad_item(path):
             return file.decode(frame or 0, self._config)
 
     def pixels_of(self, picture: Image.Image | NDArray[Any], path: str) -> NDArray[Any]:
-        """As `decode_image`, of an image that is open already, or of pixels; leaves it as it is.
+        """As `decode_image`, for an open image or for pixels, which are not changed.
 
         Args:
             picture: a PIL image; or uint8 (H, W), (H, W, 1), (H, W, 3), (H, W, 4), or uint16 (H, W).
-            path: for messages.
+            path: the item's path, for messages.
 
         Raises:
-            UsageError: an array of another kind.
-            BadItem, ShardError: as `decode_image`.
+            UsageError: an array of another shape or dtype.
+            BadItem, ShardError: as in `decode_image`.
         """
         image = picture if isinstance(picture, Image.Image) else _from_array(picture)
-        with _blamed(path):
+        with as_bad_item(path):
             data = file_of(image) if image.format in self._whole_files else None
         if data is not None:
             return self.decode_image(data, path)
-        with _blamed(path):
+        with as_bad_item(path):
             self._check_pixels(*image.size)
             own = image.copy()
-            own.format = image.format  # what a file of this format means by its samples
+            own.format = image.format  # which decides the meaning of the samples
             whole, place = self._upright(own)
         with enough_memory(path):
             return self._place(whole, place)
 
     def upright_size(self, data: bytes, path: str) -> tuple[int, int]:
-        """Height and width of an image that can be decoded, turned as the settings say; raises as `decode_image`."""
+        """Height and width of an image after the EXIF rotation, if enabled. Decodes it; raises as `decode_image`."""
         levels = self._elsewhere(data, path, 0)
         if levels is not None:
             height, width = levels.shape[:2]
@@ -238,7 +235,7 @@ class PillowDecoder:
             raise BadItem("decode", "too-large", f"{width} x {height} pixels; at most {self._config.max_pixels}")
 
     def prepared(self, data: bytes) -> bytes:
-        """The data as Pillow is to see it. Raises BadItem for what must be known before Pillow opens it."""
+        """The data that Pillow is given. Raises BadItem for files that Pillow must not open."""
         if is_png(data):
             return without_extras(data)
         if is_tiff(data):
@@ -247,11 +244,11 @@ class PillowDecoder:
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             self._check_webp(data)
         else:
-            read_header(data)  # raises for one that would take very long
+            read_header(data)  # raises BadItem for a JPEG that would take very long
         return data
 
     def _check_webp(self, data: bytes) -> None:
-        # Pillow's WebP reader allocates the whole canvas when it opens a file, and has one message for every trouble.
+        # Pillow's WebP plug-in allocates the whole canvas when it opens a file, and has one message for all errors.
         size = _webp_size(data)
         if size:
             self._check_pixels(*size)
@@ -259,22 +256,25 @@ class PillowDecoder:
             raise BadItem("decode", "truncated", f"{len(data)} bytes, fewer than its header says")
         if size:
             with enough_memory("a WebP image"):
-                np.empty(8 * size[0] * size[1], np.uint8)  # canvas and pixels: no memory is not the file's fault
+                np.empty(8 * size[0] * size[1], np.uint8)  # canvas and pixels: if this fails, the file is not bad
 
     def _upright(self, image: Image.Image) -> tuple[Image.Image, Placement]:
-        """The whole image, 8-bit L or RGB, and where it goes."""
+        """The whole upright image, 8-bit L or RGB, and its placement."""
         exact = file_of(image) if "transparency" in image.info and sixteen_bit_samples(image) else None
         orientation, place = self._loaded(image)
-        if exact is not None:  # a colour of 16-bit samples, of which Pillow has kept 8
+        if exact is not None:  # a transparent colour of 16-bit samples, which Pillow has reduced to 8 bits
             image = Image.fromarray((samples16(exact) >> 8).astype(np.uint8))
         return plain(upright(image, orientation), self._mode, self._config.background), place
 
     def _loaded(self, image: Image.Image) -> tuple[int, Placement]:
-        """Loads an image within the limits, a JPEG at a half or less; its orientation, and where it goes upright."""
+        """Loads an image within the limits; returns its orientation and the placement of the upright image.
+
+        A JPEG may be decoded at a half of its size or less.
+        """
         config = self._config
         self._check_pixels(*image.size)
         if image.format != "JPEG":
-            # Before EXIF is asked for: loading turns a TIFF upright, and a PNG's EXIF may stand behind its pixels.
+            # Load before reading EXIF: loading turns a TIFF upright, and a PNG may have its EXIF after the pixels.
             image.load()
         width, height = image.size
         orientation = orientation_of(image) if config.exif_orientation else 1
@@ -285,13 +285,13 @@ class PillowDecoder:
             wanted = (2 * place.width, 2 * place.height)
             wanted = wanted if orientation < 5 else wanted[::-1]
             reduced = image.width // wanted[0] > 1 and image.height // wanted[1] > 1
-            if not (reduced and _is_lossless(image)):  # which libjpeg-turbo decodes at its full size alone
-                image.draft(None, wanted)  # never below what was asked for
+            if not (reduced and _is_lossless(image)):  # libjpeg-turbo decodes lossless JPEGs only at full size
+                image.draft(None, wanted)  # never smaller than `wanted`
         image.load()
         return orientation, place
 
     def _placement(self, height: int, width: int) -> Placement:
-        """Where an upright image of this size goes. Raises BadItem if that is beyond the limits."""
+        """The placement of an upright image of this size. Raises BadItem if it exceeds the limits."""
         place, most = self._geometry.place(height, width), self._config.max_pixels
         if self._geometry.mode == "none" and (height, width) != (self._geometry.height, self._geometry.width):
             expected = f"{self._geometry.height} x {self._geometry.width}"
@@ -309,7 +309,7 @@ class PillowDecoder:
         return self._on_canvas(np.asarray(image).reshape(place.height, place.width, -1), place)
 
     def _on_canvas(self, pixels: NDArray[Any], place: Placement) -> NDArray[Any]:
-        """Resized pixels, cut to the output's size or laid on a canvas of it."""
+        """Resized pixels (height, width, C), cropped or padded to the output size."""
         height, width = self._geometry.height, self._geometry.width
         if place.height >= height and place.width >= width:
             return pixels[-place.top : height - place.top, -place.left : width - place.left]
@@ -319,119 +319,8 @@ class PillowDecoder:
         return canvas
 
 
-_LOGS = [logging.getLogger(name) for name in ("tifffile", "pydicom")]
-
-
-class _PillowSettings:
-    """What decoding needs of Pillow, tifffile and pydicom, as long as any decoder of this process is at work."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-
-    def change(self) -> None:
-        """For one more decoder."""
-        with self._lock:
-            self._users += 1
-            if self._users > 1:
-                return
-            # Pillow's own limit warns and raises at fixed sizes; ours is `max_pixels`, checked before pixels are
-            # allocated.
-            self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            # It also warns of each odd file (damaged EXIF, say), on stderr; what matters of that is in the rejects.
-            self._warnings = warnings.catch_warnings()
-            self._warnings.__enter__()
-            warnings.filterwarnings("ignore", module=r"PIL\.|pydicom\.")
-            self._silent = [log.disabled for log in _LOGS]
-            for log in _LOGS:
-                log.disabled = True
-
-    def restore(self) -> None:
-        """For one less."""
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                Image.MAX_IMAGE_PIXELS = self._limit
-                self._warnings.__exit__(None, None, None)
-                for log, disabled in zip(_LOGS, self._silent, strict=True):
-                    log.disabled = disabled
-
-
-_pillow_settings = _PillowSettings()
-
-
-@contextlib.contextmanager
-def enough_memory(path: str) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError as exc:
-        raise ShardError(f"no memory to decode {path!r}; lower --workers or --max-pixels") from exc
-
-
-@contextlib.contextmanager
-def opened(data: bytes, path: str) -> Iterator[Image.Image]:
-    """An image whose header has been read. What its body raises for the image's sake becomes a BadItem."""
-    with _blamed(path), _open(data) as image:
-        if image.format == "PNG":
-            set_transparency(image)
-        image.info.pop("xmp", None)  # by which Pillow would turn a TIFF that says nothing of it itself
-        try:
-            yield image
-        except OSError as exc:
-            if image.format != "TIFF" or "decoder" not in str(exc):
-                raise
-            # All that Pillow says of compressed samples that are damaged, or of which its libtiff knows nothing.
-            detail = f"a TIFF of compression {image.info.get('compression')} that Pillow cannot decode ({exc})"
-            raise BadItem("decode", "undecodable", detail) from exc
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except UnidentifiedImageError:  # which does not say why; the reader whose first bytes these are does
-        if read_header(data) is not None:
-            with contextlib.suppress(UnidentifiedImageError):
-                return Image.open(io.BytesIO(without_metadata(data)), formats=("JPEG",))
-        for name in _FORMATS:
-            reader, accepts = Image.OPEN[name]
-            if name not in _UNSIGNED and accepts is not None and accepts(data[:16]) is True:
-                try:
-                    reader(io.BytesIO(data), "")
-                except SyntaxError as exc:
-                    if isinstance(exc.__cause__, (EOFError, IndexError, struct.error)):
-                        raise exc.__cause__ from exc
-                    detail = f"a {name} file whose header is damaged or of a kind that Pillow does not read ({exc})"
-                    raise BadItem("decode", "undecodable", detail) from exc
-        if (other := format_of(data)) is not None:
-            detail = f"{other}, which is not decoded; allowed are JPEG, PNG, WebP, GIF, BMP, TIFF, PPM and DICOM"
-            raise BadItem("decode", "undecodable", detail) from None
-        raise
-
-
-@contextlib.contextmanager
-def _blamed(path: str) -> Iterator[None]:
-    """Raises what its body raises for an image's sake as a BadItem."""
-    try:
-        with enough_memory(path):
-            yield
-    except (BadItem, ShardError):
-        raise
-    except BackendError as exc:  # a library is missing that most builds do without
-        raise BadItem("decode", "undecodable", str(exc)) from exc
-    except UnidentifiedImageError as exc:
-        raise BadItem("decode", "not-an-image", "no decoder knows this content") from exc
-    except Exception as exc:
-        # Pillow's readers meet hostile data with many kinds of exception. The bytes are in memory by now, so whatever
-        # they raise is a property of the file.
-        text = str(exc) or type(exc).__name__
-        if isinstance(exc, (EOFError, struct.error)) or text in _ENDED:
-            text = "truncated: the data ends before the image does"
-        truncated = "truncated" in text.lower()
-        raise BadItem("decode", "truncated" if truncated else "undecodable", text) from exc
-
-
 def first_size(source: Source, items: Iterable[Item], config: BuildConfig) -> tuple[int, int] | None:
-    """Height and width of the first of `items` that can be decoded; None if none can."""
+    """Height and width of the first of `items` that can be decoded; None if none can be."""
     with PillowDecoder(config, Geometry("none", 1, 1), source) as decoder:
         for item in items:
             with contextlib.suppress(BadItem):
@@ -440,7 +329,7 @@ def first_size(source: Source, items: Iterable[Item], config: BuildConfig) -> tu
 
 
 def versions() -> dict[str, Any]:
-    """Which Pillow is imported, and the JPEG library inside it."""
+    """The versions of the imported Pillow and of its JPEG library."""
     turbo = features.check_feature("libjpeg_turbo")
     jpeg = features.version_feature("libjpeg_turbo") if turbo else features.version_codec("jpg")
     return {
@@ -451,22 +340,12 @@ def versions() -> dict[str, Any]:
 
 
 def is_simd() -> bool:
-    """Whether the imported PIL is Pillow-SIMD, whose versions are Pillow's with `.postN` behind."""
+    """Whether the imported PIL is Pillow-SIMD, whose versions are those of Pillow with the suffix `.postN`."""
     return ".post" in PIL.__version__
 
 
-def orientation_of(image: Image.Image) -> int:
-    """The orientation that a file's EXIF gives an image, 1 to 8, as `exif.py` says."""
-    if image.format == "TIFF":  # Pillow turns it upright by itself, whether asked to or not
-        return 1
-    # Pillow joins the EXIF segments of a JPEG, of which the first one counts.
-    segments = (body for name, body in getattr(image, "applist", ()) if name == "APP1")
-    block = next((body for body in segments if body.startswith(EXIF_HEADER)), image.info.get("exif"))
-    return orientation_in(block) if isinstance(block, bytes) else 1
-
-
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the first chunk of a WebP file (RFC 9649, sections 2.5 to 2.7); None if it is none."""
+    """Width and height from the first chunk of a WebP file (RFC 9649, sections 2.5 to 2.7); None if it is invalid."""
     kind, body = data[8:16], data[20:30]
     if len(body) < 10:
         return None
@@ -495,30 +374,18 @@ def _from_array(pixels: NDArray[Any]) -> Image.Image:
 
 
 def dicom_size(data: bytes, path: str) -> tuple[int, int]:
-    """Height and width of a DICOM file by its header; raises as `PillowDecoder.decode_image`."""
+    """Height and width of a DICOM file, from its header; raises as `PillowDecoder.decode_image`."""
     require_pydicom()
-    with _blamed(path):
+    with as_bad_item(path):
         return size_of(data)
 
 
 def _is_lossless(image: Image.Image) -> bool:
-    """Whether a JPEG that is not loaded is a lossless one."""
+    """Whether a JPEG that is not loaded yet is lossless."""
     header = read_header(file_of(image) or b"")
     return header is not None and header.frame == _LOSSLESS
 
 
-def file_of(image: Image.Image) -> bytes | None:
-    """The file of an image whose pixels nobody has asked for yet: it can still be decoded as a build does it."""
-    file = getattr(image, "fp", None)
-    if file is None or not image.tile or image.tell():
-        return None
-    position = file.tell()
-    file.seek(0)
-    data: bytes = file.read()
-    file.seek(position)
-    return data
-
-
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """The image turned as its EXIF orientation says."""
+    """The image, turned upright from an EXIF orientation of 1 to 8."""
     return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image

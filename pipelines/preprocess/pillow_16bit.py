@@ -1,10 +1,12 @@
-"""Decoding and resizing with 16 bits a channel: by Pillow where it keeps them, else by imagecodecs and tifffile.
+"""Decodes and resizes with 16 bits per channel, with Pillow where it keeps them, else with imagecodecs or tifffile.
 
-Pillow cuts the samples of 16-bit colours to 8 bits. It still decodes every PNG and PPM, so that what is rejected does
-not depend on the bit depth; imagecodecs then decodes such a PNG again, and NumPy reads such a PPM. TIFF of more than 8
-bits is for tifffile; see `tiff.py`. Samples of 8 bits are scaled by 257, so that white stays white. All that follows is
-as in 8 bits: alpha on the background, gray as ITU-R BT.601-7 weighs it, (299 R + 587 G + 114 B) / 1000, in integers
-rounded half up; resizing by Pillow's filters in 32-bit floats, plane by plane, rounded half to even.
+Pillow reduces 16-bit colours to 8 bits. It still decodes every PNG and PPM first, so that the rejects do not depend on
+the bit depth; imagecodecs then decodes such a PNG again, and NumPy reads such a PPM. tifffile decodes TIFF with more
+than 8 bits; see `tiff.py`. 8-bit samples are scaled by 257, so that white stays white.
+
+The other steps are the same as with 8 bits: alpha is composited onto the background; gray is (299 R + 587 G + 114 B) /
+1000 (ITU-R BT.601-7), in integers rounded half up; Pillow's filters resize in 32-bit floats, plane by plane, and the
+result is rounded half to even.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from ..config import BuildConfig
 from ..machine.environment import require_bits16
 from ..sources.base import Source
 from .geometry import Geometry, Placement
-from .pillow import PillowDecoder, enough_memory, file_of, upright
+from .pillow import PillowDecoder, upright
+from .pillow_files import enough_memory, file_of
 from .png import samples16
 from .samples import is_gray16, opacity, plain, sixteen_bit_samples
 
@@ -29,7 +32,7 @@ _LUMA = (299, 587, 114)
 
 
 class SixteenBitDecoder(PillowDecoder):
-    """As PillowDecoder, to uint16 pixels.
+    """As PillowDecoder, but gives uint16 pixels.
 
     Raises:
         BackendError: imagecodecs or tifffile is missing.
@@ -44,7 +47,7 @@ class SixteenBitDecoder(PillowDecoder):
     def pixels_of(self, picture: Image.Image | NDArray[Any], path: str) -> NDArray[Any]:
         """See `PillowDecoder.pixels_of`; an array may also be uint16 (H, W, 1), (H, W, 3) or (H, W, 4).
 
-        Of a PIL image with 16-bit RGB samples that is loaded already, Pillow has kept 8 bits.
+        If a PIL image with 16-bit RGB samples is loaded already, Pillow has reduced it to 8 bits.
         """
         if isinstance(picture, np.ndarray) and picture.dtype == np.uint16 and picture.shape[2:] in ((1,), (3,), (4,)):
             with enough_memory(path):
@@ -54,8 +57,8 @@ class SixteenBitDecoder(PillowDecoder):
         return super().pixels_of(picture, path)
 
     def _upright(self, image: Image.Image) -> tuple[Any, Placement]:
-        """The whole image as planes of 32-bit floats, and where they go."""
-        kind = sixteen_bit_samples(image)  # which loading forgets, as it does the place of the samples
+        """The whole upright image as planes of 32-bit floats, and its placement."""
+        kind = sixteen_bit_samples(image)  # must be read before loading, as must `tile`
         data = None if kind is None else file_of(image)
         tile: Any = next(iter(getattr(image, "tile", ())), None)
         orientation, place = self._loaded(image)
@@ -71,7 +74,7 @@ class SixteenBitDecoder(PillowDecoder):
         return [upright(plane, orientation) for plane in self._planes(samples)], place
 
     def _planes(self, samples: NDArray[Any]) -> list[Image.Image]:
-        """Samples (H, W, 1), (H, W, 3) or (H, W, 4) as planes: R, G and B, or one where they are equal."""
+        """Samples (H, W, 1), (H, W, 3) or (H, W, 4) as planes: R, G and B, or a single gray plane."""
         if samples.shape[2] == 4:
             alpha = samples[..., 3:].astype(np.uint32)
             behind = np.array(self._config.background, np.uint32) * 257
@@ -89,13 +92,13 @@ class SixteenBitDecoder(PillowDecoder):
 
 
 def _pnm(data: bytes, size: tuple[int, int], most: int, tile: Any) -> NDArray[np.uint16]:
-    """The samples (H, W, 3) of a PPM that Pillow has decoded, so that it is known to be whole, scaled to 16 bits.
+    """The samples (H, W, 3) of a PPM, scaled to 16 bits. Pillow must have decoded it, which shows that it is complete.
 
     Args:
-        data: the file.
+        data: the encoded file.
         size: width and height.
-        most: the sample that is white.
-        tile: Pillow's, which says where the samples are, and whether as text.
+        most: the largest possible sample.
+        tile: Pillow's tile, with the offset of the samples and whether they are text.
     """
     width, height = size
     if tile[0] == "ppm_plain":

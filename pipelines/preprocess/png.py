@@ -1,4 +1,4 @@
-"""PNG: the chunks that decide pixels, and samples of 16 bits (W3C Portable Network Graphics, third edition)."""
+"""PNG: removes chunks that do not affect pixels, and decodes 16-bit samples (W3C PNG specification, third edition)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..sources.rejects import BadItem
 
 _MAGIC = b"\x89PNG\r\n\x1a\n"
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-_PALETTE = 3  # the colour type that has one (11.2.1)
+_PALETTE = 3  # the colour type of images with a palette (11.2.1)
 _ANCILLARY = 0x20  # bit 5 of the first letter of a chunk's name (5.4)
-_DEPTHS = {"L;2": 2, "L;4": 4, "L": 8, "RGB": 8}  # of the samples that Pillow names so
+_DEPTHS = {"L;2": 2, "L;4": 4, "L": 8, "RGB": 8}  # bits per sample, by Pillow's raw mode
 
 
 def is_png(data: bytes) -> bool:
@@ -25,13 +25,13 @@ def is_png(data: bytes) -> bool:
 
 
 def without_extras(data: bytes) -> bytes:
-    """A PNG without the ancillary chunks that no pixel depends on; the same object if it has none.
+    """A PNG without the ancillary chunks that do not affect pixels; the same object if it has none.
 
-    Pillow refuses a whole file for what is wrong with one of them: text or a colour profile beyond its limits, a wrong
-    CRC. Of an animation, the image that all decoders show is left.
+    Pillow refuses a whole file if one of these chunks is invalid: a text or colour profile beyond its limits, or a
+    wrong CRC. Of an animation, only the default image is kept, which all decoders show.
 
     Raises:
-        BadItem: there are no pixels, or the data ends before them; there are two headers, or a palette is missing.
+        BadItem: the pixels are missing or truncated, there are two headers, or the palette is missing.
     """
     view, kept, found = memoryview(data), bytearray(), set()
     begin, position = 0, len(_MAGIC)
@@ -43,7 +43,7 @@ def without_extras(data: bytes) -> bytes:
                 raise BadItem("decode", "undecodable", "a PNG of two headers")
             found.add(name)
         elif name not in found and _decides(name, view[position + 4 : end]):
-            found.add(name)  # of several, the first one counts
+            found.add(name)  # only the first of several is kept
         elif name[0] & _ANCILLARY:
             kept += view[begin:position]
             begin = end
@@ -58,14 +58,14 @@ def without_extras(data: bytes) -> bytes:
 
 
 def _decides(name: bytes, chunk: memoryview) -> bool:
-    """Whether an ancillary chunk (name, content, CRC) says what the pixels are; a damaged orientation says nothing."""
+    """Whether an ancillary chunk (name, content, CRC) affects pixels; an eXIf chunk with a wrong CRC does not."""
     return name == b"tRNS" or (name == b"eXIf" and zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:], "big"))
 
 
 def set_transparency(image: Image.Image) -> None:
-    """Makes the transparent colour of a PNG that is not loaded comparable with the samples that Pillow will give.
+    """Scales the transparent colour of a PNG that is not loaded yet, so that it matches the samples that Pillow gives.
 
-    Pillow scales samples of 2 and 4 bits to 8, and leaves the colour as the file has it: in the lowest bits (11.3.1.1).
+    Pillow scales 2-bit and 4-bit samples to 8 bits, but leaves the transparent colour unscaled (11.3.1.1).
     """
     colour, depth = image.info.get("transparency"), _DEPTHS.get(image.tile[0][3]) if image.tile else None
     if colour is None or depth is None:
@@ -76,11 +76,11 @@ def set_transparency(image: Image.Image) -> None:
 
 
 def samples16(data: bytes) -> NDArray[np.uint16]:
-    """The samples of a 16-bit PNG: (H, W, 1), (H, W, 3), or (H, W, 4) with alpha, also where one colour is transparent.
+    """The samples of a 16-bit PNG: uint16 (H, W, 1), (H, W, 3), or (H, W, 4) if it has alpha or a transparent colour.
 
     Raises:
         BackendError: imagecodecs is missing.
-        BadItem: it finds no samples of 16 bits.
+        BadItem: imagecodecs decodes it to other than 16-bit samples.
         Exception: whatever imagecodecs raises for a damaged file.
     """
     found: NDArray[Any] = require_bits16("a transparent colour of 16-bit samples").imagecodecs.png_decode(data)

@@ -1,6 +1,6 @@
-"""Which items of a batch DALI decodes, with their sizes, placement and orientation as plain numbers.
+"""Decides which items of a batch DALI decodes, with their sizes, placement and orientation as plain numbers.
 
-All of it comes from one reading of each header, so no decoder decides a size or a rotation by itself.
+Everything comes from one parse of each header, so no decoder chooses a size or a rotation by itself.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Route:
-    """What becomes of the N items of a batch.
+    """How the N items of a batch are decoded.
 
     Attributes:
-        usable: bool (N,), whether DALI decodes the item; the other arrays have numbers for a blank image where not.
-        shapes: int32 (N, 2), height and width as stored.
+        usable: bool (N,), whether DALI decodes the item; if not, the other arrays hold the numbers of a blank image.
+        shapes: int32 (N, 2), height and width as stored, in pixels.
         sizes: float32 (N, 2), height and width to resize to, before the image is turned upright.
         starts: int32 (N, 2), row and column of the upright image at which the output begins; negative for a border.
-        turns: int32 (N, 3), whether to transpose, then to flip horizontally, then vertically: 0 or 1.
+        turns: int32 (N, 3), 0 or 1: whether to transpose, to flip horizontally, and to flip vertically, in this order.
     """
 
     usable: NDArray[np.bool_]
@@ -49,7 +49,7 @@ class Route:
 
 
 def route(encoded: Sequence[memoryview], config: BuildConfig, geometry: Geometry) -> Route:
-    """The route of the encoded images of a batch, each one's bytes."""
+    """The route of a batch, from the encoded bytes of each item."""
     blank = ((geometry.height, geometry.width), (geometry.height, geometry.width), (0, 0), _TURNS[1])
     found = [_of(data, config, geometry) for data in encoded]
     shapes, sizes, starts, turns = zip(*(numbers or blank for numbers in found), strict=True)
@@ -66,7 +66,7 @@ _Numbers = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, i
 
 
 def _of(data: memoryview, config: BuildConfig, geometry: Geometry) -> _Numbers | None:
-    """Shape, size, start and turn of an image; None if it is not DALI's."""
+    """Shape, size, start and turn of an image; None if DALI does not decode it."""
     if len(data) > MAX_ENCODED_BYTES:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What samples an open image has, and 8-bit pixels of them."""
+"""The sample types of images that Pillow has opened, and their conversion to 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..sources.rejects import BadItem
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _COLOURED = ("RGB", "RGBX", "RGBA", "LA")
-_DEEP_FORMATS = ("PNG", "PPM", "TIFF")  # in a BMP, 16 bits are those of all three colours
-# Formats of images that no decoder here is for, by the first bytes of a file.
+_DEEP_FORMATS = ("PNG", "PPM", "TIFF")  # in a BMP, 16 bits are those of all three colours together
+# Image formats that are not decoded, by the first bytes of a file.
 _OTHERS = {
     "AVIF": rb".{4}ftypavi[fs]", "HEIF": rb".{4}ftyp(hei|hev|mif1|msf1)", "JPEG XL": rb"\0\0\0\x0cJXL ",
     "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "OpenEXR": rb"\x76\x2f\x31\x01", "Photoshop": rb"8BPS\0",
@@ -23,14 +23,14 @@ _OTHERS = {
 
 
 def format_of(data: bytes) -> str | None:
-    """The name of an image format that is not decoded; None if the data begins as no such file."""
+    """The name of the data's format if it is a known image format that is not decoded; else None."""
     return next((name for name, pattern in _OTHERS.items() if re.match(pattern, data, re.DOTALL)), None)
 
 
 def sixteen_bit_samples(image: Image.Image) -> tuple[str, int] | None:
-    """Pillow's name for the samples of an image that is not loaded, and the largest; None where Pillow keeps them all.
+    """Pillow's raw mode and the largest sample of an image that Pillow would reduce from 16 to 8 bits; else None.
 
-    CMYK is not among them: Pillow alone converts it, in 8 bits.
+    Call it before the image is loaded. CMYK is never reported: only Pillow converts it, always in 8 bits.
     """
     tiles = getattr(image, "tile", ()) if image.mode in _COLOURED and image.format in _DEEP_FORMATS else ()
     arguments = tiles[0][3] if tiles else ""
@@ -40,13 +40,13 @@ def sixteen_bit_samples(image: Image.Image) -> tuple[str, int] | None:
 
 
 def is_sixteen_bit(image: Image.Image) -> bool:
-    """Whether an image that is not loaded has 16 bits a channel, as far as Pillow tells."""
+    """Whether an image that is not loaded yet has 16 bits per channel, as far as Pillow reports it."""
     gray = image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
     return gray or sixteen_bit_samples(image) is not None
 
 
 def is_gray16(image: Image.Image) -> bool:
-    """Whether an image is gray with samples of up to 16 bits. Raises BadItem if it says so and has larger ones."""
+    """Whether an image is gray with samples of up to 16 bits. Raises BadItem if samples exceed the header's 16 bits."""
     if image.mode in _SIXTEEN_BIT:
         return True
     if image.mode != "I" or image.format not in ("PNG", "PPM", None):
@@ -58,13 +58,22 @@ def is_gray16(image: Image.Image) -> bool:
 
 
 def opacity(image: Image.Image) -> NDArray[np.bool_] | None:
-    """Which pixels of 16-bit gray are opaque; None where no level is transparent."""
+    """Which pixels of a 16-bit gray image are opaque, bool (H, W); None if no level is transparent."""
     level = image.info.get("transparency")
     return None if level is None else np.asarray(np.asarray(image) != level)
 
 
 def plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
-    """The image as 8-bit L or RGB: alpha put on the background, 16-bit gray scaled, the rest converted."""
+    """The image as 8-bit L or RGB: alpha composited onto the background, 16-bit gray scaled, the rest converted.
+
+    Args:
+        image: a loaded image.
+        mode: "L" or "RGB".
+        background: R, G and B behind transparent pixels, 0 to 255.
+
+    Raises:
+        BadItem: the samples have 32 bits.
+    """
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image if image.mode == "L" or mode == "RGB" else image.convert(mode)
     if is_gray16(image):
@@ -75,7 +84,7 @@ def plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Im
         image = Image.merge("LA", (levels, Image.fromarray(opaque * np.uint8(255))))
     if image.mode in ("I", "F"):
         raise BadItem("decode", "undecodable", f"samples of 32 bits (mode {image.mode})")
-    if image.mode == "La":  # by whose alpha gray was multiplied
+    if image.mode == "La":  # gray that is premultiplied by alpha
         image = image.convert("LA")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -86,7 +95,7 @@ def plain(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Im
 
 
 def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Pixels (H, W, ...) turned as `upright` turns images."""
+    """Pixels (H, W, ...) turned upright, as `pillow.upright` does with images."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels

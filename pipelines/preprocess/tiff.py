@@ -1,14 +1,15 @@
-"""TIFF (revision 6.0, and BigTIFF): what the first directory says, its bounds, and what Pillow does not read right.
+"""TIFF 6.0 and BigTIFF: checks the first directory, and decodes the kinds that Pillow does not read correctly.
 
-Pillow decodes whatever it reads as the specification says. tifffile, with the codecs of imagecodecs, decodes the rest:
-16-bit gray whose zero is white, depths such as 6 or 12, planes of 16 bits or with alpha, 16-bit gray with alpha; and
-for 16-bit levels all that has more than 8 bits. Of a sample whose largest value is top it makes the level
+Only the first image of a multi-page TIFF is read. Pillow decodes every kind that it reads as the specification says.
+tifffile, with the codecs of imagecodecs, decodes the rest: 16-bit gray whose zero is white, depths such as 6 or 12,
+separate planes of 16 bits or with alpha, and 16-bit gray with alpha; and, if 16-bit levels are wanted, every TIFF with
+more than 8 bits. With `top` as the largest possible sample, a sample becomes the level
 
-    round(255 * value / top)      in 8 bits, of gray and of up to 8 bits
-    floor(value / 256)            in 8 bits, of 16-bit colours, as Pillow does; of 9 to 15 bits as of 16
+    round(255 * value / top)      in 8 bits, for gray of any depth and for colours of up to 8 bits
+    floor(value / 256)            in 8 bits, for 16-bit colours, as in Pillow; 9 to 15 bits are scaled to 16 first
     round(65535 * value / top)    in 16 bits
 
-Alpha by which colours were multiplied is divided out, and zero becomes black.
+Colours that are premultiplied by alpha are divided by it, and images whose zero is white are inverted.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from PIL import Image, TiffImagePlugin, features
 from ..machine.environment import require_bits16
 from ..sources.rejects import BadItem
 
-_PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # the third and fourth as Pillow takes them
-# Bytes of BYTE, SHORT and LONG (section 2) and LONG8 (BigTIFF), and of their like with a sign, which is never needed.
+_PREFIXES = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")  # Pillow also reads the wrong third and fourth
+# Sizes in bytes of BYTE, SHORT and LONG (section 2) and LONG8 (BigTIFF), and of their signed variants; the values that
+# are read here are never negative.
 _TYPES = {1: 1, 3: 2, 4: 4, 16: 8, 6: 1, 8: 2, 9: 4, 17: 8}
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _PREDICTOR = 274, 277, 278, 284, 317
@@ -36,18 +38,18 @@ _TAGS = {
 }  # fmt: skip
 _MAX_TAGS = 4096
 _MAX_SAMPLES = 16
-_BLOCK_SAMPLES = 1 << 20  # that are converted at a time, in some 16 bytes each
-_MAX_TILE_PIXELS = 1 << 22  # of a tile that is larger than its image; usual are 256 x 256 to 1024 x 1024
+_BLOCK_SAMPLES = 1 << 20  # converted at a time, with about 16 bytes of memory each
+_MAX_TILE_PIXELS = 1 << 22  # for a tile that is larger than its image; usual sizes are 256 x 256 to 1024 x 1024
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _CMYK: 4}
 _RAW, _OLD_JPEG = 1, 6
 _PACKED = {_RAW, 5, 8, 32946, 32773, 34925, 50000}  # and LZW, Deflate, Deflate, PackBits, LZMA, Zstandard
-_ASSOCIATED, _UNASSOCIATED = 1, 2  # ExtraSamples: alpha, by which colours are multiplied or not
+_ASSOCIATED, _UNASSOCIATED = 1, 2  # ExtraSamples: alpha with premultiplied colours, and plain alpha
 _UNSIGNED, _FORMATS = 1, {2: "int", 3: "float", 5: "complex int", 6: "complex float"}  # SampleFormat
 
 
 def is_tiff(data: bytes) -> bool:
-    """Whether a file is TIFF or BigTIFF by its first bytes."""
+    """Whether a file is TIFF or BigTIFF, by its first bytes."""
     return data[:4] in _PREFIXES
 
 
@@ -55,19 +57,19 @@ class Tiff:
     """A TIFF whose first directory has been read.
 
     Attributes:
-        size: height and width as stored.
-        orientation: how the image is to be turned, 1 to 8, as EXIF numbers it.
-        bits: of a sample.
+        size: height and width as stored, in pixels.
+        orientation: the EXIF orientation of the image, 1 to 8.
+        bits: bits per sample.
 
     Raises:
-        BadItem: the directory is cut off or contradicts itself, or nothing here reads such samples right.
+        BadItem: the directory is truncated or contradictory, or neither library reads such samples correctly.
     """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
         self._large = 43 in data[2:4]  # BigTIFF
-        self._entries: dict[int, tuple[int, int, int]] = {}  # of each tag type, count, and place of the values
+        self._entries: dict[int, tuple[int, int, int]] = {}  # by tag: type, count, and offset of the values
         self._read_directory()
         width, height = self._number(_WIDTH, 0), self._number(_LENGTH, 0)
         if not width or not height:
@@ -86,21 +88,21 @@ class Tiff:
 
     @property
     def mode(self) -> str:
-        """Pillow's name for an image of such samples, about."""
+        """The Pillow mode that is closest to these samples."""
         return {_RGB: "RGB", _CMYK: "CMYK"}.get(self._photometric, "L" if self.bits <= 8 else "I;16")
 
     def by_pillow(self, depth: int) -> bool:
-        """Whether Pillow gives the right levels of so many bits."""
+        """Whether Pillow gives the correct levels, for levels of `depth` bits (8 or 16)."""
         return self._pillow_is_right and (depth == 8 or self.bits <= 8 or self._photometric == _CMYK)
 
     def require_tifffile(self) -> Any:
-        """tifffile. Raises BackendError if it, or imagecodecs, cannot be imported."""
+        """The module tifffile. Raises BackendError if tifffile or imagecodecs cannot be imported."""
         planes = " in planes" if self._planar else ""
         white = ", whose zero is white," if self._photometric == _WHITE_IS_ZERO else ""
         return require_bits16(f"a TIFF of {self.bits}-bit samples{planes}{white}").tifffile
 
     def unturned(self) -> bytes:
-        """The file, which says that nothing is to be turned: Pillow would turn a TIFF unasked."""
+        """The file with orientation 1, since Pillow always turns a TIFF upright."""
         if self.orientation == 1:
             return self._data
         kind, _, at = self._entries[_ORIENTATION]
@@ -108,14 +110,14 @@ class Tiff:
         return self._data[:at] + upright + self._data[at + len(upright) :]
 
     def decode(self, depth: int) -> NDArray[Any]:
-        """The levels as stored, not turned: (H, W), (H, W, 3) in R,G,B or (H, W, 4) with alpha.
+        """The levels as stored, not turned upright: (H, W), (H, W, 3) in R,G,B or (H, W, 4) with alpha.
 
         Args:
-            depth: 8 for uint8; 16 for uint16, or uint8 where samples have no more bits.
+            depth: 8 for uint8 levels; 16 for uint16, or uint8 if the samples have at most 8 bits.
 
         Raises:
             BackendError: tifffile or imagecodecs is missing.
-            BadItem: tifffile reads another image than the directory says, or cannot decode it.
+            BadItem: tifffile cannot decode the image, or reads the directory differently.
             Exception: whatever tifffile raises for a damaged file that it cannot open.
         """
         samples, table = self._by_tifffile(), self._levels(depth)
@@ -128,7 +130,7 @@ class Tiff:
         return levels[..., 0] if channels == 1 else levels
 
     def _converted(self, samples: NDArray[Any], table: NDArray[Any], alpha: int | None) -> NDArray[Any]:
-        """The levels of some rows, gray or R,G,B, and alpha if there is any."""
+        """The levels of some rows: gray or R,G,B, and alpha if there is any."""
         count = _COLOURS[self._photometric]
         colours: NDArray[Any] = table[samples[..., :count]]
         behind = None if alpha is None else table[samples[..., alpha : alpha + 1]]
@@ -144,14 +146,14 @@ class Tiff:
         return np.concatenate([colours.repeat(3 // colours.shape[2], axis=2), behind], axis=2)
 
     def _by_tifffile(self) -> NDArray[Any]:
-        """The samples (H, W, samples), unsigned."""
+        """The stored samples, unsigned (H, W, samples)."""
         with self.require_tifffile().TiffFile(io.BytesIO(self._data)) as file:
             page, (height, width) = file.pages[0], self.size
             shape = (self._samples, 1, height, width, 1) if self._planar else (1, 1, height, width, self._samples)
             if (page.shaped, page.bitspersample, page.compression) != (shape, self.bits, self._compression):
                 raise _bad("tags that two libraries read differently")
             if self._compression == _RAW:
-                page.predictor = 1  # which is only for compressed samples (section 14)
+                page.predictor = 1  # predictors are only for compressed samples (section 14)
             try:
                 found: NDArray[Any] = page.asarray(maxworkers=1, squeeze=False)
             except MemoryError:
@@ -161,12 +163,12 @@ class Tiff:
         samples: NDArray[Any] = found[:, 0, ..., 0].transpose(1, 2, 0) if self._planar else found[0, 0]
         if samples.dtype == np.bool_:
             samples = samples.view(np.uint8)
-        elif self.bits not in (8, 16):  # where differences were summed up, the bits above are carries
+        elif self.bits not in (8, 16):  # summing up differences (a predictor) leaves carries in the upper bits
             samples = samples & samples.dtype.type((1 << self.bits) - 1)
         return samples
 
     def _levels(self, depth: int) -> NDArray[Any]:
-        """The level of every value that a sample can have."""
+        """The level of every possible sample, (2**bits,)."""
         top, deep = (1 << self.bits) - 1, self.bits > 8
         values = np.arange(top + 1, dtype=np.uint32)
         in_16, in_8 = (values * 65_535 + top // 2) // top, (values * 255 + top // 2) // top
@@ -177,7 +179,7 @@ class Tiff:
         return levels
 
     def _alpha(self) -> int | None:
-        """Which sample is alpha; the fourth of RGB that says nothing of it, as Pillow takes it."""
+        """The position of the alpha sample, or None. An undeclared fourth sample of RGB is alpha, as in Pillow."""
         count = _COLOURS[self._photometric]
         if self._photometric == _RGB and not self._extra and self._samples == count + 1:
             return count
@@ -185,7 +187,7 @@ class Tiff:
         return next((count + at for at, kind in enumerate(more) if kind in (_ASSOCIATED, _UNASSOCIATED)), None)
 
     def _check_samples(self) -> int:
-        """How many bits a sample has. Raises BadItem if they are of a kind that cannot be decoded."""
+        """The bits per sample. Raises BadItem for samples that cannot be decoded."""
         if self._samples > _MAX_SAMPLES:
             raise _bad(f"{self._samples} samples a pixel; at most {_MAX_SAMPLES}")
         depths = sorted({*self._values(_BITS, self._samples)} or {1})
@@ -198,10 +200,10 @@ class Tiff:
         return depths[0]
 
     def _check_kind(self) -> bool:
-        """Whether Pillow gives the right levels in 8 bits. Raises BadItem if neither it nor tifffile does."""
+        """Whether Pillow gives the correct 8-bit levels. Raises BadItem if neither Pillow nor tifffile does."""
         kind, packed = self._photometric, self._compression in _PACKED
         name = f"{self.bits}-bit samples of photometric interpretation {kind} and compression {self._compression}"
-        # Pillow's BigTIFF is little-endian, and its tiles are listed as such, as those of old writers are not.
+        # Pillow reads only little-endian BigTIFF, and only tiles that are listed under the tags for tiles.
         known = not self._large or self._order == "little"
         if self._compression == _RAW:
             known = known and not {_TILE_WIDTH, _STRIPS[0]} <= self._entries.keys()
@@ -224,7 +226,7 @@ class Tiff:
         return False
 
     def _plain(self, more: int) -> bool:
-        """Whether Pillow reads such samples, right, of which `more` are not colours."""
+        """Whether Pillow reads such samples correctly; `more` of them are not colours."""
         kind, bits, extra, order = self._photometric, self.bits, self._extra, self._number(_FILL_ORDER, 1)
         prefix = b"II" if self._order == "little" else b"MM"
         if (prefix, kind, (_UNSIGNED,), order, (bits,) * self._samples, extra) not in TiffImagePlugin.OPEN_INFO:
@@ -234,9 +236,9 @@ class Tiff:
         return bits < 8 or (order == 1 and (bits == 8 or (bits == 16 and kind != _WHITE_IS_ZERO)))
 
     def check_segments(self) -> None:
-        """Raises BadItem if strips or tiles are missing or cut off, or tiles far larger than the image.
+        """Raises BadItem if strips or tiles are missing or truncated, or if tiles are far larger than the image.
 
-        What it takes itself is in proportion to the file.
+        The memory and time of this check are proportional to the size of the file.
         """
         height, width = self.size
         tiled = _TILE_WIDTH in self._entries
@@ -250,7 +252,7 @@ class Tiff:
             raise _bad(f"tiles or strips of {wide} x {high} pixels")
         across, down, planes = -(-width // wide), -(-height // high), self._samples if self._planar else 1
         count = across * down * planes
-        # Old writers list tiles under the names of strips, as libtiff allows.
+        # Old writers list tiles under the tags for strips, as libtiff allows.
         names = _TILES if _TILES[0] in self._entries else _STRIPS
         offsets, sizes = (self._array(tag, count) for tag in names)
         subsampled = self._values(_SUBSAMPLING, 2) != (1, 1) and sizes.sum() != 3 * width * height
@@ -259,7 +261,7 @@ class Tiff:
         sparse = not self._pillow_is_right and not (len(sizes) == count and offsets.all() and sizes.all())
         if sparse or (len(offsets) < count and (self._compression == _RAW or not self._pillow_is_right)):
             raise _bad(f"{np.count_nonzero(sizes)} strips or tiles with data; {count} are needed")
-        if self._compression == _RAW:  # whose sizes need not be as they are said to be
+        if self._compression == _RAW:  # the declared sizes may be wrong
             rows = np.full(down, high) if tiled else np.minimum(high, height - high * np.arange(down))
             line = -(-wide * self._samples * self.bits // (8 * planes))
             sizes = np.tile(np.repeat(rows * line, across), planes).astype(np.uint64)
@@ -284,7 +286,7 @@ class Tiff:
                 raise _bad(f"tag {tag} of type {kind}")
             if tag in self._entries:
                 raise _bad(f"tag {tag} twice")
-            if number * _TYPES[kind] > pointer:  # the values stand elsewhere
+            if number * _TYPES[kind] > pointer:  # the values are stored elsewhere
                 place = self._integer(place, pointer)
             self._entries[tag] = kind, number, place
 
@@ -293,12 +295,12 @@ class Tiff:
         return values[0] if values else default
 
     def _values(self, tag: int, most: int) -> tuple[int, ...]:
-        """The first values of a tag, up to `most`; none where there is no such tag."""
+        """The first values of a tag, up to `most`; empty if the tag is missing."""
         kind, count, at = self._entries.get(tag, (3, 0, 0))
         return tuple(self._integer(at + _TYPES[kind] * value, _TYPES[kind]) for value in range(min(count, most)))
 
     def _array(self, tag: int, most: int) -> NDArray[np.uint64]:
-        """As `_values`."""
+        """As `_values`, for many values."""
         kind, count, at = self._entries.get(tag, (3, 0, 0))
         count = min(count, most)
         self._require(at + count * _TYPES[kind])
@@ -315,7 +317,7 @@ class Tiff:
 
 
 def _divided(colours: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
-    """Colours that were multiplied by alpha, divided by it; in 8 bits rounded down, as by Pillow."""
+    """Premultiplied colours, divided by alpha; 8-bit quotients are rounded down, as in Pillow."""
     top = np.iinfo(colours.dtype).max
     divisor = np.maximum(alpha, 1).astype(np.uint32)
     half = divisor // 2 if top > 255 else 0

@@ -1,1 +1,1 @@
-"""Ways from shards into a program."""
+"""Reads finished datasets: as arrays, in PyTorch, Keras and TensorFlow, and their preprocessing at inference."""

@@ -1,4 +1,4 @@
-"""Whether the datasets on which one process trains and validates are preprocessed alike."""
+"""Checks that all datasets which a process opens, for training and validation, are preprocessed alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _seen: dict[str, Preprocess] = {}
 
 
 def compare_with_others(data: Dataset) -> None:
-    """Warns, once for each pair, where a dataset that was opened before in this process is preprocessed otherwise."""
+    """Warns, once per pair, if a dataset that this process opened before is preprocessed differently."""
     if _seen.get(data.path) == data.preprocess:
         return
     for path, other in _seen.items():

@@ -1,4 +1,4 @@
-"""A finished dataset as NumPy arrays, mapped from its shards: a row is read without reading the rest."""
+"""Gives a finished dataset as NumPy arrays that are memory-mapped from its shards, so rows are read on demand."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from ..storage.base import Storage, is_remote
 from ..storage.local import LocalStorage
 from .inference import Preprocess
 
-# Maps that are kept. Before Python 3.13 each holds a file descriptor, of which a process may have 1,024, or fewer.
+# Shards that stay mapped. Before Python 3.13, each map holds a file descriptor; the usual limit is 1,024 per process.
 _OPEN_SHARDS = 1024 if sys.version_info >= (3, 13) else 64
-_KNOWN_SHARDS = 16_384  # shards of which it is kept, some kilobytes each, what was found in them
+_KNOWN_SHARDS = 16_384  # shards whose zip directory is cached, a few kilobytes each
 
 _datasets: weakref.WeakSet[Dataset] = weakref.WeakSet()
 
@@ -41,37 +41,37 @@ def _renew_locks() -> None:
         dataset._lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_locks)  # a thread that the child does not have may hold one for ever
+os.register_at_fork(after_in_child=_renew_locks)  # a thread that the child does not have may hold a lock
 
 RowIndex = SupportsIndex | slice | Sequence[int] | NDArray[np.integer[Any]]
 
 
 class Dataset:
-    """The images of a finished dataset, a row each, in the order of its plan. It pickles as its path.
+    """The images of a finished dataset, one per row, in the order of its plan. It is pickled as its path.
 
-    `dataset[i]` is the image of row i: (C, H, W) or (H, W, C), as stored, a view of the mapped file. `dataset[a:b]` is
-    a batch: a view if it lies in one shard, else a copy; `dataset[[3, 1, 2]]` is a copy. What is written to a view
-    stays in this process. Of a compressed dataset all are copies, and no rows but those are inflated.
+    `dataset[i]` is the image of row i as stored, (C, H, W) or (H, W, C): a view of the mapped file. `dataset[a:b]` is a
+    batch: a view if it lies in one shard, else a copy. `dataset[[3, 1, 2]]` is a copy. Changes to a view stay in this
+    process. With a compressed dataset, all of these are copies, and only the requested rows are decompressed.
 
     Args:
         path: the dataset's folder.
-        partial: take a dataset whose build has not ended, with the shards that are committed by now.
+        partial: open a dataset whose build has not finished, with the shards that are committed so far.
 
     Attributes:
         path: the dataset's folder.
-        manifest: what dataset.json says.
-        labels: int64 (N,), or None; (N, K) for several columns, float64 if one has fractions.
-        class_names: by label, where there is one column of labels, which are classes; or None.
-        label_columns: the columns of labels where that does not say it: name, kind and classes of each.
-        index: the place of each row in the plan, int64 (N,).
-        valid: bool (N,), False for the zero rows of `--on-reject blank`; None if there are no such rows.
-        paths: the source path of each row, read from its shard when asked for.
+        manifest: the contents of dataset.json.
+        labels: int64 (N,), or None; for several columns (N, K), float64 if one of them has fractions.
+        class_names: the class names by label, if there is one column of labels and it holds classes; else None.
+        label_columns: the label columns if `class_names` does not describe them: name, kind and classes of each.
+        index: the position of each row in the plan, int64 (N,).
+        valid: bool (N,), False for the zero rows of `--on-reject blank`; None if the dataset cannot have such rows.
+        paths: the source path of each row, read from its shard on access.
         shard_rows: how many rows each shard has, int64 (shards,).
 
     Raises:
-        IncompleteError: the build has not ended; with `partial`, no shard is committed yet.
+        IncompleteError: the build has not finished; with `partial`, no shard is committed yet.
         FormatError: not a dataset, damaged, or made by a later version.
-        StorageError: the process has too many files open, or the dataset is not on a disk.
+        StorageError: the process has too many open files, or the dataset is not on a disk.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, partial: bool = False) -> None:
@@ -101,7 +101,7 @@ class Dataset:
         self.label_columns = self.manifest.columns
         self.paths: Sequence[str] = _Paths(self)
         self._ends: list[int] = ends
-        self._shards: dict[int, NpzReader] = {}  # the first opened is the first to go
+        self._shards: dict[int, NpzReader] = {}  # the first that was opened is the first to be closed
         self._known: dict[int, CachedDirectory] = {}
         self._lock = threading.Lock()
         _datasets.add(self)
@@ -118,7 +118,7 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """The shape of one image."""
+        """The shape of one image: (C, H, W) or (H, W, C)."""
         return self.manifest.images.shape
 
     @property
@@ -127,7 +127,7 @@ class Dataset:
         return np.dtype(self.manifest.images.dtype)
 
     def __getitem__(self, rows: RowIndex) -> NDArray[Any]:
-        if type(rows) is int:  # by the shortest way: a small image is copied in the time that a few calls take
+        if type(rows) is int:  # a fast path: copying a small image takes no longer than a few calls
             shard, at = self._find(rows)
             row: NDArray[Any] = (self._shards.get(shard) or self.shard(shard)).rows("images")[at]
             return row
@@ -138,10 +138,15 @@ class Dataset:
             yield from self.shard(number).rows("images")
 
     def column(self, name: str, rows: RowIndex) -> NDArray[Any]:
-        """The entries of one array of the shards (`images`, `paths`, `source_bytes`, ...) for the given rows.
+        """The entries of one array of the shards (`images`, `paths`, `source_bytes`, ...) for some rows.
+
+        Args:
+            name: the name of the array.
+            rows: a row number, a slice, or a list or array of row numbers.
 
         Raises:
             IndexError: a row is out of range.
+            TypeError: `rows` is of another type.
             FormatError: a shard is missing or damaged, or has no such array.
         """
         if isinstance(rows, slice):
@@ -149,7 +154,7 @@ class Dataset:
             if span.step == 1 and span:
                 return self._span(name, span.start, span.stop)
             rows = np.array(span)
-        # Asking for int first spares two questions that take longer than finding the row.
+        # Checking for int first avoids two checks that take longer than finding the row.
         if type(rows) is int or (isinstance(rows, SupportsIndex) and np.ndim(rows) == 0):  # type: ignore[arg-type]
             shard, at = self._find(int(rows))
             row: NDArray[Any] = self._rows(shard, name)[at]
@@ -163,10 +168,10 @@ class Dataset:
         return self._gather(name, [(shard, at, at + 1) for shard, at in places])
 
     def normalized(self, rows: RowIndex) -> NDArray[np.float32]:
-        """Images as float32, with the dataset's normalization applied where it stores uint8 pixels.
+        """Images as normalized float32, (C, H, W) or (H, W, C), with a leading N unless `rows` is a single row.
 
-        A uint8 dataset gives exactly the values that a float32 build of the same images stores; blank rows stay zero.
-        Where float32 is stored, it is `dataset[rows]`.
+        If the dataset stores uint8 pixels, the values are exactly those that a float32 build of the same images stores;
+        blank rows stay zero. If it stores float32, this is `dataset[rows]`.
         """
         images = self[rows]
         values = self.preprocess.values(images)
@@ -176,14 +181,17 @@ class Dataset:
 
     @functools.cached_property
     def preprocess(self) -> Preprocess:
-        """What was done to each image: the same for others, at inference; `differences` compares two datasets."""
+        """The preprocessing of this dataset, to apply to other images at inference, or to compare with a dataset."""
         return Preprocess.of(self.manifest)
 
     def shard(self, number: int) -> NpzReader:
-        """One shard, opened or taken from the few that are kept open.
+        """One shard, which is opened unless it still is open.
+
+        Args:
+            number: counted from 0 over the shards of this dataset; with `partial`, over the committed ones.
 
         Raises:
-            FormatError: it is missing, damaged, or of another dataset.
+            FormatError: the shard is missing, damaged, or of another dataset.
         """
         with self._lock:
             if number in self._shards:
@@ -202,7 +210,7 @@ class Dataset:
             return reader
 
     def _rows(self, number: int, name: str) -> NDArray[Any] | DeflatedRows:
-        """An array of a shard, which must have an entry for each of its images."""
+        """An array of a shard. Raises FormatError if it does not have one entry per image."""
         reader = self.shard(number)
         rows, images = reader.rows(name), reader.rows("images")
         if rows is not images and (rows.shape[:1] != images.shape[:1] or len(rows.shape) > 1 + (name == "labels")):
@@ -219,7 +227,7 @@ class Dataset:
         return shard, row - (self._ends[shard - 1] if shard else 0)
 
     def _span(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """The rows from `start` up to `stop`, at least one."""
+        """The rows from `start` up to `stop`, of which there is at least one."""
         runs = []
         while start < stop:
             shard, at = self._find(start)
@@ -233,7 +241,7 @@ class Dataset:
         return view
 
     def _gather(self, name: str, runs: list[tuple[int, int, int]]) -> NDArray[Any]:
-        """A copy of the rows of all runs (shard, start, stop), made run by run: views would keep every shard open."""
+        """A copy of the rows of all runs (shard, start, stop), copied run by run: views would keep all shards open."""
         if not runs:
             runs = [(0, 0, 0)]
         if name == "images" and self.manifest.deflated:
@@ -244,7 +252,7 @@ class Dataset:
             rows = self._rows(shard, name)[start:stop]
             if out is None:
                 out = np.empty((count, *rows.shape[1:]), rows.dtype)
-            elif rows.dtype != out.dtype:  # texts: each shard has the width that its own need
+            elif rows.dtype != out.dtype:  # strings, whose width differs between shards
                 out = out.astype(np.promote_types(out.dtype, rows.dtype))
             out[filled : filled + len(rows)] = rows
             filled += len(rows)
@@ -252,7 +260,7 @@ class Dataset:
         return out
 
     def _inflated(self, places: list[tuple[int, int]]) -> NDArray[Any]:
-        """The images at these places (shard, row), inflated by as many threads as there are cores."""
+        """The images at these places (shard, row), decompressed with one thread per core."""
         out = np.empty((len(places), *self.image_shape), self.dtype)
 
         def inflate(at: int) -> None:
@@ -287,12 +295,12 @@ class _Paths(Sequence[str]):
 
 
 def open_dataset(path: str | os.PathLike[str], partial: bool = False) -> Dataset:
-    """A finished dataset, or with `partial` what there is of one; see `Dataset`."""
+    """Opens a finished dataset or, with `partial`, the committed shards of an unfinished one; see `Dataset`."""
     return Dataset(path, partial=partial)
 
 
 def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
-    """The index.npz of a dataset. Raises FormatError if it is missing, damaged or another dataset's."""
+    """Opens index.npz. Raises FormatError if it is missing, damaged or from another dataset."""
     reader = _opened(storage, INDEX)
     _require_comment(reader, index_comment(manifest.id))
     kinds: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
@@ -314,7 +322,14 @@ def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
 
 
 def require_fit(index: Any, rows: int, shards: int, path: str) -> None:
-    """Raises FormatError if an index has other rows or shards than these, those of the manifest of a dataset."""
+    """Raises FormatError if an index does not have as many rows and shards as the manifest of its dataset says.
+
+    Args:
+        index: the arrays of index.npz by name.
+        rows: the rows of the dataset.
+        shards: the shards of the dataset.
+        path: the dataset's folder, for the message.
+    """
     columns = [index[name] for name in ("index", "labels", "valid") if name in index]
     held = index["shard_rows"]
     fits = 0 < len(held) == shards and bool(((held >= 0) & (held <= rows)).all()) and int(held.sum()) == rows
@@ -323,10 +338,16 @@ def require_fit(index: Any, rows: int, shards: int, path: str) -> None:
 
 
 def open_shard(storage: Storage, manifest: Manifest, number: int, before: CachedDirectory | None = None) -> NpzReader:
-    """One shard, which must be the one of this number and of this dataset; `before` as for `NpzReader`.
+    """Opens one shard and checks that it is the right one.
+
+    Args:
+        storage: where the dataset is.
+        manifest: the manifest of the dataset.
+        number: the number of the shard in the plan.
+        before: as for `NpzReader`.
 
     Raises:
-        FormatError: missing, damaged, foreign, or with images of another shape or type.
+        FormatError: the shard is missing, damaged, or of another dataset, or its images have another shape or dtype.
     """
     reader = _opened(storage, shard_name(number, manifest.counts.shards), before)
     _require_comment(reader, shard_comment(manifest.id, number))
@@ -343,7 +364,10 @@ def open_shard(storage: Storage, manifest: Manifest, number: int, before: Cached
 
 
 def column_fault(reader: NpzReader, name: str, manifest: Manifest) -> str | None:
-    """What is wrong with type or shape of an array of a shard that stands beside the images; raises as `NpzReader`."""
+    """What is wrong with the dtype or shape of an array of a shard other than the images; None if nothing is.
+
+    Raises as `NpzReader`.
+    """
     label_type, label_shape = label_form(manifest.columns)
     kinds = {"index": "i", "source_bytes": "i", "paths": "U", "valid": "b", "labels": np.dtype(label_type).kind}
     shape = (len(reader.rows("images")), *(label_shape if name == "labels" else ()))

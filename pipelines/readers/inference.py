@@ -1,4 +1,4 @@
-"""The preprocessing of a dataset on single images: at inference, what the build did to its rows."""
+"""Applies the preprocessing of a dataset to single images, so that a model gets the same input at inference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..config import BuildConfig
 from ..dataset.manifest import Manifest
 from ..errors import ImageError
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import Normalizer, apply_table, row_shape, statistics, table, tables
+from ..preprocess.normalize import NumpyNormalizer, apply_table, row_shape, statistics, table, tables
 from ..sources.dicom_frames import split_frame
 from ..sources.rejects import BadItem
 
@@ -30,7 +30,7 @@ _RESIZE = {
     "pad": "resized to fit into {size}, in the middle of a canvas of level {pad_value}",
     "none": "left at its size, which must be {size}",
 }
-# Settings that change what a model sees. Dtype and layout only say how the same values are stored.
+# Settings that change what a model sees. Dtype and layout only change how the same values are stored.
 _CONTRACT = (
     "channels", "bit_depth", "resize_mode", "interpolation", "reduced_decoding", "exif_orientation", "background",
     "dicom_window",
@@ -39,17 +39,17 @@ _CONTRACT = (
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Images in, rows out, as a build with these settings stores them. May be shared by threads, and pickled.
+    """Turns images into rows, as a build with these settings does. Threads may share it, and it can be pickled.
 
         preprocess = Preprocess.from_dataset("/data/train-npz")
         row = preprocess("cat.jpg")
 
-    Pillow decodes. A row is bit for bit the stored one where the build took the same version of it; a dataset that DALI
-    made differs by some tenths of a level on average, as `gpu-npz parity` shows.
+    Images are decoded with Pillow. A row is bit-identical to the stored one if the build used the same version of
+    Pillow; rows that DALI made differ by a few tenths of a level on average, as `gpu-npz parity` shows.
 
     Attributes:
         config: the settings of the build.
-        image_size: height and width of a row.
+        image_size: height and width of a row, in pixels.
     """
 
     config: BuildConfig
@@ -57,35 +57,35 @@ class Preprocess:
 
     @classmethod
     def from_dataset(cls, out: str | os.PathLike[str]) -> Preprocess:
-        """That of a finished dataset; no image of it is needed.
+        """The preprocessing of a finished dataset; only its manifest is read.
 
         Args:
-            out: the dataset's folder, or its URL.
+            out: the dataset's folder or URL.
 
         Raises:
-            IncompleteError: the build has not ended.
-            FormatError: not a dataset, or damaged.
+            IncompleteError: the build has not finished.
+            FormatError: `out` is not a dataset, or is damaged.
         """
         return cls.of(Manifest.load(os.fspath(out)))
 
     @classmethod
     def of(cls, manifest: Manifest) -> Preprocess:
-        """That of the dataset with this manifest."""
+        """The preprocessing of the dataset with this manifest."""
         return cls(manifest.config, manifest.images.size)
 
     def __call__(self, image: str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]) -> NDArray[Any]:
-        """The row that a build stores of an image: (C, H, W) or (H, W, C), in the dataset's dtype.
+        """The row that a build stores for an image: (C, H, W) or (H, W, C), in the dataset's dtype.
 
         Args:
-            image: a path (of a frame as a dataset has it, `scan.dcm/0003`); an encoded image; a PIL image; or pixels:
-                uint8 (H, W), (H, W, 1), (H, W, 3) in R,G,B or (H, W, 4) with alpha, or uint16 (H, W); with `bit_depth`
-                16, any of these in uint16. A path, bytes, or a PIL image that is not loaded yet give the stored row;
-                pixels that somebody else decoded are resized from their full size, which gives the row of a large JPEG
-                only where the build had `reduced_decoding` False.
+            image: a path (for a DICOM frame as in a dataset, `scan.dcm/0003`); an encoded image; a PIL image; or
+                pixels: uint8 (H, W), (H, W, 1), (H, W, 3) in R,G,B or (H, W, 4) with alpha, or uint16 (H, W); with
+                `bit_depth` 16, any of these shapes in uint16. A path, bytes, or a PIL image that is not loaded yet give
+                the stored row. Decoded pixels are resized from full size; for a large JPEG, that gives the stored row
+                only if the build had `reduced_decoding` False.
 
         Raises:
-            ImageError: it cannot be decoded; the build would reject it.
-            UsageError: an array of another kind.
+            ImageError: the image cannot be decoded; the build would reject it.
+            UsageError: an array of another shape or dtype.
             OSError: the file cannot be read.
         """
         pixels = self._pixels(image)
@@ -96,25 +96,28 @@ class Preprocess:
         return found
 
     def normalized(self, image: str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]) -> NDArray[np.float32]:
-        """As float32 what `Dataset.normalized` gives of the row, also where uint8 is stored; see `__call__`."""
+        """The normalized row as float32, even if the dataset stores uint8 pixels, as in `Dataset.normalized`.
+
+        The argument and the errors are those of `__call__`.
+        """
         return self.values(self(image))
 
     def values(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """What stored rows (..., C, H, W) or (..., H, W, C) mean, as float32: uint8 pixels are normalized."""
+        """The float32 values of stored rows (..., C, H, W) or (..., H, W, C): stored pixels are normalized."""
         if rows.dtype.kind != "u":
             return rows.astype(np.float32, copy=False)
         values: NDArray[np.float32] = apply_table(self.tables(rows), rows, self.config.layout)
         return values
 
     def tables(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """The value of every level of stored uint8 rows, float32, in the stored order of channels.
+        """The value of every level of stored uint8 rows: float32 (channels, 256), in the stored order of channels.
 
-        (channels, 256); where each image is normalized by its own statistics, (images, 1, 256).
+        If each image is normalized by its own statistics, the shape is (images, 1, 256).
         """
         return tables(self.config, rows) if self._table is None else self._table
 
     def describe(self) -> str:
-        """What is done to an image, in words, a step a line."""
+        """The preprocessing in words, one step per line."""
         config, (height, width) = self.config, self.image_size
         cover = Geometry.of(config, self.image_size).cover
         resize = _RESIZE[config.resize_mode].format(
@@ -159,7 +162,7 @@ class Preprocess:
         }[config.normalize]
 
     def differences(self, other: Preprocess) -> list[str]:
-        """What a model would see otherwise in images of `other`; dtype and layout do not count."""
+        """The settings that make a model see different values with `other`; dtype and layout are ignored."""
         mine, its = self._contract(), other._contract()
         return [
             f"{name}: {mine.get(name)} and {its.get(name)}" for name in mine | its if mine.get(name) != its.get(name)
@@ -200,8 +203,8 @@ class Preprocess:
         return pillow_decoder(self.config, Geometry.of(self.config, self.image_size), None)
 
     @functools.cached_property
-    def _normalizer(self) -> Normalizer:
-        return Normalizer(self.config)
+    def _normalizer(self) -> NumpyNormalizer:
+        return NumpyNormalizer(self.config)
 
     @functools.cached_property
     def _table(self) -> NDArray[np.float32] | None:

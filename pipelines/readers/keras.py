@@ -1,4 +1,4 @@
-"""A finished dataset for Keras 3, whichever its backend: batches for `fit`, `evaluate` and `predict`."""
+"""Gives a finished dataset to Keras 3, with any backend, as batches for `fit`, `evaluate` and `predict`."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ if not hasattr(keras.utils, "PyDataset"):
     )
 
 
-class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # keras is not looked into: its base is Any
-    """The batches of OUT: (images, labels), or images alone where there are no labels, as NumPy arrays.
+class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does not follow keras, so the base is Any
+    """The batches of OUT as NumPy arrays: (images, labels), or only images if there are no labels.
 
-    Images are float32, normalized as the dataset says, also where uint8 pixels or float16 are stored. Their layout is
-    the one that Keras is configured for, `keras.config.image_data_format()`, whatever that of the shards: (N, H, W, C)
-    under "channels_last", its default, else (N, C, H, W). Labels are int64 (N,). The zero rows of `--on-reject blank`
-    are left out unless `keep_blank`.
+    Images are float32 and normalized, even if uint8 pixels or float16 are stored. Their layout is the one for which
+    Keras is configured (`keras.config.image_data_format()`), whatever the layout of the shards: (N, H, W, C) for
+    "channels_last", the default, else (N, C, H, W). Labels are int64 (N,). The zero rows of `--on-reject blank` are
+    omitted unless `keep_blank`.
 
     Attributes:
         data: the dataset as arrays, with `class_names`, `labels`, `paths` and so on.
 
     Args:
         path: OUT.
-        batch_size: images a batch; the last one of an epoch may be short.
-        shuffle: take the images in another order in each epoch, one of all images. `fit` also shuffles the batches
-            unless told `shuffle=False`.
-        seed: of the order.
+        batch_size: images per batch; the last batch of an epoch may be smaller.
+        shuffle: shuffle all images in each epoch. `fit` also shuffles the batches unless it is called with
+            `shuffle=False`.
+        seed: decides the order.
         normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
-        workers: threads (or processes) of Keras that make batches ahead. With 1, Keras makes them as they are needed,
-            and each epoch of `fit` has every image once. With more, Keras (3.15) keeps batches that it had made when it
-            looked at the first one to build the model: epochs are shifted by some batches against the dataset's.
-        use_multiprocessing: whether they are processes.
-        max_queue_size: batches made ahead.
+        workers: threads (or processes) of Keras that prepare batches ahead. With 1, Keras makes batches as they are
+            needed, and each epoch of `fit` has every image once. With more, Keras (3.15) keeps batches that were ready
+            when it read the first one to build the model, so its epochs are shifted by a few batches.
+        use_multiprocessing: whether the workers are processes.
+        max_queue_size: how many batches are prepared ahead.
 
     Raises:
         UsageError: a value that is not allowed.
-        IncompleteError, FormatError, StorageError: as `gpu_npz.open_dataset`.
+        IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # keras is not
         }.get((stored, wanted), (0, 1, 2, 3))
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Batches per epoch."""
         return -(-len(self._rows) // self._batch_size)
 
     def __getitem__(self, number: int) -> Any:
-        """One batch of this epoch.
+        """One batch of the current epoch.
 
         Raises:
             IndexError: there is no such batch.

@@ -1,4 +1,4 @@
-"""Which rows an epoch takes, and in which order: the same for every framework, by seed and epoch alone."""
+"""The rows of an epoch and their order, which depends only on seed and epoch and is the same for every framework."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ Places = NDArray[np.int64]
 
 
 def kept_rows(data: Dataset, keep_blank: bool) -> Places:
-    """The rows to train on, ascending: all but the zero rows of `--on-reject blank`, or those too."""
+    """The rows to train on, int64, ascending: without the zero rows of `--on-reject blank` unless `keep_blank`."""
     if data.valid is None or keep_blank:
         return np.arange(len(data))
     return np.flatnonzero(data.valid)
 
 
 def part(count: int, number: int, parts: int) -> tuple[int, int]:
-    """Start and stop of one of `parts` runs of `count` entries: each entry once, and lengths differ by one at most."""
+    """Start and stop of part `number` of `count` entries; the lengths of the `parts` parts differ by at most one."""
     return count * number // parts, count * (number + 1) // parts
 
 
 def shuffled(rows: Places, seed: int | None, epoch: int) -> Places:
-    """The rows in an order of this seed and epoch; as they are if `seed` is None."""
+    """The rows, shuffled by seed and epoch; unchanged if `seed` is None."""
     return rows if seed is None else np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 def windows(bounds: Places, start: int, stop: int, size: int, seed: int | None, epoch: int) -> Iterator[Places]:
-    """Places of one shard after the other, up to `size` at a time: shards shuffled, then each window in itself.
+    """The places of all shards, shard by shard, in windows: the shards are shuffled, then the places in each window.
 
-    A window depends on nothing that came before it, so a stream can go on at any.
+    A window does not depend on the windows before it, so a stream can resume at any window.
 
     Args:
         bounds: shard k has the places from bounds[k] up to bounds[k + 1].
-        start: where in the sequence of all shards to begin, and where the first window begins.
-        stop: where to end.
-        size: places a window.
-        seed: of the order; None leaves shards and places as they are.
-        epoch: of the order.
+        start: the position in the sequence of all shards at which the first window begins.
+        stop: the position at which the last window ends.
+        size: places per window.
+        seed: decides the order; None leaves shards and places in order.
+        epoch: decides the order.
     """
     order = shuffled(np.arange(len(bounds) - 1), seed, epoch)
     ends = np.cumsum(np.diff(bounds)[order])

@@ -1,4 +1,4 @@
-"""A finished dataset as a tf.data.Dataset of batches."""
+"""Gives a finished dataset as a tf.data.Dataset of batches."""
 
 from __future__ import annotations
 
@@ -31,28 +31,27 @@ def as_tf_dataset(
     normalize: bool = True,
     keep_blank: bool = False,
 ) -> Any:
-    """The batches of OUT as a tf.data.Dataset of (images, labels), or of images where there are no labels.
+    """The batches of OUT as a tf.data.Dataset of (images, labels), or of images if there are no labels.
 
-    Images are float32 (N, H, W, C), the layout that TensorFlow is made for, whatever that of the shards, normalized as
-    the dataset says, also where uint8 pixels or float16 are stored. Labels are int64 (N,). Batches are made ahead, some
-    at the same time, in an order that does not depend on that. The zero rows of `--on-reject blank` are left out unless
-    `keep_blank`.
+    Images are float32 (N, H, W, C) and normalized, even if uint8 pixels or float16 are stored, whatever the layout of
+    the shards. Labels are int64 (N,). Batches are prefetched in parallel, which does not change their order. The zero
+    rows of `--on-reject blank` are omitted unless `keep_blank`.
 
-    The dataset lives in this process: its shards are read by Python, so it can neither be saved as a graph nor be sent
-    to another machine. A damaged shard is an error of TensorFlow, with the shard's FormatError in its message.
+    The dataset only works in this process, since Python reads the shards: it can neither be saved as a graph nor be
+    sent to another machine. A damaged shard raises an error of TensorFlow, whose message contains the FormatError.
 
     Args:
         path: OUT.
-        batch_size: images a batch.
-        shuffle: take the images in another order each time that the dataset is iterated, one of all images.
-        seed: of the orders.
-        drop_last: leave out a last batch that is short; the element_spec then has the size of a batch.
-        normalize: float32 by the dataset's normalization; False gives the stored values.
+        batch_size: images per batch.
+        shuffle: shuffle all images each time that the dataset is iterated.
+        seed: decides the order.
+        drop_last: omit the last batch if it is smaller; the batch size is then part of the `element_spec`.
+        normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
 
     Raises:
         UsageError: a value that is not allowed.
-        IncompleteError, FormatError, StorageError: as `gpu_npz.open_dataset`.
+        IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
     """
     require_natural(batch_size=batch_size)
     data = Dataset(path)

@@ -1,9 +1,9 @@
-"""A finished dataset for PyTorch: image by image, as a stream of shards, or as whole batches on a device.
+"""Gives a finished dataset to PyTorch: image by image, as a stream of shards, or as whole batches on a device.
 
-Images are tensors in the order C, H, W, whatever the layout of the shards: what is stored as NHWC is permuted, which
-costs nothing and makes a batch `channels_last`. They are float32 and normalized as the dataset says, also where uint8
-pixels or float16 are stored; `normalize=False` gives what is stored. A dataset without labels gives images alone where
-one with labels gives pairs. The zero rows of `--on-reject blank` are left out unless `keep_blank`.
+Images are tensors (C, H, W), whatever the layout of the shards: NHWC is permuted without a copy, so its batches are
+`channels_last`. They are float32 and normalized, even if uint8 pixels or float16 are stored; `normalize=False` gives
+the stored values. Datasets with labels give (image, label) pairs, datasets without labels only images. The zero rows of
+`--on-reject blank` are omitted unless `keep_blank`.
 """
 
 from __future__ import annotations
@@ -34,35 +34,36 @@ except ImportError as exc:
     raise BackendError(f"gpu_npz.readers.torch needs PyTorch ({exc}); run: pip install 'gpu-npz[torch]'") from exc
 
 Transform = Callable[[Any], Any]
-_CHUNK = 16  # rows that a stream gathers together
+_CHUNK = 16  # rows that a stream reads at a time
 
 
 class ShardDataset(torch.utils.data.Dataset[Any]):
-    """The images of OUT by number, as torchvision's ImageFolder gives them: (image, label), the label an int.
+    """The images of OUT by index, in the form of torchvision's ImageFolder: (image, label), where the label is an int.
 
-    An image of which nothing has to be computed is a view of the mapped shard: `dataset[5]` reads what is looked at.
-    What is written to such a view stays in this process, and is seen again there. A transform gets a tensor of its own,
-    so it may work in place; a DataLoader gets each batch by one gather (`__getitems__`), which holds no shard open.
+    If nothing has to be computed, an image is a view of the mapped shard, which is read on access. Changes to a view
+    stay in this process, but are visible in later views of the image. A transform gets its own copy, so it may work in
+    place. A DataLoader reads each batch at once (`__getitems__`), which keeps no shard open.
 
-    It may be used from threads, after fork, and by DataLoader workers that are forked, spawned or come of a forkserver.
+    It may be used by threads, after a fork, and by DataLoader workers with any start method: fork, spawn or forkserver.
 
     Attributes:
         data: the dataset as arrays, with `paths`, `manifest` and so on.
-        rows: the row of `data` that each image is, int64 (N,).
-        classes: the class names by label; None without labels.
-        class_to_idx: labels by class name; None without labels.
-        targets: the label of each image, from index.npz, so no shard is opened; None without labels.
+        rows: the row of each image in `data`, int64 (N,).
+        classes: the class names by label; None without classes.
+        class_to_idx: the labels by class name; None without classes.
+        targets: the label of each image, from index.npz, so that no shard is opened; None without labels.
 
     Args:
         path: OUT.
         transform: applied to the image, a tensor (C, H, W).
         target_transform: applied to the label.
-        normalize: float32 by the dataset's normalization; False gives the stored values.
+        normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
 
     Raises:
-        IncompleteError, FormatError, StorageError: as `gpu_npz.open_dataset`; on access, FormatError names the shard.
-        IndexError: on access, a number out of range.
+        IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`; on access, FormatError names the
+            shard.
+        IndexError: on access, an index is out of range.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     @functools.cached_property
     def targets(self) -> list[Any] | None:
-        """The label of each image; of several columns, a list each."""
+        """The label of each image; with several label columns, a list per image."""
         return None if self.data.labels is None else self.data.labels[self.rows].tolist()
 
     def __len__(self) -> int:
@@ -100,7 +101,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         return self._sample(_tensor(image, self.data.manifest.images.layout), row)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The images of a batch, read by one gather."""
+        """The images of a batch, which are read at once."""
         rows = self.rows[[operator.index(index) for index in indices]]
         images = _tensor(self._read(rows), self.data.manifest.images.layout)
         return [self._sample(image, row) for image, row in zip(images, rows.tolist(), strict=True)]
@@ -118,24 +119,24 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
 
 class ShardIterable(torch.utils.data.IterableDataset[Any]):
-    """The images of OUT as a stream, shard after shard: for disks on which reading here and there is slow.
+    """The images of OUT as a stream, shard by shard, for disks with slow random access.
 
-    With `shuffle`, the shards come in an order of their own in each epoch, and among every `buffer` images in a row the
-    order is random. The buffer holds row numbers and not images, so it takes no memory to speak of. Class folders that
-    were built without `--shuffle` have shards of a single class; they need a buffer of many shards.
+    With `shuffle`, each epoch has its own order of shards, and within every `buffer` consecutive images the order is
+    random. The buffer holds row numbers, not images, so it needs hardly any memory. Class folders that were built
+    without `--shuffle` have shards of a single class; they need a buffer of many shards.
 
-    The sequence of an epoch is cut into one run for each rank, and each rank's run into one for each DataLoader worker.
-    So every image comes exactly once, and runs differ by one image at most: the last batch of a worker may be short,
-    and one rank may have a batch more than another. Where ranks must take equally many steps, as under
-    DistributedDataParallel, `drop_last` leaves out the few images, fewer than there are ranks, that make the
-    difference; under `shuffle`, other ones in each epoch.
+    The sequence of an epoch is divided among the ranks, and each rank's part among its DataLoader workers. So every
+    image comes exactly once, and the parts differ by at most one image: the last batch of a worker may be smaller, and
+    one rank may have one batch more than another. If all ranks must take the same number of steps, as with
+    DistributedDataParallel, `drop_last` omits the surplus images, which are fewer than the ranks; with `shuffle`, other
+    images are omitted in each epoch.
 
-    The order is that of epoch 0 until `set_epoch` is called, which reaches persistent workers as well. `state_dict` and
-    `load_state_dict` are what torchdata's StatefulDataLoader asks for to resume in the middle of an epoch.
+    The order is that of epoch 0 until `set_epoch` is called, which also reaches persistent workers. `state_dict` and
+    `load_state_dict` let torchdata's StatefulDataLoader resume in the middle of an epoch.
 
     Attributes:
-        dataset: the same images by number.
-        rank: of this process.
+        dataset: the same images by index.
+        rank: the rank of this process.
         world_size: how many processes share an epoch.
 
     Args:
@@ -143,16 +144,16 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         transform: as for ShardDataset; a transform may work in place.
         target_transform: as for ShardDataset.
         shuffle: whether to shuffle.
-        seed: of the shuffling.
-        buffer: how many images in a row are mixed.
-        rank: unless given, torch.distributed's where that is initialized by now, else 0.
-        world_size: unless given, torch.distributed's where that is initialized by now, else 1.
-        drop_last: give every rank equally many images.
+        seed: decides the order.
+        buffer: how many consecutive images are shuffled together.
+        rank: defaults to that of torch.distributed if it is initialized, else 0.
+        world_size: defaults to that of torch.distributed if it is initialized, else 1.
+        drop_last: give all ranks the same number of images.
         normalize: as for ShardDataset.
         keep_blank: as for ShardDataset.
 
     Raises:
-        UsageError: a value that is not allowed; when the iteration begins, a state of another stream.
+        UsageError: a value that is not allowed; when an iteration begins, a state of another stream.
         IncompleteError, FormatError, StorageError: as for ShardDataset.
     """
 
@@ -178,17 +179,17 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         self._buffer = buffer
         self._drop_last = drop_last
         self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # torch's own; workers see what set_epoch writes
-        self._begun = 0, 0  # epoch and images handed out of the iteration that began last
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # untyped in torch; workers see what set_epoch writes
+        self._begun = 0, 0  # of the latest iteration: its epoch, and how many images it has given
         self._resumed: dict[str, Any] | None = None
 
     def __len__(self) -> int:
-        """Images of this rank in an epoch, in all workers. Each of them ends with a batch of its own."""
+        """Images of this rank per epoch, over all workers. Each worker makes its own last batch."""
         start, stop = self._run()
         return stop - start
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration that of `epoch`, from its beginning unless a state of that epoch was loaded."""
+        """Sets the epoch of the next iteration, which starts at its beginning unless a state of it was loaded."""
         self._epoch.fill_(epoch)
         if self._resumed is not None and self._resumed["epoch"] != epoch:
             self._resumed = None
@@ -204,14 +205,14 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         return self._samples(epoch, done)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration that began last stands in this process: plain numbers, for `load_state_dict`."""
+        """The position of the latest iteration in this process, for `load_state_dict`; it can be stored as JSON."""
         if self._resumed is not None:
             return self._resumed
         epoch, done = self._begun
         return {**self._identity(), "epoch": epoch, "done": done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration go on where `state` was taken, by the same worker of as many, and the same rank."""
+        """Makes the next iteration resume at a state of the same rank and worker, with as many ranks and workers."""
         self._resumed = dict(state)
 
     def _samples(self, epoch: int, done: int) -> Iterator[Any]:
@@ -237,7 +238,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         return part(count, self.rank, self.world_size)
 
     def _identity(self) -> dict[str, Any]:
-        """All that decides which images the stream of this process has, and in which order."""
+        """Everything that decides the images of this process's stream and their order."""
         worker, workers = _worker()
         return {
             "dataset": self.dataset.data.manifest.id,
@@ -266,29 +267,28 @@ def loader(
     keep_blank: bool = False,
     prefetch: int = 2,
 ) -> Loader:
-    """Whole batches of OUT on a device, with no DataLoader and no worker processes.
+    """Whole batches of OUT on a device, without a DataLoader or worker processes.
 
-    Batches are gathered from the mapped shards by threads, ahead of time, and travel through pinned memory to a GPU as
-    they are stored; pixels stored as uint8 are normalized there, with exactly the values of a float32 build. What
-    happens on a GPU has not been tried on one yet.
+    Threads read batches ahead from the mapped shards and copy them as stored, through pinned memory, to a GPU. Stored
+    uint8 pixels are normalized there, with exactly the values of a float32 build. This has not been tried on a GPU yet.
 
     Args:
         path: OUT.
-        batch_size: images a batch.
-        device: where tensors shall be.
-        shuffle: take the images in another order in each epoch, one of all images.
-        seed: of the order.
-        drop_last: leave out a last batch that is short, and the images that make one rank have more than another.
-        rank: unless given, torch.distributed's where that is initialized by now, else 0.
-        world_size: unless given, torch.distributed's where that is initialized by now, else 1.
-        normalize: float32 by the dataset's normalization; False gives the stored values.
+        batch_size: images per batch.
+        device: the device of the tensors.
+        shuffle: shuffle all images in each epoch.
+        seed: decides the order.
+        drop_last: omit the last batch if it is smaller, and the images that some ranks would have more than others.
+        rank: defaults to that of torch.distributed if it is initialized, else 0.
+        world_size: defaults to that of torch.distributed if it is initialized, else 1.
+        normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
-        prefetch: batches that are gathered ahead, each by a thread.
+        prefetch: how many batches are read ahead, each by its own thread.
 
     Raises:
         UsageError: a value that is not allowed.
-        BackendError: there is no such device.
-        IncompleteError, FormatError, StorageError: as `gpu_npz.open_dataset`.
+        BackendError: PyTorch finds no usable GPU.
+        IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
     """
     require_natural(batch_size=batch_size, prefetch=prefetch)
     place = torch.device(device)
@@ -311,11 +311,11 @@ def loader(
 
 @dataclass
 class Loader:
-    """What `loader` makes: each iteration is an epoch of (images, labels), or of images where there are no labels.
+    """What `loader` returns: each iteration is an epoch of (images, labels), or of images if there are no labels.
 
-    Images are (N, C, H, W), labels int64 (N,), both on the device. `epoch` is that of the next iteration; it counts by
-    itself, and `set_epoch` sets it. Every rank takes its run of the epoch's order: each image once, and no rank has
-    more than one image, or one batch, more than another; with `drop_last`, all have as many.
+    Images are (N, C, H, W), labels int64 (N,), both on the device. `epoch` is the number of the next iteration; it is
+    incremented by each iteration and set by `set_epoch`. Every rank takes its part of the epoch's order: each image
+    comes once, and ranks differ by at most one image and one batch; with `drop_last`, they do not differ.
     """
 
     data: Dataset
@@ -330,12 +330,12 @@ class Loader:
     epoch: int = 0
 
     def __len__(self) -> int:
-        """Batches of this rank in an epoch."""
+        """Batches of this rank per epoch."""
         start, stop = self._run()
         return (stop - start) // self.batch_size if self.drop_last else -(-(stop - start) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration that of `epoch`."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
@@ -366,11 +366,11 @@ class Loader:
 
     @property
     def _looks_up(self) -> bool:
-        """Whether pixels become values on the device. The CPU does that faster with NumPy, in the threads."""
+        """Whether pixels are normalized on the device. For the CPU, the threads do it with NumPy, which is faster."""
         return self.normalize and self.data.dtype.kind == "u" and self.device.type != "cpu"
 
     def _gather(self, rows: Places) -> tuple[torch.Tensor, torch.Tensor | None, Places]:
-        """Images, and the table or the tables that they are looked up in on the device."""
+        """The images of a batch, the tables for normalizing them on the device (or None), and their rows."""
         on_host = self.normalize and self.device.type == "cpu"
         stored = self.data.normalized(rows) if on_host else self.data[rows]
         values = torch.from_numpy(self.data.preprocess.tables(stored)) if self._looks_up else None
@@ -393,11 +393,11 @@ class Loader:
 
 
 def look_up(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """`values[channel, level]`, or `values[image, 0, level]`, of each pixel, on the device of both.
+    """Looks up `values[channel, level]`, or `values[image, 0, level]`, for each pixel: (N, C, H, W).
 
     Args:
-        values: (C, levels), or (N, 1, levels) where each image has its own.
-        images: uint8 or uint16 (N, C, H, W).
+        values: (C, levels), or (N, 1, levels) if each image has its own table.
+        images: uint8 or uint16 (N, C, H, W), on the same device.
     """
     first = torch.arange(0, values.numel(), values.shape[-1], dtype=torch.int32, device=values.device)
     places = images.to(torch.int32) + first.view(*values.shape[:-1], 1, 1)

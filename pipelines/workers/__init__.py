@@ -1,1 +1,1 @@
-"""A plan to committed shards: the worker, and the engines that give it shards."""
+"""Builds the shards of a plan: the worker, and the engines that give shards to workers."""

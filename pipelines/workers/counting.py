@@ -1,7 +1,7 @@
-"""How often each level occurs in the pixels of a source, decoded by all cores: exact, since counts are integers.
+"""Counts how often each level occurs in the pixels of a source, on all cores; integer counts are exact.
 
-In 8 bits they are Pillow's `Image.histogram`: half the time of `numpy.bincount`, and less than sums of squares take in
-NumPy.
+8-bit pixels are counted with Pillow's `Image.histogram`, which takes half the time of `numpy.bincount`, and less time
+than NumPy takes for sums of squares.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from ..sources.base import Batch, Source
 from .messages import Output
 from .subprocesses import running
 
-_RANGE_ITEMS = 1024  # of the plan, that a process is given at a time
+_RANGE_ITEMS = 1024  # items of the plan that a process gets at a time
 
 
 @dataclass
 class Tally:
-    """What some items gave.
+    """Counts over some items.
 
     Attributes:
-        items: how many.
-        counts: pixels of each level, int64 (C, 256) or, in 16 bits, (C, 65536), channels in R,G,B.
-        rejects: items that gave no image, by code.
-        labels: images by label, where these are classes or whole numbers, and are asked for.
+        items: how many items were counted, rejects included.
+        counts: how many pixels have each level, int64 (C, 256) or, in 16 bits, (C, 65536), channels in R,G,B.
+        rejects: how many items were rejected, by code.
+        labels: how many images have each label, if requested and if labels are classes or integers.
     """
 
     items: int
@@ -51,11 +51,11 @@ class Tally:
 
     @classmethod
     def empty(cls, config: BuildConfig) -> Tally:
-        """Of no items."""
+        """The tally of no items."""
         return cls(0, np.zeros((config.channel_count, config.max_level + 1), np.int64))
 
     def add(self, other: Tally) -> None:
-        """Takes what other items gave in."""
+        """Adds the counts of other items."""
         self.items += other.items
         self.counts += other.counts
         self.rejects += other.rejects
@@ -72,21 +72,21 @@ def count_source(
     *,
     labels: bool = False,
 ) -> Tally:
-    """Decodes and resizes all items of a plan as a build would, by all cores or the first GPU, and counts their levels.
+    """Decodes and resizes all items of a plan as in a build, on all cores or the first GPU, and counts their levels.
 
-    What happens on a GPU has not been tried on one yet.
+    This has not been tried on a GPU yet.
 
     Args:
-        plan: the items; it is not cut into shards here.
-        source: where the items are.
-        config: how values are normalized and stored makes no difference.
-        size: height and width of a row.
-        choice: the decoder.
-        progress: called with items done and items in all.
+        plan: the items; its shards are ignored.
+        source: reads the items.
+        config: the settings of the build; normalization, dtype and layout make no difference.
+        size: height and width of a row, in pixels.
+        choice: the backend and its resources.
+        progress: called with the number of items done and the number of all items.
         labels: whether to count labels, too.
 
     Raises:
-        ShardError: trouble that is not an image's, or a process died.
+        ShardError: a process died, or failed for a reason that no image caused.
     """
     items = plan.item_count
     plan = Plan(plan.arrays, max(1, min(_RANGE_ITEMS, items // (4 * choice.cpus))))
@@ -102,22 +102,27 @@ def count_source(
 
 
 def mean_of(counts: Sequence[int], power: int = 1) -> Fraction:
-    """The mean of pixels scaled to 0..1, or of a power of them, by the number of pixels of each level."""
+    """The exact mean of pixels scaled to 0..1, or of a power of them.
+
+    Args:
+        counts: how many pixels have each level.
+        power: the exponent.
+    """
     return Fraction(
         sum(level**power * count for level, count in enumerate(counts)), (len(counts) - 1) ** power * sum(counts)
     )
 
 
 def std_of(counts: Sequence[int]) -> float:
-    """The standard deviation of pixels scaled to 0..1, over all pixels; as `mean_of`."""
+    """The population standard deviation of pixels scaled to 0..1; see `mean_of`."""
     return math.sqrt(mean_of(counts, 2) - mean_of(counts) ** 2)
 
 
 def count_levels(pixels: Any) -> NDArray[np.int64]:
-    """How many pixels have each level: int64 (C, 256), or (C, 65536) of uint16.
+    """How many pixels have each level: int64 (C, 256), or (C, 65536) for uint16.
 
     Args:
-        pixels: uint8 or uint16 (N, H, W, C), C = 1 or 3; of NumPy, or of CuPy, which counts on its GPU.
+        pixels: uint8 or uint16 (N, H, W, C), C = 1 or 3; a NumPy array, or a CuPy array, which is counted on its GPU.
     """
     count, height, width, channels = pixels.shape
     planes = (pixels[..., channel].ravel() for channel in range(channels))
@@ -137,7 +142,7 @@ def count_levels(pixels: Any) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a process needs to decode."""
+    """What a process needs for decoding."""
 
     config: BuildConfig
     size: tuple[int, int]
@@ -171,7 +176,7 @@ def _count(decoder: Decoder, batches: Iterable[Batch], work: _Work) -> Tally:
 
 
 def _counted(plan: Plan, work: _Work) -> Generator[Tally, None, None]:
-    """The tallies of all ranges of the plan; a few of them are on their way at the same time."""
+    """The tallies of all ranges of the plan; several ranges are counted at the same time."""
     processes = min(work.tuning.workers, 1) if work.choice.gpus else work.tuning.workers
     ranges = (list(plan.batches(number, work.tuning.batch_size)) for number in range(plan.shard_count))
     if not processes:
@@ -191,7 +196,7 @@ def _counted(plan: Plan, work: _Work) -> Generator[Tally, None, None]:
                     tally = ready.recv()
                 if isinstance(tally, GpuNpzError):
                     raise tally
-                output.known()  # of no interest: a build hears them again, and names their files
+                output.known()  # ignored: a build gets these messages again, and names their files
                 yield tally
                 if batches := next(ranges, []):
                     with _explained(output):
@@ -202,7 +207,7 @@ def _counted(plan: Plan, work: _Work) -> Generator[Tally, None, None]:
 
 @contextlib.contextmanager
 def _process(work: _Work) -> Iterator[tuple[Connection, Output]]:
-    """A process that counts, and what it writes; it is stopped at the end."""
+    """Runs a process that counts while the body runs; gives its pipe and its output."""
     with running(__name__) as (connection, output):
         with _explained(output):
             connection.send(work)
@@ -222,9 +227,9 @@ def _explained(output: Output) -> Iterator[None]:
 
 
 def serve(descriptor: int) -> None:
-    """What such a process runs: it takes its work, then batches again and again, and gives tallies, or an error."""
+    """What such a process runs: receives its work, then lists of batches; sends a tally for each, or an error."""
     connection = Connection(descriptor)
-    with contextlib.suppress(EOFError, ConnectionError):  # the parent has stopped
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
         work: _Work = connection.recv()
         try:
             with work.decoder() as decoder:

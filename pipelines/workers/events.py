@@ -1,8 +1,8 @@
-"""What a worker is given, and what it reports: small objects that can be pickled."""
+"""The task that a worker gets and the events that it reports: small objects that can be pickled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,10 +16,17 @@ from .messages import Heard
 
 @dataclass(frozen=True)
 class Progress:
-    """A batch of a shard has been decoded and goes to the disk. Negative numbers take back what was lost.
+    """A batch of a shard has been decoded and is being written. Negative numbers cancel progress that was lost.
 
-    `changed` counts files that were written to, or went, since the worker began: what was read of them may be a part.
-    `reject` is one of the batch's; `sixteen_bit` is the path of an image of which 8 of 16 bits a channel were kept.
+    Attributes:
+        shard: the shard's number.
+        items: how many items the batch has.
+        rejects: how many of them were rejected.
+        source_bytes: the encoded size of all items.
+        changed: how many files were removed or written to since the worker started, so that they may have been read
+            only in part.
+        reject: the first reject of the batch; None if there is none.
+        sixteen_bit: the path of an image that was reduced from 16 to 8 bits per channel; None if there was none so far.
     """
 
     shard: int
@@ -31,22 +38,32 @@ class Progress:
     sixteen_bit: str | None = None
 
 
+def taken_back(shard: int, steps: Sequence[Progress]) -> Progress:
+    """The Progress that cancels all earlier steps of a shard."""
+    return Progress(
+        shard,
+        -sum(step.items for step in steps),
+        -sum(step.rejects for step in steps),
+        -sum(step.source_bytes for step in steps),
+    )
+
+
 @dataclass(frozen=True)
 class Committed:
-    """A shard is done."""
+    """A shard has been committed."""
 
     record: CommitRecord
 
 
 @dataclass(frozen=True)
 class WorkerEnded:
-    """What a worker took.
+    """A worker has ended, with the time and memory that it used.
 
     Attributes:
         stage_seconds: how long it was busy with each stage. Stages overlap, and several shards are written at once.
-        memory_bytes: the most main memory that its process has held.
-        gpu_memory_bytes: memory of the GPU that it held at its end, with what DALI and CuPy keep to use again; 0 on a
-            CPU. Another process on the same GPU is counted in.
+        memory_bytes: the peak main memory of its process.
+        gpu_memory_bytes: the GPU memory in use at its end, including the memory pools of DALI and CuPy and other
+            processes on the same GPU; 0 on a CPU.
     """
 
     stage_seconds: dict[str, float]
@@ -56,15 +73,22 @@ class WorkerEnded:
 
 @dataclass(frozen=True)
 class Decoding:
-    """In isolated mode: the item that is about to be decoded, None once it is done. For the engine alone."""
+    """In isolation mode: the index of the item that is about to be decoded; None once it is done.
+
+    Engines do not pass it on.
+    """
 
     index: int | None
 
 
 class Pulse(NamedTuple):
-    """How a worker fares, every second about: its process, main memory that it holds, open files, threads.
+    """The state of a worker, reported about once a second. Numbers that the system does not provide are 0.
 
-    Zeros where the system does not tell.
+    Attributes:
+        process: the process ID.
+        memory_bytes: the main memory that the process holds.
+        open_files: how many file descriptors are open.
+        threads: how many threads it has.
     """
 
     process: int
@@ -78,11 +102,17 @@ Event = Progress | Committed | WorkerEnded | Decoding | Pulse | Heard
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker needs to know; small, and can be pickled.
+    """What a worker is to build, and how.
 
-    `gpu` is a device number, None for the CPU. `environment` is what the shards so far were made with, None if any will
-    do. `isolated` decodes one image at a time and says which, and makes rejects of `skipped` items, by index with code
-    and detail, without a look at them; its batches hold one item each. `fence` is the lock under which it works.
+    Attributes:
+        out: OUT, as a path or URL.
+        source: reads the items.
+        gpu: the device number; None for the CPU.
+        tuning: the batch size, the number of threads, and so on.
+        environment: the environment in which the committed shards were made; None if any will do.
+        isolated: isolation mode: batches have one item each, and the worker reports each item before it decodes it.
+        skipped: in isolation mode, items that are rejected without being decoded: code and detail by index.
+        fence: the lock under which the worker writes.
     """
 
     out: str

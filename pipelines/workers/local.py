@@ -1,10 +1,10 @@
-"""Worker processes on this machine. Only shard numbers and events travel between them, never pixels.
+"""The local engine: worker processes on this machine, which exchange only shard numbers and events, never pixels.
 
-A worker that dies or hangs is replaced, and the shards that it had begun are built again. A worker that has grown too
-large ends by itself between two shards, and is replaced, too. A shard that loses its worker twice is built in isolated
-mode: one image at a time in a process that says which one it is about to decode. An image that ends that process
-becomes a reject; the death of a process by SIGKILL, as the system does it when memory is short, is never taken for an
-image's fault.
+A worker that dies or hangs is replaced, and its unfinished shards are built again. A worker that has grown too large
+ends by itself between two shards and is replaced, too. A shard that loses its worker twice is built in isolation mode:
+one image at a time, in a process that reports which image it is about to decode. An image that crashes or hangs this
+process is rejected. A death by SIGKILL is never blamed on an image, since the system kills processes with SIGKILL when
+memory is short.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import signal
 import subprocess
 import time
 import traceback
-from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
@@ -25,62 +24,65 @@ from ..errors import GpuNpzError, ShardError
 from ..sources.rejects import Code
 from ..storage import open_storage
 from . import subprocesses
-from .events import Committed, Decoding, Event, Progress, Task
+from .events import Committed, Decoding, Event, Progress, Task, taken_back
 from .message_files import AHEAD, Suspect, named
 from .messages import Heard, Output
+from .shard_queue import ShardQueue
 from .worker import asked, remove_leftovers, work
 
 log = logging.getLogger(__name__)
 _JOIN_S = 10.0
 _LOOK_S = 1.0
-_DOUBTFUL = 2  # losses of a shard after which it is built with care
-_HOPELESS = 5  # losses of a shard without an image to blame
+_MAX_LOSSES = 5  # of one shard, if no image is to blame
 _MAX_DEATHS = 100
 _CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE}
 
 
 def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float) -> Generator[Event, None, None]:
-    """Builds `shards` with as many processes as the task says (none: in this one) and yields what happens.
+    """Builds `shards` with `task.tuning.workers` processes (if 0, in this process) and yields events.
 
-    A worker asks for a shard when it needs one, so fast workers take more. Progress that is lost with a worker is taken
-    back by a negative Progress. Closing the generator early stops all workers.
+    A worker asks for a shard when it needs one, so fast workers build more shards. If a worker is lost, a negative
+    Progress cancels the progress of its unfinished shards. Closing the generator early stops all workers.
 
     Args:
-        task: what every worker needs to know; each gets its own `gpu`.
-        shards: what to build.
-        gpus: the workers take them in turn; none for the CPU.
-        timeout_s: a worker without a sign of life for so long is taken to hang.
+        task: the task of all workers; each gets its own `gpu`.
+        shards: the numbers of the shards to build.
+        gpus: device numbers, assigned to the workers in turn; empty for the CPU.
+        timeout_s: a worker that has been silent for longer is considered hung.
 
     Raises:
-        GpuNpzError: what a worker failed with; ShardError if workers die again and again.
+        GpuNpzError: the error of a worker; ShardError if workers die repeatedly.
     """
     tasks = [dataclasses.replace(task, gpu=gpu) for gpu in gpus or (None,)]
     if task.tuning.workers == 0:
         yield from (event for event in work(tasks[0], shards) if not isinstance(event, Decoding))
         return
-    pool = _Pool(shards, timeout_s)
+    workers = _LocalWorkers(shards, timeout_s)
     try:
         for number in range(task.tuning.workers):
-            pool.start(tasks[number % len(tasks)])
-        yield from pool.events()
+            workers.start(tasks[number % len(tasks)])
+        yield from workers.events()
     finally:
-        pool.stop()
-    if pool.suspects:
-        yield named(dataclasses.replace(tasks[0], skipped=pool.skipped), pool.suspects, pool.built_items, timeout_s)
+        workers.stop()
+    if workers.suspects:
+        first_task = dataclasses.replace(tasks[0], skipped=workers.skipped)
+        yield named(first_task, workers.suspects, workers.built_items, timeout_s)
 
 
 @dataclasses.dataclass
-class _Worker:
-    """A process, what it was told, and what is known of it.
+class _LocalWorker:
+    """A worker process and its state, as its parent knows it.
 
     Attributes:
+        process: the process.
+        task: its task.
         output: what it writes to stdout and stderr.
-        progress: what it has done of each shard that it has begun and not committed.
-        decoding: in isolated mode, the item that is being decoded.
-        dismissed: whether it was told that there is no shard for it; None before it has asked for one.
-        suspected: of how many of its next batches known messages may have been written.
-        silent_s: how long it has said nothing.
-        hung: whether it was stopped for that.
+        progress: the events of each of its unfinished shards.
+        decoding: in isolation mode, the index of the item that is being decoded.
+        dismissed: whether its last request for a shard was answered with None; None before its first request.
+        suspected: how many of its next batches may be the cause of known messages.
+        silent_s: how long it has been silent, in seconds.
+        hung: whether it was killed because it was silent for too long.
     """
 
     process: subprocess.Popen[bytes]
@@ -94,37 +96,35 @@ class _Worker:
     hung: bool = False
 
 
-class _Pool:
-    """The workers of one build, and the shards that are left for them.
+class _LocalWorkers:
+    """The worker processes of one build.
 
     Attributes:
         built_items: how many items the workers have reported.
         suspects: batches about which decoders may have written known messages.
-        skipped: items that have ended or hung their decoder.
+        skipped: items that have crashed or hung their decoder: code and detail by index.
     """
 
     def __init__(self, shards: Sequence[int], timeout_s: float) -> None:
         self.built_items = 0
         self.suspects: list[Suspect] = []
         self.skipped: dict[int, tuple[Code, str]] = {}
-        self._workers: dict[Connection, _Worker] = {}
-        self._todo = deque(shards)
-        self._doubtful: deque[int] = deque()
-        self._losses: Counter[int] = Counter()
+        self._workers: dict[Connection, _LocalWorker] = {}
+        self._shards = ShardQueue(shards, max_losses=_MAX_LOSSES)
         self._deaths = 0
         self._timeout_s = timeout_s
 
     def start(self, task: Task) -> None:
         """Starts a worker."""
         process, here, output = subprocesses.start(__name__)
-        self._workers[here] = _Worker(process, task, output)
-        with contextlib.suppress(ConnectionError):  # it died already: the first recv says so
+        self._workers[here] = _LocalWorker(process, task, output)
+        with contextlib.suppress(ConnectionError):  # it has died already, as the first recv will show
             here.send(task)
 
     def stop(self) -> None:
-        """Ends all workers."""
+        """Stops all workers."""
         for connection in self._workers:
-            connection.close()  # a worker that sends to nobody ends
+            connection.close()  # ends the worker
         for worker in self._workers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(_JOIN_S)
@@ -133,13 +133,13 @@ class _Pool:
             worker.output.close()
 
     def events(self) -> Iterator[Event]:
-        """What happens, until all shards are built."""
+        """The events of all workers, until all shards are built."""
         while self._workers:
             begin = time.monotonic()
             ready = wait(list(self._workers), _LOOK_S)
-            self._watch(ready, min(time.monotonic() - begin, 2 * _LOOK_S))  # a machine that slept is no hung worker
+            self._watch(ready, min(time.monotonic() - begin, 2 * _LOOK_S))  # if the machine slept, no worker hung
             for talking, worker in self._workers.items():
-                # Before its message is taken: what a worker wrote about a batch is in the pipe when it says so.
+                # Before its next event is received: what a worker writes about a batch is in the pipe before the event.
                 if (talking in ready or worker.output.unread) and (counts := worker.output.known()):
                     worker.suspected = AHEAD + worker.task.tuning.prefetch
                     yield Heard(counts)
@@ -148,7 +148,7 @@ class _Pool:
                 worker = self._workers[connection]
                 try:
                     message = connection.recv()
-                except (EOFError, OSError):  # OSError where it died in the middle of a message
+                except (EOFError, OSError):  # OSError if it died in the middle of a message
                     del self._workers[connection]
                     connection.close()
                     code = worker.process.wait()
@@ -156,14 +156,14 @@ class _Pool:
                         yield Heard(counts)
                     if code or worker.progress or worker.dismissed is None:
                         yield from self._lost(worker, code)
-                    elif not worker.dismissed and self._queue(worker):
+                    elif not worker.dismissed and self._shards.left(isolated=worker.task.isolated):
                         log.info("a worker process has grown too large; another takes its place")
                         self.start(worker.task)
                     continue
                 if isinstance(message, BaseException):
                     raise message
                 if message is None:
-                    with contextlib.suppress(ConnectionError):  # it died meanwhile: the next recv says so
+                    with contextlib.suppress(ConnectionError):  # it has died meanwhile, as the next recv will show
                         connection.send(self._next(worker))
                 elif isinstance(message, Decoding):
                     worker.decoding = message.index
@@ -179,66 +179,59 @@ class _Pool:
                         done.append(message)
                     yield message
 
-    def _queue(self, worker: _Worker) -> deque[int]:
-        return self._doubtful if worker.task.isolated else self._todo
-
-    def _next(self, worker: _Worker) -> int | None:
-        """A shard for a worker, None if there is none for it; begins the one that it gets."""
-        queue = self._queue(worker)
-        shard = queue.popleft() if queue else None
+    def _next(self, worker: _LocalWorker) -> int | None:
+        """The next shard for a worker; None if there is none for it."""
+        shard = self._shards.take(isolated=worker.task.isolated)
         worker.dismissed = shard is None
         if shard is not None:
             worker.progress[shard] = []
         return shard
 
     def _watch(self, ready: Sequence[object], elapsed_s: float) -> None:
-        """Stops the workers that have said nothing for too long."""
+        """Kills the workers that have been silent for too long."""
         for connection, worker in self._workers.items():
             worker.silent_s = 0.0 if connection in ready else worker.silent_s + elapsed_s
             if worker.silent_s > self._timeout_s and not worker.hung:
                 worker.hung = True
                 worker.process.kill()
 
-    def _lost(self, worker: _Worker, code: int) -> Iterator[Event]:
-        """Sees to the shards of a worker that has died, and to a new worker.
+    def _lost(self, worker: _LocalWorker, code: int) -> Iterator[Event]:
+        """Puts the shards of a dead worker back and starts a new worker.
 
         Raises:
-            ShardError: there is no point in going on.
+            ShardError: continuing is pointless.
         """
         self._deaths += 1
         cause = f"gave no sign of life for {self._timeout_s:.0f} s" if worker.hung else _cause(code)
         last = worker.output.last_words
-        if (code >= 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # it cannot even start
+        if (code >= 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # the former if it cannot even start
             raise ShardError(_epitaph(cause, self._deaths) + last)
-        if worker.decoding is not None and (worker.hung or code in _CRASHES):
-            self.skipped[worker.decoding] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
-        else:
-            self._losses.update(list(worker.progress))
+        blamed = worker.decoding if worker.hung or code in _CRASHES else None
+        if blamed is not None:
+            self.skipped[blamed] = ("timed-out", f"the decoder {cause}") if worker.hung else ("crashed", cause)
         remove_leftovers(worker.task, worker.progress)
-        for shard, lost in worker.progress.items():
-            if self._losses[shard] >= _HOPELESS:
+        for shard, steps in worker.progress.items():
+            self._shards.put_back(shard, lost=blamed is None)
+            if self._shards.is_hopeless(shard):
                 raise ShardError(_epitaph(cause, self._deaths) + last)
-            (self._doubtful if self._losses[shard] >= _DOUBTFUL else self._todo).appendleft(shard)
-            items, rejects, source_bytes = (
-                sum(column) for column in zip(*((p.items, p.rejects, p.source_bytes) for p in lost), strict=True)
-            ) if lost else (0, 0, 0)  # fmt: skip
-            yield Progress(shard, -items, -rejects, -source_bytes)
+            if steps:
+                yield taken_back(shard, steps)
         while_decoding = "" if worker.decoding is None else f" while it decoded {_path(worker.task, worker.decoding)!r}"
         log.warning(
             "a worker process %s%s; another takes over its %d shard(s)%s",
             cause, while_decoding, len(worker.progress), last,
         )  # fmt: skip
-        if self._doubtful:
+        if self._shards.left(isolated=True):
             tuning = dataclasses.replace(worker.task.tuning, batch_size=1, prefetch=1, open_shards=1)
             self.start(dataclasses.replace(worker.task, tuning=tuning, isolated=True, skipped=dict(self.skipped)))
-        if self._todo and not worker.task.isolated:
+        if self._shards.left(isolated=False) and not worker.task.isolated:
             self.start(worker.task)
 
 
 def serve(descriptor: int) -> None:
-    """What a worker process runs, given its end of the pipe.
+    """What a worker process runs, with its end of the pipe.
 
-    It takes a Task; then it sends None for "give me a shard", events, and an error if there was one.
+    It receives a Task. Then it sends events, None to request a shard, and an error if it failed.
     """
     connection = Connection(descriptor)
 
@@ -254,11 +247,11 @@ def serve(descriptor: int) -> None:
             for message in messages:
                 connection.send(message)
     except (ConnectionError, EOFError):
-        raise SystemExit(1) from None  # the parent has stopped; if it has not, it must not take this for a good end
+        raise SystemExit(1) from None  # the parent has ended; if not, this must count as a failure
 
 
 def _messages(task: Task, shards: Iterator[int]) -> Generator[Event | GpuNpzError, None, None]:
-    """What happens, and at last what it failed with."""
+    """The events of a worker, and the error if it failed."""
     try:
         yield from work(task, shards)
     except (ConnectionError, EOFError):

@@ -1,7 +1,7 @@
-"""Finds the files that a decoder's messages are about, since the messages name none.
+"""Finds the files that a decoder's messages are about, since the messages contain no file names.
 
 A decoder works on several batches at once, so a message may be about an image in any of them. These batches are decoded
-again one after the other; where a message comes again, the images of that batch are decoded one by one.
+again one after the other. If a message appears again, the images of that batch are decoded one by one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from . import subprocesses
 from .events import Task
 from .messages import Heard
 
-AHEAD = 4  # how many batches a worker may be ahead of the one that it reports, besides those that DALI prefetches
-_SHARE = 20  # of so many items, one may be decoded again; in a small build, _FEW items may be
+AHEAD = 4  # batches that a worker may be ahead of the one that it reports, besides those that DALI prefetches
+_SHARE = 20  # one of this many items may be decoded again, but at least _FEW items
 _FEW = 5000
 
 Suspect = tuple[int, int, int]  # shard, first item in it, items
@@ -32,10 +32,10 @@ def named(task: Task, suspects: Sequence[Suspect], built_items: int, timeout_s: 
     """The paths of the items about which a decoder writes known messages.
 
     Args:
-        task: that of the workers; skipped items are left out.
-        suspects: the batches in which they may be.
-        built_items: how many items were decoded; the more, the more may be decoded again.
-        timeout_s: for one batch.
+        task: the task of the workers; its skipped items are not decoded.
+        suspects: the batches that may contain these items.
+        built_items: how many items were decoded in the build, which limits how many are decoded again.
+        timeout_s: the longest time for one batch.
     """
     paths: defaultdict[str, list[str]] = defaultdict(list)
     with contextlib.suppress(EOFError, OSError), subprocesses.running(__name__) as (connection, output):
@@ -59,11 +59,11 @@ def named(task: Task, suspects: Sequence[Suspect], built_items: int, timeout_s: 
                     for text in messages:
                         paths[text] += found
         return Heard(paths=paths, all_paths=True)
-    return Heard(paths=paths)  # the process died, or hangs
+    return Heard(paths=paths)  # the process died or hangs
 
 
 def serve(descriptor: int) -> None:
-    """What the process runs: it takes a Task, then suspects, decodes them and gives their paths."""
+    """What the process runs: receives a Task, then suspects; decodes each and sends the paths of its items."""
     connection = Connection(descriptor)
     with contextlib.suppress(EOFError, ConnectionError, GpuNpzError):
         task: Task = connection.recv()

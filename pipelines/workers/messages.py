@@ -1,7 +1,7 @@
-"""What libraries write to a worker's stdout and stderr: known messages are counted, all others are logged.
+"""Reads what libraries write to a worker's stdout and stderr: known messages are counted, all others are logged.
 
-They are of libraries written in C, which know no file names and nothing of `logging`: libjpeg's are those of jerror.h
-in libjpeg-turbo 3.1 that are about an image, and DALI's those of the parsers in nvImageCodec.
+Libraries written in C know neither file names nor `logging`. The known messages are those about images in jerror.h of
+libjpeg-turbo 3.1, and those of the parsers in nvImageCodec, which DALI uses.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import IO
 
 log = logging.getLogger(__name__)
 _READ_BYTES = 1 << 16
-_READS = 16  # at a time: more than a pipe holds, and an end of it where a process writes on and on
-_MOST_LINES = 1000  # that are logged at a time
+_READS = 16  # at a time: more than a pipe holds, but limited, since a process may never stop writing
+_MOST_LINES = 1000  # logged at a time
 _LAST_LINES = 10
-_EOF_S = 1.0  # for what a process has left in the pipe; its own children may keep that open
+_EOF_S = 1.0  # how long to read after a process ended; its own children may keep the pipe open
 _STYLE = re.compile(r"\x1b\[[\d;]*m")
 _NUMBER = re.compile(r"0x[\da-fA-F]+|\d+(\.\d+)?")
 _OTHERS = re.compile(r"\[(ERROR|WARNING)\] \[[\w#]+_parser\] .+|libpng (error|warning): .+")
@@ -59,16 +59,19 @@ _LIBJPEG = frozenset(
 
 @functools.lru_cache(256)
 def known(line: str) -> str | None:
-    """A line as the message that it is, with # for numbers; None if it is none that is known."""
+    """The known message that a line contains, with # for numbers; None for any other line."""
     text = _NUMBER.sub("#", line)
     return text if text in _LIBJPEG or _OTHERS.fullmatch(text) else None
 
 
 @dataclass(frozen=True)
 class Heard:
-    """What is new of the known messages that decoders have written: how often each came, and about which items.
+    """Known messages that decoders have newly written.
 
-    With `all_paths`, these are all that there are.
+    Attributes:
+        counts: how often each message was written.
+        paths: the paths of the items that each message is about.
+        all_paths: whether no paths are missing.
     """
 
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -81,10 +84,10 @@ class Message:
     """A known message that decoders have written in a build.
 
     Attributes:
-        text: as the library has it, with # for numbers.
-        count: how often. A library may write it several times about one file.
-        files: paths of items that it is about.
-        all_files: whether these are all. They are found by decoding again, which ends where there are too many.
+        text: the message, with # for numbers.
+        count: how often it was written. A library may write it several times for one file.
+        files: the paths of items that it is about.
+        all_files: whether these are all. They are found by decoding items again, which stops if there are too many.
     """
 
     text: str
@@ -94,7 +97,7 @@ class Message:
 
 
 class Messages:
-    """All that is heard in a build."""
+    """Collects the known messages of a build."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -102,30 +105,30 @@ class Messages:
         self._all = False
 
     def add(self, heard: Heard) -> None:
-        """Takes in what is new."""
+        """Adds new messages."""
         self._counts.update(heard.counts)
         for text, paths in heard.paths.items():
             self._paths[text] += paths
         self._all = self._all or heard.all_paths
 
     def found(self) -> tuple[Message, ...]:
-        """Each message, the most frequent first."""
+        """All messages, the most frequent first."""
         return tuple(
             Message(text, count, tuple(self._paths[text]), self._all) for text, count in self._counts.most_common()
         )
 
 
 class Output:
-    """What another process writes to a pipe, read by a thread as it comes, so that the process never waits for that."""
+    """The output of another process, read from a pipe by a thread, so that the process never blocks on a full pipe."""
 
     def __init__(self, pipe: IO[bytes]) -> None:
         self._pipe = pipe
         os.set_blocking(pipe.fileno(), False)
         self._lock = threading.Lock()
-        self._rest = b""  # a line that has not ended yet
+        self._rest = b""  # an incomplete line
         self._counts: Counter[str] = Counter()
         self._others: list[str] = []
-        self._more = 0  # lines that are only counted
+        self._more = 0  # lines beyond _MOST_LINES, which are only counted
         self._last: deque[str] = deque(maxlen=_LAST_LINES)
         self._thread = threading.Thread(target=self._follow, name="gpu-npz-output", daemon=True)
         self._thread.start()
@@ -137,19 +140,19 @@ class Output:
 
     @property
     def last_words(self) -> str:
-        """The last lines that were taken from the pipe, known or not, to stand behind what is said of the process."""
+        """The last lines that were read from the pipe, known or not, to be appended to a message about the process."""
         return f"\nIt wrote last:{_indented(self._last)}" if self._last else ""
 
     def known(self) -> Counter[str]:
-        """The known messages that were written since the last call; the other lines are logged."""
+        """The known messages that were written since the last call; logs all other lines."""
         self._read()
         return self._taken()
 
     def close(self, *, died: bool = False) -> Counter[str]:
-        """As `known`, of all that is left. Called when the process has ended.
+        """Reads and returns the rest, as `known`, and closes the pipe. Call it when the process has ended.
 
         Args:
-            died: whether `last_words` will be shown; these lines are not logged then.
+            died: whether `last_words` will be shown, so that those lines need not be logged.
         """
         self._thread.join(_EOF_S)
         self._read()
@@ -172,12 +175,12 @@ class Output:
         return counts
 
     def _follow(self) -> None:
-        with contextlib.suppress(ValueError):  # the pipe was closed, which a process that outlives its parent holds
+        with contextlib.suppress(ValueError):  # `close` was called, while a child of the process holds the pipe open
             while wait([self._pipe.fileno()]) and self._read():
                 pass
 
     def _read(self) -> bool:
-        """Takes what is in the pipe; whether more may come."""
+        """Reads what is in the pipe; returns whether more may come."""
         with self._lock, contextlib.suppress(BlockingIOError):
             if self._pipe.closed:
                 return False

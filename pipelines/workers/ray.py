@@ -1,18 +1,17 @@
-"""Worker actors on a Ray cluster, one a device. Only shard numbers and events travel, never pixels.
+"""The Ray engine: worker actors on a Ray cluster, one per device, which exchange only shard numbers and events.
 
-The driver hands out the shards. One call to each actor is always on its way: it brings what the actor asked for, and
-returns at once if something needs an answer, else twice a second with the progress made since. A shard whose actor or
-node is lost goes back to the driver's queue; actors are started wherever the cluster has room, also on nodes that join
-later. A shard that is lost twice gets an actor of its own, which builds it in a process as `local.py` does, with care:
-an image that ends its decoder becomes a reject. All nodes need the same environment, and SRC and OUT under the same
-paths.
+The driver hands out the shards. There is always one pending call to each actor: it delivers the shards that the actor
+requested, and returns at once if the actor needs an answer, else twice a second with the progress made since. If an
+actor or its node is lost, its shards return to the driver's queue. Actors are started wherever the cluster has room,
+also on nodes that join later. A shard that is lost twice gets its own actor, which builds it as `local.py` does, in a
+worker process in isolation mode: an image that crashes or hangs its decoder is rejected. All nodes need the same Python
+environment, and SRC and OUT under the same paths.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import os
 import queue
@@ -23,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +37,8 @@ from ..storage.base import is_remote
 from ..storage.holders import PRIVATE
 from ..storage.local import LocalStorage
 from . import local
-from .events import Committed, Event, Progress, Task, WorkerEnded
+from .events import Committed, Event, Progress, Task, WorkerEnded, taken_back
+from .shard_queue import ShardQueue
 from .worker import asked, remove_leftovers, work
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,10 @@ _FLUSH_EVENTS = 64
 _LOOK_S = 1.0
 _JOIN_S = 10.0
 _CONNECT_S = 10.0
-_VISIBLE_S = 5.0  # network filesystems may show a new file a little late
-_PATIENCE_S = 30.0  # without an actor, before the log says what the build waits for
-_DOUBTFUL = 2  # losses of a shard after which it is built with care
-_HOPELESS = 4  # losses of a shard, or of actors in a row that had none
-_STORE_BYTES = 100 << 20  # Ray's object store, of which nothing is used here
+_VISIBLE_S = 5.0  # network filesystems may show a new file with a delay
+_PATIENCE_S = 30.0  # without an actor, until the log says what the build is waiting for
+_MAX_LOSSES = 4  # of one shard, or of actors in a row that had no shard
+_STORE_BYTES = 100 << 20  # for Ray's object store, which is not used
 
 
 def run(
@@ -62,41 +61,44 @@ def run(
     address: str | None = None,
     timeout_s: float = 300.0,
 ) -> Generator[Event, None, None]:
-    """Builds `shards` with actors and yields what happens. Closing the generator early stops all actors.
+    """Builds `shards` with actors and yields events. Closing the generator early stops all actors.
 
-    An actor takes one GPU, or the CPUs that a worker uses. Progress that is lost with an actor is taken back by a
-    negative Progress.
+    An actor takes one GPU, or as many CPUs as a worker uses. If an actor is lost, a negative Progress cancels the
+    progress of its unfinished shards.
 
     Args:
-        task: what every worker needs to know; its `gpu` is set by each actor.
-        shards: what to build.
-        workers: how many actors at most; as many as the cluster has room for if None.
-        address: the cluster's, as `ray.init` takes it; RAY_ADDRESS, one that runs here, or a new one if None.
-        timeout_s: an actor without a sign of life for so long is taken to hang.
+        task: the task of all workers; each actor sets its `gpu`.
+        shards: the numbers of the shards to build.
+        workers: the most actors; None for as many as the cluster has room for.
+        address: the address of the cluster, as for `ray.init`; None for RAY_ADDRESS, a cluster that runs on this
+            machine, or a new one.
+        timeout_s: an actor that has been silent for longer is considered hung.
 
     Raises:
-        BackendError: no Ray, no cluster, or none of its nodes has room for an actor.
+        BackendError: Ray is missing, there is no cluster, or no node has room for an actor.
         StorageError, SourceError: a node does not see OUT or SRC.
-        GpuNpzError: what an actor failed with; ShardError if a shard is lost again and again.
+        GpuNpzError: the error of an actor; ShardError if a shard is lost repeatedly.
     """
     with cluster(address), _probe(task) as token:
-        pool = _Pool(task, shards, token, workers, timeout_s)
+        actors = _RayActors(task, shards, token, workers, timeout_s)
         try:
-            yield from pool.events()
+            yield from actors.events()
         finally:
-            pool.stop()
+            actors.stop()
 
 
 def inspect(address: str | None, *, dali: bool) -> Machine:
-    """What the cluster's workers find, as `environment.inspect` tells it of a machine: on a node with a GPU if there is
-    one. Each worker has its GPU to itself, so there is at most one; `cpus` are those of the smallest node, by worker.
+    """What `environment.inspect` finds on the cluster, on a node with a GPU if there is one.
+
+    Each worker has its own GPU, so at most one GPU is reported. `cpus` is the number of CPUs per worker on the smallest
+    node.
 
     Args:
         address: as for `run`.
-        dali: whether to look for DALI where there is no GPU.
+        dali: whether to look for DALI if there is no GPU.
 
     Raises:
-        BackendError: no Ray, or no cluster.
+        BackendError: Ray is missing, or there is no cluster.
     """
     with cluster(address):
         import ray
@@ -115,21 +117,22 @@ def inspect(address: str | None, *, dali: bool) -> Machine:
 
 @dataclasses.dataclass(frozen=True)
 class _Here:
-    """An actor's first message: where it is, and the file that it has written into OUT."""
+    """An actor's first message: its node, and the name of the probe file that it has written into OUT."""
 
     node: str
     probe: str | None
 
 
 @dataclasses.dataclass
-class _Worker:
-    """An actor, and what is known of it.
+class _RayWorker:
+    """An actor and its state, as the driver knows it.
 
     Attributes:
-        progress: what it has done of each shard that it has begun and not committed.
-        node: where it runs; None until it does.
-        isolated: whether it is for one shard that was lost before.
-        silent_s: how long it has said nothing.
+        actor: Ray's handle of the actor.
+        progress: the events of each of its unfinished shards.
+        node: the host name of its node; None until it has started.
+        isolated: whether it builds a single shard in isolation mode.
+        silent_s: how long it has been silent, in seconds.
     """
 
     actor: Any
@@ -139,8 +142,8 @@ class _Worker:
     silent_s: float = 0.0
 
 
-class _Pool:
-    """The actors of one build, and the shards that are left for them."""
+class _RayActors:
+    """The actors of one build."""
 
     def __init__(
         self, task: Task, shards: Sequence[int], token: str | None, limit: int | None, timeout_s: float
@@ -148,16 +151,15 @@ class _Pool:
         import ray
 
         self._task = task
-        self._todo = deque(shards)
-        self._doubtful: deque[int] = deque()
+        self._shards = ShardQueue(shards, max_losses=_MAX_LOSSES)
         self._token = token
         self._limit = sys.maxsize if limit is None else max(1, limit)
         self._timeout_s = timeout_s
         self._demand = _demand(task)
         self._actor = ray.remote(num_cpus=self._demand.get("CPU", 0), num_gpus=self._demand.get("GPU", 0))(_Actor)
-        self._calls: dict[Any, _Worker] = {}
-        self._losses: Counter[int | None] = Counter()
-        self._idle_s: float | None = 0.0  # without an actor; None once the log has said so
+        self._calls: dict[Any, _RayWorker] = {}
+        self._losses_without_shard = 0  # in a row
+        self._idle_s: float | None = 0.0  # time without an actor; None once it was logged
         if not self._room():
             wanted = " and ".join(f"{amount} {name}" for name, amount in self._demand.items())
             raise BackendError(
@@ -166,50 +168,52 @@ class _Pool:
             )
 
     def events(self) -> Iterator[Event]:
-        """What happens, until all shards are built."""
+        """The events of all actors, until all shards are built."""
         import ray
 
         looked = -_LOOK_S
-        while self._todo or self._doubtful or any(worker.node for worker in self._calls.values()):
+        while self._shards or any(worker.node for worker in self._calls.values()):
             if time.monotonic() - looked >= _LOOK_S:
                 looked = time.monotonic()
                 self._grow()
             begin = time.monotonic()
-            # One at a time, and in the order of the calls: none is left waiting for long.
+            # One at a time and in the order of the calls, so that no actor waits for long.
             if not self._calls:
                 time.sleep(_LOOK_S)
             for call in ray.wait(list(self._calls), timeout=_LOOK_S)[0] if self._calls else ():
                 yield from self._take(call)
-            yield from self._watch(min(time.monotonic() - begin, 2 * _LOOK_S))  # a machine that slept is no hung actor
+            yield from self._watch(min(time.monotonic() - begin, 2 * _LOOK_S))  # if the machine slept, no actor hung
 
     def stop(self) -> None:
-        """Ends all actors; they leave nothing unfinished behind if they can be reached."""
+        """Stops all actors. Those that can be reached remove their unfinished files."""
         import ray
 
-        with contextlib.suppress(Exception):  # nothing here may hide why it stops
+        with contextlib.suppress(Exception):  # an error here must not hide why the build stops
             if stops := [worker.actor.stop.remote() for worker in self._calls.values() if worker.node]:
                 ray.wait(stops, num_returns=len(stops), timeout=_JOIN_S)
         for worker in self._calls.values():
             _kill(worker.actor)
 
     def _room(self) -> int:
-        """How many actors the nodes that are up can hold, if nobody else uses them."""
+        """How many actors the live nodes have room for, if nothing else uses them."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return sum(min(int(node.get(name, 0) // amount) for name, amount in self._demand.items()) for node in nodes)
 
     def _grow(self) -> None:
-        """Starts actors for the shards that are left. Ray places them, as soon as nobody else holds their resources."""
+        """Starts actors for the shards that are left. Ray places them as soon as their resources are free."""
         count = min(self._room(), self._limit) - len(self._calls)
         idle = Counter(worker.isolated for worker in self._calls.values() if not worker.progress)
-        wanted = [True] * (len(self._doubtful) - idle[True]) + [False] * (len(self._todo) - idle[False])
+        wanted = [
+            isolated for isolated in (True, False) for _ in range(self._shards.left(isolated=isolated) - idle[isolated])
+        ]
         for isolated in wanted[: max(0, count)]:
             actor = self._actor.remote(self._task, "GPU" in self._demand, self._token, self._timeout_s, isolated)
-            self._calls[actor.poll.remote()] = _Worker(actor, isolated=isolated)
+            self._calls[actor.poll.remote()] = _RayWorker(actor, isolated=isolated)
 
     def _take(self, call: Any) -> Iterator[Event]:
-        """Takes what an actor says, calls it again with the answers, and passes the events on."""
+        """Receives the messages of an actor, calls it again with the answers, and yields its events."""
         import ray
 
         worker = self._calls[call]
@@ -228,15 +232,14 @@ class _Pool:
                 if self._token and not _appears(self._task.out, str(message.probe), self._token):
                     raise _unshared(message.node, self._task.out)
             elif message is None:
-                shards = self._doubtful if worker.isolated else self._todo
-                answers.append(shard := shards.popleft() if shards else None)
+                answers.append(shard := self._shards.take(isolated=worker.isolated))
                 if shard is not None:
                     worker.progress[shard] = []
             else:
                 events.append(message)
                 if isinstance(message, Committed):
                     del worker.progress[message.record.shard]
-                    del self._losses[None]
+                    self._losses_without_shard = 0
                 elif isinstance(message, Progress):
                     worker.progress[message.shard].append(message)
         del self._calls[call]
@@ -247,11 +250,11 @@ class _Pool:
         yield from events
 
     def _watch(self, elapsed_s: float) -> Iterator[Event]:
-        """Gives up the actors that have said nothing for too long; says so if there are none at all."""
+        """Gives up the actors that have been silent for too long; logs a warning if there are no actors at all."""
         at_work = [(call, worker) for call, worker in self._calls.items() if worker.node]
         for call, worker in at_work:
             worker.silent_s += elapsed_s
-            # A isolated one watches a process for as long, and what it has to say of that comes after.
+            # An actor in isolation mode itself watches a process for `timeout_s`, and reports afterwards.
             if worker.silent_s > self._timeout_s * (2 if worker.isolated else 1):
                 yield from self._lost(call, f"gave no sign of life for {worker.silent_s:.0f} s")
         if at_work:
@@ -263,19 +266,22 @@ class _Pool:
                 log.warning("no worker runs: waiting until the Ray cluster has room for one (see `ray status`)")
 
     def _lost(self, call: Any, cause: str) -> Iterator[Event]:
-        """Puts the shards of an actor that is lost back.
+        """Puts the shards of a lost actor back.
 
         Raises:
-            ShardError: there is no point in going on.
+            ShardError: continuing is pointless.
         """
         worker = self._calls.pop(call)
         _kill(worker.actor)
-        lost: list[int | None] = [*worker.progress] or [None]
-        self._losses.update(lost)
+        for shard in worker.progress:
+            self._shards.put_back(shard)
+        if not worker.progress:
+            self._losses_without_shard += 1
         place = f"a worker on node {worker.node}" if worker.node else "a worker that was starting"
-        if max(self._losses[shard] for shard in lost) >= _HOPELESS:
+        hopeless = any(self._shards.is_hopeless(shard) for shard in worker.progress)
+        if hopeless or self._losses_without_shard >= _MAX_LOSSES:
             raise ShardError(
-                f"{place} was lost, the last of {_HOPELESS}: {cause}\nRay's logs on that node say more; run the same "
+                f"{place} was lost, the last of {_MAX_LOSSES}: {cause}\nRay's logs on that node say more; run the same "
                 "command to resume, with fewer --workers if memory is short"
             )
         log.warning(
@@ -283,29 +289,40 @@ class _Pool:
             place, len(worker.progress), cause.split("\n")[0],
         )  # fmt: skip
         remove_leftovers(self._task, worker.progress)
-        for shard in worker.progress:
-            (self._doubtful if self._losses[shard] >= _DOUBTFUL else self._todo).appendleft(shard)
-        for step in itertools.chain(*worker.progress.values()):
-            yield Progress(step.shard, -step.items, -step.rejects, -step.source_bytes)
+        for shard, steps in worker.progress.items():
+            if steps:
+                yield taken_back(shard, steps)
 
 
 class _Actor:
-    """What Ray runs for each worker: `work` in a thread, and a mailbox in front of it."""
+    """What Ray runs for each worker: `work` in a thread, with queues for its messages and answers.
+
+    Args:
+        task: the task of the worker.
+        gpu: whether the actor has a GPU.
+        token: the token of the driver's probe file in OUT; None for an object store.
+        timeout_s: how long a process may be silent in isolation mode.
+        isolated: whether to build a single shard in isolation mode.
+    """
 
     def __init__(self, task: Task, gpu: bool, token: str | None, timeout_s: float, isolated: bool) -> None:
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._stopped = False
         if gpu:
-            task = dataclasses.replace(task, gpu=0)  # Ray shows an actor no GPU but its own
-        self._alone_s = timeout_s if isolated else None
+            task = dataclasses.replace(task, gpu=0)  # an actor sees only its own GPU
+        self._isolated, self._timeout_s = isolated, timeout_s
         self._thread = threading.Thread(target=self._work, args=(task, token), daemon=True)
         self._thread.start()
 
     def poll(self, *answers: int | None) -> list[Any]:
-        """Takes shard numbers, None for "no more"; returns messages.
+        """Delivers answers to the worker and returns its new messages.
 
-        They are a _Here, then None for "give me a shard", events, and an error if there was one.
+        Args:
+            answers: one for each shard that the worker requested: a shard number, or None if none is left.
+
+        Returns:
+            A _Here at first, then events, None to request a shard, and an error if the worker failed.
         """
         for answer in answers:
             self._answers.put(answer)
@@ -317,7 +334,7 @@ class _Actor:
         return messages
 
     def stop(self) -> None:
-        """Ends the work and waits until no unfinished file is left."""
+        """Stops the worker and waits until it has removed its unfinished files."""
         self._stopped = True
         self._answers.put(None)
         self._thread.join()
@@ -338,11 +355,11 @@ class _Actor:
             self._messages.put(ShardError(f"a worker on node {node} failed:\n{traceback.format_exc()}"))
 
     def _events(self, task: Task) -> Generator[Event, None, None]:
-        if self._alone_s is None:
+        if not self._isolated:
             return work(task, asked(self._ask, task.tuning.open_shards))
-        alone = dataclasses.replace(task, tuning=dataclasses.replace(task.tuning, workers=1))
+        single = dataclasses.replace(task, tuning=dataclasses.replace(task.tuning, workers=1))
         gpus = () if task.gpu is None else (task.gpu,)
-        return local.run(alone, [shard for shard in [self._ask()] if shard is not None], gpus, self._alone_s)
+        return local.run(single, [shard for shard in [self._ask()] if shard is not None], gpus, self._timeout_s)
 
     def _ask(self) -> int | None:
         if self._stopped:
@@ -353,13 +370,16 @@ class _Actor:
 
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """Connects to a cluster, or starts one, unless the caller has done so; takes back what it did.
+    """Connects to a cluster or starts one while the body runs; does nothing if Ray is already initialized.
+
+    Args:
+        address: as for `run`.
 
     Raises:
-        BackendError: no Ray, or the cluster cannot be used.
+        BackendError: Ray is missing, or the cluster cannot be used.
         ShardError: the cluster failed while the body ran.
     """
-    # Read when Ray is imported. Ray's own 20 tries, 40 s each, are for a cluster that is just being started.
+    # Ray reads this when it is imported. Its default of 20 tries of 40 s each is for clusters that are starting.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
         import ray
@@ -380,7 +400,7 @@ def cluster(address: str | None) -> Iterator[None]:
         ) from exc
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # Ray takes SIGTERM for itself
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # Ray replaces the SIGTERM handler
     try:
         yield
     except (ray.exceptions.RayError, ConnectionError) as exc:
@@ -395,7 +415,7 @@ def _connect(address: str | None) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is not None:
         host, _, port = address.rpartition("://")[2].rpartition(":")
-        if port.isdigit():  # where nobody listens, Ray would try for long
+        if port.isdigit():  # if nothing listens there, Ray would retry for a long time
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
         ray.init(address, **common)
         return
@@ -414,7 +434,7 @@ def _kill(actor: Any) -> None:
 
 
 def _demand(task: Task) -> dict[str, int]:
-    """What one actor takes of a node. What the plan was made for counts: nothing falls back to another device."""
+    """The resources of one actor, for the device and backend of the job: no actor falls back to another device."""
     record = Job.open(open_storage(task.out)).record
     if record.device == "cuda":
         return {"GPU": 1}
@@ -423,7 +443,7 @@ def _demand(task: Task) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _probe(task: Task) -> Iterator[str | None]:
-    """A file in OUT, under a name that only its token tells; None for an object store, which all nodes share."""
+    """Writes a probe file into OUT and gives its token; gives None for an object store, which all nodes share."""
     if is_remote(task.out):
         yield None
         return
@@ -438,11 +458,11 @@ def _probe(task: Task) -> Iterator[str | None]:
 
 
 def _probe_name(token: str) -> str:
-    return f"{PRIVATE}/.probe-{token}.0-0.tmp"  # to the next build a temporary file, should this one be killed
+    return f"{PRIVATE}/.probe-{token}.0-0.tmp"  # if this build is killed, the next one removes the file
 
 
 def _answer(out: str, token: str, node: str) -> str:
-    """Looks, on a node, for the driver's probe, and writes one for the driver; returns its name."""
+    """Checks, on a node, that the driver's probe file is visible; writes one for the driver and returns its name."""
     if not _appears(out, _probe_name(token), token):
         raise _unshared(node, out)
     name = _probe_name(f"{token}-{secrets.token_hex(8)}")
@@ -465,7 +485,7 @@ def _unshared(node: str, out: str) -> StorageError:
 
 
 def _seen(source: Source, node: str) -> Source:
-    """The source as this node sees it."""
+    """The source as this node sees it. Raises SourceError if it does not."""
     try:
         if isinstance(source, FolderSource):
             return source.anew()

@@ -1,6 +1,6 @@
-"""From rows to committed shards, behind the decoder's back: one thread a shard, from its first row to its record.
+"""Writes rows to shards and commits them, in one thread per open shard, while the decoder continues.
 
-While one shard is flushed, renamed and committed, others are written; so nobody waits for the disk but the disk.
+While one shard is flushed, renamed and committed, others are written, so that the disk is never idle in between.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from ..sources.base import Item
 from ..sources.rejects import Reject
 from ..storage.base import Storage
 
-_SPARE_BUFFERS = 2  # one being filled, one on its way
+_SPARE_BUFFERS = 2  # one that is being filled, one that is being copied
 _UNFLUSHED_SHARDS = 2
 
 
 @dataclass
 class Rows:
-    """Rows of one batch on their way to the disk.
+    """The rows of one batch, to be written.
 
     Attributes:
-        shard: which shard they belong to.
-        images: (N, *row shape), the front of `buffer`; whole once `ready` has returned.
+        shard: the number of the shard that they belong to.
+        images: (N, *row shape), the front of `buffer`; complete once `ready` has returned.
         items: the N items.
-        source_bytes: the encoded size of each, int64 (N,).
-        valid: whether each has an image, bool (N,).
-        rejects: the batch's items that have none.
-        last: whether the shard ends here.
-        ready: waits for the images; called once, in the shard's thread.
-        buffer: what `ShardSink.buffer` gave.
+        source_bytes: the encoded size of each item, int64 (N,).
+        valid: whether each row has an image, bool (N,).
+        rejects: the rejects of the batch.
+        last: whether this is the last batch of the shard.
+        ready: waits until the images are complete; called once, in the shard's thread.
+        buffer: the buffer that `ShardSink.buffer` returned.
     """
 
     shard: int
@@ -58,21 +58,24 @@ class Rows:
     buffer: NDArray[Any]
 
 
-_Todo = queue.SimpleQueue["Rows | None"]  # one shard's rows; None if no more of them come
+_RowQueue = queue.SimpleQueue["Rows | None"]  # the rows of one shard; None if no more will come
 
 
 class ShardSink:
-    """Writes shards, each in a thread of its own.
+    """Writes shards, each in its own thread.
 
-    Use as a context manager: leaving it waits until everything is committed; if its body raised, no shard that is
-    unfinished by then is published.
+    Use as a context manager. Leaving it waits until all shards are committed; if the body raised an error, shards that
+    are unfinished by then are discarded.
 
     Args:
         storage: OUT.
-        job: what is being built.
-        environment: what goes into every commit record.
-        allocate: makes a row buffer of a given shape; a few are made, and used again and again.
-        tuning: rows a buffer holds, and how many shards may be open.
+        job: the job of the build.
+        environment: stored in every commit record.
+        allocate: allocates a row buffer of a given shape; a few buffers are allocated and reused.
+        tuning: rows per buffer, and how many shards may be open.
+
+    Attributes:
+        seconds: how long the threads were busy with each stage, by its name.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class ShardSink:
         self._free: queue.SimpleQueue[NDArray[Any]] = queue.SimpleQueue()
         for _ in range(tuning.open_shards + _SPARE_BUFFERS):
             self._free.put(allocate((tuning.batch_size, *job.row_shape)))
-        self._todo: dict[int, _Todo] = {}  # by shard, while its rows come
+        self._todo: dict[int, _RowQueue] = {}  # by shard, until its last rows
         self._done: queue.SimpleQueue[CommitRecord] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -113,13 +116,13 @@ class ShardSink:
             self._raise_failure()
 
     def buffer(self) -> NDArray[Any]:
-        """A row buffer that nothing uses; waits for one. Raises what a thread of this sink failed with."""
+        """Waits for a free row buffer. Raises the error of a shard's thread if one failed."""
         buffer = self._free.get()
         self._raise_failure()
         return buffer
 
     def put(self, rows: Rows) -> None:
-        """Takes the next rows of a shard, which come in order; those of other open shards may come between them."""
+        """Adds the next rows of a shard, in order. Rows of other open shards may come in between."""
         todo = self._todo.get(rows.shard)
         if todo is None:
             self._room.acquire()
@@ -139,8 +142,8 @@ class ShardSink:
         if self._failure is not None:
             raise self._failure
 
-    def _build(self, shard: int, todo: _Todo) -> None:
-        """Takes a shard from its first rows to its commit record; runs in a thread of its own."""
+    def _build(self, shard: int, todo: _RowQueue) -> None:
+        """Builds a shard from its first rows to its commit record, in the shard's own thread."""
         name = shard_name(shard, self._job.plan.shard_count)
         temporary = self._storage.temporary(name)
         taken = self._taken(todo)
@@ -156,21 +159,21 @@ class ShardSink:
                         rows.ready()
                     with self._timed("write"):
                         file.append(rows.images)
-                    rows.images = rows.images[:0]  # the buffer goes back, the rest stays until the shard ends
+                    rows.images = rows.images[:0]  # the buffer is reused; the rest is kept until the shard ends
                     parts.append(rows)
                 if self._failure is None and parts and parts[-1].last:
                     with self._timed("commit"):
                         self._done.put(self._commit(shard, temporary, file, parts))
-        except BaseException as exc:  # handed to the main thread, which raises it
+        except BaseException as exc:  # the main thread raises it
             self._failure = self._failure or exc
         finally:
-            for _ in taken:  # whoever waits for a buffer must get one
+            for _ in taken:  # free all buffers, since the main thread may be waiting for one
                 pass
             self._storage.discard(temporary)
             self._room.release()
 
-    def _taken(self, todo: _Todo) -> Iterator[Rows]:
-        """A shard's rows as they come; a buffer is free again when the next rows are asked for."""
+    def _taken(self, todo: _RowQueue) -> Iterator[Rows]:
+        """The rows of a shard as they arrive. A buffer is freed when the next rows are requested."""
         while (rows := todo.get()) is not None:
             yield rows
             self._free.put(rows.buffer)
@@ -178,7 +181,7 @@ class ShardSink:
                 break
 
     def _commit(self, shard: int, temporary: str, file: NpzWriter, parts: list[Rows]) -> CommitRecord:
-        """Gives a shard its other members, its final name and its record."""
+        """Adds the other members to a shard, publishes it and writes its commit record."""
         for member, array in self._columns(parts).items():
             file.add(member, array)
         directory = file.close(self._job.comment(shard))
@@ -196,7 +199,7 @@ class ShardSink:
         return record
 
     def _columns(self, parts: list[Rows]) -> dict[str, NDArray[Any]]:
-        """The members beside the images, one entry a row each."""
+        """The members besides `images`, with one entry per row."""
         items = [item for rows in parts for item in rows.items]
         columns: dict[str, NDArray[Any]] = {}
         if self._job.labelled:

@@ -1,8 +1,8 @@
-"""Processes of our own that talk to this one by a pipe, and whose stdout and stderr are heard.
+"""Starts processes that communicate through a pipe and whose stdout and stderr are read.
 
-Not multiprocessing.Process, which runs the caller's script again in each of them. A session of its own keeps the
-terminal's Ctrl-C from such a process: the parent decides. It ends as soon as the parent's end of the pipe is closed,
-also while it only computes.
+multiprocessing.Process is not used, since it would run the caller's script again in each process. Each process has its
+own session, so that Ctrl-C in the terminal does not reach it; its parent decides when it ends. It also ends as soon as
+the parent's end of the pipe is closed, even while it is computing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from .messages import Output
 
 
 def start(module: str) -> tuple[subprocess.Popen[bytes], Connection, Output]:
-    """A process that runs `serve(descriptor)` of a module, our end of its pipe, and what it writes elsewhere.
-
-    `descriptor` is the other end of the pipe.
+    """Starts a process that runs `serve(descriptor)` of a module, where `descriptor` is its end of a pipe.
 
     Args:
-        module: its full name; it must be importable with this process's sys.path.
+        module: the full name of the module, which must be importable with this process's sys.path.
+
+    Returns:
+        The process, our end of the pipe, and what the process writes to stdout and stderr.
     """
     here, there = multiprocessing.Pipe()
     program = f"import sys; sys.path[:] = {sys.path!r}; from {module} import serve; serve({there.fileno()})"
@@ -45,7 +46,7 @@ def start(module: str) -> tuple[subprocess.Popen[bytes], Connection, Output]:
 
 @contextlib.contextmanager
 def running(module: str) -> Iterator[tuple[Connection, Output]]:
-    """Such a process for as long as the body runs, then it is killed."""
+    """Runs such a process while the body runs, and then kills it."""
     process, connection, output = start(module)
     try:
         yield connection, output
@@ -57,14 +58,14 @@ def running(module: str) -> Iterator[tuple[Connection, Output]]:
 
 
 def end_with_parent(descriptor: int) -> None:
-    """Ends this process when the other end of its pipe is closed: by its parent, or with it, however that ended.
+    """Ends this process when the other end of its pipe is closed, by its parent or because its parent has ended.
 
-    Not by PR_SET_PDEATHSIG, which is for Linux alone and also fires when the thread ends that started the process.
+    PR_SET_PDEATHSIG is not used: only Linux has it, and it also fires when the thread that started the process ends.
     """
 
     def watch() -> None:
         poll = select.poll()
-        poll.register(descriptor, 0)  # of a closed pipe alone
+        poll.register(descriptor, 0)  # reports only that the pipe was closed
         poll.poll()
         os._exit(1)
 

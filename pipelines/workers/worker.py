@@ -1,4 +1,4 @@
-"""Joins the stages for one device: shards in, committed shards out, in one stream that never drains between two."""
+"""Runs all stages for one device: builds shards in one continuous stream that does not drain between shards."""
 
 from __future__ import annotations
 
@@ -21,38 +21,44 @@ from ..dataset.layout import shard_name
 from ..dataset.plan import Plan
 from ..errors import MismatchError, RejectedError, ShardError
 from ..machine.tuning import Tuning
-from ..preprocess.base import Decoded, Decoder
+from ..preprocess.base import Decoded, Decoder, Normalizer
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import Normalizer
+from ..preprocess.normalize import NumpyNormalizer
 from ..preprocess.normalize_cuda import CudaNormalizer
-from ..sources.base import Batch, Source, read_item
+from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import BadItem, Reject, clean
 from ..storage import open_storage
 from .events import Committed, Decoding, Event, Progress, Pulse, Task, WorkerEnded
 from .sink import Rows, ShardSink
 
 _PULSE_S = 1.0
-# What a worker may grow by before another one takes its place, for libraries leak: libjpeg-turbo inside DALI keeps the
-# buffer of every image in whose data it gives up.
+# How much a worker may grow before it is replaced, since libraries leak memory: libjpeg-turbo inside DALI keeps the
+# buffer of every image whose data it fails to decode.
 _MAX_GROWTH_BYTES = 1 << 30
-_SETTLED_SHARDS = 4  # after which it has all the memory that it needs, even if a shard is a single batch
+_SETTLED_SHARDS = 4  # after which a worker has allocated all the memory it needs, even if a shard is a single batch
 
 
 def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
-    """Builds shards and says what happens. Closing the generator early publishes nothing that is unfinished.
+    """Builds shards and yields events. If the generator is closed early, unfinished shards are discarded.
+
+    Args:
+        task: what to build, and how.
+        shards: the numbers of the shards; the next one is taken when its first batch can be started.
 
     Raises:
         MismatchError: another decoder, version or GPU model made the shards so far.
         RejectedError: an item was rejected under `--on-reject fail`.
-        ShardError: a shard failed for a reason that lies outside its images.
+        ShardError: a shard failed for a reason that no image caused.
         StorageError: OUT cannot be written.
     """
     storage = open_storage(task.out, task.fence)
     job = Job.open(storage)
     began_ns = time.time_ns()
     with _explained(task), contextlib.ExitStack() as stack:
-        normalizer = Normalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)
+        normalizer: Normalizer = (
+            NumpyNormalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)
+        )
         decoder = make_decoder(
             job.record.backend,
             job.settings,
@@ -60,7 +66,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             task.source,
             tuning=task.tuning,
             gpu=task.gpu,
-            stream=getattr(normalizer, "stream", None),
+            stream=normalizer.stream,
         )
         environment = environment_of(decoder, job)
         require_environment(task.environment, environment)
@@ -88,7 +94,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             seconds["normalize"] += time.perf_counter() - start
             sink.put(rows)
             counts = len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum())
-            changed = _changed(task.source, decoded, began_ns)
+            changed = _changed_files(task.source, decoded, began_ns)
             yield Progress(
                 decoded.batch.shard, *counts, changed, next(iter(decoded.rejects), None), decoder.sixteen_bit
             )
@@ -102,7 +108,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
 
 
 def remove_leftovers(task: Task, shards: Iterable[int]) -> None:
-    """Removes what a worker that is no more left unfinished of shards, before others build them."""
+    """Removes the unfinished files of shards whose worker was lost, before other workers build them."""
     storage = open_storage(task.out, task.fence)
     count = Job.open(storage).plan.shard_count
     for shard in shards:
@@ -110,13 +116,14 @@ def remove_leftovers(task: Task, shards: Iterable[int]) -> None:
 
 
 def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
-    """The shards that a worker asks for, until there are none, or its process should be replaced by a fresh one.
+    """The shards of a worker, until none is left or the worker's process should be replaced by a fresh one.
 
-    That is when it has grown by a gigabyte since it ended its first few shards. macOS does not say.
+    It should be replaced once it has grown by a gigabyte since it finished its first few shards. On macOS this is
+    unknown, and the worker continues.
 
     Args:
-        ask: gives the next shard, None if there is none.
-        open_shards: how many a worker takes before it ends one.
+        ask: returns the number of the next shard; None if none is left.
+        open_shards: how many shards a worker takes before it finishes the first one.
     """
     taken, allowed = 0, sys.maxsize
     while _memory_bytes() <= allowed:
@@ -130,7 +137,7 @@ def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
 
 
 def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[Batch]:
-    """The batches of several shards in turn, as many as may be open, so that their threads write at the same time."""
+    """The batches of all shards; those of the open shards alternate, so that their threads write at the same time."""
     coming, turns = iter(shards), deque[Iterator[Batch]]()
     while True:
         while len(turns) < tuning.open_shards and (shard := next(coming, None)) is not None:
@@ -144,9 +151,10 @@ def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[B
 
 
 def _in_isolation(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Iterator[Decoded | Decoding]:
-    """Decodes batches of one item each. Between a Decoding with an index and one without, only a decoder is at work.
+    """Decodes batches of one item each, in isolation mode.
 
-    Reading comes before: a disk that does not answer is not the image's fault.
+    Between the event Decoding with an index and the one without, nothing but the decoder runs. Each item is read before
+    that, so that a disk that does not respond is not blamed on the image.
     """
     for batch in batches:
         (item,) = batch.items
@@ -162,7 +170,7 @@ def _in_isolation(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Ite
             yield decoded
 
 
-def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaNormalizer, *, blank: bool) -> Rows:
+def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer, *, blank: bool) -> Rows:
     batch, kept = decoded.batch, decoded.kept
     valid = np.ones(len(kept), bool)
     if blank:
@@ -190,26 +198,37 @@ def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer | CudaN
     )
 
 
-def _changed(source: Source, decoded: Decoded, since_ns: int) -> int:
-    """How many files that a batch has read are gone, have another size, or were written to since then."""
-    changed = 0
+def _changed_files(source: Source, decoded: Decoded, since_ns: int) -> int:
+    """How many files of a batch changed while the worker ran; see `_has_changed`."""
     if not source.file_per_item:
-        return changed
-    for item, size in zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True):
-        if source.frame(item):
-            continue  # of a file that was looked at for its first one
-        try:
-            status = os.stat(source.local_path(item))
-        except (OSError, ValueError):  # a name with a NUL byte, say
-            changed += size > 0
-        else:
-            changed += 0 != size != status.st_size or since_ns < status.st_mtime_ns <= time.time_ns()
-    return changed
+        return 0
+    read = zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True)
+    # Of a file with several frames, only the first frame is checked.
+    return sum(_has_changed(source, item, size, since_ns) for item, size in read if not source.frame(item))
+
+
+def _has_changed(source: Source, item: Item, size: int, since_ns: int) -> bool:
+    """Whether an item's file was removed or resized after it was read, or written to since a point in time.
+
+    Args:
+        source: a source with one file per item.
+        item: one of its items.
+        size: how many bytes were read; 0 if the file could not be read.
+        since_ns: nanoseconds since the epoch.
+    """
+    was_read = size > 0
+    try:
+        status = os.stat(source.local_path(item))
+    except (OSError, ValueError):  # ValueError: the name contains a NUL byte, for example
+        return was_read
+    if was_read and size != status.st_size:
+        return True
+    return since_ns < status.st_mtime_ns <= time.time_ns()
 
 
 @contextlib.contextmanager
 def _explained(task: Task) -> Iterator[None]:
-    """Makes a ShardError of what goes wrong with memory, or with a GPU."""
+    """Turns errors of the body that a lack of memory or a GPU causes into a ShardError with advice."""
     try:
         yield
     except MemoryError as exc:  # CuPy's, too
@@ -227,7 +246,7 @@ def _explained(task: Task) -> Iterator[None]:
 
 
 def environment_of(decoder: Decoder, job: Job) -> dict[str, Any]:
-    """What decides the bytes of shards besides the settings: the decoder, and the library that compresses."""
+    """What decides the bytes of shards besides the settings: the decoder and the compression library."""
     deflater = {} if job.settings.deflate_level is None else {"isal": importlib.metadata.version("isal")}
     return {**decoder.environment(), **deflater}
 
@@ -241,7 +260,7 @@ def _pulse() -> Pulse:
 
 
 def _memory_bytes() -> int:
-    """Main memory that this process holds; 0 where the system does not tell."""
+    """The main memory that this process holds; 0 if the system does not provide it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -254,7 +273,7 @@ def _peak_bytes() -> int:
 
 
 def require_environment(expected: dict[str, Any] | None, found: dict[str, Any]) -> None:
-    """Raises MismatchError if shards were made in another environment; None if any will do."""
+    """Raises MismatchError if the environment differs from the expected one; None accepts any environment."""
     if expected is None or expected == found:
         return
     names = sorted({*expected, *found})
