@@ -20,7 +20,7 @@ ROOMS = {
     "config": ("errors", ["config"]),
     "storage": (
         "errors",
-        ["names scratch", "clients holders", "base file_lock", "local object_lock", "objects", "storage"],
+        ["names retries scratch", "clients holders", "base file_lock", "local object_lock", "objects", "storage"],
     ),
     "machine": ("errors config", ["machine", "environment", "tuning"]),
     "npz": ("errors storage", ["npz", "format", "writer reader"]),

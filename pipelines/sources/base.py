@@ -6,7 +6,6 @@ import abc
 import errno
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..errors import ShardError, SourceError
 from ..storage.base import is_remote
+from ..storage.retries import with_retries
 from .rejects import BadItem
 
 IMAGE_EXTENSIONS = frozenset(
@@ -166,40 +166,38 @@ class Source(abc.ABC):
 def read_item(source: Source, item: Item) -> bytes:
     """The encoded bytes of an item.
 
-    Trouble that is not the file's (EIO, ESTALE, EMFILE, no memory, time-outs) is tried again, with growing pauses. EIO
-    is the file's if it does not go away and others can be read.
+    Errors that are not the file's fault (EIO, ESTALE, EMFILE, no memory, timeouts) are retried with growing delays. EIO
+    is the file's fault if it persists while other files can be read.
 
     Raises:
         BadItem: the file is missing, unreadable or empty: a property of the file.
-        ShardError: the trouble did not go away.
+        ShardError: the error persisted.
     """
-    for delay_s in (*RETRY_DELAYS_S, None):
-        try:
-            data = source.read(item)
-        except (OSError, MemoryError) as exc:
-            number = getattr(exc, "errno", None)
-            reason = getattr(exc, "strerror", None) or type(exc).__name__
-            if number in _MISSING:
-                source.check()
-                raise BadItem("read", "missing", reason) from exc
-            if number in _UNREADABLE:
-                source.check()
-                raise BadItem("read", "unreadable", reason) from exc
-            if delay_s is None:
-                # EAGAIN: a regular file gives it only while another process has a lease on it.
-                if number == errno.EAGAIN or (number in _DAMAGED and source.others_readable(item)):
-                    source.check()
-                    raise BadItem("read", "unreadable", reason) from exc
-                raise ShardError(
-                    f"reading {item.path!r} failed {len(RETRY_DELAYS_S) + 1} times: {reason}; "
-                    f"see to {source.location!r}, then run the same command to resume"
-                ) from exc
-            time.sleep(delay_s)
-        else:
-            if not data:
-                raise BadItem("read", "empty", "zero bytes")
-            return data
-    raise AssertionError("unreachable")
+    try:
+        data = with_retries(lambda: source.read(item), RETRY_DELAYS_S, _may_pass)
+    except (OSError, MemoryError) as exc:
+        number = getattr(exc, "errno", None)
+        reason = getattr(exc, "strerror", None) or type(exc).__name__
+        if number in _MISSING:
+            source.check()
+            raise BadItem("read", "missing", reason) from exc
+        # EAGAIN: a regular file gives it only while another process has a lease on it.
+        own = number in _UNREADABLE or number == errno.EAGAIN
+        if own or (number in _DAMAGED and source.others_readable(item)):
+            source.check()
+            raise BadItem("read", "unreadable", reason) from exc
+        raise ShardError(
+            f"reading {item.path!r} failed {len(RETRY_DELAYS_S) + 1} times: {reason}; "
+            f"see to {source.location!r}, then run the same command to resume"
+        ) from exc
+    if not data:
+        raise BadItem("read", "empty", "zero bytes")
+    return data
+
+
+def _may_pass(exc: Exception) -> bool:
+    number = exc.errno if isinstance(exc, OSError) else None
+    return isinstance(exc, (OSError, MemoryError)) and number not in _MISSING | _UNREADABLE
 
 
 def label_form(columns: Sequence[LabelColumn]) -> tuple[type[np.generic], tuple[int, ...]]:

@@ -26,20 +26,18 @@ import os
 import random
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import LockedError, StorageError
 from .base import LOCK
-from .clients import PACKAGES, advice, client, code, decoded, digests, is_transient
+from .clients import EXTRAS, PACKAGES, client, code, decoded, digests, is_transient, write_advice
 from .holders import PRIVATE, Fence, fenced, require_held
 from .object_lock import Lease, is_live, leftovers
+from .retries import Answer, with_retries
 from .scratch import remove_scratch, scratch_folder
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
-
 ATTEMPTS = 6
 RETRY_S = 0.5  # then twice as long each time
 PART_BYTES = 16 << 20  # of a multipart upload; an object of less than two parts goes in one put
@@ -72,7 +70,13 @@ class ObjectStorage:
             )
         if not place.split("/")[0]:
             raise StorageError(f"OUT {root!r} names no bucket; give {protocol}://bucket/path")
-        self._files = client(protocol, root)
+        try:
+            self._files = client(protocol)
+        except ImportError as exc:
+            raise StorageError(
+                f"OUT {root!r} needs {PACKAGES[protocol]}, which cannot be imported ({exc}); "
+                f"run: pip install 'gpu-npz[{EXTRAS.get(protocol, 's3')}]'"
+            ) from exc
         self._key = self._files._strip_protocol(self.root).rstrip("/")
         self._s3 = PACKAGES[protocol] == "s3fs"
         self._fences = [under] if under else []
@@ -376,21 +380,24 @@ class ObjectStorage:
             raise self._error(name, exc, "the bucket does not exist; make it, or give another OUT") from exc
 
     def _asked(self, name: str, action: Callable[[], Answer]) -> Answer:
-        """What the store answers, asked again if it fails for a moment. FileNotFoundError is an answer, too."""
-        for attempt in itertools.count(1):
-            try:
-                return action()
-            except StorageError:  # of a look at the lock
+        """What the store answers, with retries. FileNotFoundError is an answer, too."""
+        attempts = itertools.count(2)
+
+        def may_pass(exc: Exception) -> bool:
+            transient = is_transient(exc)
+            if transient:
+                log.info("%s: %s; attempt %d of %d", self.path(name), exc, next(attempts), ATTEMPTS)
+            return transient
+
+        delays_s = (RETRY_S * 2**number * random.uniform(0.5, 1.5) for number in range(ATTEMPTS - 1))
+        try:
+            return with_retries(action, delays_s, may_pass)
+        except StorageError:  # of a look at the lock
+            raise
+        except Exception as exc:  # the classes are the clients', of which only one is installed
+            if isinstance(exc, FileNotFoundError) and code(exc) != "NoSuchBucket":
                 raise
-            except Exception as exc:  # the classes are the clients', of which only one is installed
-                if isinstance(exc, FileNotFoundError) and code(exc) != "NoSuchBucket":
-                    raise
-                transient = is_transient(exc)
-                if not transient or attempt >= ATTEMPTS:
-                    raise self._error(name, exc, advice(exc, transient)) from exc
-                log.info("%s: %s; attempt %d of %d", self.path(name), exc, attempt + 1, ATTEMPTS)
-            time.sleep(RETRY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        raise AssertionError
+            raise self._error(name, exc, write_advice(exc)) from exc
 
     def _error(self, name: str, exc: Exception, advice: str) -> StorageError:
         text = " ".join(str(exc).split()) or type(exc).__name__

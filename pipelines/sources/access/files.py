@@ -29,9 +29,9 @@ from .stores import (
     READS_AT_ONCE,
     as_source_errors,
     as_system_errors,
+    ask_store,
     from_web,
     is_web,
-    patiently,
     store_of,
     without_query,
 )
@@ -166,7 +166,7 @@ class Files:
         for number, path in enumerate(self._paths):
             try:
                 if self._remote:
-                    patiently(partial(self.read, number, 0, 1))
+                    ask_store(partial(self.read, number, 0, 1))
                 else:
                     os.close(open_regular(path, os.O_RDONLY))
             except OSError as exc:
@@ -212,13 +212,13 @@ class Files:
                 return self._matching(url)
             if is_web(url):
                 return {url: None}
-            info = patiently(lambda: self._store.info(url))
+            info = ask_store(lambda: self._store.info(url))
             if info["type"] == "directory":
                 return self._matching(f"{url.rstrip('/')}/{inside}")
             return {url: int(info["size"])}
 
     def _matching(self, pattern: str) -> dict[str, int | None]:
-        matches: dict[str, dict[str, Any]] = patiently(lambda: self._store.glob(pattern, detail=True))
+        matches: dict[str, dict[str, Any]] = ask_store(lambda: self._store.glob(pattern, detail=True))
         return {
             self._store.unstrip_protocol(path): None if is_web(pattern) else int(info["size"])
             for path, info in sorted(matches.items())
@@ -233,7 +233,7 @@ class Files:
 
     def _web_size(self, url: str) -> int:
         try:
-            size = patiently(lambda: from_web(self._store, url, 0, 1)[1])
+            size = ask_store(lambda: from_web(self._store, url, 0, 1)[1])
         except OSError as exc:
             raise self._gone(url, exc) from exc
         if size is None:
@@ -280,7 +280,7 @@ class FileOf(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = patiently(lambda: self._files.read(self._number, self._at, len(buffer)))
+            data = ask_store(lambda: self._files.read(self._number, self._at, len(buffer)))
         except OSError as exc:
             raise self._files._gone(self._files.path(self._number), exc) from exc
         buffer[: len(data)] = data

@@ -6,11 +6,12 @@ import contextlib
 import errno
 import posixpath
 import re
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from ...errors import SourceError
+from ...storage.clients import EXTRAS, client, read_advice
+from ...storage.retries import Answer, with_retries
 from .. import base
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .read_ahead import SHARE, NoRoomError, Share, reserve
@@ -24,26 +25,15 @@ _PASSED_ON = (errno.EIO, errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTSUP)  # our
 _LATER = (408, 421, 425, 429)  # statuses of a client's error that another try may not have
 # What aiohttp raises for an address that leads nowhere: it is the item's, whatever the server does.
 _BAD_ADDRESS = re.compile(r"InvalidU|NonHttpUrl|TooManyRedirects")
-_ANONYMOUS = re.compile(r"Credential|TokenRetrieval|SSOToken|RefreshError|ProfileNotFound")
-Answer = TypeVar("Answer")
 
 
 def store_of(url: str) -> Any:
-    """The filesystem of fsspec for a URL. Raises SourceError if what it needs is not installed."""
+    """The fsspec filesystem for a URL. Raises SourceError if its package is not installed, or the protocol unknown."""
     protocol = url.partition("://")[0]
     try:
-        import fsspec
-
-        options: dict[str, Any] = {"use_listings_cache": False}  # it would hold every name of a collection
-        if protocol in ("s3", "s3a"):  # we try again by ourselves: see `base.read_item`
-            given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **given}
-        store = fsspec.filesystem(protocol, **options)
-        if "config_kwargs" in options:
-            store.retries = 1
-        return store
+        return client(protocol)
     except ImportError as exc:
-        extra = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}.get(protocol, "http")
+        extra = EXTRAS.get(protocol, "http")
         raise SourceError(f"{url!r} needs {exc.name or 'fsspec'}; run: pip install 'gpu-npz[{extra}]'") from exc
     except ValueError as exc:
         raise SourceError(f"{url!r}: {exc}; give a path, s3://, gs:// or https://") from exc
@@ -184,17 +174,14 @@ async def _body(answer: Any, size: int, share: Share | None) -> bytes:
     return bytes(data)
 
 
-def patiently(action: Callable[[], Answer]) -> Answer:
-    """What an action gives, tried again where a store fails for a moment. Raises OSError as `Files.read`."""
-    for delay_s in (*base.RETRY_DELAYS_S, None):
-        try:
-            with as_system_errors():
-                return action()
-        except OSError as exc:
-            if exc.errno != errno.EIO or delay_s is None:
-                raise
-            time.sleep(delay_s)
-    raise AssertionError("unreachable")
+def ask_store(action: Callable[[], Answer]) -> Answer:
+    """The result of a call to a store, which is retried while it fails with EIO. Raises OSError as `Files.read`."""
+
+    def explained() -> Answer:
+        with as_system_errors():
+            return action()
+
+    return with_retries(explained, base.RETRY_DELAYS_S, lambda exc: isinstance(exc, OSError) and exc.errno == errno.EIO)
 
 
 @contextlib.contextmanager
@@ -223,23 +210,7 @@ def as_source_errors(url: str) -> Iterator[None]:
         with as_system_errors():
             yield
     except OSError as exc:
-        raise SourceError(f"{url!r}: {exc.strerror}; {_advice(exc)}") from exc
-
-
-def _advice(exc: OSError) -> str:
-    causes: list[BaseException] = [exc]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    if any(_ANONYMOUS.search(type(each).__name__) for each in causes):
-        return (
-            "log in (for S3: `aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
-            "FSSPEC_S3_ANON=true for a public bucket)"
-        )
-    if exc.errno == errno.EACCES:
-        return "ask for the right to list and to get what is there, or log in as another user"
-    if exc.errno == errno.ENOENT:
-        return "check the names of bucket and folder in SRC"
-    return "check the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL), then run the command again"
+        raise SourceError(f"{url!r}: {exc.strerror}; {read_advice(exc)}") from exc
 
 
 def is_web(url: str) -> bool:

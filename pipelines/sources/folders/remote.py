@@ -8,7 +8,7 @@ from typing import Any
 
 from ...config import BuildConfig
 from ...errors import SourceError
-from ..access.stores import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
+from ..access.stores import READS_AT_ONCE, as_source_errors, ask_store, fetch, is_web, store_of
 from ..base import Item, as_bytes, as_text, extension_of, is_hidden, is_image
 from .folder import Scan, TreeSource
 
@@ -48,7 +48,7 @@ class RemoteSource(TreeSource):
         url = self._url(as_text(folder)).rstrip("/")
         with as_source_errors(url):
             start = self._store._strip_protocol(url).rstrip("/") + "/"
-            entries = patiently(lambda: self._store.ls(url, detail=True))
+            entries = ask_store(lambda: self._store.ls(url, detail=True))
         names: list[tuple[bytes, int]] = []
         folders: set[bytes] = set()
         impossible: list[str] = []
@@ -90,7 +90,7 @@ class RemoteSource(TreeSource):
     def check(self) -> None:
         """Raises SourceError if the bucket or the folder is gone, or may not be read any more."""
         with as_source_errors(self.location):
-            patiently(lambda: self._store.info(self.location))
+            ask_store(lambda: self._store.info(self.location))
 
     def _url(self, path: str) -> str:
         return f"{self.location}/{path}"

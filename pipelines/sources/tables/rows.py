@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ...errors import SourceError
 from ...storage.base import is_remote
 from ..access.files import Files
-from ..access.stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of, without_query
+from ..access.stores import as_source_errors, as_system_errors, ask_store, fetch, is_web, store_of, without_query
 from ..base import Group, as_bytes, as_text, is_image
 from ..labels import Labels, LabelSpec, is_missing, read_labels, shared
 from ..rejects import BadItem
@@ -48,7 +48,7 @@ def _downloaded(url: str) -> Any:
     """A temporary file with what a web server has there: not all of them give a part of a file."""
     with as_source_errors(url):
         try:
-            content = patiently(lambda: fetch(store_of(url), url))
+            content = ask_store(lambda: fetch(store_of(url), url))
         except BadItem as exc:
             raise SourceError(f"{url!r}: {exc.detail}; download it, and give the file") from exc
     suffix = os.path.splitext(without_query(url))[1]

@@ -12,7 +12,7 @@ from ...config import BuildConfig
 from ...errors import SourceError
 from ...storage.base import is_remote
 from ..access.local import LocalFiles
-from ..access.stores import READS_AT_ONCE, fetch, is_web, patiently, store_of, without_query
+from ..access.stores import READS_AT_ONCE, ask_store, fetch, is_web, store_of, without_query
 from ..base import Group, Item, full_location
 from ..labels import LabelledSource
 from .columns import key_column, label_columns, path_column
@@ -101,7 +101,7 @@ class TableSource(LabelledSource[TableListing]):
 
         if self._files is None and not is_web(self._root):
             try:
-                patiently(lambda: self._store.info(self._root))
+                ask_store(lambda: self._store.info(self._root))
             except OSError as exc:  # others are of listing, which need not be allowed
                 if exc.errno == errno.EINVAL:
                     raise SourceError(f"{self._root!r}: {exc.strerror}; log in again, then resume") from exc
