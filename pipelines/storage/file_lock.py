@@ -29,17 +29,26 @@ import os
 import threading
 import time
 from dataclasses import replace
+from typing import NamedTuple
 
 from ..errors import LockedError
+from . import heartbeats
+from .heartbeats import HeartbeatWatch, warn_of_wait
 from .holders import Holder, is_gone
 from .names import create, move_aside, put_back, temporary_name
 
 log = logging.getLogger(__name__)
-HEARTBEAT_S = 10.0
-STALE_S = 90.0
 _LOOK_S = 0.2
 _LINGER_S = 5.0
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+class _OtherLock(NamedTuple):
+    """A lock file of somebody else; `flocked` says whether the kernel's flock on it is taken."""
+
+    status: os.stat_result
+    holder: Holder
+    flocked: bool
 
 
 class FileLock:
@@ -71,7 +80,7 @@ class FileLock:
 
     def __enter__(self) -> str:
         try:
-            self._descriptor = self._taken()
+            self._descriptor = self._take()
         except BaseException:
             self._remove_folders()
             raise
@@ -86,49 +95,58 @@ class FileLock:
         os.close(self._descriptor)
         self._remove_folders()
 
-    def _taken(self) -> int:
+    def _take(self) -> int:
+        """The descriptor of the lock file, once it is ours. Raises LockedError as the class says."""
         deadline = time.monotonic() + self._wait_s
-        watched: tuple[Holder, float] | None = None  # a holder, and since when its heart has not beaten
-        alive = False
+        watch: HeartbeatWatch | None = None
         while True:
-            descriptor = self._made()
+            descriptor = self._create()
             if descriptor is not None:
                 return descriptor
-            with contextlib.ExitStack() as stack:
-                try:
-                    descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    continue
-                stack.callback(os.close, descriptor)
-                status, holder = os.fstat(descriptor), _read(descriptor)
-                flocked = self._flock(descriptor)
-                if flocked is not False and not self._is_at_path(descriptor):
-                    continue
-                if flocked and (holder.gone or (holder.here and not holder.place)):
-                    _write(descriptor, self._own)
-                    os.ftruncate(descriptor, len(self._own.to_json()))
-                    stack.pop_all()
-                    return descriptor
-            held = flocked is False
-            if watched is None or watched[0] != holder:
-                alive = watched is not None
-                if not held and not alive and not holder.gone:
-                    log.warning(
-                        "%r is held by process %s on host %s; looking for up to %g s whether it lives",
-                        self._path, holder.process, holder.host, STALE_S,
-                    )  # fmt: skip
-                watched = (holder, time.monotonic())
-            silent_s = time.monotonic() - watched[1]
+            found = self._open()
+            if isinstance(found, int):
+                return found
+            if found is None:
+                continue
+            holder = found.holder
+            if watch is None:
+                watch = HeartbeatWatch(holder)
+                if not found.flocked and not holder.gone:
+                    warn_of_wait(repr(self._path), holder)
+            watch.look(holder)
             # A worker that a killed build was just starting has its lock until the worker's program runs.
-            lingers = held and holder.here and is_gone(holder.process) and silent_s < _LINGER_S
-            if not lingers and time.monotonic() >= deadline and (held or alive):
+            lingers = found.flocked and holder.here and is_gone(holder.process) and watch.silent_s < _LINGER_S
+            if not lingers and time.monotonic() >= deadline and (found.flocked or watch.alive):
                 raise LockedError(self._refusal(holder))
-            if not held and (holder.gone or silent_s >= STALE_S):
-                self._remove(status, holder)
+            if not found.flocked and (holder.gone or watch.stale):
+                self._remove(found.status, holder)
                 continue
             time.sleep(0.01 if lingers else _LOOK_S)
 
-    def _made(self) -> int | None:
+    def _open(self) -> int | _OtherLock | None:
+        """Opens the lock file that is there.
+
+        Returns:
+            Its descriptor if it was left over and is ours now, else who holds it; None if it is not there any more.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            stack.callback(os.close, descriptor)
+            status, holder = os.fstat(descriptor), _read(descriptor)
+            flocked = self._flock(descriptor)
+            if flocked is not False and not self._is_at_path(descriptor):
+                return None
+            if flocked and (holder.gone or (holder.here and not holder.place)):
+                _write(descriptor, self._own)
+                os.ftruncate(descriptor, len(self._own.to_json()))
+                stack.pop_all()
+                return descriptor
+        return _OtherLock(status, holder, flocked is False)
+
+    def _create(self) -> int | None:
         """A new lock file, already locked; None if there is one."""
         self._make_folders()
         temporary = temporary_name(self._path, self._own.token)
@@ -164,7 +182,8 @@ class FileLock:
                 FileLock._told = True
                 log.warning(
                     "the filesystem of %r has no flock (%s): heartbeats alone tell whether a build lives, so that one "
-                    "that another host's crash left is taken over after %g s", self._root, exc.strerror, STALE_S,
+                    "that another host's crash left is taken over after %g s",
+                    self._root, exc.strerror, heartbeats.STALE_S,
                 )  # fmt: skip
             return None
         return True
@@ -205,7 +224,7 @@ class FileLock:
 
     def _beat(self) -> None:
         beats = itertools.count(1)
-        while not self._over.wait(HEARTBEAT_S):
+        while not self._over.wait(heartbeats.HEARTBEAT_S):
             if not self._is_ours():
                 return
             with contextlib.suppress(OSError):  # the next beat may come through

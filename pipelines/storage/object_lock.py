@@ -25,7 +25,8 @@ import time
 from typing import Protocol
 
 from ..errors import LockedError, StorageError
-from . import file_lock
+from . import heartbeats
+from .heartbeats import HeartbeatWatch, warn_of_wait
 from .holders import Holder
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Lease:
 
     def _beat(self) -> None:
         number = 0
-        while not self._over.wait(file_lock.HEARTBEAT_S):
+        while not self._over.wait(heartbeats.HEARTBEAT_S):
             with contextlib.suppress(StorageError):  # the next beat may come through
                 if self._store.read(self._name) != self._content:
                     return
@@ -112,28 +113,18 @@ class Lease:
                 self._store.put(self._beside("beat", self._token), str(number).encode())
 
     def _take(self) -> None:
-        start, told, claimed = time.monotonic(), False, False
-        watched: tuple[bytes, bytes | None] | None = None
-        since, alive = start, False
-        while True:
-            if self._store.create(self._name, self._content) and self._settled():
-                return
-            content = self._store.read(self._name)
-            if content is None:
-                continue
-            if content == self._content:  # the answer to our own put was lost
-                return
+        """Returns once the lock is ours. Raises LockedError as the class says."""
+        start, warned = time.monotonic(), False
+        watched: bytes | None = None
+        while (content := self._create()) is not None:
             holder = Holder.parse(content)
             if not holder.token:
                 raise LockedError(self._refusal(holder))
             beat = self._store.read(self._beside("beat", holder.token))
-            if watched is None or watched[0] != content:
-                alive, claimed = False, False
-            elif watched[1] != beat:
-                alive = True
-            if watched != (content, beat):
-                watched, since = (content, beat), time.monotonic()
-            stale = time.monotonic() - since > file_lock.STALE_S
+            if content != watched:
+                watched, watch, claimed = content, HeartbeatWatch(beat), False
+            watch.look(beat)
+            stale = watch.stale
             if stale or holder.gone:
                 if self._taken_over(content, beat, holder.token):
                     log.warning("%s: taken over from process %s, which is gone", self._store.root, holder.process)
@@ -141,17 +132,27 @@ class Lease:
                 if stale and claimed:  # for another STALE_S, and it is still the same lock: the claimer died, too
                     self._store.delete(self._beside("claim", holder.token))
                 if stale:
-                    claimed, since = not claimed, time.monotonic()
-            waited = time.monotonic() - start
-            if alive and waited >= self._wait_s:
+                    claimed = not claimed
+                    watch.restart()
+            waited_s = time.monotonic() - start
+            if watch.alive and waited_s >= self._wait_s:
                 raise LockedError(self._refusal(holder))
-            if waited > _DOUBT_S and not told:
-                told = True
-                log.warning(
-                    "%s is held by process %s on host %s; looking for up to %g s whether it lives",
-                    self._store.path(self._name), holder.process, holder.host, file_lock.STALE_S,
-                )  # fmt: skip
-            time.sleep(min(_LOOK_S, file_lock.HEARTBEAT_S) * random.uniform(0.5, 1.5))  # not in step with other waiters
+            if waited_s > _DOUBT_S and not warned:
+                warned = True
+                warn_of_wait(self._store.path(self._name), holder)
+            pause_s = min(_LOOK_S, heartbeats.HEARTBEAT_S)
+            time.sleep(pause_s * random.uniform(0.5, 1.5))  # not in step with other waiters
+
+    def _create(self) -> bytes | None:
+        """Creates the lock if there is none. Returns None once it is ours, else the content of another's."""
+        while True:
+            if self._store.create(self._name, self._content) and self._settled():
+                return None
+            content = self._store.read(self._name)
+            if content == self._content:  # the answer to our own put was lost
+                return None
+            if content is not None:
+                return content
 
     def _taken_over(self, content: bytes, beat: bytes | None, token: str) -> bool:
         """Puts our lock in the place of a stale one; False if another waiter is about to, or its holder lives."""
