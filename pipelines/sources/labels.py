@@ -153,37 +153,13 @@ def read_labels(
         raise UsageError(f"--classes-from names one column's classes, and {location!r} has {len(asked)}; leave it out")
     columns: list[LabelColumn] = []
     numbers: list[NDArray[Any]] = []
-    for (name, wanted), column in zip(asked, values, strict=True):
-        if classes is not None and wanted == "float":
+    for (name, kind), entries in zip(asked, values, strict=True):
+        if classes is not None and kind == "float":
             raise UsageError(f"--labels {name}:float and --classes-from contradict each other; leave one out")
-        entries = [entry.strip() if isinstance(entry, str) else entry for entry in column]
-        given, own = classes, (known or {}).get(name) if wanted in (None, "class") else None
-        kind = _kind(name, wanted if own is None else None, entries, location, where)
-        if own is not None and kind != "class":
-            own = tuple(own)
-            indices = _indices(entries, own, name, location, where)
-            kind, entries, given = "class", [own[index] for index in indices], own if given is None else given
-        names: tuple[str, ...] | None = None
-        if kind == "class":
-            texts = _texts(entries)
-            try:
-                found = sorted({*texts}, key=str.encode)
-                if all(_kind_of(text) == "integer" for text in found):
-                    found.sort(key=int)
-            except UnicodeEncodeError as exc:
-                raise SourceError(
-                    f"{location!r}: column {name!r} has {exc.object!r}, which is no UTF-8 text; save it as such"
-                ) from exc
-            names = tuple(found if given is None else given)
-            by_name = numbered(list(names), found, location)
-            numbers.append(np.array([by_name[text] for text in texts], np.int64))
-        elif given is not None:
-            kind, names = "class", tuple(given)
-            numbers.append(np.array(_indices(entries, names, name, location, where), np.int64))
-        else:
-            as_number = float if kind == "float" else whole_number
-            numbers.append(np.array([as_number(entry) for entry in entries], _DTYPES[kind]))
-        columns.append(LabelColumn(name=name, kind=kind, classes=names))
+        stripped = [entry.strip() if isinstance(entry, str) else entry for entry in entries]
+        column, found = _Column(name, stripped, location, where).read(kind, classes, (known or {}).get(name))
+        columns.append(column)
+        numbers.append(found)
     if {"float", "integer"} <= {column.kind for column in columns}:
         _refuse_inexact(columns, numbers, location)
     stacked = numbers[0] if len(numbers) == 1 else np.stack(numbers, axis=1)
@@ -274,50 +250,119 @@ _PLAIN = re.compile(r"-?\d+")
 _DTYPES = {"integer": np.int64, "float": np.float64}
 
 
-def _kind(name: str, wanted: Kind | None, entries: Sequence[Any], location: str, where: Callable[[int], str]) -> Kind:
-    """The kind of a column. Raises SourceError where not all of its entries have it."""
-    missing = [row for row, entry in enumerate(entries) if is_missing(entry)]
-    if missing:
-        more = f", and in {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise SourceError(
-            f"{location!r}: column {name!r} has no label for {where(missing[0])}{more}; fill it in, or remove the rows"
-        )
-    if wanted == "class" or not entries:
-        return wanted or "class"
-    kinds = [_kind_of(entry) for entry in entries]
-    present: set[Kind] = {*kinds}
-    if "class" in present:
-        texts = [row for row, kind in enumerate(kinds) if kind == "class"]
-        first = f"{entries[texts[0]]!r} for {where(texts[0])}"
-        if all(_DECIMAL_COMMA.fullmatch(str(entries[row])) for row in texts):
+@dataclass(frozen=True)
+class _Column:
+    """One column of labels.
+
+    Attributes:
+        name: of the column.
+        entries: a label for each item: text without surrounding blanks, a number, or None.
+        location: the source, for messages.
+        where: says which item an entry belongs to, for messages.
+    """
+
+    name: str
+    entries: Sequence[Any]
+    location: str
+    where: Callable[[int], str]
+
+    def read(
+        self, kind: Kind | None, classes: Sequence[str] | None, known: Sequence[str] | None
+    ) -> tuple[LabelColumn, NDArray[Any]]:
+        """The column and its labels, int64 or float64 (N,); see `read_labels`."""
+        names = None if known is None or kind not in (None, "class") else tuple(known)
+        found = self._kind(kind if names is None else None)
+        if names is not None and found != "class":
+            entries = [names[index] for index in self._indices(names)]
+            return self._as_classes(entries, names if classes is None else classes)
+        if found == "class":
+            return self._as_classes(self.entries, classes)
+        if classes is not None:
+            column = LabelColumn(name=self.name, kind="class", classes=tuple(classes))
+            return column, np.array(self._indices(classes), np.int64)
+        as_number = float if found == "float" else whole_number
+        numbers = np.array([as_number(entry) for entry in self.entries], _DTYPES[found])
+        return LabelColumn(name=self.name, kind=found), numbers
+
+    def _as_classes(
+        self, entries: Sequence[Any], classes: Sequence[str] | None
+    ) -> tuple[LabelColumn, NDArray[np.int64]]:
+        """Numbers the entries by the names of classes given, or else by the entries themselves, sorted."""
+        texts = _texts(entries)
+        try:
+            found = sorted({*texts}, key=str.encode)
+        except UnicodeEncodeError as exc:
             raise SourceError(
-                f"{location!r}: column {name!r} has decimal commas ({first}); write points, or say --labels "
-                f"{name}:class"
-            )
-        if wanted is None and len(present) == 1:
+                f"{self.location!r}: column {self.name!r} has {exc.object!r}, which is no UTF-8 text; save it as such"
+            ) from exc
+        if all(_kind_of(text) == "integer" for text in found):
+            found.sort(key=int)
+        names = tuple(found if classes is None else classes)
+        by_name = numbered(list(names), found, self.location)
+        column = LabelColumn(name=self.name, kind="class", classes=names)
+        return column, np.array([by_name[text] for text in texts], np.int64)
+
+    def _kind(self, wanted: Kind | None) -> Kind:
+        """The kind of the column, `wanted` if given. Raises SourceError if not all of its entries have it."""
+        self._require_complete()
+        if wanted == "class" or not self.entries:
+            return wanted or "class"
+        kinds = [_kind_of(entry) for entry in self.entries]
+        if "class" in kinds:
+            self._refuse_texts(wanted, kinds)
             return "class"
-        if wanted is None:
-            number = next(row for row, kind in enumerate(kinds) if kind != "class")
+        if wanted == "integer":
+            for row, entry in enumerate(self.entries):
+                if whole_number(entry) is None:
+                    raise self._no_number(wanted, row)
+            return wanted
+        return "integer" if "float" not in kinds and wanted != "float" else "float"
+
+    def _require_complete(self) -> None:
+        missing = [row for row, entry in enumerate(self.entries) if is_missing(entry)]
+        if missing:
+            more = f", and in {len(missing) - 1} more" if len(missing) > 1 else ""
             raise SourceError(
-                f"{location!r}: column {name!r} has both texts ({first}) and numbers ({entries[number]!r} for "
-                f"{where(number)}); fix it, or say --labels {name}:class"
+                f"{self.location!r}: column {self.name!r} has no label for {self.where(missing[0])}{more}; fill it in, "
+                "or remove the rows"
             )
-        raise _no_number(name, wanted, entries[texts[0]], texts[0], location, where)
-    if wanted == "integer" and present != {"integer"}:
-        for row, entry in enumerate(entries):
-            if whole_number(entry) is None:
-                raise _no_number(name, wanted, entry, row, location, where)
-        return wanted
-    return "integer" if present == {"integer"} and wanted != "float" else "float"
 
+    def _refuse_texts(self, wanted: Kind | None, kinds: Sequence[Kind]) -> None:
+        """Raises SourceError if the texts among the entries should be numbers."""
+        texts = [row for row, kind in enumerate(kinds) if kind == "class"]
+        first = f"{self.entries[texts[0]]!r} for {self.where(texts[0])}"
+        if all(_DECIMAL_COMMA.fullmatch(str(self.entries[row])) for row in texts):
+            raise SourceError(
+                f"{self.location!r}: column {self.name!r} has decimal commas ({first}); write points, or say --labels "
+                f"{self.name}:class"
+            )
+        if wanted is not None:
+            raise self._no_number(wanted, texts[0])
+        number = next((row for row, kind in enumerate(kinds) if kind != "class"), None)
+        if number is not None:
+            raise SourceError(
+                f"{self.location!r}: column {self.name!r} has both texts ({first}) and numbers "
+                f"({self.entries[number]!r} for {self.where(number)}); fix it, or say --labels {self.name}:class"
+            )
 
-def _no_number(
-    name: str, wanted: Kind, entry: Any, row: int, location: str, where: Callable[[int], str]
-) -> SourceError:
-    return SourceError(
-        f"{location!r}: column {name!r} has {entry!r} for {where(row)}, which is no "
-        f"{'whole ' if wanted == 'integer' else ''}number; fix it, or say --labels {name}:class"
-    )
+    def _no_number(self, wanted: Kind, row: int) -> SourceError:
+        return SourceError(
+            f"{self.location!r}: column {self.name!r} has {self.entries[row]!r} for {self.where(row)}, which is no "
+            f"{'whole ' if wanted == 'integer' else ''}number; fix it, or say --labels {self.name}:class"
+        )
+
+    def _indices(self, names: Sequence[str]) -> list[int]:
+        """The entries, which are numbers, as indices of names. Raises SourceError if one is not."""
+        indices = []
+        for row, entry in enumerate(self.entries):
+            number = whole_number(entry)
+            if number is None or not 0 <= number < len(names):
+                raise SourceError(
+                    f"{self.location!r}: column {self.name!r} has {entry} for {self.where(row)}; there are names for "
+                    f"{len(names)} classes, 0 to {len(names) - 1}: fix it, or say --labels none"
+                )
+            indices.append(number)
+        return indices
 
 
 def is_missing(entry: Any) -> bool:
@@ -377,19 +422,3 @@ def _texts(entries: Sequence[Any]) -> list[str]:
     if None in wholes:
         return texts
     return [text if _PLAIN.fullmatch(text) else str(whole) for text, whole in zip(texts, wholes, strict=True)]
-
-
-def _indices(
-    entries: Sequence[Any], names: Sequence[str], column: str, location: str, where: Callable[[int], str]
-) -> list[int]:
-    """The labels of a column of numbers as indices of names. Raises SourceError if one is none."""
-    indices = []
-    for row, entry in enumerate(entries):
-        number = whole_number(entry)
-        if number is None or not 0 <= number < len(names):
-            raise SourceError(
-                f"{location!r}: column {column!r} has {entry} for {where(row)}; there are names for {len(names)} "
-                f"classes, 0 to {len(names) - 1}: fix it, or say --labels none"
-            )
-        indices.append(number)
-    return indices

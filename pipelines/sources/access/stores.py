@@ -86,7 +86,7 @@ def from_web(
     """
     from fsspec.asyn import sync
 
-    return cast("tuple[bytes, int | None]", sync(store.loop, _asked_web, store, url, start, size, within, SHARE.get()))
+    return cast("tuple[bytes, int | None]", sync(store.loop, _from_web, store, url, start, size, within, SHARE.get()))
 
 
 @contextlib.asynccontextmanager
@@ -120,43 +120,61 @@ def _is_within(address: Any, folder: Any) -> bool:
     return bool(same and path.startswith(top.rstrip("/") + "/"))
 
 
-async def _asked_web(
+async def _from_web(
     store: Any, url: str, start: int | None, size: int, within: str | None, share: Share | None
 ) -> tuple[bytes, int | None]:
     headers = {} if start is None else {"Range": f"bytes={start}-{start + size - 1}"}
     async with _answer(store, url, headers, within) as answer:
-        if answer.status in (404, 410):
-            raise FileNotFoundError(url)
-        if answer.status in (401, 403, 407, 451):
-            raise PermissionError(url)
-        if 400 <= answer.status < 500 and answer.status not in (*_LATER, 416):
-            raise OSError(errno.EINVAL, f"HTTP status {answer.status}")
-        encoding = answer.headers.get("Content-Encoding", "identity")
-        if encoding.lower() not in ("identity", ""):
-            raise OSError(errno.EINVAL, f"the server compresses it ({encoding[:50]}), although asked not to")
-        found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
-        total = int(found[2]) if found and found[2] != "*" else None
-        length = answer.headers.get("Content-Length", "")
+        _require_success(answer, url)
         if start is None:
-            if answer.status != 200:
-                raise OSError(errno.EIO, f"HTTP status {answer.status}")
-            if length.isdecimal() and int(length) > size:
-                raise BadItem("read", "too-large", f"{length} bytes; at most {size}")
-        elif answer.status == 416 and total is not None and total <= start:
-            return b"", total
-        elif answer.status == 200:
-            if not length.isdecimal() or int(length) > BLOCK_BYTES:
-                raise OSError(errno.ENOTSUP, "the server does not give parts of a file (no Range); download it first")
-            whole = await _body(answer, int(length), share)
-            if len(whole) != int(length):
-                raise OSError(errno.EIO, f"{len(whole)} bytes came where the server said {length}")
-            return whole[start : start + size], len(whole)
-        elif answer.status != 206 or found is None or found[1] is None or int(found[1]) != start:
-            raise OSError(errno.EIO, f"HTTP status {answer.status}, Content-Range {found and found[0]!r}")
-        data = await _body(answer, size, share)
-        if start is None and len(data) > size:
-            raise BadItem("read", "too-large", f"more than {size} bytes")
-        return data, total
+            data = await _whole(answer, size, share)
+            return data, len(data)
+        return await _part(answer, start, size, share)
+
+
+def _require_success(answer: Any, url: str) -> None:
+    """Raises OSError for a status that refuses the request for good, or for a compressed body."""
+    if answer.status in (404, 410):
+        raise FileNotFoundError(url)
+    if answer.status in (401, 403, 407, 451):
+        raise PermissionError(url)
+    if 400 <= answer.status < 500 and answer.status not in (*_LATER, 416):
+        raise OSError(errno.EINVAL, f"HTTP status {answer.status}")
+    encoding = answer.headers.get("Content-Encoding", "identity")
+    if encoding.lower() not in ("identity", ""):
+        raise OSError(errno.EINVAL, f"the server compresses it ({encoding[:50]}), although asked not to")
+
+
+async def _whole(answer: Any, size: int, share: Share | None) -> bytes:
+    """The whole file. Raises BadItem if it has more than `size` bytes, OSError if the server failed."""
+    if answer.status != 200:
+        raise OSError(errno.EIO, f"HTTP status {answer.status}")
+    length = answer.headers.get("Content-Length", "")
+    if length.isdecimal() and int(length) > size:
+        raise BadItem("read", "too-large", f"{length} bytes; at most {size}")
+    data = await _body(answer, size, share)
+    if len(data) > size:
+        raise BadItem("read", "too-large", f"more than {size} bytes")
+    return data
+
+
+async def _part(answer: Any, start: int, size: int, share: Share | None) -> tuple[bytes, int | None]:
+    """The part of a file that was asked for, and the file's size if the server tells it."""
+    found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+    total = int(found[2]) if found and found[2] != "*" else None
+    if answer.status == 416 and total is not None and total <= start:
+        return b"", total
+    if answer.status == 200:
+        length = answer.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > BLOCK_BYTES:
+            raise OSError(errno.ENOTSUP, "the server does not give parts of a file (no Range); download it first")
+        whole = await _body(answer, int(length), share)
+        if len(whole) != int(length):
+            raise OSError(errno.EIO, f"{len(whole)} bytes came where the server said {length}")
+        return whole[start : start + size], len(whole)
+    if answer.status != 206 or found is None or found[1] is None or int(found[1]) != start:
+        raise OSError(errno.EIO, f"HTTP status {answer.status}, Content-Range {found and found[0]!r}")
+    return await _body(answer, size, share), total
 
 
 async def _body(answer: Any, size: int, share: Share | None) -> bytes:

@@ -103,44 +103,22 @@ def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Memb
             where = f"after {last}, at byte {end}, without the end mark of a tar"
             raise (position == start and _compressed(file, start, archive)) or _cut(archive, where)
         if block == _ZEROS:
-            rest = end - position
-            if rest > _MAX_PADDING or _read(file, position, rest, archive).strip(b"\0"):
-                log.warning(
-                    "%r ends at byte %d of %d, as tar reads it; what follows is left out: give tars that were joined "
-                    "by cat one by one, or join them by tar --concatenate",
-                    archive, position, end,
-                )  # fmt: skip
+            _warn_of_rest(file, position, end, archive)
             return
         kind = block[156:157]
         extended = kind in _EXTENDED
         try:
-            if _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
-                raise ValueError
-            size = int(pax[b"size"]) if b"size" in pax and not extended else _number(block[124:136])
-            if size < 0:
-                raise ValueError
+            size = _size(block, {} if extended else pax)
         except ValueError:
             raise _damaged(file, start, archive, position, last) from None
         name = b"" if extended else _name(block, pax, long_name)
-        if kind in _WITHOUT_DATA:
-            size = 0
-        data = position + _BLOCK
-        more = kind == b"S" and block[482]
-        while more:  # of the map of a sparse file, GNU's "Storing Sparse Files"
-            block = _read(file, data, min(_BLOCK, end - data), archive)
-            data += _BLOCK
-            more = block[504] if len(block) == _BLOCK else 0
+        data = _data_offset(file, block, position, end, archive)
         if data + size > end:
             shown = repr(as_text(name[:200])) if name else "a header"
             raise _cut(archive, f"at byte {end}, within {shown}, which has {size} bytes from byte {data} on")
         position = data + -(-size // _BLOCK) * _BLOCK
         if extended:
-            if size > _MAX_HEADER_BYTES:
-                raise SourceError(
-                    f"{archive!r}: a header of {size} bytes at byte {data}; at most {_MAX_HEADER_BYTES} are allowed; "
-                    "make the archive again"
-                )
-            content = _read(file, data, size, archive)
+            content = _extended_header(file, data, size, archive)
             if kind == b"L":
                 long_name = content.rstrip(b"\0")
             elif kind in (b"x", b"X"):
@@ -158,6 +136,47 @@ def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Memb
             yield Member(name, "file", (data, size))
         else:
             yield Member(name, "other", (data, size))
+
+
+def _warn_of_rest(file: BinaryIO, position: int, end: int, archive: str) -> None:
+    """Logs a warning if anything but padding follows the end mark."""
+    rest = end - position
+    if rest > _MAX_PADDING or _read(file, position, rest, archive).strip(b"\0"):
+        log.warning(
+            "%r ends at byte %d of %d, as tar reads it; what follows is left out: give tars that were joined "
+            "by cat one by one, or join them by tar --concatenate",
+            archive, position, end,
+        )  # fmt: skip
+
+
+def _size(header: bytes, pax: dict[bytes, bytes]) -> int:
+    """The size of a member's data in bytes. Raises ValueError if its header is damaged."""
+    checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    size = int(pax[b"size"]) if b"size" in pax else _number(header[124:136])
+    if _number(header[148:156]) != checksum or size < 0:
+        raise ValueError
+    return 0 if header[156:157] in _WITHOUT_DATA else size
+
+
+def _data_offset(file: BinaryIO, header: bytes, position: int, end: int, archive: str) -> int:
+    """Where a member's data begins: after its header and, in a sparse file, the map (GNU's "Storing Sparse Files")."""
+    data = position + _BLOCK
+    more = header[156:157] == b"S" and header[482]
+    while more:
+        block = _read(file, data, min(_BLOCK, end - data), archive)
+        data += _BLOCK
+        more = block[504] if len(block) == _BLOCK else 0
+    return data
+
+
+def _extended_header(file: BinaryIO, offset: int, size: int, archive: str) -> bytes:
+    """The data of a pax header or a long name. Raises SourceError if it is too large."""
+    if size > _MAX_HEADER_BYTES:
+        raise SourceError(
+            f"{archive!r}: a header of {size} bytes at byte {offset}; at most {_MAX_HEADER_BYTES} are allowed; "
+            "make the archive again"
+        )
+    return _read(file, offset, size, archive)
 
 
 def _read(file: BinaryIO, offset: int, size: int, archive: str) -> bytes:
