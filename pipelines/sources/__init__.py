@@ -14,7 +14,7 @@ from .base import Source, as_text, full_location, location_of
 from .detect import detected_kind
 from .folders.folder import FolderSource
 from .tables.columns import key_column
-from .tables.paths import below
+from .tables.paths import relative_path
 
 _KINDS_WITH = {
     "image_column": ("table", "parquet"),
@@ -87,6 +87,6 @@ def _within(location: str, root: str) -> str:
     if os.path.normpath(root) == ".":
         return top
     try:
-        return f"{top.rstrip('/')}/{as_text(below(root, top))}"
+        return f"{top.rstrip('/')}/{as_text(relative_path(root, top))}"
     except ValueError as exc:
         raise UsageError(f"--root {root}: SRC {exc}; give the path of a folder in SRC") from exc

@@ -32,7 +32,7 @@ from ..base import (
 )
 from ..labels import LabelledSource
 from ..tables.rows import EXTENSIONS, TableListing
-from ..tables.sidecar import absolute, list_tables
+from ..tables.sidecar import absolute_labels, list_sidecars
 
 log = logging.getLogger(__name__)
 LABELS = ("class-dir", "none")
@@ -215,8 +215,8 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
         self._links = _Links(self._root)
         self._files = LocalFiles(self._root)
         self._key, self._classes = key, classes
-        self._tables = None if labels is None or labels in LABELS else absolute(labels)
-        if self._tables is None:
+        self._sidecars = None if labels is None or labels in LABELS else absolute_labels(labels)
+        if self._sidecars is None:
             super().__init__(os.path.abspath(location), classes, labels)
         else:
             super().__init__(os.path.abspath(location), None, "none")
@@ -231,18 +231,23 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
         return other
 
     def _list(self) -> TableListing:
-        assert self._tables is not None
+        assert self._sidecars is not None
 
         def folders(name: str) -> Iterator[Group]:
             table = os.fsencode(name)
             return self._walk(b"", -1, lambda folder: os.path.lexists(os.path.join(self._root, folder, table)))
 
-        return list_tables(
-            self._tables, self.location, folders, key=self._key, classes=self._classes, follow_links=self._follow_links
+        return list_sidecars(
+            self._sidecars,
+            self.location,
+            folders,
+            key=self._key,
+            classes=self._classes,
+            follow_links=self._follow_links,
         )
 
-    def _tabled(self) -> Iterator[Group]:
-        """What the tables name, after a look whether they name every image."""
+    def _groups_of_sidecars(self) -> Iterator[Group]:
+        """The items that the sidecar tables name. Raises SourceError if they do not name every image."""
         listing = self._listed()
         self._count_anew()
         listing.require_rows(group.folder + name for group in self._walk(b"", -1) for name in group.names)
@@ -260,7 +265,7 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
 
     def groups(self) -> Iterator[Group]:
         """As `TreeSource`; but of DICOM files the header is read."""
-        return map(self._files.with_frames, super().groups() if self._tables is None else self._tabled())
+        return map(self._files.with_frames, super().groups() if self._sidecars is None else self._groups_of_sidecars())
 
     def frame(self, item: Item) -> int | None:
         """As `LocalFiles.frame`."""

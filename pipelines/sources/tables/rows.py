@@ -271,7 +271,7 @@ class TableListing:
             except ValueError as exc:
                 advice = ""
                 if isinstance(exc, ForeignPath):
-                    advice = "; " + exc.base.advice(table.location, (each for (each,) in table.rows([path_column])))
+                    advice = "; " + exc.root.advice(table.location, (each for (each,) in table.rows([path_column])))
                 raise SourceError(f"{table.location!r}: row {self._row(len(self))} {exc}{advice}") from exc
             self._names += name
             self._ends.append(len(self._names))

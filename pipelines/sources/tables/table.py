@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...config import BuildConfig
@@ -16,7 +16,7 @@ from ..access.stores import READS_AT_ONCE, ask_store, fetch, is_web, store_of, w
 from ..base import Group, Item, full_location
 from ..labels import LabelledSource
 from .columns import key_column, label_columns, path_column
-from .paths import Base, within
+from .paths import TableRoot
 from .rows import Table, TableListing
 
 
@@ -68,12 +68,9 @@ class TableSource(LabelledSource[TableListing]):
 
     def _list(self) -> TableListing:
         listing = TableListing(self.location, self._asked, self._key)
-        listing.add(self._table or Table(self.location), self._path_column, self._path_of())
+        root = TableRoot(self._root, follow_links=self._files is None or bool(self._follow_links))
+        listing.add(self._table or Table(self.location), self._path_column, root.path)
         return listing.finish(self._classes)
-
-    def _path_of(self) -> Callable[[str], bytes]:
-        base = Base(self._root)
-        return base.path if self._files is None or self._follow_links else within(base)
 
     def frame(self, item: Item) -> int | None:
         """As `LocalFiles.frame`; None where the files are not on a disk."""
