@@ -189,9 +189,9 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
 
     - `FILE.csv`, `FILE.csv:A,B` (or another table format): one table with paths relative to the folder. Its label
       columns are found by `columns.named_columns`. The items are those of the table, in its order.
-    - `csv:NAME.csv`, `csv:NAME.csv:A,B`: a table of that name in each folder of images, with a column of file names: the
-      one with a usual name, or else the first. Label columns are found in the same way; if none has a usual name, all
-      other columns except `key` are labels. Items of a folder are in the order of its table.
+    - `csv:NAME.csv`, `csv:NAME.csv:A,B`: a table of that name in each folder of images, with a column of file names,
+      which is the one with a usual name, or else the first. Label columns are found in the same way; if none has a
+      usual name, all other columns except `key` are labels. Items of a folder are in the order of its table.
 
     Args:
         location: SRC.
@@ -359,7 +359,7 @@ def _shown(path: bytes) -> tuple[str, int]:
 
 
 def _may_be_image(entry: os.DirEntry[bytes]) -> bool:
-    """Whether an entry is a file or a link, even a dangling one, to a file. Opening a pipe or device could block forever."""
+    """Whether an entry is a file or a link to one, even a dangling link. Opening a pipe or device could block."""
     there = os.path.exists(entry.path) if entry.is_symlink() else True  # costs a stat for links only
     fits = not there or entry.is_file()
     if not fits:
