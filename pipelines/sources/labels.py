@@ -75,7 +75,7 @@ class LabelledSource(Source, Generic[L]):
             self.class_names, self.columns = labels.class_names, labels.columns
 
     def _listed(self) -> L:
-        """For `groups`: the listing, reread unless this is the first call. Raises SourceError if classes have changed."""
+        """For `groups`: the listing, reread after the first call. Raises SourceError if the classes have changed."""
         listing, self._listing = self._listing or self._list(), None
         labels = listing.labels
         if labels and (labels.class_names, labels.columns) != (self.class_names, self.columns):
@@ -228,7 +228,7 @@ def array_labels(
 
 
 def _numbers(values: NDArray[Any], kind: Kind | None) -> NDArray[Any] | None:
-    """What `read_labels` makes of an array, by conversion of the whole array; None if entries need checks one by one."""
+    """What `read_labels` makes of an array, converted as a whole; None if each entry needs to be checked."""
     if values.dtype.kind == "f" and kind in (None, "float") and np.isfinite(values).all():
         return values.astype(np.float64)
     if values.dtype.kind in "biu" and kind in (None, "integer") and (values <= np.int64(2**63 - 1)).all():
