@@ -142,7 +142,7 @@ def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
 
 
 def frames_of(header: Any, size: int) -> int:
-    """The number of images in a DICOM file of `size` bytes, by its `FRAME_NAMES`. Raises BadItem if it is implausible."""
+    """The number of images in a DICOM file of `size` bytes, by its `FRAME_NAMES`. Raises BadItem if that cannot be."""
     require_attributes(header)
     count = max(1, int(header.get("NumberOfFrames") or 1))
     if count > _MAX_FRAMES:

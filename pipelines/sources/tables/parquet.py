@@ -226,7 +226,7 @@ class _Window:
         self._bytes = 0
 
     def row(self, row: int) -> bytes | None:
-        """The image in a row, which must not be before `first`. Raises SourceError if the row group is damaged up to it."""
+        """The image in a row, not before `first`. Raises SourceError if the row group is damaged up to there."""
         while row >= self.end:
             with explained("row group"):
                 batch = next(self._batches, None)
