@@ -10,7 +10,7 @@ from typing import Any
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "memory": "fsspec"}
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of gpu-npz, which install the packages
-_TRANSIENT = {  # botocore's, aiohttp's and fsspec's own, by name: none of them need be installed
+_TRANSIENT = {  # errors of botocore, aiohttp and fsspec, by name since none of these has to be installed
     "HTTPClientError", "EndpointConnectionError", "ConnectionError", "ConnectionClosedError", "ResponseParserError",
     "IncompleteReadError", "ClientPayloadError", "ClientConnectionError", "TimeoutError",
 }  # fmt: skip
@@ -80,13 +80,13 @@ def _lacks_credentials(exc: BaseException) -> bool:
 
 
 def code(exc: BaseException) -> str:
-    """The error code that S3 gave."""
+    """The error code in an S3 error; empty if it has none."""
     response = getattr(exc, "response", None) or getattr(exc.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
 
 def digests(path: str, part: int) -> set[str]:
-    """The MD5 of a file, and what S3 says of it after a multipart upload: the MD5 of the MD5s of its parts."""
+    """The MD5 of a file, and its ETag on S3 after a multipart upload in parts of `part` bytes: an MD5 of their MD5s."""
     whole, parts = hashlib.md5(usedforsecurity=False), []
     with open(path, "rb") as file:
         while piece := file.read(part):
@@ -96,5 +96,5 @@ def digests(path: str, part: int) -> set[str]:
 
 
 def decoded(text: str | None) -> str:
-    """An MD5 in base64, as gs:// gives it, in hexadecimal digits; empty if there is none."""
+    """Converts an MD5 from Base64, as gs:// reports it, to hexadecimal digits; empty if there is none."""
     return base64.b64decode(text).hex() if text else ""
