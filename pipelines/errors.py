@@ -59,7 +59,17 @@ class ImageError(GpuNpzError):
 
 
 class FormatError(GpuNpzError):
-    """A shard, a manifest or a record is not what the format says."""
+    """A shard, a manifest or a record is not what the format says.
+
+    Attributes:
+        path: the file at fault, with which the message begins; None if `problem` is the whole message.
+        problem: what is wrong, and what to do.
+    """
+
+    def __init__(self, problem: str, path: str | None = None) -> None:
+        super().__init__(problem if path is None else f"{path}: {problem}")
+        self.problem = problem
+        self.path = path
 
 
 class IncompleteError(GpuNpzError):

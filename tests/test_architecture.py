@@ -20,7 +20,14 @@ ROOMS = {
     "config": ("errors", ["config"]),
     "storage": (
         "errors",
-        ["names scratch", "clients holders", "base file_lock", "local object_lock", "objects", "storage"],
+        [
+            "names retries scratch",
+            "clients holders",
+            "base heartbeats",
+            "file_lock object_lock",
+            "local objects",
+            "storage",
+        ],
     ),
     "machine": ("errors config", ["machine", "environment", "tuning"]),
     "npz": ("errors storage", ["npz", "format", "writer reader"]),

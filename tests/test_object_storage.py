@@ -42,7 +42,7 @@ from gpu_npz.errors import (
     UsageError,
 )
 from gpu_npz.readers.dataset import open_dataset
-from gpu_npz.storage import file_lock, holders, object_lock, objects, open_storage
+from gpu_npz.storage import heartbeats, holders, object_lock, objects, open_storage
 from gpu_npz.storage.local import LocalStorage
 from gpu_npz.storage.objects import ObjectStorage
 
@@ -124,8 +124,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nobody waits long, and no credentials but the test's are found."""
     monkeypatch.setattr(objects, "RETRY_S", 0.01)
     monkeypatch.setattr(objects, "ATTEMPTS", 3)
-    monkeypatch.setattr(file_lock, "HEARTBEAT_S", 0.1)
-    monkeypatch.setattr(file_lock, "STALE_S", 0.7)
+    monkeypatch.setattr(heartbeats, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(heartbeats, "STALE_S", 0.7)
     monkeypatch.setattr(object_lock, "SETTLE_S", 0.3)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -611,7 +611,7 @@ def test_a_lock_is_waited_for(storage: ObjectStorage) -> None:
 def test_the_lock_of_a_process_of_this_machine_that_died_is_taken_over_at_once(
     storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_lock, "STALE_S", 600.0)
+    monkeypatch.setattr(heartbeats, "STALE_S", 600.0)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     holder = {"host": socket.gethostname(), "process": dead.pid, "place": holders.place(), "token": "t"}

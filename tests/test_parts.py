@@ -19,7 +19,7 @@ from gpu_npz.builder.parts import Part
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import IncompleteError, LockedError, MismatchError, RejectLimitError, UsageError
-from gpu_npz.storage import file_lock
+from gpu_npz.storage import heartbeats
 from gpu_npz.storage.local import LocalStorage
 
 FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
@@ -115,7 +115,7 @@ def test_a_plain_build_and_finalize_wait_for_no_part_but_say_so(src: Path, tmp_p
 def test_a_plain_build_ends_the_lock_of_a_part_that_another_host_left_over(
     src: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_lock, "STALE_S", 0.3)
+    monkeypatch.setattr(heartbeats, "STALE_S", 0.3)
     out = tmp_path / "out"
     build(src, out, settings(part="1/3"))
     for number in (2, 3):

@@ -228,7 +228,7 @@ DAMAGES: dict[str, tuple[str, Callable[[NDArray[Any]], NDArray[Any]]]] = {
 def test_arrays_that_do_not_fit_each_other_are_refused(damage: str) -> None:
     name, change = DAMAGES[damage]
     arrays = collect(GROUPS)
-    with pytest.raises(FormatError, match="do not fit each other; run the build again with --overwrite"):
+    with pytest.raises(FormatError, match=r"do not fit each other \(.+\); run the build again with --overwrite"):
         Plan({**arrays, name: change(arrays[name])}, 4)
 
 

@@ -1,4 +1,4 @@
-"""Labels in tables beside a folder's images, and folders that are just folders."""
+"""Labels in sidecar tables of a folder, and folders that are just folders."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from gpu_npz.audit.verify import verify
 from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import LockedError, StorageError
-from gpu_npz.storage import file_lock
+from gpu_npz.storage import file_lock, heartbeats
 from gpu_npz.storage.local import LocalStorage
 
 LOCK = ".gpu-npz/lock"
@@ -400,7 +400,7 @@ def test_the_lock_that_a_dying_build_has_still_lent_to_a_child_is_waited_for(sto
 def test_the_lock_of_another_host_whose_heart_stands_still_is_taken_over(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(file_lock, "STALE_S", 0.3)
+    monkeypatch.setattr(heartbeats, "STALE_S", 0.3)
     monkeypatch.setattr(file_lock, "_LOOK_S", 0.02)
     storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode())
     with storage.lock():
@@ -412,7 +412,7 @@ def test_the_lock_of_another_host_whose_heart_stands_still_is_taken_over(
 def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, race: Race
 ) -> None:
-    monkeypatch.setattr(file_lock, "STALE_S", 0.5)
+    monkeypatch.setattr(heartbeats, "STALE_S", 0.5)
     monkeypatch.setattr(file_lock, "_LOOK_S", 0.02)
     storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode())
     ends = race(lambda: LocalStorage(storage.root).lock(wait_s=2))
@@ -425,7 +425,7 @@ def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
 def test_the_lock_of_another_host_is_respected_while_its_heart_beats(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, wait_s: float
 ) -> None:
-    monkeypatch.setattr(file_lock, "STALE_S", 5.0)
+    monkeypatch.setattr(heartbeats, "STALE_S", 5.0)
     monkeypatch.setattr(file_lock, "_LOOK_S", 0.02)
     over = threading.Event()
 
@@ -665,7 +665,7 @@ def test_where_flock_fails_heartbeats_decide_with_one_warning(
     number: int,
 ) -> None:
     monkeypatch.setattr(file_lock.FileLock, "_told", False)
-    monkeypatch.setattr(file_lock, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(heartbeats, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(file_lock.fcntl, "flock", failing(number))
     src = make_tree({"a/1.jpg": "jpeg"})
     with storage.lock(), pytest.raises(LockedError, match=f"process {os.getpid()} "):
@@ -691,7 +691,7 @@ def test_where_flock_fails_the_lock_of_a_process_that_died_is_taken_over_at_once
 def test_another_host_of_the_same_name_is_respected_where_flock_does_not_reach(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    monkeypatch.setattr(file_lock, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(heartbeats, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(file_lock.fcntl, "flock", lambda *_: None)
     with storage.lock():
         with monkeypatch.context() as elsewhere:

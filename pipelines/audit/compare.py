@@ -250,7 +250,7 @@ def _batches(
                 if fault := column_fault(reader, column, manifest):
                     raise FormatError(fault)
         except FormatError as exc:
-            seen.problem(name, str(exc).removeprefix(f"{storage.path(name)}: "))
+            seen.problem(name, exc.problem)
             continue
         for at in range(0, len(mine), batch_size):
             some = mine[at : at + batch_size].tolist()

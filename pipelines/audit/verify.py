@@ -86,7 +86,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
             index = None
     except FormatError as exc:
         index = None
-        problems.append(Problem(INDEX, str(exc).removeprefix(f"{storage.path(INDEX)}: ")))
+        problems.append(Problem(INDEX, exc.problem))
     problems += [Problem(REJECTS, what) for what in _reject_faults(storage, manifest, index)]
     found = shard_files(storage)
     if index is None and shards > len(found) + _MISSING_SHARDS:
@@ -119,7 +119,6 @@ class _ShardChecker:
         self.bytes_checked = 0
 
     def faults(self, shard: int) -> list[str]:
-        path = self._storage.path(shard_name(shard, self._manifest.counts.shards))
         try:
             reader = open_shard(self._storage, self._manifest, shard)
             self.bytes_checked += reader.directory.file_bytes
@@ -129,7 +128,7 @@ class _ShardChecker:
             faults = list(self._column_faults(reader)) or list(self._value_faults(reader))
             return [*self._table_faults(reader, shard), *faults]
         except FormatError as exc:
-            return [str(exc).removeprefix(f"{path}: ")]
+            return [exc.problem]
 
     def _table_faults(self, reader: NpzReader, shard: int) -> Iterator[str]:
         """The shard against the index's entries for it."""

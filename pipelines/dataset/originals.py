@@ -12,7 +12,7 @@ from ..sources import open_source
 from ..sources.base import Item, Source, as_text, read_item
 from ..sources.dicom_frames import split_frame
 from ..sources.rejects import BadItem
-from ..sources.tables.paths import below
+from ..sources.tables.paths import relative_path
 from ..storage.base import Storage
 from .job import Job
 from .layout import JOB
@@ -48,7 +48,7 @@ class Originals:
                 "the dataset again, with it"
             )
         try:
-            name = below(path, self.source.location)
+            name = relative_path(path, self.source.location)
         except ValueError as exc:
             raise FormatError(f"item {index} {exc}") from exc
         _, frame = split_frame(name)

@@ -29,7 +29,6 @@ _ARRAYS = (
     "names", "name_ends", "folders", "folder_ends", "group_ends", "group_labels", "labels", "places", "order",
 )  # fmt: skip
 _OPTIONAL = {"labels", "places", "order"}
-_ENDS = ("name_ends", "folder_ends", "group_ends")
 
 
 class Plan:
@@ -44,8 +43,10 @@ class Plan:
     """
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]], shard_rows: int) -> None:
-        if not _fit(arrays):
-            raise FormatError("the plan's arrays do not fit each other; run the build again with --overwrite")
+        if (fault := _fault(arrays)) is not None:
+            raise FormatError(
+                f"the plan's arrays do not fit each other ({fault}); run the build again with --overwrite"
+            )
         self.arrays = arrays
         self.shard_rows = shard_rows
         self._order = arrays.get("order")
@@ -170,29 +171,32 @@ def collect(
     return arrays
 
 
-def _fit(arrays: Mapping[str, NDArray[Any]]) -> bool:
-    if not arrays.keys() >= set(_ARRAYS) - _OPTIONAL:
-        return False
-    numbers = {name: array for name, array in arrays.items() if name not in ("labels", "places")}
-    own = [arrays[name] for name in ("labels", "places") if name in arrays]
-    if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in numbers.values()):
-        return False
-    if any(array.dtype.kind not in "if" or array.ndim not in (1, 2) for array in own):
-        return False
-    texts = (arrays["names"], arrays["name_ends"]), (arrays["folders"], arrays["folder_ends"])
-    return (
-        len(arrays["name_ends"]) > 0
-        and len(arrays["folder_ends"]) == len(arrays["group_ends"]) == len(arrays["group_labels"]) > 0
-        and all(text.dtype == np.uint8 and ends[-1] == len(text) for text, ends in texts)
-        and arrays["group_ends"][-1] == len(arrays["name_ends"])
-        and all(len(array) == len(arrays["name_ends"]) for array in own)
-        and _within(arrays.get("order"), len(arrays["name_ends"]))
-        and all((arrays[name][1:] >= arrays[name][:-1]).all() and arrays[name][0] >= 0 for name in _ENDS)
-    )
-
-
-def _within(order: NDArray[Any] | None, count: int) -> bool:
-    return order is None or (len(order) > 0 and int(order.min()) >= 0 and int(order.max()) < count)
+def _fault(arrays: Mapping[str, NDArray[Any]]) -> str | None:
+    """Why the arrays are not those of a plan; None if they are."""
+    if missing := set(_ARRAYS) - _OPTIONAL - arrays.keys():
+        return f"no {', '.join(sorted(missing))}"
+    for name, array in arrays.items():
+        kinds, dimensions = ("if", (1, 2)) if name in ("labels", "places") else ("iu", (1,))
+        if array.dtype.kind not in kinds or array.ndim not in dimensions:
+            return f"{name} is {array.dtype} {array.shape}"
+    items, groups = len(arrays["name_ends"]), len(arrays["group_ends"])
+    if not items or not groups:
+        return "no items"
+    lengths = {"folder_ends": groups, "group_labels": groups, "labels": items, "places": items}
+    for name, length in lengths.items():
+        if name in arrays and len(arrays[name]) != length:
+            return f"{name} has {len(arrays[name])} entries, not {length}"
+    if arrays["names"].dtype != np.uint8 or arrays["folders"].dtype != np.uint8:
+        return "names or folders are no bytes"
+    stops = {"name_ends": len(arrays["names"]), "folder_ends": len(arrays["folders"]), "group_ends": items}
+    for name, stop in stops.items():
+        ends = arrays[name]
+        if ends[0] < 0 or ends[-1] != stop or (ends[1:] < ends[:-1]).any():
+            return f"{name} do not rise to {stop}"
+    order = arrays.get("order")
+    if order is not None and not (len(order) and int(order.min()) >= 0 and int(order.max()) < items):
+        return f"order is not of the {items} items"
+    return None
 
 
 def _spans(ends: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[list[int], list[int]]:

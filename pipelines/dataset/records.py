@@ -44,7 +44,7 @@ def open_npz(storage: Storage, name: str, before: CachedDirectory | None = None)
         try:
             reader = NpzReader(path, before)
         except FormatError as exc:
-            raise FormatError(str(exc).replace(path, storage.path(name))) from exc
+            raise FormatError(exc.problem, storage.path(name)) from exc
     reader.path = storage.path(name)
     return reader
 

@@ -194,7 +194,7 @@ def read_directory(buffer: memoryview, label: str) -> Directory:
     try:
         return _read_directory(buffer)
     except (struct.error, ValueError, TypeError, OverflowError) as exc:
-        raise FormatError(f"{label}: {exc or type(exc).__name__}; not a shard of this format, or damaged") from exc
+        raise FormatError(f"{exc or type(exc).__name__}; not a shard of this format, or damaged", label) from exc
 
 
 def _read_directory(buffer: memoryview) -> Directory:

@@ -35,7 +35,7 @@ class DeflatedRows:
         self._runs = runs
         self._ends = ends
         self._row_bytes = member.dtype.itemsize * math.prod(member.shape[1:])
-        self._label = f"{path}: {member.name}"
+        self._path, self._name = path, member.name
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -70,9 +70,11 @@ class DeflatedRows:
             # Where no block has begun, the final one ends the stream: read in one go, the next row begins there, too.
             whole = whole and not stream.decompress(DEFLATE_END, 1) and stream.eof
         except IsalError as exc:  # type: ignore[misc]  # isal is not looked into
-            raise FormatError(f"{self._label}: row {row} is damaged ({exc}); copy the file again") from exc
+            raise FormatError(f"{self._name}: row {row} is damaged ({exc}); copy the file again", self._path) from exc
         if len(data) != self._row_bytes or not whole:
-            raise FormatError(f"{self._label}: row {row} is damaged (not {self._row_bytes} bytes); copy the file again")
+            raise FormatError(
+                f"{self._name}: row {row} is damaged (not {self._row_bytes} bytes); copy the file again", self._path
+            )
         return data
 
 
@@ -108,7 +110,7 @@ class NpzReader:
         try:
             status = os.fstat(descriptor)
             if not status.st_size:
-                raise FormatError(f"{self.path}: the file is empty; build or copy it again")
+                raise FormatError("the file is empty; build or copy it again", self.path)
             untracked: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
             self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY, **untracked)
         finally:
@@ -127,7 +129,7 @@ class NpzReader:
         """The array `name`, a view of the map; raises FormatError if it is deflated."""
         member = self._member(name)
         if member.runs_bytes is not None:
-            raise FormatError(f"{self.path}: {name} is deflated, which no view can show; it is read by rows")
+            raise FormatError(f"{name} is deflated, which no view can show; it is read by rows", self.path)
         count = math.prod(member.shape)
         if not count or not member.dtype.itemsize:
             return np.empty(member.shape, member.dtype)
@@ -156,7 +158,7 @@ class NpzReader:
             or (ends[0], ends[-1]) != (0, runs_bytes - len(DEFLATE_END))
             or (ends[1:] < ends[:-1]).any()  # a difference could overflow
         ):
-            raise FormatError(f"{self.path}: {rowindex(name)} does not fit {name}; copy the file again")
+            raise FormatError(f"{rowindex(name)} does not fit {name}; copy the file again", self.path)
         return DeflatedRows(member, self._buffer[member.data_offset : member.end], ends, self.path)
 
     def crc_matches(self, name: str) -> bool:
@@ -176,7 +178,7 @@ class NpzReader:
         if isinstance(rows, DeflatedRows):
             yield from map(rows.inflated, range(len(rows)))
             if self._buffer[member.end - len(DEFLATE_END) : member.end] != DEFLATE_END:
-                raise FormatError(f"{self.path}: the end of {member.name} is damaged; copy the file again")
+                raise FormatError(f"the end of {member.name} is damaged; copy the file again", self.path)
         else:
             for position in range(member.data_offset, member.end, _PIECE_BYTES):
                 yield self._buffer[position : min(position + _PIECE_BYTES, member.end)]
@@ -186,4 +188,4 @@ class NpzReader:
             return self.directory.members[name]
         except KeyError:
             held = ", ".join(self.directory.members)
-            raise FormatError(f"{self.path}: no array {name!r}; it holds {held}") from None
+            raise FormatError(f"no array {name!r}; it holds {held}", self.path) from None

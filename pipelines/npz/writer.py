@@ -91,8 +91,8 @@ class NpzWriter:
         if not rows.size:
             return
         data = np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data
-        row_bytes = len(data) // len(rows)
-        for start in range(0, len(data), piece_bytes := _PIECE_BYTES if self._deflate is None else row_bytes):
+        piece_bytes = _PIECE_BYTES if self._deflate is None else len(data) // len(rows)
+        for start in range(0, len(data), piece_bytes):
             piece = data[start : start + piece_bytes]
             self._crc = crc32(piece, self._crc)
             if self._deflate is not None:

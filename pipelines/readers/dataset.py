@@ -200,7 +200,7 @@ class Dataset:
             rows = self._ends[number] - (self._ends[number - 1] if number else 0)
             if len(reader.rows("images")) != rows:
                 raise FormatError(
-                    f"{reader.path}: {len(reader.rows('images'))} rows; {INDEX} says {rows}; run gpu-npz verify"
+                    f"{len(reader.rows('images'))} rows; {INDEX} says {rows}; run gpu-npz verify", reader.path
                 )
             self._shards[number] = reader
             if len(self._known) < _KNOWN_SHARDS:
@@ -214,7 +214,7 @@ class Dataset:
         reader = self.shard(number)
         rows, images = reader.rows(name), reader.rows("images")
         if rows is not images and (rows.shape[:1] != images.shape[:1] or len(rows.shape) > 1 + (name == "labels")):
-            raise FormatError(f"{reader.path}: {name} is {rows.shape} beside {len(images)} images; copy it again")
+            raise FormatError(f"{name} is {rows.shape} beside {len(images)} images; copy it again", reader.path)
         return rows
 
     def _find(self, row: int) -> tuple[int, int]:
@@ -317,7 +317,7 @@ def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
         found = reader[name]
         if found.dtype != kind or found.ndim != 1 + len(shape) or found.shape[1:] != shape:
             wanted = f"{kind.__name__} ({', '.join(map(str, ('N', *shape)))})"
-            raise FormatError(f"{reader.path}: {name} is {found.dtype} {found.shape}, not {wanted}")
+            raise FormatError(f"{name} is {found.dtype} {found.shape}, not {wanted}", reader.path)
     return reader
 
 
@@ -334,7 +334,7 @@ def require_fit(index: Any, rows: int, shards: int, path: str) -> None:
     held = index["shard_rows"]
     fits = 0 < len(held) == shards and bool(((held >= 0) & (held <= rows)).all()) and int(held.sum()) == rows
     if not fits or any(len(column) != rows for column in columns):
-        raise FormatError(f"{path}: {INDEX} does not fit the manifest; run gpu-npz verify on the dataset")
+        raise FormatError(f"{INDEX} does not fit the manifest; run gpu-npz verify on the dataset", path)
 
 
 def open_shard(storage: Storage, manifest: Manifest, number: int, before: CachedDirectory | None = None) -> NpzReader:
@@ -354,12 +354,12 @@ def open_shard(storage: Storage, manifest: Manifest, number: int, before: Cached
     images = reader.rows("images")
     if isinstance(images, DeflatedRows) != manifest.deflated:
         raise FormatError(
-            f"{reader.path}: its images are {'stored' if manifest.deflated else 'deflated'}, "
-            "unlike the manifest's; copy it again"
+            f"its images are {'stored' if manifest.deflated else 'deflated'}, unlike the manifest's; copy it again",
+            reader.path,
         )
     if images.shape[1:] != manifest.images.shape or images.dtype.name != manifest.images.dtype:
         wanted = f"{manifest.images.dtype} (N, {', '.join(map(str, manifest.images.shape))})"
-        raise FormatError(f"{reader.path}: images are {images.dtype} {images.shape}; the manifest says {wanted}")
+        raise FormatError(f"images are {images.dtype} {images.shape}; the manifest says {wanted}", reader.path)
     return reader
 
 
@@ -379,7 +379,7 @@ def column_fault(reader: NpzReader, name: str, manifest: Manifest) -> str | None
 
 def _require_comment(reader: NpzReader, expected: str) -> None:
     if (found := reader.directory.comment) != expected:
-        raise FormatError(f"{reader.path}: it is {found!r}, but {expected!r} belongs here; copy it again")
+        raise FormatError(f"it is {found!r}, but {expected!r} belongs here; copy it again", reader.path)
 
 
 def _copying(url: str) -> str:
@@ -398,4 +398,4 @@ def _opened(storage: Storage, name: str, before: CachedDirectory | None = None) 
                 "(ulimit -n)"
             ) from exc
         repair = f"gpu-npz verify {shlex.quote(storage.root)} --repair"
-        raise FormatError(f"{path}: {exc.strerror or exc}; restore the file, or run: {repair}") from exc
+        raise FormatError(f"{exc.strerror or exc}; restore the file, or run: {repair}", path) from exc

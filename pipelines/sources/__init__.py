@@ -1,4 +1,4 @@
-"""Collections of images: what lists their items and reads their bytes, one small module a form."""
+"""Collections of images: one module for each form lists its items and reads their bytes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .base import Source, as_text, full_location, location_of
 from .detect import detected_kind
 from .folders.folder import FolderSource
 from .tables.columns import key_column
-from .tables.paths import below
+from .tables.paths import relative_path
 
 _KINDS_WITH = {
     "image_column": ("table", "parquet"),
     "root": ("folder", "table", "tar", "zip"),
     "follow_links": ("folder", "table"),
 }
-# A module and a class each: `(src, config, classes)` makes one. Loaded when it is asked for.
+# The module and the class of each kind, imported on demand; the class is called with (src, config, classes).
 _SOURCES = {
     "remote": ("folders.remote", "RemoteSource"),
     "tar": ("archives.tar", "TarSource"),
@@ -38,16 +38,17 @@ _SOURCES = {
 def open_source(
     src: str | os.PathLike[str], config: BuildConfig | None = None, classes: Sequence[str] | None = None
 ) -> Source:
-    """SRC, in the form that it has or that `config.source` says.
+    """Opens SRC as the kind that `config.source` names, or that is detected.
 
     Args:
-        src: a path, a pattern of paths (`shard-{000..099}.tar`, `*.parquet`), or a URL of fsspec.
-        config: gives `source`, `labels`, `image_column` and `root`, which of a folder takes one in it.
+        src: a path, a pattern of paths (`shard-{000..099}.tar`, `*.parquet`), or an fsspec URL.
+        config: its `source`, `labels`, `image_column`, `root` (for a folder: the subfolder to use), `follow_links` and
+            `split_by` are used.
         classes: the names of classes by number; found in the collection if None.
 
     Raises:
-        SourceError: it cannot be listed or read, or has no such labels, or none where there are `classes`.
-        UsageError: the settings do not go together.
+        SourceError: SRC cannot be listed or read, lacks the labels, or has none although `classes` are given.
+        UsageError: the settings contradict each other.
     """
     config = config or BuildConfig()
     if classes is not None and config.labels == "none":
@@ -82,11 +83,11 @@ def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[
 
 
 def _within(location: str, root: str) -> str:
-    """The folder of SRC that `--root` takes, as SRC. Raises UsageError if it is not in there."""
+    """The location of the folder in SRC that `--root` names. Raises UsageError if it is outside SRC."""
     top = full_location(location)
     if os.path.normpath(root) == ".":
         return top
     try:
-        return f"{top.rstrip('/')}/{as_text(below(root, top))}"
+        return f"{top.rstrip('/')}/{as_text(relative_path(root, top))}"
     except ValueError as exc:
         raise UsageError(f"--root {root}: SRC {exc}; give the path of a folder in SRC") from exc

@@ -1,4 +1,4 @@
-"""What a collection of images must offer, and how its bytes are read: which trouble is the file's, and which is not."""
+"""The interface of a collection of images, and reading an item: which errors are the file's fault and which are not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import abc
 import errno
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,28 +19,29 @@ from pydantic import BaseModel, ConfigDict
 
 from ..errors import ShardError, SourceError
 from ..storage.base import is_remote
+from ..storage.retries import with_retries
 from .rejects import BadItem
 
 IMAGE_EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .gif .tif .tiff .ppm .pgm .pbm .pnm .dcm .dicom".split()
-)  # the file's content decides how it is decoded; the extension only whether it is an item
+)  # the extension decides whether a file is an item; its content decides how it is decoded
 RETRY_DELAYS_S = (0.1, 0.5, 2.0)
-# What no user put there: hidden names, and what macOS, Windows, ext4 and Synology leave in folders and archives.
+# Hidden names, and what macOS, Windows, ext4 and Synology leave in folders and archives.
 _HIDDEN = re.compile(
     rb"(?:^|/)(?:\.|(?:__MACOSX|@eaDir|lost\+found|System Volume Information|\$RECYCLE\.BIN|desktop\.ini|thumbs\.db)"
     rb"(?:/|$))",
     re.IGNORECASE,
 )
-# The name of a side of a split, also within a name: `training_set`, `train2017`.
+# The name of a side of a split, alone or as part of a name: `training_set`, `train2017`.
 _SIDE = re.compile(
     r"(?<![^\W_])(?:train|training|val|valid|validation|dev|eval|evaluation|test|testing|holdout)(?=sets?(?![^\W_])|[\W\d_]|$)"
 )
 _MISSING = {errno.ENOENT, errno.ENOTDIR}
 _UNREADABLE = {
     errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG,
-    errno.EINVAL, errno.ENODEV, errno.EOVERFLOW,  # of devices, or of an address that a server refuses
+    errno.EINVAL, errno.ENODEV, errno.EOVERFLOW,  # from devices, or for a URL that a server refuses
 }  # fmt: skip
-# What a damaged sector gives, and a dying disk: EBADMSG and EUCLEAN are wrong checksums.
+# What reads from a bad sector or a failing disk raise; EBADMSG and EUCLEAN are checksum errors.
 _DAMAGED = {getattr(errno, name, errno.EIO) for name in ("EIO", "EBADMSG", "EUCLEAN", "ENODATA", "EREMOTEIO")}
 
 
@@ -51,18 +51,21 @@ Label = int | float | tuple[int | float, ...]
 class Item(NamedTuple):
     """One source image.
 
-    Its index in the plan, its path relative to the source, its label or None (a tuple where there are several columns
-    of labels), and where its source finds it, if not by its path: numbers that have a meaning to that source alone.
+    Attributes:
+        index: its position in the plan.
+        path: relative to the source, POSIX.
+        label: None if it has none, a tuple if there are several label columns.
+        place: where its source finds it, if not by its path: numbers that only that source can interpret.
     """
 
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of an item
+    index: int  # type: ignore[assignment]  # hides tuple.index, which an item does not need
     path: str
     label: Label | None
     place: tuple[int, ...] = ()
 
 
 class LabelColumn(BaseModel):
-    """One column of labels: `class` labels are numbers of `classes`, `integer` and `float` ones are what was given."""
+    """One column of labels. Labels of kind `class` are indices into `classes`; others are the values given."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -76,15 +79,16 @@ class LabelColumn(BaseModel):
 
 @dataclass(frozen=True)
 class Group:
-    """Items that stand together: the images of one folder, or of one archive.
+    """Items listed together: the images of one folder, or some of one archive.
 
     Attributes:
         folder: relative to the source; ends with a slash, or is empty.
-        names: what follows it in the path of each item.
-        label: of all of them; -1 where there are none, or where each has its own.
-        labels: of each: int64 or float64 (items,), or (items, K) for K columns.
+        names: the rest of each item's path.
+        label: the label of all items; -1 if there are none, or if each item has its own.
+        labels: the label of each item: int64 or float64 (items,), or (items, K) for K columns.
         places: see `Item.place`: int64 (items, numbers).
-        keys: what each belongs to (a patient, say), for a split that must not tear that apart; without blanks around.
+        keys: what each item belongs to (such as a patient), which a split must keep together; without surrounding
+            blanks.
     """
 
     folder: bytes
@@ -97,7 +101,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive items of one shard; `last` marks the shard's last batch. A shard has at least one batch."""
+    """Consecutive items of one shard, which has at least one batch; `last` marks the shard's last one."""
 
     shard: int
     items: list[Item]
@@ -105,23 +109,23 @@ class Batch:
 
 
 class Source(abc.ABC):
-    """A collection of images. Paths of items are unique, relative to it, POSIX, PEP 383 text.
+    """A collection of images. Paths of items are unique, relative to the collection, POSIX, PEP 383 text.
 
     Attributes:
-        kind: which form the collection has.
+        kind: the form of the collection.
         location: SRC.
-        root: the setting, as a process in another folder would have to give it.
-        class_names: by number, where there is one column of labels, which are classes; else None.
-        columns: the columns of labels where that does not say it.
-        files: name and size of each file that holds items at places; another file there means other places.
+        root: the setting, in a form that is valid from any working directory.
+        class_names: the names of classes by number, if the only label column holds classes; else None.
+        columns: the label columns, unless `class_names` describes the only one.
+        files: name and size of each file that holds items at places. If a file changes, its places are void.
         file_per_item: whether each item is a file of its own, with a `local_path`.
-        reads_at_once: how many reads to have under way; more than one where each takes long.
-        listing: what tells the items and labels that tables name from others; None where no table does.
-        left_out: how many files the last listing has left out by their names, by `extension_of` these.
-        outside: how many items the last listing has found outside of SRC, where symbolic links lead.
-        unfollowed: how many symbolic links it has left out, where none are followed.
-        impossible: names that it has left out because no folder could have them, of an object store.
-        bare: class folders in which the last listing has found no image.
+        reads_at_once: how many reads to run concurrently; more than one if a read has a long latency.
+        listing: a digest of the items and labels that tables name; None if no table is involved.
+        left_out: how many files the last listing skipped because of their names, by `extension_of` the name.
+        outside: how many items of the last listing are outside SRC, reached through symbolic links.
+        unfollowed: how many symbolic links the last listing skipped because links are not followed.
+        impossible: names in an object store that the last listing skipped because no folder could have them.
+        bare: class folders in which the last listing found no image.
     """
 
     kind: str
@@ -141,75 +145,73 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def groups(self) -> Iterator[Group]:
-        """All items in their natural order, listed anew at each call."""
+        """All items in their natural order. Each call lists them again."""
 
     @abc.abstractmethod
     def read(self, item: Item) -> bytes:
         """The encoded bytes of an item; raises OSError or BadItem."""
 
     def frame(self, item: Item) -> int | None:
-        """Which image of a file that may hold several an item is; None where such files are not looked into."""
+        """The number of an item's image in a file of several images; None if the item is a whole file."""
         return None
 
     def local_path(self, item: Item) -> bytes:
-        """Where an item lies on a local filesystem. Only where `file_per_item`."""
+        """The path of an item on a local filesystem. Only if `file_per_item`."""
         raise NotImplementedError
 
     def others_readable(self, item: Item) -> bool:
-        """Whether other items can be read while this one gives EIO, which then is its own trouble. False if unknown."""
+        """Whether other items can be read while this one gives EIO, so that the item is at fault. False if unknown."""
         return False
 
-    def check(self) -> None:  # noqa: B027  # most have nothing that could be gone while an item is merely missing
-        """Raises SourceError if the collection as a whole is gone, or may not be read any more."""
+    def check(self) -> None:  # noqa: B027  # optional: most sources have nothing to check
+        """Raises SourceError if the whole collection is gone or no longer readable."""
 
 
 def read_item(source: Source, item: Item) -> bytes:
     """The encoded bytes of an item.
 
-    Trouble that is not the file's (EIO, ESTALE, EMFILE, no memory, time-outs) is tried again, with growing pauses. EIO
-    is the file's if it does not go away and others can be read.
+    Errors that are not the file's fault (EIO, ESTALE, EMFILE, no memory, timeouts) are retried with growing delays. EIO
+    is the file's fault if it persists while other files can be read.
 
     Raises:
         BadItem: the file is missing, unreadable or empty: a property of the file.
-        ShardError: the trouble did not go away.
+        ShardError: the error persisted.
     """
-    for delay_s in (*RETRY_DELAYS_S, None):
-        try:
-            data = source.read(item)
-        except (OSError, MemoryError) as exc:
-            number = getattr(exc, "errno", None)
-            reason = getattr(exc, "strerror", None) or type(exc).__name__
-            if number in _MISSING:
-                source.check()
-                raise BadItem("read", "missing", reason) from exc
-            if number in _UNREADABLE:
-                source.check()
-                raise BadItem("read", "unreadable", reason) from exc
-            if delay_s is None:
-                # EAGAIN: a regular file gives it only while another process has a lease on it.
-                if number == errno.EAGAIN or (number in _DAMAGED and source.others_readable(item)):
-                    source.check()
-                    raise BadItem("read", "unreadable", reason) from exc
-                raise ShardError(
-                    f"reading {item.path!r} failed {len(RETRY_DELAYS_S) + 1} times: {reason}; "
-                    f"see to {source.location!r}, then run the same command to resume"
-                ) from exc
-            time.sleep(delay_s)
-        else:
-            if not data:
-                raise BadItem("read", "empty", "zero bytes")
-            return data
-    raise AssertionError("unreachable")
+    try:
+        data = with_retries(lambda: source.read(item), RETRY_DELAYS_S, _may_pass)
+    except (OSError, MemoryError) as exc:
+        number = getattr(exc, "errno", None)
+        reason = getattr(exc, "strerror", None) or type(exc).__name__
+        if number in _MISSING:
+            source.check()
+            raise BadItem("read", "missing", reason) from exc
+        # EAGAIN: a regular file gives it only while another process has a lease on it.
+        own = number in _UNREADABLE or number == errno.EAGAIN
+        if own or (number in _DAMAGED and source.others_readable(item)):
+            source.check()
+            raise BadItem("read", "unreadable", reason) from exc
+        raise ShardError(
+            f"reading {item.path!r} failed {len(RETRY_DELAYS_S) + 1} times: {reason}; "
+            f"see to {source.location!r}, then run the same command to resume"
+        ) from exc
+    if not data:
+        raise BadItem("read", "empty", "zero bytes")
+    return data
+
+
+def _may_pass(exc: Exception) -> bool:
+    number = exc.errno if isinstance(exc, OSError) else None
+    return isinstance(exc, (OSError, MemoryError)) and number not in _MISSING | _UNREADABLE
 
 
 def label_form(columns: Sequence[LabelColumn]) -> tuple[type[np.generic], tuple[int, ...]]:
-    """Type and shape of an item's labels as stored: int64, or float64 if one is a float; (), or (K,) of K columns."""
+    """Dtype and shape of one item's stored labels: int64, or float64 if any column is; (), or (K,) for K columns."""
     kind = np.float64 if any(column.kind == "float" for column in columns) else np.int64
     return kind, (len(columns),) if len(columns) > 1 else ()
 
 
 def countable(class_names: Sequence[str] | None, columns: Sequence[LabelColumn]) -> bool:
-    """Whether labels are one column of classes or of whole numbers; see `Source`."""
+    """Whether there is one label column, of classes or integers; see `Source`."""
     return class_names is not None or [column.kind for column in columns] == ["integer"]
 
 
@@ -217,12 +219,12 @@ def location_of(place: str | os.PathLike[str]) -> str:
     """A path, a pattern of paths or a URL as text, without `file://`.
 
     Raises:
-        SourceError: nothing can have such a name.
+        SourceError: it is not a valid name.
     """
     text = os.fspath(place).removeprefix("file://")
     try:
         possible = text and "\0" not in text and as_bytes(text)
-    except UnicodeEncodeError:  # a surrogate that is none of PEP 383
+    except UnicodeEncodeError:  # a surrogate outside PEP 383's range
         possible = False
     if not possible:
         raise SourceError(f"{text!r} is empty, has a NUL byte, or is no text; give a path or a URL")
@@ -230,46 +232,46 @@ def location_of(place: str | os.PathLike[str]) -> str:
 
 
 def full_location(place: str | os.PathLike[str]) -> str:
-    """As `location_of`; of a path, the full one, since another process may work in another folder."""
+    """As `location_of`, but a path is made absolute, since another process may have another working directory."""
     location = location_of(place)
     return location.rstrip("/") if is_remote(location) else os.path.abspath(location)
 
 
 def as_text(name: bytes) -> str:
-    """A name's bytes as text, PEP 383 text where they are not UTF-8."""
+    """A name as text; bytes that are not UTF-8 become surrogates (PEP 383)."""
     return name.decode("utf-8", "surrogateescape")
 
 
 def as_bytes(text: str) -> bytes:
-    """The bytes that `as_text` made a text of."""
+    """The inverse of `as_text`."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def is_image(name: bytes) -> bool:
-    """Whether a file of this name is an item."""
+    """Whether a file of this name is an item, by its extension."""
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
 def is_hidden(path: bytes) -> bool:
-    """Whether a file or folder is passed over without a word, by a part of its path; see `_HIDDEN`."""
+    """Whether a file or folder is skipped silently because of a component of its path; see `_HIDDEN`."""
     return _HIDDEN.search(path) is not None
 
 
 def extension_of(name: bytes) -> str:
-    """A name's extension in lower case; empty if it has none that tells a form (`IM0001`, `1.2.840.113619`)."""
+    """A name's extension in lower case; empty if it does not look like a file type (`IM0001`, `1.2.840.113619`)."""
     extension = as_text(os.path.splitext(name)[1].lower())
     return extension if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", extension) else ""
 
 
 def files_left_out(left_out: Mapping[str, int]) -> str:
-    """How many files were left out by their names, for messages."""
+    """How many files were skipped because of their names, for messages."""
     shown = [f"{count} {extension or 'without extension'}" for extension, count in Counter(left_out).most_common(5)]
     kinds = ", ".join(shown) + (", ..." if len(left_out) > 5 else "")
     return f"{sum(left_out.values())} files are left out by their names ({kinds})"
 
 
 def no_images(location: str, left_out: Mapping[str, int]) -> SourceError:
-    """What is said of a collection without an item."""
+    """The error for a collection without items."""
     others = f"; {files_left_out(left_out)}" if left_out else ""
     return SourceError(
         f"{location!r} holds no images ({extensions()}){others}; SRC is a folder of class folders or of images, an "
@@ -278,17 +280,17 @@ def no_images(location: str, left_out: Mapping[str, int]) -> SourceError:
 
 
 def extensions() -> str:
-    """Those of images, for messages."""
+    """The extensions of images, for messages."""
     return " ".join(sorted(map(as_text, IMAGE_EXTENSIONS)))
 
 
 def is_side(name: str) -> bool:
-    """Whether a folder is called as a side of a split is: `train`, `Validation`, `test_set`, `train2017`."""
+    """Whether a folder is named like a side of a split: `train`, `Validation`, `test_set`, `train2017`."""
     return _SIDE.search(name.lower()) is not None
 
 
 def split_sides(names: Iterable[str]) -> list[str]:
-    """Names of folders that are those of sides of a split, each beside at least one other: `train` and `val`, say."""
+    """The names that are sides of the same split, such as `train` and `val`."""
     alike: dict[str, list[str]] = {}
     for name in names:
         rest, count = _SIDE.subn("*", name.lower())
@@ -298,12 +300,12 @@ def split_sides(names: Iterable[str]) -> list[str]:
 
 
 def refuse_sides(location: str, folders: Mapping[str, Iterable[str]], command: Callable[[str], str]) -> None:
-    """Raises SourceError where sides of a split would become classes.
+    """Raises SourceError if sides of a split would become classes.
 
     Args:
         location: SRC.
-        folders: the names of the folders in each of its folders that are called as sides are.
-        command: what builds such a folder, up to OUT.
+        folders: the names of the subfolders of each folder that is named like a side.
+        command: gives the command that builds a side, up to OUT.
     """
     counts = Counter(name for inner in folders.values() for name in {*inner})
     common = sorted(name for name, count in counts.items() if count > 1)
@@ -318,10 +320,10 @@ def refuse_sides(location: str, folders: Mapping[str, Iterable[str]], command: C
 
 
 def numbered(class_names: list[str], found: list[str], location: str) -> dict[str, int]:
-    """The number of each class found, by a given list of names.
+    """The number of each class found: its index in a given list of names.
 
     Raises:
-        SourceError: a name was found that the list does not have.
+        SourceError: the list lacks a name.
     """
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = [name for name in found if name not in numbers]
@@ -334,5 +336,5 @@ def numbered(class_names: list[str], found: list[str], location: str) -> dict[st
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of some names, for messages."""
+    """The first few names, for messages."""
     return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")

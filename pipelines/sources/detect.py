@@ -1,4 +1,4 @@
-"""What kind of collection SRC is, from its name and from what is in it."""
+"""Detects which kind of collection SRC is, from its name and its content."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _BY_EXTENSION = {
     ".tar": "tar", ".zip": "zip", ".csv": "table", ".tsv": "table", ".jsonl": "table", ".ndjson": "table",
     ".parquet": "parquet", ".npy": "numpy", ".npz": "numpy",
 }  # fmt: skip
-_COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)  # which a tar's source refuses
+_COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)  # refused by the source of tars
 
 
 def detected_kind(location: str, image_column: str | None) -> str:
-    """The form that a collection has, by its name; a folder's by what is in it, a tar's by its first members."""
+    """The kind of a collection, by its name; of a folder, by its entries; of a tar, by its first members."""
     extension = os.path.splitext(without_query(location).rstrip("/"))[1].lower()
     kind = "tar" if _COMPRESSED_TAR.search(location) else _BY_EXTENSION.get(extension, "folder")
     if kind == "tar":
@@ -45,7 +45,10 @@ def detected_kind(location: str, image_column: str | None) -> str:
     if any(os.path.isfile(os.path.join(location, name)) for name in _CIFAR_FILES):
         return "cifar"
     parquet = False
-    with contextlib.suppress(OSError), os.scandir(location) as entries:  # the folder's own listing says what it is
+    with (
+        contextlib.suppress(OSError),
+        os.scandir(location) as entries,
+    ):  # the source itself reports a folder that cannot be listed
         for entry in entries:
             if is_hidden(as_bytes(entry.name)):
                 continue

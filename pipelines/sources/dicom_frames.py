@@ -1,7 +1,7 @@
-"""DICOM files, of which each frame is an item: how many a file holds (PS3.3, C.7.6.6), read within limits.
+"""Frames of DICOM files, each of which is an item: how many a file contains (PS3.3, C.7.6.6), read within limits.
 
-pydicom inflates a deflated file whatever comes of it, and makes objects of some hundred times the size of the data
-elements and items of sequences that a file claims. So it reads through `_Bounded`, and is given deflated ones inflated.
+pydicom inflates a deflated file without a limit, and the objects that it makes of data elements and sequence items can
+be a hundred times larger than the file. So it reads through `_Bounded`, and deflated files are inflated before.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ..errors import BackendError
 from .rejects import MAX_ENCODED_BYTES, BadItem
 
 EXTENSIONS = (b".dcm", b".dicom")
-_MAX_FRAMES = 100_000  # an item each; files that exist have some thousands
-_MAX_READS = 500_000  # each element, and each item of a sequence, takes one or some
-_MAX_BYTES = MAX_ENCODED_BYTES + (1 << 20)  # that are read, some of them twice
-_SLICE_BYTES = 1 << 14  # of deflate data, which become 16 MB at most
-_MOST_DEFLATED = 1032  # bytes that one byte of deflate data can become (https://zlib.net/zlib_tech.html)
+_MAX_FRAMES = 100_000  # per file, an item each; real files have some thousands
+_MAX_READS = 500_000  # each element and each sequence item takes one or more reads
+_MAX_BYTES = MAX_ENCODED_BYTES + (1 << 20)  # read in total, some of them twice
+_SLICE_BYTES = 1 << 14  # of deflate data, which inflate to 16 MB at most
+_MOST_DEFLATED = 1032  # maximum compression ratio of deflate (https://zlib.net/zlib_tech.html)
 FRAME_NAMES = ("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated")
-# What stands before the data set of a file that is explicit VR, little endian (PS3.10, 7.1).
+# Preamble and file meta information of a file in explicit VR, little endian (PS3.10, 7.1).
 _EXPLICIT = bytes(128) + b"DICM\2\0\x10\0UI\x14\0" + b"1.2.840.10008.1.2.1\0"
 
 
 def split_frame(path: bytes) -> tuple[bytes, int | None]:
-    """File and number of a frame, of whose path, `scan.dcm/0003`, these are the parts; of another path itself, None."""
+    """Splits the path of a frame, such as `scan.dcm/0003`, into file and frame number; None for any other path."""
     file, _, number = path.rpartition(b"/")
     is_frame = file.lower().endswith(EXTENSIONS) and number.isdigit() and len(number) < 10
     return (file, int(number)) if is_frame else (path, None)
@@ -45,16 +45,19 @@ def require_pydicom() -> Any:
 
 
 def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) -> Any:
-    """Some attributes of a DICOM file as a `pydicom.FileDataset`, and whether it `was_deflated` or `was_cut`.
+    """Some attributes of a DICOM file.
 
     Args:
-        file: read from where it stands.
+        file: read from its current position.
         names: keywords of the attributes.
-        pixels: whether those from the pixels on are among them.
+        pixels: whether to read on to the pixel data and beyond.
+
+    Returns:
+        A `pydicom.FileDataset` with the additional attributes `was_deflated` and `was_cut` (truncated).
 
     Raises:
         BackendError: pydicom is missing.
-        BadItem: it has more elements, or inflates to more bytes, than any image should; or it is cut off.
+        BadItem: it has more elements, or inflates to more bytes, than any image should; or it is truncated.
         Exception: whatever pydicom raises for a damaged file.
     """
 
@@ -87,19 +90,19 @@ def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) ->
 
 @contextlib.contextmanager
 def blamed_on_its_end(header: Any) -> Iterator[None]:
-    """Raises whatever its body raises for the header's sake as a BadItem, if the file is cut off."""
+    """Raises errors from its body as a BadItem, if the file is truncated."""
     try:
         yield
     except (BadItem, MemoryError):
         raise
-    except Exception as exc:  # pydicom interprets values when they are asked for, and raises many kinds
+    except Exception as exc:  # pydicom interprets values on access, and raises many kinds of errors
         if header.was_cut:
             raise BadItem("decode", "truncated", f"a DICOM file that ends too early ({exc})") from exc
         raise
 
 
 def require_attributes(header: Any, *names: str) -> None:
-    """Raises BadItem if the file does not say how it is encoded, or lacks one of these attributes of an image."""
+    """Raises BadItem if the file lacks its transfer syntax or one of these attributes."""
     meta = getattr(header, "file_meta", {})
     for place, name in ((meta, "TransferSyntaxUID"), *((header, name) for name in names)):
         if place.get(name) in (None, ""):
@@ -109,7 +112,7 @@ def require_attributes(header: Any, *names: str) -> None:
 
 
 def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
-    """How many images a DICOM file holds, by its header alone.
+    """The number of images in a DICOM file, from its header.
 
     Args:
         file: its content, its path, or the open file.
@@ -125,44 +128,44 @@ def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         with warnings.catch_warnings():
-            # pydicom warns of each odd value, without a file name; what matters of that is in the rejects.
+            # pydicom warns of each odd value without naming the file; real problems become rejects.
             warnings.filterwarnings("ignore", module=r"pydicom\.")
             header = read_dicom(source, FRAME_NAMES)
         with blamed_on_its_end(header):
             return frames_of(header, source.seek(0, os.SEEK_END))
     except (BackendError, BadItem, MemoryError):
         raise
-    except Exception as exc:  # pydicom meets damaged files with many kinds of exception
+    except Exception as exc:  # pydicom raises many kinds of exceptions for damaged files
         if isinstance(exc, OSError) and exc.errno is not None:
             raise
         raise BadItem("decode", "undecodable", str(exc) or type(exc).__name__) from exc
 
 
 def frames_of(header: Any, size: int) -> int:
-    """How many images a DICOM file of so many bytes holds, by `FRAME_NAMES` of it. Raises BadItem if it cannot."""
+    """The number of images in a DICOM file of `size` bytes, by its `FRAME_NAMES`. Raises BadItem if that cannot be."""
     require_attributes(header)
     count = max(1, int(header.get("NumberOfFrames") or 1))
     if count > _MAX_FRAMES:
         raise BadItem("decode", "too-large", f"{count} frames in a file; at most {_MAX_FRAMES}")
     if header.file_meta.TransferSyntaxUID.is_encapsulated:
-        least = 8  # the head of a fragment
+        least = 8  # the header of a fragment
     else:
         rows, columns, samples, bits = (int(header.get(name) or 1) for name in FRAME_NAMES[1:])
-        least = max(1, rows * columns * min(samples, 2) * bits // 8)  # 2 of YBR_FULL_422 (PS3.3, C.7.6.3.1.2)
+        least = max(1, rows * columns * min(samples, 2) * bits // 8)  # YBR_FULL_422 stores 2 (PS3.3, C.7.6.3.1.2)
     if count > 1 and count * least > size * (_MOST_DEFLATED if header.was_deflated else 1):
         raise BadItem("decode", "truncated", f"{count} frames of at least {least} bytes in a file of {size}")
     return count
 
 
 class _Deflated(Exception):
-    """Raised through pydicom where it is going to inflate a data set (PS3.5, A.5)."""
+    """Raised through pydicom when it is about to inflate a data set (PS3.5, A.5)."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__()
         self._data = data
 
     def inflated(self) -> bytes:
-        """Raises BadItem if it becomes too large, which is found without keeping it; zlib.error if it is damaged."""
+        """The inflated data. Raises BadItem if it is too large, before it is kept; zlib.error if it is damaged."""
         inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
         for start in range(0, len(self._data), _SLICE_BYTES):
             size += len(inflater.decompress(self._data[start : start + _SLICE_BYTES]))
@@ -173,10 +176,10 @@ class _Deflated(Exception):
 
 
 class _Bounded:
-    """A file of which pydicom may read so much, so many times, and does not get what it would inflate.
+    """A file for pydicom that limits the number and total size of reads, and raises `_Deflated` for deflate data.
 
     Attributes:
-        cut: whether pydicom was given less than it asked for; at the end of a whole file it asks once, for a tag.
+        cut: whether the file ended early. At the end of a complete file, pydicom asks once more, for a tag.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -188,7 +191,7 @@ class _Bounded:
         self.seek(start)
 
     def read(self, size: int | None = None) -> bytes:
-        """Some bytes, as pydicom reads all but deflate data; these it reads to the end of the file."""
+        """Reads `size` bytes. Without a size, as pydicom reads deflate data alone, raises `_Deflated` with the rest."""
         self._reads += 1
         if self._reads > _MAX_READS:
             raise BadItem("decode", "undecodable", f"more than {_MAX_READS} data elements, or parts of them")
@@ -197,7 +200,7 @@ class _Bounded:
             self._ends += 1
             self.cut |= left != 0 or self._ends > 1
         left = max(0, left)
-        wanted = left if size is None else min(size, left)  # of a claimed size, memory is taken in advance
+        wanted = left if size is None else min(size, left)  # file.read allocates the claimed size in advance
         self._bytes += wanted
         if self._bytes > _MAX_BYTES:
             raise BadItem("decode", "too-large", f"more than {MAX_ENCODED_BYTES} bytes to be read")

@@ -1,4 +1,4 @@
-"""Labels that stand in tables, texts or JSON: which kind each column has, and its numbers."""
+"""Labels from tables, text or JSON: the kind of each column, and its numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import SourceError, UsageError
 from .base import LabelColumn, Source, as_text, numbered
 
 Kind = Literal["class", "integer", "float"]
-LabelSpec = list[tuple[str, "Kind | None"]]  # columns of labels, each with the kind that it is said to have
+LabelSpec = list[tuple[str, "Kind | None"]]  # label columns, each with the kind given for it, if any
 KINDS = ("class", "integer", "float")
 _MAX_TEXTS = 100_000
 _MAX_LABEL = 4096  # characters
@@ -28,7 +28,7 @@ class Labels:
     """The labels of all items of a source.
 
     Attributes:
-        class_names, columns: as of `Source`.
+        class_names, columns: as for `Source`.
         values: int64 or float64 (N,), or (N, K) for K columns.
     """
 
@@ -39,7 +39,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Listing:
-    """What `LabelledSource._list` gives at least: labels, or None if there are none."""
+    """The minimum that `LabelledSource._list` returns: labels, or None if there are none."""
 
     digest: ClassVar[str | None] = None  # see `Source.listing`
     labels: Labels | None
@@ -56,27 +56,26 @@ L = TypeVar("L", bound=_HasLabels)
 
 
 class LabelledSource(Source, Generic[L]):
-    """A source that has to read all labels to know its classes.
+    """A source that must read all labels to find its classes.
 
-    What the constructor read serves the first listing, and is let go then. It may be large, and never travels to
-    another process.
+    The listing read by the constructor is used once, and then released. It may be large, so it is not pickled.
     """
 
     _listing: L | None = None
 
     @abc.abstractmethod
     def _list(self) -> L:
-        """Labels, and what else was read on the way."""
+        """Reads the labels, and what else the source needs for its groups."""
 
     def _take_labels(self) -> None:
-        """For the constructor: reads, and finds the classes."""
+        """For the constructor: reads the labels and sets the classes."""
         self._listing = self._list()
         self.listing = self._listing.digest
         if labels := self._listing.labels:
             self.class_names, self.columns = labels.class_names, labels.columns
 
     def _listed(self) -> L:
-        """For `groups`: what was read, or is read anew. Raises SourceError if there are other classes by now."""
+        """For `groups`: the listing, reread after the first call. Raises SourceError if the classes have changed."""
         listing, self._listing = self._listing or self._list(), None
         labels = listing.labels
         if labels and (labels.class_names, labels.columns) != (self.class_names, self.columns):
@@ -88,9 +87,9 @@ class LabelledSource(Source, Generic[L]):
 
 
 def shared() -> Callable[[Any], Any]:
-    """What gives one object for equal texts, of which millions of rows may have few; anything else as it is.
+    """A function that returns one shared object for equal strings, and anything else unchanged.
 
-    It raises ValueError for a text that is too long to be a label.
+    Millions of rows may have few distinct labels. The function raises ValueError if a string is too long for a label.
     """
     texts: dict[str, str] = {}
 
@@ -105,10 +104,10 @@ def shared() -> Callable[[Any], Any]:
 
 
 def label_spec(text: str) -> LabelSpec:
-    """The columns that `--labels A,B:float` names, each with the kind that it is said to have.
+    """Parses `--labels A,B:float`: column names, each with its kind, if given.
 
     Raises:
-        UsageError: a name is empty or stands there twice.
+        UsageError: a name is empty or occurs twice.
     """
     found: LabelSpec = []
     for part in text.split(","):
@@ -130,60 +129,36 @@ def read_labels(
     classes: Sequence[str] | None = None,
     known: Mapping[str, Sequence[str]] | None = None,
 ) -> Labels:
-    """Numbers for the labels of all items.
+    """Converts the labels of all items to numbers.
 
-    Whole numbers stay what they are, so do other numbers; texts are classes, without the blanks around them, numbered
-    in the order of their bytes, or of the numbers that they are. A column that is said to be of whole numbers, or
-    whose numbers have names, may spell them in any way, `1.0` and `1e0` too.
+    Numbers are kept. Text, without surrounding blanks, becomes classes, which are numbered in the order of their bytes,
+    or numerically if all are integers. A column of kind integer, or whose numbers have names, may spell integers in any
+    form, such as `1.0` or `1e0`.
 
     Args:
-        asked: name and kind of each column; None for the kind that its values have.
-        values: the values of each column, an entry an item: texts, numbers, or None.
+        asked: name and kind of each column; None to infer the kind from the values.
+        values: the values of each column, one per item: text, numbers, or None.
         location: the source, for messages.
-        where: says which entry one is: "row 12", "'a/1.jpg'".
-        classes: the names of classes by number, for a single column; whole numbers (`2.0` too) are numbers of these.
-        known: the names that the whole numbers of a column have in the source itself, unless it is said to be
-            something else than classes.
+        where: describes an entry by its index, for messages: "row 12", "'a/1.jpg'".
+        classes: the names of classes by number, for a single column. Integers (also `2.0`) are indices into it.
+        known: for some columns, the names that the source itself gives to integers. Ignored if the column's kind is
+            given as integer or float.
 
     Raises:
-        SourceError: a value is missing or of another kind than those before, or a class is not in the list.
-        UsageError: `classes`, and several columns, or one that is said to be of floats.
+        SourceError: a value is missing or of another kind than the others, or a class is not in the list.
+        UsageError: `classes` are given for several columns, or for one of kind float.
     """
     if classes is not None and len(asked) > 1:
         raise UsageError(f"--classes-from names one column's classes, and {location!r} has {len(asked)}; leave it out")
     columns: list[LabelColumn] = []
     numbers: list[NDArray[Any]] = []
-    for (name, wanted), column in zip(asked, values, strict=True):
-        if classes is not None and wanted == "float":
+    for (name, kind), entries in zip(asked, values, strict=True):
+        if classes is not None and kind == "float":
             raise UsageError(f"--labels {name}:float and --classes-from contradict each other; leave one out")
-        entries = [entry.strip() if isinstance(entry, str) else entry for entry in column]
-        given, own = classes, (known or {}).get(name) if wanted in (None, "class") else None
-        kind = _kind(name, wanted if own is None else None, entries, location, where)
-        if own is not None and kind != "class":
-            own = tuple(own)
-            indices = _indices(entries, own, name, location, where)
-            kind, entries, given = "class", [own[index] for index in indices], own if given is None else given
-        names: tuple[str, ...] | None = None
-        if kind == "class":
-            texts = _texts(entries)
-            try:
-                found = sorted({*texts}, key=str.encode)
-                if all(_kind_of(text) == "integer" for text in found):
-                    found.sort(key=int)
-            except UnicodeEncodeError as exc:
-                raise SourceError(
-                    f"{location!r}: column {name!r} has {exc.object!r}, which is no UTF-8 text; save it as such"
-                ) from exc
-            names = tuple(found if given is None else given)
-            by_name = numbered(list(names), found, location)
-            numbers.append(np.array([by_name[text] for text in texts], np.int64))
-        elif given is not None:
-            kind, names = "class", tuple(given)
-            numbers.append(np.array(_indices(entries, names, name, location, where), np.int64))
-        else:
-            as_number = float if kind == "float" else whole_number
-            numbers.append(np.array([as_number(entry) for entry in entries], _DTYPES[kind]))
-        columns.append(LabelColumn(name=name, kind=kind, classes=names))
+        stripped = [entry.strip() if isinstance(entry, str) else entry for entry in entries]
+        column, found = _Column(name, stripped, location, where).read(kind, classes, (known or {}).get(name))
+        columns.append(column)
+        numbers.append(found)
     if {"float", "integer"} <= {column.kind for column in columns}:
         _refuse_inexact(columns, numbers, location)
     stacked = numbers[0] if len(numbers) == 1 else np.stack(numbers, axis=1)
@@ -193,7 +168,7 @@ def read_labels(
 
 
 def _refuse_inexact(columns: Sequence[LabelColumn], numbers: Sequence[NDArray[Any]], location: str) -> None:
-    """Raises SourceError for a whole number that another one would stand for in float64, the type beside floats."""
+    """Raises SourceError for an integer that float64, the common type of all columns, cannot represent exactly."""
     for column, values in zip(columns, numbers, strict=True):
         inexact = values[(values > 2**53) | (values < -(2**53))] if column.kind == "integer" else values[:0]
         if len(inexact):
@@ -212,14 +187,14 @@ def array_labels(
     names: Sequence[str] | None = None,
     kind: Kind | None = None,
 ) -> Labels:
-    """As `read_labels`, for a source with its labels in one array.
+    """As `read_labels`, for labels in one array.
 
     Args:
-        name: of the column; of several, what stands before their numbers.
-        values: (N,), or (N, K) for K columns. One-hot rows are classes, unless `kind` says something else.
+        name: of the column, or the prefix of the names of several columns.
+        values: (N,), or (N, K) for K columns. One-hot rows are classes, unless `kind` says otherwise.
         location, classes: as for `read_labels`.
-        names: what the whole numbers of a single column mean, if the source says so.
-        kind: that the labels are said to have.
+        names: the names that the source gives to the integers of a single column, if any.
+        kind: given for the labels, if any.
 
     Raises:
         SourceError, UsageError: as `read_labels`.
@@ -240,7 +215,7 @@ def array_labels(
         return Labels(None, tuple(LabelColumn(name=each, kind=found) for each, _ in asked), numbers)
     try:
         listed = [values.tolist()] if single else values.T.tolist()
-    except (SystemError, ValueError) as exc:  # code points that no text has
+    except (SystemError, ValueError) as exc:  # invalid code points
         raise SourceError(f"{location!r}: {name!r} has labels that are no text; save them again") from exc
     if values.dtype.kind == "S":
         listed = [[*map(as_text, column)] for column in listed]
@@ -253,7 +228,7 @@ def array_labels(
 
 
 def _numbers(values: NDArray[Any], kind: Kind | None) -> NDArray[Any] | None:
-    """What `read_labels` makes of an array's entries, at once; None where each of these has to be looked at."""
+    """What `read_labels` makes of an array, converted as a whole; None if each entry needs to be checked."""
     if values.dtype.kind == "f" and kind in (None, "float") and np.isfinite(values).all():
         return values.astype(np.float64)
     if values.dtype.kind in "biu" and kind in (None, "integer") and (values <= np.int64(2**63 - 1)).all():
@@ -262,7 +237,7 @@ def _numbers(values: NDArray[Any], kind: Kind | None) -> NDArray[Any] | None:
 
 
 def _is_one_hot(values: NDArray[Any]) -> bool:
-    """Whether each of the rows (N, K) is exactly one 1 among zeros."""
+    """Whether each row of an array (N, K) has exactly one 1 among zeros."""
     if values.dtype.kind not in "biuf":
         return False
     ones = np.count_nonzero(values == 1, axis=1)
@@ -274,63 +249,132 @@ _PLAIN = re.compile(r"-?\d+")
 _DTYPES = {"integer": np.int64, "float": np.float64}
 
 
-def _kind(name: str, wanted: Kind | None, entries: Sequence[Any], location: str, where: Callable[[int], str]) -> Kind:
-    """The kind of a column. Raises SourceError where not all of its entries have it."""
-    missing = [row for row, entry in enumerate(entries) if is_missing(entry)]
-    if missing:
-        more = f", and in {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise SourceError(
-            f"{location!r}: column {name!r} has no label for {where(missing[0])}{more}; fill it in, or remove the rows"
-        )
-    if wanted == "class" or not entries:
-        return wanted or "class"
-    kinds = [_kind_of(entry) for entry in entries]
-    present: set[Kind] = {*kinds}
-    if "class" in present:
-        texts = [row for row, kind in enumerate(kinds) if kind == "class"]
-        first = f"{entries[texts[0]]!r} for {where(texts[0])}"
-        if all(_DECIMAL_COMMA.fullmatch(str(entries[row])) for row in texts):
+@dataclass(frozen=True)
+class _Column:
+    """One column of labels.
+
+    Attributes:
+        name: of the column.
+        entries: a label for each item: text without surrounding blanks, a number, or None.
+        location: the source, for messages.
+        where: says which item an entry belongs to, for messages.
+    """
+
+    name: str
+    entries: Sequence[Any]
+    location: str
+    where: Callable[[int], str]
+
+    def read(
+        self, kind: Kind | None, classes: Sequence[str] | None, known: Sequence[str] | None
+    ) -> tuple[LabelColumn, NDArray[Any]]:
+        """The column and its labels, int64 or float64 (N,); see `read_labels`."""
+        names = None if known is None or kind not in (None, "class") else tuple(known)
+        found = self._kind(kind if names is None else None)
+        if names is not None and found != "class":
+            entries = [names[index] for index in self._indices(names)]
+            return self._as_classes(entries, names if classes is None else classes)
+        if found == "class":
+            return self._as_classes(self.entries, classes)
+        if classes is not None:
+            column = LabelColumn(name=self.name, kind="class", classes=tuple(classes))
+            return column, np.array(self._indices(classes), np.int64)
+        as_number = float if found == "float" else whole_number
+        numbers = np.array([as_number(entry) for entry in self.entries], _DTYPES[found])
+        return LabelColumn(name=self.name, kind=found), numbers
+
+    def _as_classes(
+        self, entries: Sequence[Any], classes: Sequence[str] | None
+    ) -> tuple[LabelColumn, NDArray[np.int64]]:
+        """Numbers the entries by the names of classes given, or else by the entries themselves, sorted."""
+        texts = _texts(entries)
+        try:
+            found = sorted({*texts}, key=str.encode)
+        except UnicodeEncodeError as exc:
             raise SourceError(
-                f"{location!r}: column {name!r} has decimal commas ({first}); write points, or say --labels "
-                f"{name}:class"
-            )
-        if wanted is None and len(present) == 1:
+                f"{self.location!r}: column {self.name!r} has {exc.object!r}, which is no UTF-8 text; save it as such"
+            ) from exc
+        if all(_kind_of(text) == "integer" for text in found):
+            found.sort(key=int)
+        names = tuple(found if classes is None else classes)
+        by_name = numbered(list(names), found, self.location)
+        column = LabelColumn(name=self.name, kind="class", classes=names)
+        return column, np.array([by_name[text] for text in texts], np.int64)
+
+    def _kind(self, wanted: Kind | None) -> Kind:
+        """The kind of the column, `wanted` if given. Raises SourceError if not all of its entries have it."""
+        self._require_complete()
+        if wanted == "class" or not self.entries:
+            return wanted or "class"
+        kinds = [_kind_of(entry) for entry in self.entries]
+        if "class" in kinds:
+            self._refuse_texts(wanted, kinds)
             return "class"
-        if wanted is None:
-            number = next(row for row, kind in enumerate(kinds) if kind != "class")
+        if wanted == "integer":
+            for row, entry in enumerate(self.entries):
+                if whole_number(entry) is None:
+                    raise self._no_number(wanted, row)
+            return wanted
+        return "integer" if "float" not in kinds and wanted != "float" else "float"
+
+    def _require_complete(self) -> None:
+        missing = [row for row, entry in enumerate(self.entries) if is_missing(entry)]
+        if missing:
+            more = f", and in {len(missing) - 1} more" if len(missing) > 1 else ""
             raise SourceError(
-                f"{location!r}: column {name!r} has both texts ({first}) and numbers ({entries[number]!r} for "
-                f"{where(number)}); fix it, or say --labels {name}:class"
+                f"{self.location!r}: column {self.name!r} has no label for {self.where(missing[0])}{more}; fill it in, "
+                "or remove the rows"
             )
-        raise _no_number(name, wanted, entries[texts[0]], texts[0], location, where)
-    if wanted == "integer" and present != {"integer"}:
-        for row, entry in enumerate(entries):
-            if whole_number(entry) is None:
-                raise _no_number(name, wanted, entry, row, location, where)
-        return wanted
-    return "integer" if present == {"integer"} and wanted != "float" else "float"
 
+    def _refuse_texts(self, wanted: Kind | None, kinds: Sequence[Kind]) -> None:
+        """Raises SourceError if the texts among the entries should be numbers."""
+        texts = [row for row, kind in enumerate(kinds) if kind == "class"]
+        first = f"{self.entries[texts[0]]!r} for {self.where(texts[0])}"
+        if all(_DECIMAL_COMMA.fullmatch(str(self.entries[row])) for row in texts):
+            raise SourceError(
+                f"{self.location!r}: column {self.name!r} has decimal commas ({first}); write points, or say --labels "
+                f"{self.name}:class"
+            )
+        if wanted is not None:
+            raise self._no_number(wanted, texts[0])
+        number = next((row for row, kind in enumerate(kinds) if kind != "class"), None)
+        if number is not None:
+            raise SourceError(
+                f"{self.location!r}: column {self.name!r} has both texts ({first}) and numbers "
+                f"({self.entries[number]!r} for {self.where(number)}); fix it, or say --labels {self.name}:class"
+            )
 
-def _no_number(
-    name: str, wanted: Kind, entry: Any, row: int, location: str, where: Callable[[int], str]
-) -> SourceError:
-    return SourceError(
-        f"{location!r}: column {name!r} has {entry!r} for {where(row)}, which is no "
-        f"{'whole ' if wanted == 'integer' else ''}number; fix it, or say --labels {name}:class"
-    )
+    def _no_number(self, wanted: Kind, row: int) -> SourceError:
+        return SourceError(
+            f"{self.location!r}: column {self.name!r} has {self.entries[row]!r} for {self.where(row)}, which is no "
+            f"{'whole ' if wanted == 'integer' else ''}number; fix it, or say --labels {self.name}:class"
+        )
+
+    def _indices(self, names: Sequence[str]) -> list[int]:
+        """The entries, which are numbers, as indices of names. Raises SourceError if one is not."""
+        indices = []
+        for row, entry in enumerate(self.entries):
+            number = whole_number(entry)
+            if number is None or not 0 <= number < len(names):
+                raise SourceError(
+                    f"{self.location!r}: column {self.name!r} has {entry} for {self.where(row)}; there are names for "
+                    f"{len(names)} classes, 0 to {len(names) - 1}: fix it, or say --labels none"
+                )
+            indices.append(number)
+        return indices
 
 
 def is_missing(entry: Any) -> bool:
-    """Whether a table has nothing there: null, NaN, or blanks."""
+    """Whether a value is missing: null, NaN, or blank."""
     if entry is None or (isinstance(entry, str) and not entry.strip()):
         return True
     return isinstance(entry, float) and math.isnan(entry)
 
 
 def whole_number(entry: Any) -> int | None:
-    """The whole number, of 64 bits, that a label is in whatever spelling: `1`, `1.0`, `1e0`, ` +1`, `01`; None if none.
+    """A label as a 64-bit integer, in any spelling: `1`, `1.0`, `1e0`, ` +1`, `01`; None if it is not an integer.
 
-    A float beyond 2**53 is none, since it may stand for its neighbours too.
+    A float beyond 2**53 is not, since it may also represent neighbouring integers.
     """
     if isinstance(entry, (int, np.integer)):
         number = int(entry)
@@ -344,7 +388,7 @@ def whole_number(entry: Any) -> int | None:
             exact = Decimal(str(entry))
         except InvalidOperation:
             return None
-        # Without a bound, a text of ten bytes becomes an integer of gigabytes.
+        # Without a bound, ten bytes of text could become an integer of gigabytes.
         if "_" in str(entry) or not exact.is_finite() or exact.adjusted() > 20 or exact != exact.to_integral_value():
             return None
         number = int(exact)
@@ -358,7 +402,7 @@ def _kind_of(entry: Any) -> Kind:
         return "float" if math.isfinite(entry) else "class"
     text = str(entry)
     try:
-        # An identifier of twenty digits is no float, which would be another's, too.
+        # An identifier of twenty digits must not become a float, which would equal other identifiers.
         return "integer" if -(2**63) <= int(text) < 2**63 and "_" not in text else "class"
     except ValueError:
         pass
@@ -369,7 +413,7 @@ def _kind_of(entry: Any) -> Kind:
 
 
 def _texts(entries: Sequence[Any]) -> list[str]:
-    """The names of classes that labels are; of a column of whole numbers, `1.0` and `1` are one."""
+    """Labels as names of classes. If all are integers, `1.0` and `1` become the same name."""
     texts = [str(entry) for entry in entries]
     if all(map(_PLAIN.fullmatch, texts)):
         return texts
@@ -377,19 +421,3 @@ def _texts(entries: Sequence[Any]) -> list[str]:
     if None in wholes:
         return texts
     return [text if _PLAIN.fullmatch(text) else str(whole) for text, whole in zip(texts, wholes, strict=True)]
-
-
-def _indices(
-    entries: Sequence[Any], names: Sequence[str], column: str, location: str, where: Callable[[int], str]
-) -> list[int]:
-    """The labels of a column of numbers as indices of names. Raises SourceError if one is none."""
-    indices = []
-    for row, entry in enumerate(entries):
-        number = whole_number(entry)
-        if number is None or not 0 <= number < len(names):
-            raise SourceError(
-                f"{location!r}: column {column!r} has {entry} for {where(row)}; there are names for {len(names)} "
-                f"classes, 0 to {len(names) - 1}: fix it, or say --labels none"
-            )
-        indices.append(number)
-    return indices

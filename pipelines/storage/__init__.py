@@ -1,4 +1,4 @@
-"""Where OUT lies: a folder or an object store."""
+"""Storage for OUT: a folder or an object store."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .local import LocalStorage
 
 
 def open_storage(out: str | os.PathLike[str], under: Fence | None = None) -> Storage:
-    """OUT: a folder, or s3://bucket/path and the like on an object store.
+    """Opens OUT: a folder, or a URL on an object store, such as s3://bucket/path.
 
     Args:
-        out: where it is.
-        under: the lock of another process, for which this one works.
+        out: a path or a URL.
+        under: the lock of another process, on whose behalf this one works.
 
     Raises:
-        StorageError: no such store, or its client is not installed.
+        StorageError: the store is not supported, or its client is not installed.
     """
     text = os.fspath(out)
     url = URL.match(text)

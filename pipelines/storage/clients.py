@@ -1,4 +1,4 @@
-"""The clients of object stores, by fsspec: how they are set up, and what their errors mean."""
+"""Clients of object stores, through fsspec, for SRC and for OUT: their options, and what their errors mean."""
 
 from __future__ import annotations
 
@@ -8,68 +8,85 @@ import hashlib
 import re
 from typing import Any
 
-from ..errors import StorageError
-
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "memory": "fsspec"}
-_TRANSIENT = {  # botocore's, aiohttp's and fsspec's own, by name: none of them need be installed
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of gpu-npz, which install the packages
+_TRANSIENT = {  # errors of botocore, aiohttp and fsspec, by name since none of these has to be installed
     "HTTPClientError", "EndpointConnectionError", "ConnectionError", "ConnectionClosedError", "ResponseParserError",
     "IncompleteReadError", "ClientPayloadError", "ClientConnectionError", "TimeoutError",
 }  # fmt: skip
 _TRANSIENT_ERRNO = {errno.EBUSY, errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, getattr(errno, "EREMOTEIO", 121)}
-_ANONYMOUS = re.compile(r"Credential|TokenRetrieval|SSOToken|RefreshError|ProfileNotFound")
+_NO_CREDENTIALS = re.compile(r"Credential|TokenRetrieval|SSOToken|RefreshError|ProfileNotFound")
+_LOG_IN = "log in (for S3: `aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
-def client(protocol: str, root: str) -> Any:
-    """The filesystem of fsspec for a protocol. Raises StorageError if its package cannot be imported."""
-    package = PACKAGES[protocol]
-    extra = {"s3fs": "s3", "gcsfs": "gs"}.get(package, "s3")
-    try:
-        import fsspec
+def client(protocol: str) -> Any:
+    """The fsspec filesystem for a protocol, set up not to cache listings and, for S3, not to retry.
 
-        kind: Any = fsspec.get_filesystem_class(protocol)
-    except ImportError as exc:
-        raise StorageError(
-            f"OUT {root!r} needs {package}, which cannot be imported ({exc}); run: pip install 'gpu-npz[{extra}]'"
-        ) from exc
-    options: dict[str, Any] = {"use_listings_cache": False}  # by its options fsspec knows a client and uses it again
-    if package == "s3fs":
-        # We try again by ourselves; on top of each other, three such loops make minutes of a refused connection.
+    Raises:
+        ImportError: its package is missing.
+        ValueError: fsspec knows no such protocol.
+    """
+    import fsspec
+
+    # A cached listing would hold every name of a collection, and would miss what other processes write.
+    options: dict[str, Any] = {"use_listings_cache": False}
+    is_s3 = PACKAGES.get(protocol) == "s3fs"
+    if is_s3:
+        # Callers retry by themselves. Nested in each other, botocore's, s3fs's and our loops would spend minutes on a
+        # refused connection.
         given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **given}
-    files = kind(**options)
-    if package == "s3fs":
+    files = fsspec.filesystem(protocol, **options)
+    if is_s3:
         files.retries = 1
     return files
 
 
 def is_transient(exc: Exception) -> bool:
-    """Whether asking again may help."""
+    """Whether a retry may help after this error of a client."""
     names = {kind.__name__ for kind in type(exc).__mro__}
     number = exc.errno if isinstance(exc, OSError) else None
     return bool(names & _TRANSIENT) or number in _TRANSIENT_ERRNO or 500 <= int(getattr(exc, "code", 0) or 0) < 600
 
 
-def advice(exc: Exception, transient: bool) -> str:
-    """What to do about an error of a store."""
-    if transient:
+def write_advice(exc: Exception) -> str:
+    """What to do about an error of the store that holds OUT."""
+    if is_transient(exc):
         return "the store does not answer; check the network and the endpoint, then run the same command to resume"
     if code(exc) == "NoSuchBucket":
         return "make the bucket, or give another OUT"
-    if _ANONYMOUS.search(type(exc).__name__):
-        return "log in (for S3: `aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+    if _lacks_credentials(exc):
+        return f"{_LOG_IN})"
     if isinstance(exc, PermissionError):
         return "ask for the right to list the bucket, and to get, put and delete objects there, or give another OUT"
     return "check the store, then run the same command to resume"
 
 
+def read_advice(exc: OSError) -> str:
+    """What to do about an error of the store that holds SRC: an OSError with errno, caused by the client's error."""
+    if _lacks_credentials(exc):
+        return f"{_LOG_IN}; FSSPEC_S3_ANON=true for a public bucket)"
+    if exc.errno == errno.EACCES:
+        return "ask for the right to list and to get what is there, or log in as another user"
+    if exc.errno == errno.ENOENT:
+        return "check the names of bucket and folder in SRC"
+    return "check the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL), then run the command again"
+
+
+def _lacks_credentials(exc: BaseException) -> bool:
+    """Whether an error, or one that caused it, is about missing credentials."""
+    found = bool(_NO_CREDENTIALS.search(type(exc).__name__))
+    return found or (exc.__cause__ is not None and _lacks_credentials(exc.__cause__))
+
+
 def code(exc: BaseException) -> str:
-    """The error code that S3 gave."""
+    """The error code in an S3 error; empty if it has none."""
     response = getattr(exc, "response", None) or getattr(exc.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
 
 def digests(path: str, part: int) -> set[str]:
-    """The MD5 of a file, and what S3 says of it after a multipart upload: the MD5 of the MD5s of its parts."""
+    """The MD5 of a file, and its ETag on S3 after a multipart upload in parts of `part` bytes: an MD5 of their MD5s."""
     whole, parts = hashlib.md5(usedforsecurity=False), []
     with open(path, "rb") as file:
         while piece := file.read(part):
@@ -79,5 +96,5 @@ def digests(path: str, part: int) -> set[str]:
 
 
 def decoded(text: str | None) -> str:
-    """An MD5 in base64, as gs:// gives it, in hexadecimal digits; empty if there is none."""
+    """Converts an MD5 from Base64, as gs:// reports it, to hexadecimal digits; empty if there is none."""
     return base64.b64decode(text).hex() if text else ""

@@ -1,21 +1,20 @@
-"""Locks as files in OUT, on local disks and on filesystems that several hosts share.
+"""Locks as files in OUT, on local disks and on shared filesystems.
 
-A lock file names its holder: host, process, boot and container (`place`), a random token. It counts heartbeats. The
-rule for one that is left over:
+A lock file names its holder: host, process, boot and container (`place`), and a random token. It contains a heartbeat,
+a counter. Whether the holder of an existing lock file is dead is decided as follows:
 
-- Its holder was a process of this boot, this container and this host name: the kernel's flock decides, which ends with
-  the process. If flock does not work here, or the process still lives, the heartbeat decides, as for all others:
-- It is watched. When its heartbeat changes, it is alive, and who will not wait gives up; when it has not changed for
-  STALE_S by the watcher's own clock, it is dead: clocks of two hosts are never compared. Then its file is renamed away,
-  which one of several waiters can do, and a new one made.
+- If it was a process of this host name, boot and container, by the kernel's flock, which ends with the process. If
+  flock does not work here, or the process still exists, by the heartbeat, as in all other cases.
+- By the heartbeat: once it changes, the holder is alive, and a process that does not want to wait gives up. If it does
+  not change for STALE_S (heartbeats.py), the holder is dead. Then its file is renamed away, which only one of several
+  waiters can do, and a new one is created.
 
-Where flock fails (ENOSYS, EOPNOTSUPP, ENOLCK), heartbeats are all there is.
+If flock fails (ENOSYS, EOPNOTSUPP, ENOLCK), only the heartbeat decides.
 
-A lock file is there with its content or not at all: it is written under another name and linked. A holder whose token
-is not in it any more has been taken for dead (its host slept, say), and must publish nothing more: holders.py.
+A lock file appears with its content: it is written under another name and linked. A holder whose token is no longer in
+it was considered dead (if its host was suspended, for example), and must not publish anything more: holders.py.
 
-Folders that were made for a lock are removed with it if nothing else is in them, so that a build that was refused
-leaves no empty OUT.
+Folders that were created for a lock are removed with it if they are empty, so that a refused build leaves no empty OUT.
 """
 
 from __future__ import annotations
@@ -29,35 +28,44 @@ import os
 import threading
 import time
 from dataclasses import replace
+from typing import NamedTuple
 
 from ..errors import LockedError
+from . import heartbeats
+from .heartbeats import HeartbeatWatch, warn_of_wait
 from .holders import Holder, is_gone
 from .names import create, move_aside, put_back, temporary_name
 
 log = logging.getLogger(__name__)
-HEARTBEAT_S = 10.0
-STALE_S = 90.0
 _LOOK_S = 0.2
 _LINGER_S = 5.0
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
+class _OtherLock(NamedTuple):
+    """A lock file of another holder; `flocked` says whether its flock is taken."""
+
+    status: os.stat_result
+    holder: Holder
+    flocked: bool
+
+
 class FileLock:
-    """The lock of one file. Use as a context manager, which gives the lock's token.
+    """A lock file. Use as a context manager, which returns the lock's token.
 
     Args:
         path: the lock file.
         root: what is locked, for messages.
-        wait_s: how long to wait for whoever holds it. To see whether a holder elsewhere lives takes HEARTBEAT_S or
-            more, STALE_S if it does not.
-        made: the folders that locks of this OUT have made, outer ones first; this one may be the last to need them.
+        wait_s: how long to wait for another holder. Finding out whether a holder on another host is alive takes
+            HEARTBEAT_S or more, or STALE_S if it is dead.
+        made: the folders that locks of this OUT have created, outer ones first; the last lock removes them.
 
     Raises:
         LockedError: another process holds it.
         OSError: the file cannot be written.
     """
 
-    _told = False  # that flock does not work
+    _told = False  # whether the warning that flock does not work was logged
 
     def __init__(self, path: str, root: str, wait_s: float, made: list[str]) -> None:
         self._path = path
@@ -71,7 +79,7 @@ class FileLock:
 
     def __enter__(self) -> str:
         try:
-            self._descriptor = self._taken()
+            self._descriptor = self._take()
         except BaseException:
             self._remove_folders()
             raise
@@ -81,66 +89,75 @@ class FileLock:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._heart.join()
-        if self._is_ours():  # before the descriptor is closed: only the holder removes it
+        if self._is_ours():  # before the descriptor is closed, since only the holder may remove the file
             self._remove(os.fstat(self._descriptor))
         os.close(self._descriptor)
         self._remove_folders()
 
-    def _taken(self) -> int:
+    def _take(self) -> int:
+        """The descriptor of the lock file, once it is ours. Raises LockedError if it is another's."""
         deadline = time.monotonic() + self._wait_s
-        watched: tuple[Holder, float] | None = None  # a holder, and since when its heart has not beaten
-        alive = False
+        watch: HeartbeatWatch | None = None
         while True:
-            descriptor = self._made()
+            descriptor = self._create()
             if descriptor is not None:
                 return descriptor
-            with contextlib.ExitStack() as stack:
-                try:
-                    descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    continue
-                stack.callback(os.close, descriptor)
-                status, holder = os.fstat(descriptor), _read(descriptor)
-                flocked = self._flock(descriptor)
-                if flocked is not False and not self._is_at_path(descriptor):
-                    continue
-                if flocked and (holder.gone or (holder.here and not holder.place)):
-                    _write(descriptor, self._own)
-                    os.ftruncate(descriptor, len(self._own.to_json()))
-                    stack.pop_all()
-                    return descriptor
-            held = flocked is False
-            if watched is None or watched[0] != holder:
-                alive = watched is not None
-                if not held and not alive and not holder.gone:
-                    log.warning(
-                        "%r is held by process %s on host %s; looking for up to %g s whether it lives",
-                        self._path, holder.process, holder.host, STALE_S,
-                    )  # fmt: skip
-                watched = (holder, time.monotonic())
-            silent_s = time.monotonic() - watched[1]
-            # A worker that a killed build was just starting has its lock until the worker's program runs.
-            lingers = held and holder.here and is_gone(holder.process) and silent_s < _LINGER_S
-            if not lingers and time.monotonic() >= deadline and (held or alive):
+            found = self._open()
+            if isinstance(found, int):
+                return found
+            if found is None:
+                continue
+            holder = found.holder
+            if watch is None:
+                watch = HeartbeatWatch(holder)
+                if not found.flocked and not holder.gone:
+                    warn_of_wait(repr(self._path), holder)
+            watch.look(holder)
+            # A killed build may have been starting a worker, which inherits the flock until its program runs.
+            lingers = found.flocked and holder.here and is_gone(holder.process) and watch.silent_s < _LINGER_S
+            if not lingers and time.monotonic() >= deadline and (found.flocked or watch.alive):
                 raise LockedError(self._refusal(holder))
-            if not held and (holder.gone or silent_s >= STALE_S):
-                self._remove(status, holder)
+            if not found.flocked and (holder.gone or watch.stale):
+                self._remove(found.status, holder)
                 continue
             time.sleep(0.01 if lingers else _LOOK_S)
 
-    def _made(self) -> int | None:
-        """A new lock file, already locked; None if there is one."""
+    def _open(self) -> int | _OtherLock | None:
+        """Opens the lock file that is there.
+
+        Returns:
+            Its descriptor if it was left over and is now ours, else its holder; None if it no longer exists.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            stack.callback(os.close, descriptor)
+            status, holder = os.fstat(descriptor), _read(descriptor)
+            flocked = self._flock(descriptor)
+            if flocked is not False and not self._is_at_path(descriptor):
+                return None
+            if flocked and (holder.gone or (holder.here and not holder.place)):
+                _write(descriptor, self._own)
+                os.ftruncate(descriptor, len(self._own.to_json()))
+                stack.pop_all()
+                return descriptor
+        return _OtherLock(status, holder, flocked is False)
+
+    def _create(self) -> int | None:
+        """Creates a new lock file, already flocked, and returns its descriptor; None if a file exists."""
         self._make_folders()
         temporary = temporary_name(self._path, self._own.token)
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # another holder has just removed the folder, which was empty
+        except FileNotFoundError:  # another holder has just removed the empty folder
             return None
         try:
             self._flock(descriptor)
             _write(descriptor, self._own)
             create(temporary, self._path)
-        except (FileExistsError, FileNotFoundError):  # the latter: the holder has tidied up
+        except (FileExistsError, FileNotFoundError):  # the latter: the holder has cleaned up
             os.close(descriptor)
             return None
         except OSError:
@@ -152,7 +169,7 @@ class FileLock:
         return descriptor
 
     def _flock(self, descriptor: int) -> bool | None:
-        """Whether the kernel gives us the lock; None where the filesystem has none."""
+        """Whether flock succeeds; None if the filesystem does not support it."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -164,7 +181,8 @@ class FileLock:
                 FileLock._told = True
                 log.warning(
                     "the filesystem of %r has no flock (%s): heartbeats alone tell whether a build lives, so that one "
-                    "that another host's crash left is taken over after %g s", self._root, exc.strerror, STALE_S,
+                    "that another host's crash left is taken over after %g s",
+                    self._root, exc.strerror, heartbeats.STALE_S,
                 )  # fmt: skip
             return None
         return True
@@ -185,16 +203,16 @@ class FileLock:
                 os.rmdir(self._made_folders[-1])
             except FileNotFoundError:
                 pass
-            except OSError:  # something is in it
+            except OSError:  # not empty
                 return
             self._made_folders.pop()
 
     def _remove(self, status: os.stat_result, holder: Holder | None = None) -> None:
-        """Removes a lock file if it is still this one and, if given, still says this; another's new one stays."""
+        """Removes a lock file if it is still this file and, if given, still names this holder. A newer file stays."""
         aside = temporary_name(self._path, self._own.token)
         if not move_aside(self._path, aside):
             return  # another waiter was faster
-        with contextlib.suppress(FileNotFoundError):  # whoever holds OUT by now has tidied up
+        with contextlib.suppress(FileNotFoundError):  # a new holder has cleaned up
             with open(aside, "rb") as file:
                 same = os.path.samestat(os.fstat(file.fileno()), status)
                 same = same and holder in (None, Holder.parse(file.read()))
@@ -205,14 +223,14 @@ class FileLock:
 
     def _beat(self) -> None:
         beats = itertools.count(1)
-        while not self._over.wait(HEARTBEAT_S):
+        while not self._over.wait(heartbeats.HEARTBEAT_S):
             if not self._is_ours():
                 return
-            with contextlib.suppress(OSError):  # the next beat may come through
+            with contextlib.suppress(OSError):  # the next beat may succeed
                 _write(self._descriptor, replace(self._own, beat=next(beats)))
 
     def _is_ours(self) -> bool:
-        """Whether the file at the path is ours, or that cannot be seen at the moment."""
+        """Whether the file at the path is ours; also true if that cannot be determined at the moment."""
         try:
             return self._is_at_path(self._descriptor)
         except OSError:
@@ -232,7 +250,7 @@ class FileLock:
 
 
 def is_live(path: str) -> bool:
-    """Whether somebody may hold a lock file: by the kernel's word, or by its being there if that does not reach."""
+    """Whether a lock file may be held: by its flock if the holder is on this host, else because it exists."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -244,7 +262,7 @@ def is_live(path: str) -> bool:
             return True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held, or no flock here
+        except OSError:  # held, or flock is not supported
             return not holder.gone
     return bool(holder.place) and not holder.gone
 
@@ -254,5 +272,5 @@ def _read(descriptor: int) -> Holder:
 
 
 def _write(descriptor: int, holder: Holder) -> None:
-    """Makes a lock file say this, in one write of a length that never shrinks."""
+    """Overwrites the content of a lock file in one write, whose length never shrinks."""
     os.pwrite(descriptor, holder.to_json(), 0)

@@ -1,4 +1,4 @@
-"""Who holds a lock, and who works under it: the same for locks in folders and on object stores."""
+"""The holder of a lock, and fencing of those who work under it, for folders and object stores alike."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Protocol
 
 from ..errors import GpuNpzError, LockedError, StorageError
 
-PRIVATE = ".gpu-npz"  # the folder in OUT with all that resume and repair need
-_LOOKS = 3  # at a lock that is missing: a process that is about to find out that it lost may have moved it for a moment
+PRIVATE = ".gpu-npz"  # the folder in OUT with everything that resume and repair need
+_LOOKS = 3  # at a missing lock: a process that is just learning that it lost it may have moved it for a moment
 _LOOK_S = 0.1
 
 
 @dataclass(frozen=True)
 class Fence:
-    """The right to change OUT: it lasts as long as a lock names this token."""
+    """The right to change OUT, which lasts as long as the lock contains this token."""
 
     lock: str
     token: str
@@ -29,7 +29,16 @@ class Fence:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who a lock names; empty and 0 where it does not say. `started` tells a process from a later one of its number."""
+    """The holder that a lock names. Unknown fields are empty or 0.
+
+    Attributes:
+        host: its host name.
+        process: its process number.
+        place: the boot and container in which that number is valid; see `place`.
+        started: start time of the process, which tells it from a later process with its number.
+        token: random, unique for each lock taken.
+        beat: the heartbeat, a counter.
+    """
 
     host: str = ""
     process: int = 0
@@ -46,7 +55,7 @@ class Holder:
 
     @classmethod
     def parse(cls, content: bytes | None) -> Holder:
-        """What a lock says; also one that an earlier version wrote, which had neither place nor token."""
+        """Parses the content of a lock, also one of an earlier version, which had neither place nor token."""
         try:
             values = json.loads(content or b"")
             started, beat = (int(values.get(name, 0)) for name in ("started", "beat"))
@@ -61,12 +70,12 @@ class Holder:
 
     @property
     def here(self) -> bool:
-        """Whether its process number is one of this host and container, as far as it says."""
+        """Whether its process number belongs to this host and container, as far as is known."""
         return self.host in ("", socket.gethostname()) and self.place in ("", place())
 
     @property
     def gone(self) -> bool:
-        """Whether it was a process of this host and container, and is not there any more."""
+        """Whether it was a process of this host and container that no longer exists."""
         if not (self.place and self.here):
             return False
         state, started = _state(self.process)
@@ -74,21 +83,21 @@ class Holder:
 
 
 class Fenced(Protocol):
-    """OUT, as far as locks are read in it."""
+    """The part of `Storage` that fencing needs."""
 
     @property
     def root(self) -> str:
         """OUT itself."""
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small file, None if there is none."""
+        """The content of a small file; None if it does not exist."""
 
     def require_held(self) -> None:
         """Raises LockedError if a lock under which this object works is lost."""
 
 
 def require_held(storage: Fenced, fences: Iterable[Fence]) -> None:
-    """Raises LockedError where a lock does not name our token any more: this process was taken for dead."""
+    """Raises LockedError if a lock no longer contains our token because this process was considered dead."""
     for fence in fences:
         for look in range(_LOOKS):
             holder = Holder.parse(storage.read(f"{PRIVATE}/{fence.lock}"))
@@ -110,10 +119,10 @@ def require_held(storage: Fenced, fences: Iterable[Fence]) -> None:
 
 @contextlib.contextmanager
 def fenced(storage: Fenced, fences: list[Fence], fence: Fence) -> Iterator[None]:
-    """What a storage does under a lock that it holds, which is among its `fences` for so long.
+    """Runs the body under a lock, with its fence added to the storage's `fences`.
 
     Raises:
-        LockedError: the lock is lost. What else went wrong is then a consequence.
+        LockedError: the lock is lost. It replaces other errors of the body, which are then a consequence.
     """
     fences.append(fence)
     try:
@@ -134,8 +143,8 @@ def fenced(storage: Fenced, fences: list[Fence], fence: Fence) -> Iterator[None]
 
 
 def is_gone(process: int) -> bool:
-    """Whether this host has no process of that number."""
-    with contextlib.suppress(PermissionError):  # somebody else's, so it is there
+    """Whether this host has no process with that number."""
+    with contextlib.suppress(PermissionError):  # another user's process, so it exists
         try:
             os.kill(process, 0)
         except (ProcessLookupError, OverflowError):
@@ -144,7 +153,7 @@ def is_gone(process: int) -> bool:
 
 
 def place() -> str:
-    """What process numbers count in: this start of the system, and the container in it; "" where no Linux says so."""
+    """The scope of process numbers: the boot of the system, and the container (PID namespace); "" except on Linux."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -153,7 +162,7 @@ def place() -> str:
 
 
 def _state(process: int) -> tuple[str, int]:
-    """A process's state letter and its start in clock ticks since the boot, by proc(5); "?" and 0 if nothing says."""
+    """A process's state letter, and its start in clock ticks since boot (proc(5)); "?" and 0 if unknown."""
     try:
         with open(f"/proc/{process}/stat", "rb") as file:
             values = file.read().rpartition(b")")[2].split()

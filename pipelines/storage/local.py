@@ -1,7 +1,7 @@
-"""OUT as a folder: every file that a build makes there is written, published, locked and removed by `LocalStorage`.
+"""OUT as a folder. `LocalStorage` writes, publishes, locks and removes every file there.
 
-A file under its final name is whole: it is written under a temporary name in the same folder, flushed to the disk and
-renamed, and then the folder is flushed too.
+A file under its final name is complete: it is written under a temporary name in the same folder, flushed to the disk
+and renamed, and then the folder is flushed, too.
 
 A process that works under a lock, because it took the lock or because it is a worker with the lock's `Fence`, changes
 nothing once the lock is lost. The rule is in README.md.
@@ -46,7 +46,7 @@ class LocalStorage:
 
     @property
     def fence(self) -> Fence | None:
-        """The lock that was taken last, for workers that are to work under it; None without one."""
+        """The lock taken last, for workers that work under it; None without a lock."""
         return self._fences[-1] if self._fences else None
 
     def path(self, name: str) -> str:
@@ -54,13 +54,13 @@ class LocalStorage:
         return os.path.join(self.root, name)
 
     def size(self, name: str) -> int | None:
-        """The size of a file in bytes, None if there is none."""
+        """The size of a file in bytes; None if it does not exist."""
         with self.explained(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return os.stat(self.path(name)).st_size
         return None
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small file, None if there is none."""
+        """The content of a small file; None if it does not exist."""
         with (
             self.explained(name),
             contextlib.suppress(FileNotFoundError, NotADirectoryError),
@@ -71,21 +71,21 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[str]:
-        """The path of a file, to be opened within the body."""
+        """The path of a file, to be opened in the body."""
         yield self.path(name)
 
     def names(self, folder: str = "") -> list[str]:
-        """The names of the files and folders in a folder, sorted; empty if there is no such folder."""
+        """The names of files and folders in a folder, sorted; empty if the folder does not exist."""
         with self.explained(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return sorted(os.listdir(self.path(folder)))
         return []
 
     def is_folder(self, name: str) -> bool:
-        """Whether this is a folder in OUT; a link to one, which leads elsewhere, is not."""
+        """Whether this is a folder in OUT; a symbolic link to a folder is not."""
         return os.path.isdir(self.path(name)) and not os.path.islink(self.path(name))
 
     def temporary(self, name: str) -> str:
-        """The path of a new temporary file beside `name`, whose folder exists from now on."""
+        """The path of a new temporary file in the folder of `name`, which is created if necessary."""
         path = self.path(name)
         with self.explained(name):
             if not os.path.isdir(os.path.dirname(path)):
@@ -94,9 +94,10 @@ class LocalStorage:
         return temporary_name(path, self._owner)
 
     def publish(self, temporary: str, name: str) -> None:
-        """Gives a temporary file, already flushed to the disk, its final name.
+        """Moves a temporary file, already flushed to the disk, to its final name.
 
-        Under a lock, this replaces a file only while the lock is held, and takes its own back if it is not afterwards.
+        Under a lock, an existing file is replaced only while the lock is held, and the new file is removed again if the
+        lock is lost afterwards.
         """
         with self.explained(name):
             if self._fences:
@@ -115,7 +116,7 @@ class LocalStorage:
                     create(temporary, path)
                     break
                 except FileExistsError:
-                    if _identity(path) == own:  # over NFS, the answer to a call that did it may be lost
+                    if _identity(path) == own:  # over NFS, the response to a successful link may be lost
                         break
                 moved = move_aside(path, aside) or moved
                 self.require_held()
@@ -132,7 +133,7 @@ class LocalStorage:
         self.discard(temporary)
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a small file in one step: it is there whole or not at all."""
+        """Writes a small file atomically."""
         temporary = self.temporary(name)
         try:
             with self.explained(name), open(temporary, "wb") as file:
@@ -145,12 +146,12 @@ class LocalStorage:
             raise
 
     def discard(self, temporary: str) -> None:
-        """Removes a temporary file, if it is there."""
+        """Removes a temporary file if it exists."""
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
     def remove(self, name: str) -> None:
-        """Removes a file or an empty folder, if it is there."""
+        """Removes a file or an empty folder if it exists."""
         path = self.path(name)
         self.require_held()
         with self.explained(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -166,20 +167,20 @@ class LocalStorage:
         return True
 
     def _remove(self, path: str, is_right: Callable[[str], bool]) -> None:
-        """Removes a file that is the right one, by a look at where it lies now; one that is not stays."""
+        """Removes a file if `is_right` accepts it after it was moved aside; else puts it back."""
         aside, right = temporary_name(path, self._owner, "old"), False
         if move_aside(path, aside):
             try:
                 right = is_right(aside)
             finally:
-                with contextlib.suppress(FileNotFoundError):  # whoever holds OUT by now has tidied up
+                with contextlib.suppress(FileNotFoundError):  # a new holder has cleaned up
                     if right:
                         os.unlink(aside)
                     else:
                         put_back(aside, path)
 
     def remove_temporaries(self, folder: str) -> None:
-        """Removes what killed builds, and this one, left unfinished in a folder; nothing of other locks that are held.
+        """Removes unfinished files of this build and of killed ones from a folder, but not those of other held locks.
 
         Only for the holder of a lock, while nothing else works under it.
         """
@@ -191,7 +192,7 @@ class LocalStorage:
                 self._end(folder, name, file)
 
     def remove_leftovers(self, name: str) -> None:
-        """Removes what a worker under our lock, which is no more, left unfinished of a file."""
+        """Removes the unfinished parts of a file that a dead worker under our lock left."""
         folder, base = os.path.split(name)
         for other in self.names(folder):
             if (file := TemporaryName.of(other)) and (file.base, file.owner) == (base, self._owner):
@@ -207,14 +208,14 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def lock(self, name: str = LOCK, *, wait_s: float = 0.0) -> Iterator[None]:
-        """Holds OUT for one build, or a part of it; `locks.py` has the rules.
+        """Holds a lock on OUT for one build, or for a part of one; `file_lock.py` has the rules.
 
         Args:
-            name: which lock: they do not know of each other.
-            wait_s: how long to wait for whoever holds it.
+            name: of the lock; locks of different names are independent.
+            wait_s: how long to wait for another holder.
 
         Raises:
-            LockedError: another build holds it, or has taken it over meanwhile.
+            LockedError: another build holds the lock, or has taken it over in the meantime.
             StorageError: OUT cannot be written.
         """
         with contextlib.ExitStack() as stack:
@@ -228,13 +229,13 @@ class LocalStorage:
         require_held(self, self._fences)
 
     def live_locks(self) -> list[str]:
-        """The names of the locks that somebody holds."""
+        """The names of the locks that are held."""
         found = (name for name in self.names(PRIVATE) if name == LOCK or name.startswith(f"{LOCK}-"))
         return [name for name in found if is_live(self.path(f"{PRIVATE}/{name}"))]
 
     @contextlib.contextmanager
     def explained(self, name: str) -> Iterator[None]:
-        """Raises an OSError from its body as a StorageError that says what to do about `name`."""
+        """Raises an OSError from its body as a StorageError that names the file and says what to do."""
         try:
             yield
         except OSError as exc:
@@ -258,7 +259,7 @@ class LocalStorage:
 
 
 def _identity(path: str) -> tuple[int, ...]:
-    """What tells a file from others, also from one that has got its inode number since; empty if it is not there."""
+    """Identifies a file, also against a later file with the same inode number; empty if it does not exist."""
     with contextlib.suppress(FileNotFoundError):
         status = os.lstat(path)
         return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size

@@ -1,7 +1,7 @@
-"""How files on a disk get and lose their names so that a process that was stopped in between does no harm.
+"""Renames files on a disk such that a process may be suspended between any two steps without harm.
 
-No call here replaces a file. A look and an unlink are two steps, between which a process may sleep while another one
-takes OUT over; so a file is first renamed aside, then looked at, then removed or put back.
+No call here replaces a file. Between checking a file and unlinking it, a process may be suspended while another one
+takes OUT over. So a file is first renamed aside, then checked, then removed or put back.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import secrets
 from typing import Literal, NamedTuple
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-_BESIDE = re.compile(r"\.(.+)\.(?:([0-9a-f]{16})-[0-9a-f]{8}|\d+-\d+)\.(tmp|old)")  # without a token: of old versions
+_TEMPORARY = re.compile(r"\.(.+)\.(?:([0-9a-f]{16})-[0-9a-f]{8}|\d+-\d+)\.(tmp|old)")  # old versions had no token
 _NOBODY = "0" * 16
 
 
 class TemporaryName(NamedTuple):
-    """What a name for a moment says: whose file it is, under which lock's token ("" if none), and whether it was moved.
+    """A parsed temporary name.
 
-    A file that was moved aside belongs where it was unless its name is taken; any other is unfinished.
+    Attributes:
+        base: the file's final name.
+        owner: the token of the lock under which it was made; "" if none.
+        moved: whether it is a file that was moved aside, which is put back unless its name is taken. Any other file is
+            unfinished.
     """
 
     base: str
@@ -30,22 +34,22 @@ class TemporaryName(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> TemporaryName | None:
-        """None for a name that is none of these."""
-        found = _BESIDE.fullmatch(name)
+        """Parses a name. None if it is not a temporary name."""
+        found = _TEMPORARY.fullmatch(name)
         return found and cls(found[1], "" if found[2] in (None, _NOBODY) else found[2], found[3] == "old")
 
 
 def temporary_name(path: str, owner: str, kind: Literal["tmp", "old"] = "tmp") -> str:
-    """A new name for a moment in the same folder; `owner` is the token of the lock under which it is used, or ""."""
+    """A new temporary name in the same folder. `owner` is the token of the lock under which it is used, or ""."""
     folder, base = os.path.split(path)
     return os.path.join(folder, f".{base}.{owner or _NOBODY}-{secrets.token_hex(4)}.{kind}")
 
 
 def create(temporary: str, path: str) -> None:
-    """Gives a file a second name. Raises FileExistsError if that is taken.
+    """Gives a file a second name. Raises FileExistsError if that name is taken.
 
-    Where there are no hard links (FAT, some FUSE and SMB mounts), it loses the first, and who takes the name between
-    the look and the rename loses his file.
+    Without hard links (FAT, some FUSE and SMB mounts), the file is renamed instead, and a file that takes the name
+    between the check and the rename is lost.
     """
     try:
         os.link(temporary, path)
@@ -58,7 +62,7 @@ def create(temporary: str, path: str) -> None:
 
 
 def move_aside(path: str, aside: str) -> bool:
-    """Renames a file; whether there was one."""
+    """Renames a file, and says whether it existed."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.rename(path, aside)
         return True
@@ -66,7 +70,7 @@ def move_aside(path: str, aside: str) -> bool:
 
 
 def put_back(aside: str, path: str) -> None:
-    """Gives a file that was moved aside its name again, unless a newer one has it by now."""
+    """Gives a file that was moved aside its name back, unless a newer file has taken it."""
     with contextlib.suppress(FileExistsError, FileNotFoundError):  # the latter: another process has put it back
         create(aside, path)
     with contextlib.suppress(FileNotFoundError):

@@ -1,18 +1,18 @@
-"""Locks on object stores, which have no kernel to drop the lock of a process that died: each has a heartbeat.
+"""Locks on object stores, with heartbeats, since no kernel releases the lock of a dead process there.
 
-Three kinds of object, each written in one put:
+There are three kinds of objects, each written in one put:
 
-    .gpu-npz/lock           a holder (holders.py), made only if there is none (If-None-Match)
-    .gpu-npz/beat-<token>   a number that the holder counts up every HEARTBEAT_S
-    .gpu-npz/claim-<token>  made only if there is none: the right to end that holder's lock
+    .gpu-npz/lock           the holder (holders.py), created only if it does not exist (If-None-Match)
+    .gpu-npz/beat-<token>   a number that the holder increments every HEARTBEAT_S
+    .gpu-npz/claim-<token>  created only if it does not exist: the right to end that holder's lock
 
-A lock is stale if its holder was a process of this system that is gone, or if its heartbeat stays the same for STALE_S
-while a waiter watches it by its own monotonic clock; clocks of two machines are never compared. Of several waiters the
-one that makes the claim puts its own lock in the place of the stale one. A holder that was only slow finds another's
-token there, and publishes nothing more.
+A lock is stale if its holder was a process of this system that no longer exists, or if its heartbeat does not change
+for STALE_S (heartbeats.py). The waiter that creates the claim replaces the stale lock by its own. A holder that was
+only slow finds another token in the lock, and publishes nothing more.
 
-Some servers ignore If-None-Match. That is noticed; then the lock is read again after SETTLE_S, and the last to write
-has it. Two could hold such a lock only if a put took longer, and one of them would notice at its next heartbeat.
+Some servers ignore If-None-Match. This is detected; then the lock is read again after SETTLE_S, and the last writer
+holds it. Two processes can hold such a lock only if a put took longer than that, and one of them notices at its next
+heartbeat.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ import time
 from typing import Protocol
 
 from ..errors import LockedError, StorageError
-from . import file_lock
+from . import heartbeats
+from .heartbeats import HeartbeatWatch, warn_of_wait
 from .holders import Holder
 
 log = logging.getLogger(__name__)
 SETTLE_S = 2.0
 _LOOK_S = 0.5
-_DOUBT_S = 1.0  # before it is said that something is waited for
+_DOUBT_S = 1.0  # of waiting before it is logged
 
 
 class Objects(Protocol):
-    """What a lock needs of an object store."""
+    """The operations of an object store that a lock needs."""
 
     root: str
 
@@ -43,29 +44,29 @@ class Objects(Protocol):
         """The URL of an object."""
 
     def read(self, name: str) -> bytes | None:
-        """Its content, None if there is none."""
+        """The content of an object; None if it does not exist."""
 
     def put(self, name: str, content: bytes) -> None:
-        """Writes it in one step."""
+        """Writes an object in one step."""
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes it in one step if there is none, and says whether that is so."""
+        """Writes an object in one step if it does not exist, and says whether it did."""
 
     def creates_once(self, name: str) -> bool:
-        """Whether `create` is one step here; if not, two may be told that they made it. `name` is there and is ours."""
+        """Whether `create` is atomic; if not, two callers may both succeed. `name` is an existing object of ours."""
 
     def delete(self, name: str, content: bytes | None = None) -> None:
-        """Removes it, if it is there and, if given, has this content."""
+        """Removes an object if it exists and, if given, has this content."""
 
 
 class Lease:
-    """The lock of one object. Use as a context manager, which gives the lock's token.
+    """A lock object. Use as a context manager, which returns the lock's token.
 
     Args:
-        store: where it lies.
-        name: the object.
-        wait_s: how long to wait for a holder that lives. To see whether it does takes up to HEARTBEAT_S more, or
-            STALE_S if it does not.
+        store: the object store.
+        name: of the lock object.
+        wait_s: how long to wait for a live holder. Finding out whether it is alive takes up to HEARTBEAT_S more, or
+            STALE_S if it is dead.
 
     Raises:
         LockedError: another process holds it.
@@ -83,11 +84,11 @@ class Lease:
         self._heart = threading.Thread(target=self._beat, name="gpu-npz-lease", daemon=True)
 
     def __enter__(self) -> str:
-        self._store.put(self._beside("beat", self._token), b"0")
+        self._store.put(self._sibling("beat", self._token), b"0")
         try:
             self._take()
         except BaseException:
-            self._store.delete(self._beside("beat", self._token))
+            self._store.delete(self._sibling("beat", self._token))
             raise
         self._heart.start()
         return self._token
@@ -95,67 +96,67 @@ class Lease:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._heart.join()
-        with contextlib.suppress(StorageError):  # what stays is taken over when it is stale
-            claim = self._beside("claim", self._token)
+        with contextlib.suppress(StorageError):  # what remains is taken over once it is stale
+            claim = self._sibling("claim", self._token)
             if self._store.create(claim, self._content):
                 self._store.delete(self._name, self._content)
                 self._store.delete(claim)
-            self._store.delete(self._beside("beat", self._token))
+            self._store.delete(self._sibling("beat", self._token))
 
     def _beat(self) -> None:
         number = 0
-        while not self._over.wait(file_lock.HEARTBEAT_S):
-            with contextlib.suppress(StorageError):  # the next beat may come through
+        while not self._over.wait(heartbeats.HEARTBEAT_S):
+            with contextlib.suppress(StorageError):  # the next beat may succeed
                 if self._store.read(self._name) != self._content:
                     return
                 number += 1
-                self._store.put(self._beside("beat", self._token), str(number).encode())
+                self._store.put(self._sibling("beat", self._token), str(number).encode())
 
     def _take(self) -> None:
-        start, told, claimed = time.monotonic(), False, False
-        watched: tuple[bytes, bytes | None] | None = None
-        since, alive = start, False
-        while True:
-            if self._store.create(self._name, self._content) and self._settled():
-                return
-            content = self._store.read(self._name)
-            if content is None:
-                continue
-            if content == self._content:  # the answer to our own put was lost
-                return
+        """Returns once the lock is ours. Raises LockedError if it is another's."""
+        start, warned = time.monotonic(), False
+        watched: bytes | None = None
+        while (content := self._create()) is not None:
             holder = Holder.parse(content)
             if not holder.token:
                 raise LockedError(self._refusal(holder))
-            beat = self._store.read(self._beside("beat", holder.token))
-            if watched is None or watched[0] != content:
-                alive, claimed = False, False
-            elif watched[1] != beat:
-                alive = True
-            if watched != (content, beat):
-                watched, since = (content, beat), time.monotonic()
-            stale = time.monotonic() - since > file_lock.STALE_S
+            beat = self._store.read(self._sibling("beat", holder.token))
+            if content != watched:
+                watched, watch, claimed = content, HeartbeatWatch(beat), False
+            watch.look(beat)
+            stale = watch.stale
             if stale or holder.gone:
                 if self._taken_over(content, beat, holder.token):
                     log.warning("%s: taken over from process %s, which is gone", self._store.root, holder.process)
                     return
-                if stale and claimed:  # for another STALE_S, and it is still the same lock: the claimer died, too
-                    self._store.delete(self._beside("claim", holder.token))
+                if stale and claimed:  # the lock did not change for another STALE_S: the claimer died, too
+                    self._store.delete(self._sibling("claim", holder.token))
                 if stale:
-                    claimed, since = not claimed, time.monotonic()
-            waited = time.monotonic() - start
-            if alive and waited >= self._wait_s:
+                    claimed = not claimed
+                    watch.restart()
+            waited_s = time.monotonic() - start
+            if watch.alive and waited_s >= self._wait_s:
                 raise LockedError(self._refusal(holder))
-            if waited > _DOUBT_S and not told:
-                told = True
-                log.warning(
-                    "%s is held by process %s on host %s; looking for up to %g s whether it lives",
-                    self._store.path(self._name), holder.process, holder.host, file_lock.STALE_S,
-                )  # fmt: skip
-            time.sleep(min(_LOOK_S, file_lock.HEARTBEAT_S) * random.uniform(0.5, 1.5))  # not in step with other waiters
+            if waited_s > _DOUBT_S and not warned:
+                warned = True
+                warn_of_wait(self._store.path(self._name), holder)
+            pause_s = min(_LOOK_S, heartbeats.HEARTBEAT_S)
+            time.sleep(pause_s * random.uniform(0.5, 1.5))  # out of step with other waiters
+
+    def _create(self) -> bytes | None:
+        """Creates the lock if there is none. Returns None once it is ours, else the content of another's."""
+        while True:
+            if self._store.create(self._name, self._content) and self._settled():
+                return None
+            content = self._store.read(self._name)
+            if content == self._content:  # the response to our own put was lost
+                return None
+            if content is not None:
+                return content
 
     def _taken_over(self, content: bytes, beat: bytes | None, token: str) -> bool:
-        """Puts our lock in the place of a stale one; False if another waiter is about to, or its holder lives."""
-        claim, heart = self._beside("claim", token), self._beside("beat", token)
+        """Replaces a stale lock by ours; False if another waiter is doing so, or the holder is alive."""
+        claim, heart = self._sibling("claim", token), self._sibling("beat", token)
         if not self._store.create(claim, self._content):
             return False
         try:
@@ -169,13 +170,13 @@ class Lease:
                 self._store.delete(claim)
 
     def _settled(self, name: str | None = None) -> bool:
-        """Whether an object that was just made stays ours; at once where the store makes it only if there is none."""
-        if self._store.creates_once(self._beside("beat", self._token)):
+        """Whether an object that was just created is ours; takes SETTLE_S if the store does not create atomically."""
+        if self._store.creates_once(self._sibling("beat", self._token)):
             return True
         time.sleep(SETTLE_S)
         return self._store.read(name or self._name) == self._content
 
-    def _beside(self, kind: str, token: str) -> str:
+    def _sibling(self, kind: str, token: str) -> str:
         return f"{self._name.rpartition('/')[0]}/{kind}-{token}"
 
     def _refusal(self, holder: Holder) -> str:
@@ -188,12 +189,12 @@ class Lease:
 
 
 def is_live(content: bytes | None) -> bool:
-    """Whether a lock's content names a holder that may live: all but processes of this system that are gone."""
+    """Whether the holder that a lock names may be alive; false only for processes of this system that are gone."""
     return content is not None and not Holder.parse(content).gone
 
 
 def leftovers(store: Objects, folder: str, names: list[str]) -> list[str]:
-    """Heartbeats and claims in a folder that belong to no lock there."""
+    """The heartbeats and claims in a folder that belong to no lock there."""
     tokens = {Holder.parse(store.read(f"{folder}/{name}")).token for name in names if name.startswith("lock")}
     ours = [name.partition("-") for name in names]
     return ["".join(name) for name in ours if name[0] in ("beat", "claim") and name[2] not in tokens]

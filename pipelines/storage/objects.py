@@ -1,19 +1,20 @@
-"""OUT on an object store, by fsspec: S3 and what speaks its protocol (s3://), Google Cloud Storage (gs://).
+"""OUT on an object store, through fsspec: S3 and compatible stores (s3://), Google Cloud Storage (gs://).
 
-An object appears whole or not at all: one put, or a multipart upload that its last request completes. So there are no
-temporaries in the store and nothing to rename. A shard is made in a local temporary folder (TMPDIR), uploaded, and
-compared with what arrived: by size, and by the MD5 that the store computed; where it gives none that fits (an encrypted
-bucket, say), by reading the object back. The commit record follows, as everywhere.
+An object appears atomically: by one put, or by the last request of a multipart upload. So there are no temporary
+objects and nothing to rename. A shard is written to a local temporary folder (TMPDIR), uploaded, and compared with the
+object: by size, and by the MD5 that the store computed, or, if it reports no comparable MD5 (as for an encrypted
+bucket), by reading the object back. The commit record follows, as everywhere.
 
-Under a lock no put replaces anything: each is made only if there is no object of the name (If-None-Match, also where a
-multipart upload ends). What is in the way is deleted first, if the lock is held, and only as it was seen (If-Match).
-Objects carry the token of the lock under which they were made, so that who finds that it has lost the lock takes back
-its own. Some servers ignore these conditions; then the looks at the lock before and after each put are all there is.
+Under a lock, no put replaces an object: each creates one only if the name is free (If-None-Match, also at the end of a
+multipart upload). An object in the way is deleted before, if the lock is held and the object has not changed since it
+was checked (If-Match). Objects carry the token of the lock under which they were made, so that a process that finds its
+lock lost can remove its own. Some servers ignore these conditions; then the checks of the lock before and after each
+put are the only protection.
 
-Other filesystems of fsspec (sftp, hdfs) show a file under its final name while it is being written: they are refused.
-`memory://` lives in one process: for tests, and for builds with `--workers 0`.
+Other fsspec filesystems (sftp, hdfs) expose a file under its final name while it is being written, and are refused.
+`memory://` exists in one process: for tests, and for builds with `--workers 0`.
 
-Clients are set up as always: environment, ~/.aws, fsspec's own files and variables (FSSPEC_S3_ENDPOINT_URL).
+Clients are configured as usual: by the environment, ~/.aws, and fsspec's files and variables (FSSPEC_S3_ENDPOINT_URL).
 """
 
 from __future__ import annotations
@@ -26,39 +27,37 @@ import os
 import random
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import LockedError, StorageError
 from .base import LOCK
-from .clients import PACKAGES, advice, client, code, decoded, digests, is_transient
+from .clients import EXTRAS, PACKAGES, client, code, decoded, digests, is_transient, write_advice
 from .holders import PRIVATE, Fence, fenced, require_held
 from .object_lock import Lease, is_live, leftovers
+from .retries import Answer, with_retries
 from .scratch import remove_scratch, scratch_folder
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
-
 ATTEMPTS = 6
 RETRY_S = 0.5  # then twice as long each time
-PART_BYTES = 16 << 20  # of a multipart upload; an object of less than two parts goes in one put
-_PARTS = 4  # under way at a time, for each shard
+PART_BYTES = 16 << 20  # of a multipart upload; a smaller object than two parts is uploaded in one put
+_PARTS = 4  # uploaded concurrently, for each shard
 _MAX_PARTS = 10_000
-_KEPT_BYTES = 1 << 20  # of what is deleted, until the lock has been looked at again
+_KEPT_BYTES = 1 << 20  # up to this size, a deleted object is kept until the lock has been checked again
 _MARK = "gpu-npz-lock"  # user metadata on S3: the token under which an object was made
-_UPLOADS = re.compile(r"(shard-\d{5,}|index|plan)\.npz")  # what may be large
+_UPLOADS = re.compile(r"(shard-\d{5,}|index|plan)\.npz")  # files that may be large
 
 
 class ObjectStorage:
-    """OUT as a prefix of a bucket. Names are relative to it, POSIX; `storage.Storage` says what each method does.
+    """OUT as a prefix of a bucket. Names are relative to it, POSIX; see `storage.base.Storage` for each method.
 
     Args:
         root: `s3://bucket/path`.
         under: as for `storage.open_storage`.
 
     Raises:
-        StorageError: no such store, or its client is not installed.
+        StorageError: the store is not supported, or its client is not installed.
     """
 
     _count = itertools.count()
@@ -72,7 +71,13 @@ class ObjectStorage:
             )
         if not place.split("/")[0]:
             raise StorageError(f"OUT {root!r} names no bucket; give {protocol}://bucket/path")
-        self._files = client(protocol, root)
+        try:
+            self._files = client(protocol)
+        except ImportError as exc:
+            raise StorageError(
+                f"OUT {root!r} needs {PACKAGES[protocol]}, which cannot be imported ({exc}); "
+                f"run: pip install 'gpu-npz[{EXTRAS.get(protocol, 's3')}]'"
+            ) from exc
         self._key = self._files._strip_protocol(self.root).rstrip("/")
         self._s3 = PACKAGES[protocol] == "s3fs"
         self._fences = [under] if under else []
@@ -81,7 +86,7 @@ class ObjectStorage:
 
     @property
     def fence(self) -> Fence | None:
-        """The lock that was taken last, for workers that are to work under it; None without one."""
+        """The lock taken last, for workers that work under it; None without a lock."""
         return self._fences[-1] if self._fences else None
 
     def path(self, name: str) -> str:
@@ -89,21 +94,21 @@ class ObjectStorage:
         return f"{self.root}/{name}" if name else self.root
 
     def size(self, name: str) -> int | None:
-        """The size of a file in bytes, None if there is none."""
+        """The size of a file in bytes; None if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             info = self._asked(name, lambda: self._files.info(self._at(name)))
             return int(info["size"]) if info["type"] == "file" else None
         return None
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small file, None if there is none."""
+        """The content of a small file; None if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             return bytes(self._asked(name, lambda: self._files.cat_file(self._at(name))))
         return None
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[str]:
-        """A path of a file's copy, to be opened within the body. Raises FileNotFoundError if there is none."""
+        """The path of a local copy of a file, valid in the body. Raises FileNotFoundError if it does not exist."""
         copy = self.temporary(name)
         try:
             self._asked(name, lambda: self._files.get_file(self._at(name), copy))
@@ -114,7 +119,7 @@ class ObjectStorage:
             self.discard(copy)
 
     def names(self, folder: str = "") -> list[str]:
-        """The names of the files and folders in a folder, sorted; empty if there is no such folder."""
+        """The names of files and folders in a folder, sorted; empty if the folder does not exist."""
         start = f"{self._at(folder)}/"
         with contextlib.suppress(FileNotFoundError):
             found = self._asked(folder, lambda: self._files.ls(self._at(folder), detail=False))
@@ -123,18 +128,18 @@ class ObjectStorage:
         return []
 
     def is_folder(self, name: str) -> bool:
-        """Whether there are files whose names begin so."""
+        """Whether there are files in such a folder."""
         return bool(self.names(name))
 
     def temporary(self, name: str) -> str:
-        """The path of a new local file in which the content of `name` is made."""
+        """The path of a new local file in which to write the content of `name`."""
         with self.explained(name):
             if not self._scratch:
                 self._scratch = scratch_folder(self)
         return os.path.join(self._scratch, f"{os.path.basename(name)}.{next(self._count)}")
 
     def publish(self, temporary: str, name: str) -> None:
-        """Uploads a file, whole, and sees that it arrived; then it is gone here."""
+        """Uploads a file, verifies the object, and removes the local file."""
         size = os.path.getsize(temporary)
         part = max(PART_BYTES, -(-size // _MAX_PARTS))
         known = digests(temporary, part)
@@ -155,7 +160,14 @@ class ObjectStorage:
         self._put(name, put, lambda: bool(self._files.cat_file(self._at(name)) == content), check=False)
 
     def _put(self, name: str, put: Callable[..., None], is_whole: Callable[[], bool], *, check: bool) -> None:
-        """Makes an object, in the place of what is there if the locks are held."""
+        """Creates an object, and replaces an existing one if the locks are held.
+
+        Args:
+            name: of the file.
+            put: uploads the object; takes further options of the client.
+            is_whole: whether the object now has the right content.
+            check: whether to call `is_whole` after the upload.
+        """
 
         def attempt() -> None:
             if not self._fences:
@@ -165,7 +177,7 @@ class ObjectStorage:
                     if self._is_made(name, lambda: put(mode="create", **self._mark()), put):
                         break
                     if self._is_ours(name) and is_whole():
-                        return  # the answer to an earlier attempt was lost
+                        return  # the response to an earlier attempt was lost
                     self._displace(name)
                 else:
                     raise OSError(errno.EBUSY, "another object takes its place again and again")
@@ -182,12 +194,12 @@ class ObjectStorage:
             raise
 
     def discard(self, temporary: str) -> None:
-        """Removes a temporary file, if it is there."""
+        """Removes a temporary file if it exists."""
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there; a folder ends with its last file."""
+        """Removes a file if it exists. A folder disappears with its last file."""
         if self._fences:
             self._asked(name, lambda: self._displace(name))
             self.require_held()
@@ -195,7 +207,7 @@ class ObjectStorage:
             self.delete(name)
 
     def remove_temporaries(self, folder: str) -> None:
-        """Removes what killed builds left unfinished: on this machine, of locks, and of uploads.
+        """Removes what killed builds left: temporary folders on this machine, parts of locks, unfinished uploads.
 
         Only for the holder of a lock, while nothing else works under it.
         """
@@ -208,18 +220,18 @@ class ObjectStorage:
             self._abort_uploads(f"{self._at(folder)}/")
 
     def remove_leftovers(self, name: str) -> None:
-        """Removes what a worker under our lock, which is no more, left unfinished of a file."""
+        """Removes the unfinished parts of a file that a dead worker under our lock left."""
         remove_scratch()
         self._abort_uploads(self._at(name))
 
     def _abort_uploads(self, prefix: str) -> None:
-        """Ends multipart uploads whose keys begin so, in this folder. Not all who may write may list them."""
+        """Aborts multipart uploads with this prefix, not in subfolders, if permissions allow to list them."""
         if not self._s3:
             return
         bucket, key, _ = self._files.split_path(prefix)
         with contextlib.suppress(OSError):
             found = self._files.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key, Delimiter="/")
-            self.require_held()  # so none of these is of a build that takes over from here on
+            self.require_held()  # so none of the listed ones belongs to a build that takes over later
             for upload in found.get("Uploads", []):
                 folder, _, name = upload["Key"].rpartition("/")
                 if folder == key.rpartition("/")[0] and _UPLOADS.fullmatch(name):  # some servers ignore the delimiter
@@ -228,12 +240,12 @@ class ObjectStorage:
 
     @contextlib.contextmanager
     def lock(self, name: str = LOCK, *, wait_s: float = 0.0) -> Iterator[None]:
-        """Holds OUT for one build, or a part of it; `leases.py` has the rules."""
+        """Holds a lock on OUT for one build, or for a part of one; `object_lock.py` has the rules."""
         with Lease(self, f"{PRIVATE}/{name}", wait_s) as token, fenced(self, self._fences, Fence(name, token)):
             yield
 
     def live_locks(self) -> list[str]:
-        """The names of the locks that somebody holds."""
+        """The names of the locks that are held."""
         found = (name for name in self.names(PRIVATE) if name == LOCK or name.startswith(f"{LOCK}-"))
         return [name for name in found if is_live(self.read(f"{PRIVATE}/{name}"))]
 
@@ -243,7 +255,7 @@ class ObjectStorage:
 
     @contextlib.contextmanager
     def explained(self, name: str) -> Iterator[None]:
-        """Raises an OSError from its body, which is the temporary folder's, as a StorageError that says what to do."""
+        """Raises an OSError from its body, about the temporary folder, as a StorageError that says what to do."""
         try:
             yield
         except OSError as exc:
@@ -254,15 +266,15 @@ class ObjectStorage:
             ) from exc
 
     def put(self, name: str, content: bytes) -> None:
-        """Writes a small file in one put, whatever became of the lock."""
+        """Writes a small file in one put, without checking the locks."""
         self._written(name, lambda: self._files.pipe_file(self._at(name), content))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes a small file in one put if there is none, and says whether that is so."""
+        """Writes a small file in one put if it does not exist, and says whether it did."""
         return self.size(name) is None and self._created(name, content)
 
     def creates_once(self, name: str) -> bool:
-        """Whether the server keeps to If-None-Match, tried with a file that is there and that nobody else writes."""
+        """Whether the server respects If-None-Match, tried on an existing file that nobody else writes."""
         if self._conditional is None:
             self._conditional = not self._created(name, self.read(name) or b"")
         return self._conditional
@@ -274,27 +286,27 @@ class ObjectStorage:
         return self._written(name, lambda: self._is_made(name, lambda: put(mode="create"), put))
 
     def _is_made(self, name: str, create: Callable[[], None], put: Callable[[], None]) -> bool:
-        """Makes an object if there is none of the name, and says whether that is so."""
+        """Creates an object if the name is free, and says whether it did."""
         try:
             create()
         except FileExistsError:
             return False
         except OSError as exc:
-            if exc.errno == errno.ENOSYS:  # the server has no If-None-Match
+            if exc.errno == errno.ENOSYS:  # the server does not support If-None-Match
                 put()
                 return True
-            # Servers name a failed condition, or a race for the name, in several ways.
+            # Servers report a failed condition, or a race for the name, in several ways.
             if isinstance(exc, (FileNotFoundError, PermissionError)) or not self._files.exists(self._at(name)):
                 raise
             return False
         return True
 
     def _mark(self) -> dict[str, Any]:
-        """What an upload says of whose it is."""
+        """The options that mark an upload as made under our lock."""
         return {"Metadata": {_MARK: self.fence.token}} if self._s3 and self.fence else {}
 
     def _is_ours(self, name: str) -> bool:
-        """Whether an object was made under our lock, as far as the store can say."""
+        """Whether an object was made under our lock, as far as the store can tell."""
         if not self._s3 or not self.fence:
             return False
         bucket, key, _ = self._files.split_path(self._at(name))
@@ -304,10 +316,10 @@ class ObjectStorage:
         return False
 
     def _displace(self, name: str) -> None:
-        """Deletes what is there, if the locks are held.
+        """Deletes an object, if the locks are held.
 
-        If they are lost meanwhile, If-Match takes an equal object of the other build for the one that was seen
-        (rejects.jsonl names no dataset): then it is made again, unless it is too large to be kept so long.
+        If they are lost in the meantime, If-Match does not tell the object that was checked from an equal one of the
+        other build (rejects.jsonl names no dataset). Then the object is created again, unless it is too large to keep.
         """
         with contextlib.suppress(FileNotFoundError):
             small = self._files.info(self._at(name))["size"] < _KEPT_BYTES
@@ -321,9 +333,10 @@ class ObjectStorage:
                     raise
 
     def _clear(self, name: str, look: Callable[[], bool | None]) -> bool:
-        """Deletes what is there, unless a look at it or at the locks forbids that, and nothing that comes after.
+        """Deletes an object as it is now, unless `look` returns False or raises. A later object stays.
 
-        Returns whether it did.
+        Returns:
+            Whether it was deleted.
         """
         with contextlib.suppress(FileNotFoundError):
             tag = self._files.info(self._at(name)).get("ETag")
@@ -335,7 +348,7 @@ class ObjectStorage:
                     self._files.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=tag)
                     return True
             except OSError as exc:
-                if exc.errno == errno.EINVAL:  # it is another one by now
+                if exc.errno == errno.EINVAL:  # another object has replaced it
                     return False
                 if exc.errno != errno.ENOSYS:
                     raise
@@ -344,8 +357,7 @@ class ObjectStorage:
         return False
 
     def delete(self, name: str, content: bytes | None = None) -> None:
-        """Removes a file, if it is there and, if given, has this content, whatever became of the lock."""
-
+        """Removes a file if it exists and, if given, has this content, without checking the locks."""
         if content is None:
             with contextlib.suppress(FileNotFoundError):
                 self._asked(name, lambda: self._files.rm_file(self._at(name)))
@@ -361,7 +373,7 @@ class ObjectStorage:
             return False
         if {str(info.get("ETag", "")).strip('"'), decoded(info.get("md5Hash"))} & known:
             return True
-        # No checksum, or one of something else: with SSE-KMS an ETag is no MD5.
+        # No checksum, or another kind: with SSE-KMS, an ETag is not an MD5.
         with open(temporary, "rb") as file:
             for start in range(0, size, PART_BYTES):
                 stop = min(size, start + PART_BYTES)
@@ -376,21 +388,24 @@ class ObjectStorage:
             raise self._error(name, exc, "the bucket does not exist; make it, or give another OUT") from exc
 
     def _asked(self, name: str, action: Callable[[], Answer]) -> Answer:
-        """What the store answers, asked again if it fails for a moment. FileNotFoundError is an answer, too."""
-        for attempt in itertools.count(1):
-            try:
-                return action()
-            except StorageError:  # of a look at the lock
+        """The result of a request, with retries. FileNotFoundError counts as a result."""
+        attempts = itertools.count(2)
+
+        def may_pass(exc: Exception) -> bool:
+            transient = is_transient(exc)
+            if transient:
+                log.info("%s: %s; attempt %d of %d", self.path(name), exc, next(attempts), ATTEMPTS)
+            return transient
+
+        delays_s = (RETRY_S * 2**number * random.uniform(0.5, 1.5) for number in range(ATTEMPTS - 1))
+        try:
+            return with_retries(action, delays_s, may_pass)
+        except StorageError:  # from a check of the lock
+            raise
+        except Exception as exc:  # the error classes belong to clients, which may not be installed
+            if isinstance(exc, FileNotFoundError) and code(exc) != "NoSuchBucket":
                 raise
-            except Exception as exc:  # the classes are the clients', of which only one is installed
-                if isinstance(exc, FileNotFoundError) and code(exc) != "NoSuchBucket":
-                    raise
-                transient = is_transient(exc)
-                if not transient or attempt >= ATTEMPTS:
-                    raise self._error(name, exc, advice(exc, transient)) from exc
-                log.info("%s: %s; attempt %d of %d", self.path(name), exc, attempt + 1, ATTEMPTS)
-            time.sleep(RETRY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        raise AssertionError
+            raise self._error(name, exc, write_advice(exc)) from exc
 
     def _error(self, name: str, exc: Exception, advice: str) -> StorageError:
         text = " ".join(str(exc).split()) or type(exc).__name__

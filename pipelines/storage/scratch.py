@@ -1,4 +1,4 @@
-"""Folders on this machine in which files are made that go to an object store."""
+"""Local temporary folders for files that are uploaded to an object store."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SCRATCH = re.compile(r"gpu-npz-scratch-.+")
 
 
 def scratch_folder(owner: object) -> str:
-    """A folder for temporary files, flocked as long as its process lives and removed with its owner."""
+    """Creates a folder for temporary files. It is flocked while the process lives, and removed with `owner`."""
     while True:
         path = tempfile.mkdtemp(prefix="gpu-npz-scratch-")
-        with contextlib.suppress(FileNotFoundError):  # taken for a killed build's before it was flocked
+        with contextlib.suppress(FileNotFoundError):  # another build removed it before it was flocked
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            with contextlib.suppress(OSError):  # no flock there, so that nobody will take it for a killed build's
+            with contextlib.suppress(OSError):  # without flock, no other build removes it either
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.path.isdir(path):
                 break
@@ -34,11 +34,11 @@ def scratch_folder(owner: object) -> str:
 
 
 def remove_scratch() -> None:
-    """Removes the folders that killed processes left on this machine."""
+    """Removes the folders that killed processes left on this machine, by their missing flock."""
     root = tempfile.gettempdir()
     for name in filter(_SCRATCH.fullmatch, os.listdir(root)):
         path = os.path.join(root, name)
-        with contextlib.suppress(OSError):  # another user's, or a build's that lives
+        with contextlib.suppress(OSError):  # of another user, or of a live build
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,1 +1,1 @@
-"""Bytes of SRC, wherever they lie: on a disk, in an object store or on the web."""
+"""Access to the bytes of SRC on a disk, an object store or a web server."""

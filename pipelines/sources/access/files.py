@@ -1,6 +1,6 @@
-"""Files that hold many items each, on a disk or behind fsspec: found by a pattern, read at any offset.
+"""Files that hold many items each, on a disk or on an fsspec store: found by a pattern, read at any offset.
 
-Nothing is opened before it is read, and few files stay open, so that thousands of them are no trouble.
+A file is opened only when it is read, and few stay open, so that there may be thousands.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .stores import (
     READS_AT_ONCE,
     as_source_errors,
     as_system_errors,
+    ask_store,
     from_web,
     is_web,
-    patiently,
     store_of,
     without_query,
 )
 
-GROUP_ITEMS = 8192  # of a file with many items, in one Group
+GROUP_ITEMS = 8192  # items of a file in one Group
 _OPEN_FILES = 64
 _MAX_FILES = 1_000_000
 _MAX_DIGITS = 18
@@ -46,24 +46,24 @@ _LIVE: weakref.WeakSet[Files] = weakref.WeakSet()
 
 
 class Files:
-    """Some files, by number. May be shared by threads and pickled; each process opens them anew.
+    """Numbered files. Can be shared by threads, and pickled; each process opens the files itself.
 
     Args:
         location: a file, a pattern (`a-{000..099}.tar`, `{train,val}.tar`, `*.tar`), or a URL of these.
-        inside: a pattern of the names to take if `location` is a folder.
+        inside: if `location` is a folder, the pattern of the names to use.
 
     Attributes:
-        names: of each file, relative to the folder that holds them all; sorted by it where a pattern found them.
-        stamps: name and size of each file, as `Source.files` wants them.
+        names: of the files, relative to their common folder; sorted if a pattern found them.
+        stamps: name and size of each file, as for `Source.files`.
 
     Raises:
-        SourceError: there is no such file, or no way to read parts of it.
+        SourceError: there is no such file, or its parts cannot be read.
     """
 
     def __init__(self, location: str, inside: str = "*") -> None:
         self.location = full_location(location)
         self._remote = is_remote(self.location)
-        self._start_anew()
+        self._reset()
         found = self._found(inside)
         if not found:
             raise SourceError(f"{location!r}: there is no such file; give a file, a pattern in quotes, or a URL")
@@ -81,9 +81,9 @@ class Files:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._fs: Any = None
         self._lock = threading.Lock()
         self._open: dict[int, int] = {}
@@ -104,11 +104,11 @@ class Files:
         return self.stamps[number][1]
 
     def read(self, number: int, start: int, size: int) -> bytes:
-        """`size` bytes of a file from `start` on; fewer only where the file, as it was when it was found, ends.
+        """`size` bytes of a file from `start` on; fewer only at the end of the file, by its size when it was found.
 
         Raises:
-            OSError: with an errno, as the system says; of a remote store ENOENT, EACCES, ENOTSUP from a web server that
-                gives no parts of files, or EIO for all else. EIO, too, where the file has become shorter.
+            OSError: with the system's errno; from a remote store ENOENT, EACCES, ENOTSUP if a web server does not
+                support ranges, or EIO for anything else. Also EIO if the file has shrunk.
         """
         if not 0 <= number < len(self._paths) or start < 0:
             raise OSError(errno.EINVAL, f"no byte {start} of a file {number}")
@@ -132,7 +132,7 @@ class Files:
             return bytes(self._store.cat_file(path, start=start, end=start + size))
 
     def _read_local(self, number: int, start: int, size: int) -> bytes:
-        with self._lock:  # held while reading: the descriptor must not be another file's by then
+        with self._lock:  # held while reading, so that the descriptor is not closed and reused
             descriptor = self._open.get(number)
             if descriptor is None:
                 descriptor = open_regular(self._paths[number], os.O_RDONLY)
@@ -146,10 +146,10 @@ class Files:
 
     @contextlib.contextmanager
     def opened(self, number: int) -> Iterator[BinaryIO]:
-        """A file, to be read from its beginning on, or here and there.
+        """Opens a file for sequential or random reads.
 
         Raises:
-            SourceError: it cannot be opened; of a remote file also where a read in the body fails for good.
+            SourceError: it cannot be opened; for a remote file also if a read in the body keeps failing.
         """
         try:
             if self._remote:
@@ -157,16 +157,16 @@ class Files:
             else:
                 file = open(self._paths[number], "rb", opener=open_regular)  # noqa: SIM115  # closed below
         except OSError as exc:
-            raise self._gone(self._paths[number], exc) from exc
+            raise self._open_error(self._paths[number], exc) from exc
         with file:
             yield file
 
     def check(self) -> None:
-        """Raises SourceError if a file is gone or may not be read any more."""
+        """Raises SourceError if a file is gone or no longer readable."""
         for number, path in enumerate(self._paths):
             try:
                 if self._remote:
-                    patiently(partial(self.read, number, 0, 1))
+                    ask_store(partial(self.read, number, 0, 1))
                 else:
                     os.close(open_regular(path, os.O_RDONLY))
             except OSError as exc:
@@ -185,11 +185,11 @@ class Files:
         return self._fs
 
     def _found(self, inside: str) -> dict[str, int]:
-        """The paths of all files, each with its size."""
+        """The paths of all files, with their sizes."""
         if not self._remote:
             if os.path.isdir(self.location):
                 paths = sorted(glob.glob(os.path.join(glob.escape(self.location), inside)))
-            elif os.path.lexists(self.location):  # whatever its name looks like
+            elif os.path.lexists(self.location):  # even if its name looks like a pattern
                 paths = [self.location]
             else:
                 paths = [
@@ -206,19 +206,19 @@ class Files:
             return dict(zip(found, sizes, strict=True))
 
     def _found_remote(self, url: str, inside: str) -> dict[str, int | None]:
-        """The URLs of files, each with its size; None where a web server has yet to be asked."""
+        """The URLs of files, with their sizes; None for files on a web server, which has to be asked for each."""
         with as_source_errors(url):
             if _GLOB.search(without_query(url)):
                 return self._matching(url)
             if is_web(url):
                 return {url: None}
-            info = patiently(lambda: self._store.info(url))
+            info = ask_store(lambda: self._store.info(url))
             if info["type"] == "directory":
                 return self._matching(f"{url.rstrip('/')}/{inside}")
             return {url: int(info["size"])}
 
     def _matching(self, pattern: str) -> dict[str, int | None]:
-        matches: dict[str, dict[str, Any]] = patiently(lambda: self._store.glob(pattern, detail=True))
+        matches: dict[str, dict[str, Any]] = ask_store(lambda: self._store.glob(pattern, detail=True))
         return {
             self._store.unstrip_protocol(path): None if is_web(pattern) else int(info["size"])
             for path, info in sorted(matches.items())
@@ -229,13 +229,13 @@ class Files:
         try:
             return os.stat(path).st_size
         except OSError as exc:
-            raise self._gone(path, exc) from exc
+            raise self._open_error(path, exc) from exc
 
     def _web_size(self, url: str) -> int:
         try:
-            size = patiently(lambda: from_web(self._store, url, 0, 1)[1])
+            size = ask_store(lambda: from_web(self._store, url, 0, 1)[1])
         except OSError as exc:
-            raise self._gone(url, exc) from exc
+            raise self._open_error(url, exc) from exc
         if size is None:
             raise SourceError(
                 f"{url!r}: the server does not tell its size, so that no part of it can be read alone; download it "
@@ -244,20 +244,20 @@ class Files:
         return size
 
     @staticmethod
-    def _gone(path: str, exc: OSError) -> SourceError:
+    def _open_error(path: str, exc: OSError) -> SourceError:
         return SourceError(f"{path!r}: {exc.strerror or exc}; give a file, a pattern in quotes, or a URL")
 
 
-def _start_all_anew() -> None:
+def _reset_all() -> None:
     for files in list(_LIVE):
-        files._start_anew()
+        files._reset()
 
 
-os.register_at_fork(after_in_child=_start_all_anew)  # a thread that the child does not have may hold a lock for ever
+os.register_at_fork(after_in_child=_reset_all)  # another thread may have held a lock when the process forked
 
 
 class FileOf(io.RawIOBase):
-    """One of some files to read and seek in, wherever it is. A read that fails for good raises SourceError."""
+    """A file of `Files` as a seekable stream. A read that keeps failing raises SourceError."""
 
     def __init__(self, files: Files, number: int) -> None:
         self._files, self._number, self._at = files, number, 0
@@ -280,9 +280,9 @@ class FileOf(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = patiently(lambda: self._files.read(self._number, self._at, len(buffer)))
+            data = ask_store(lambda: self._files.read(self._number, self._at, len(buffer)))
         except OSError as exc:
-            raise self._files._gone(self._files.path(self._number), exc) from exc
+            raise self._files._open_error(self._files.path(self._number), exc) from exc
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -296,7 +296,7 @@ def _close(descriptors: dict[int, int]) -> None:
 
 
 def _expanded(pattern: str) -> Iterable[str]:
-    """The names that `{000..099}` and `{a,b}` stand for, as bash has them. Raises SourceError for a million."""
+    """Expands `{000..099}` and `{a,b}` like bash. Raises SourceError if there are more than a million names."""
     try:
         names = list(itertools.islice(_each(pattern), _MAX_FILES + 1))
     except (ValueError, RecursionError) as exc:
@@ -331,11 +331,11 @@ def _each(pattern: str) -> Iterator[str]:
 
 
 def read_piece(files: Files, number: int, start: int, size: int) -> bytes:
-    """So many bytes of an archive.
+    """Exactly `size` bytes of an archive from `start` on.
 
     Raises:
-        BadItem: there is no such place, or they are more than any image should have.
-        OSError: as `Files.read`; EIO where the archive has become shorter.
+        BadItem: there is no such place, or `size` is larger than any image should be.
+        OSError: as `Files.read`; EIO if the archive has shrunk.
     """
     if not 0 <= number < len(files) or start < 0 or size < 0:
         raise BadItem("read", "missing", "its place in the archives does not exist")
@@ -348,7 +348,7 @@ def read_piece(files: Files, number: int, start: int, size: int) -> bytes:
 
 
 def place_of(item: Item, numbers: int) -> tuple[int, ...]:
-    """The place of an item. Raises BadItem if it has not as many numbers as that."""
+    """The place of an item. Raises BadItem if it does not consist of that many numbers."""
     if len(item.place) != numbers:
         raise BadItem("read", "missing", "its place in the archives is not known")
     return item.place

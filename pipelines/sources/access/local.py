@@ -1,4 +1,4 @@
-"""Files of images below a local folder: their bytes, and the frames of those that are DICOM files of several."""
+"""Image files below a local folder: reading them, and the frames of multi-frame DICOM files."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ..base import Group, Item, as_bytes
 from ..dicom_frames import EXTENSIONS, frame_count, split_frame
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 
-_WHOLE = -1  # the place of an item that is a whole file, beside others that are frames
-# Filesystems that the kernel makes up. To read a file there may wait for ever, never end, or take from a log.
-_KERNEL = frozenset(
+_WHOLE = -1  # the place of an item that is a whole file, in a group with frames
+# Virtual filesystems of the kernel. Reading a file there may block, never end, or consume a log.
+_VIRTUAL = frozenset(
     b"proc sysfs debugfs tracefs securityfs configfs cgroup cgroup2 bpf pstore efivarfs binfmt_misc fusectl selinuxfs "
     b"rpc_pipefs nfsd mqueue devpts".split()
 )
-_LOOKED_AT = 1000  # names, to find a file to compare with
-_COMPARED = 3
+_MAX_CANDIDATES = 1000  # files among which to look for others to probe
+_PROBED = 3
 _PROBE_BYTES = 4096
 
 
 class Inside:
-    """Which files below a folder lie there really, whatever links say. Each folder is listed once.
+    """Detects paths that symbolic links lead out of a folder. Each folder is listed once.
 
     Args:
         root: the folder's absolute path.
@@ -43,7 +43,7 @@ class Inside:
         self._folders: dict[bytes, tuple[bool, frozenset[bytes]]] = {}
 
     def holds(self, path: bytes) -> bool:
-        """Whether a path relative to the folder leads to a place in it."""
+        """Whether a path relative to the folder resolves to a place inside it."""
         folder, _, name = path.rpartition(b"/")
         if folder not in self._folders:
             self._folders[folder] = self.holds_target(os.path.join(self._root, folder)), self._links(folder)
@@ -51,7 +51,7 @@ class Inside:
         return inside and (name not in links or self.holds_target(os.path.join(self._root, path)))
 
     def holds_target(self, path: bytes) -> bool:
-        """Whether an absolute path, links followed, leads to a place in the folder."""
+        """Whether an absolute path resolves to a place inside the folder."""
         real = os.path.realpath(path)
         return real == self._real or real.startswith(self._real.rstrip(b"/") + b"/")
 
@@ -66,7 +66,7 @@ class Inside:
 
 
 class LocalFiles:
-    """The files below a folder, of which a frame is an item `scan.dcm/0003`, whose place is the frame's number.
+    """The files below a folder. A DICOM frame is an item such as `scan.dcm/0003`, whose place is the frame's number.
 
     Args:
         root: the folder's absolute path.
@@ -81,11 +81,11 @@ class LocalFiles:
         return {"_root": self._root}
 
     def with_frames(self, group: Group) -> Group:
-        """The same items, but of each DICOM file of several frames, whose header is read for it, the frames.
+        """The same items, with each multi-frame DICOM file replaced by its frames. Reads the headers of DICOM files.
 
-        An item that is named as a frame stays that one.
+        An item that names a frame itself is kept.
         """
-        together = b"/".join(group.names).lower()  # most folders have none, which one look tells
+        together = b"/".join(group.names).lower()  # one search shows that most folders have no DICOM file
         if group.places is not None or not any(extension in together for extension in EXTENSIONS):
             return group
         names: list[bytes] = []
@@ -107,14 +107,14 @@ class LocalFiles:
         return replace(group, names=names, labels=labels, keys=keys, places=np.array(frames, np.int64).reshape(-1, 1))
 
     def frame(self, item: Item) -> int | None:
-        """The number of the frame in its file; None of an item that is a whole file."""
+        """The number of the frame in its file; None if the item is a whole file."""
         return item.place[0] if item.place and item.place[0] != _WHOLE else None
 
     def read(self, item: Item) -> bytes:
-        """The bytes of the file, read in full; of one that has frames, for all of them once, if they follow each other.
+        """The bytes of the item's file. Consecutive frames of a file share one read.
 
         Raises:
-            OSError: as the system says.
+            OSError: from the system.
             BadItem: not a regular file, or larger than any image should be.
         """
         path = self.path(item)
@@ -122,33 +122,33 @@ class LocalFiles:
             return _read(path)
         status = os.stat(path)
         stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
-        last = self._last  # another thread may put another file there
+        last = self._last  # read once: another thread may replace it
         if last is None or last[0] != stamp:
             self._last = last = stamp, _read(path)
         return last[1]
 
     def others_readable(self, item: Item) -> bool:
-        """Whether other files below the folder, on the same filesystem if there are any, can be read now."""
+        """Whether other files below the folder can be read now, preferably on the same filesystem."""
         path = self.path(item)
         try:
             device = os.stat(path).st_dev
-            others = list(itertools.islice(self._others(path), _LOOKED_AT))
-            beside = [other for other, where in others if where == device] or [other for other, _ in others]
-            for other in beside[:_COMPARED]:
+            others = list(itertools.islice(self._others(path), _MAX_CANDIDATES))
+            probed = [other for other, where in others if where == device] or [other for other, _ in others]
+            for other in probed[:_PROBED]:
                 _probe(other)
         except OSError:
             return False
-        return bool(beside)
+        return bool(probed)
 
     def _others(self, path: bytes) -> Iterator[tuple[bytes, int]]:
-        """Regular files in the folder of a file, and then in all, that have content; each with its filesystem."""
+        """Other regular, nonempty files with their device numbers: first from the file's folder, then from all."""
         for folder in (os.path.dirname(path), self._root):
             for where, _, names in os.walk(folder):
                 for name in names:
                     other = os.path.join(where, name)
                     with contextlib.suppress(FileNotFoundError):
                         status = os.stat(other)
-                        regular = stat.S_ISREG(status.st_mode) and not _is_kernels(status)
+                        regular = stat.S_ISREG(status.st_mode) and not _is_virtual(status)
                         if regular and status.st_size and other != path:
                             yield other, status.st_dev
 
@@ -158,7 +158,7 @@ class LocalFiles:
         return self._root + b"/" + as_bytes(path)
 
     def _frames(self, path: bytes) -> int:
-        """How many items a file is; one that cannot be read, or claims more frames than bytes, is one: a reject."""
+        """The number of items in a file; 1 if it is unreadable or claims more frames than bytes, to become a reject."""
         try:
             with open(os.path.join(self._root, path), "rb", opener=open_regular) as file:
                 count = frame_count(file)
@@ -168,7 +168,7 @@ class LocalFiles:
 
 
 def is_plain(path: bytes) -> bool:
-    """Whether a path leads to a regular file on a disk that is not larger than any image should be."""
+    """Whether a path leads to a regular file on a disk, not larger than any image should be."""
     try:
         _require_plain(os.stat(path))
     except (OSError, ValueError, BadItem):  # ValueError: a name with a NUL byte
@@ -177,7 +177,7 @@ def is_plain(path: bytes) -> bool:
 
 
 def _read(path: bytes) -> bytes:
-    # O_NONBLOCK: a named pipe under an image's name must not hang the build; regular files ignore it.
+    # O_NONBLOCK: a named pipe must not block the build; regular files ignore it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
@@ -193,30 +193,30 @@ def _read(path: bytes) -> bytes:
 def _require_plain(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise BadItem("read", "unreadable", "not a regular file")
-    if _is_kernels(status):
+    if _is_virtual(status):
         raise BadItem("read", "unreadable", "a file that the kernel makes up, as in /proc or /sys")
     if status.st_size > MAX_ENCODED_BYTES:
         raise BadItem("read", "too-large", f"{status.st_size} bytes; at most {MAX_ENCODED_BYTES}")
 
 
-def _is_kernels(status: os.stat_result) -> bool:
-    return status.st_dev in _kernel_devices()
+def _is_virtual(status: os.stat_result) -> bool:
+    return status.st_dev in _virtual_devices()
 
 
 @functools.cache
-def _kernel_devices() -> frozenset[int]:
-    """The numbers of the filesystems that the kernel makes up, as proc_pid_mountinfo(5) has them; none on macOS."""
+def _virtual_devices() -> frozenset[int]:
+    """The device numbers of virtual filesystems, from proc_pid_mountinfo(5); empty on macOS."""
     found = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
             mount, _, source = line.partition(b" - ")
-            if source.split(b" ")[0] in _KERNEL:
+            if source.split(b" ")[0] in _VIRTUAL:
                 found.add(os.makedev(*map(int, mount.split()[2].split(b":"))))
     return frozenset(found)
 
 
 def _probe(path: bytes) -> None:
-    """Reads the beginning of a file from the disk rather than from memory; raises OSError."""
+    """Reads the beginning of a file from the disk, not from the page cache. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if hasattr(os, "posix_fadvise"):  # not on macOS

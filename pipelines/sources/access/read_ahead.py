@@ -1,7 +1,7 @@
-"""How many bytes the reads that run ahead of a decoder may hold together.
+"""A limit on the total size of the reads that run ahead of a decoder.
 
-A read that finds no room ends at once, before its bytes come, and its item is read when the decoder wants it. So
-nothing waits for room, and memory depends neither on the sizes of images nor on how many are read at once.
+A prefetch that finds no room fails immediately, before it receives its bytes, and its item is read later, when the
+decoder needs it. So nothing waits for room, and memory depends neither on image sizes nor on the number of reads.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ ROOM_BYTES = 256 << 20
 
 
 class NoRoomError(Exception):
-    """Raised and caught between a source and `with_reads`."""
+    """There is no room for a prefetch. Raised in a source; caught where prefetches are started."""
 
 
 class Room:
-    """The bytes that are left for reads ahead. Threads share it."""
+    """The bytes left for prefetches. Shared by threads."""
 
     def __init__(self, room_bytes: int = ROOM_BYTES) -> None:
         self._left = room_bytes
         self._lock = threading.Lock()
 
     def take(self, size: int) -> bool:
-        """Takes bytes, if so many are left; negative ones are given back."""
+        """Takes `size` bytes if that many are left, and says whether it did. A negative size gives bytes back."""
         with self._lock:
             if size > self._left:
                 return False
@@ -33,20 +33,20 @@ class Room:
 
 
 class Share:
-    """What one read has taken of a room; in its thread, `reserve` takes more."""
+    """The part of a room that one prefetch has taken. `reserve`, in the same thread, takes more."""
 
     def __init__(self, room: Room) -> None:
         self._room = room
         self._size = 0
 
     def take(self, size: int) -> None:
-        """Raises NoRoomError if there is not so much left."""
+        """Takes `size` bytes of the room. Raises NoRoomError if fewer are left."""
         if not self._room.take(size):
             raise NoRoomError
         self._size += size
 
     def give_back(self) -> None:
-        """All that it has taken."""
+        """Gives back all bytes taken."""
         self._room.take(-self._size)
         self._size = 0
 
@@ -55,9 +55,9 @@ SHARE: contextvars.ContextVar[Share | None] = contextvars.ContextVar("share", de
 
 
 def reserve(size: int, share: Share | None = None) -> None:
-    """Called before bytes come. Raises NoRoomError if this is a read ahead and they are too many.
+    """Called before `size` bytes are received. Raises NoRoomError if this is a prefetch and there is no room for them.
 
-    `share` is that of the thread unless given: the thread of an event loop has none.
+    `share` defaults to the current thread's; an event loop's thread has none.
     """
     share = share or SHARE.get()
     if share is not None:

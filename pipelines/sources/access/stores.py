@@ -1,4 +1,4 @@
-"""What lies far away, by fsspec: S3 and its like, and web servers; their errors as those of a disk, tried again."""
+"""Remote files on object stores and web servers, through fsspec: reads, retries, and errors as errnos."""
 
 from __future__ import annotations
 
@@ -6,44 +6,34 @@ import contextlib
 import errno
 import posixpath
 import re
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from ...errors import SourceError
+from ...storage.clients import EXTRAS, client, read_advice
+from ...storage.retries import Answer, with_retries
 from .. import base
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .read_ahead import SHARE, NoRoomError, Share, reserve
 
 READS_AT_ONCE = 16
-BLOCK_BYTES = 8 << 20  # of a file that is read from its beginning to its end
+BLOCK_BYTES = 8 << 20  # read at a time from a file that is read sequentially
 _WEB = ("http", "https")
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")  # RFC 9110, section 14.4
 _MOST_REDIRECTS = 10
-_PASSED_ON = (errno.EIO, errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTSUP)  # ours, and s3fs's for a client's errors
-_LATER = (408, 421, 425, 429)  # statuses of a client's error that another try may not have
-# What aiohttp raises for an address that leads nowhere: it is the item's, whatever the server does.
+_PASSED_ON = (errno.EIO, errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTSUP)  # ours, and s3fs's for client errors
+_LATER = (408, 421, 425, 429)  # client error statuses that may pass
+# What aiohttp raises for an invalid address, which is the item's fault.
 _BAD_ADDRESS = re.compile(r"InvalidU|NonHttpUrl|TooManyRedirects")
-_ANONYMOUS = re.compile(r"Credential|TokenRetrieval|SSOToken|RefreshError|ProfileNotFound")
-Answer = TypeVar("Answer")
 
 
 def store_of(url: str) -> Any:
-    """The filesystem of fsspec for a URL. Raises SourceError if what it needs is not installed."""
+    """The fsspec filesystem for a URL. Raises SourceError if its package is not installed, or the protocol unknown."""
     protocol = url.partition("://")[0]
     try:
-        import fsspec
-
-        options: dict[str, Any] = {"use_listings_cache": False}  # it would hold every name of a collection
-        if protocol in ("s3", "s3a"):  # we try again by ourselves: see `base.read_item`
-            given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **given}
-        store = fsspec.filesystem(protocol, **options)
-        if "config_kwargs" in options:
-            store.retries = 1
-        return store
+        return client(protocol)
     except ImportError as exc:
-        extra = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}.get(protocol, "http")
+        extra = EXTRAS.get(protocol, "http")
         raise SourceError(f"{url!r} needs {exc.name or 'fsspec'}; run: pip install 'gpu-npz[{extra}]'") from exc
     except ValueError as exc:
         raise SourceError(f"{url!r}: {exc}; give a path, s3://, gs:// or https://") from exc
@@ -53,15 +43,15 @@ def fetch(store: Any, url: str, size: int | None = None, *, within: str | None =
     """All bytes of a remote file that is one item.
 
     Args:
-        store: as `store_of` gives it.
-        url: the file's.
-        size: in bytes, if that is known; saves a request.
-        within: the URL of a folder that neither the file nor a redirect may lead out of.
+        store: from `store_of`.
+        url: of the file.
+        size: in bytes, if known, which saves a request.
+        within: the URL of a folder that must contain the file and the targets of redirects.
 
     Raises:
-        OSError: ENOENT, EACCES, EINVAL for what the server refuses of this URL alone, or EIO for all else, a body that
-            was cut off among it.
-        BadItem: larger than any image should be, or not within the folder.
+        OSError: ENOENT, EACCES, EINVAL if the server refuses this URL in particular, or EIO for anything else,
+            including a truncated body.
+        BadItem: larger than any image should be, or outside the folder.
     """
     with as_system_errors():
         if is_web(url):
@@ -80,7 +70,7 @@ def fetch(store: Any, url: str, size: int | None = None, *, within: str | None =
 
 
 def _some(store: Any, url: str, size: int) -> bytes:
-    """A byte more than `size`, if there is one. Of an empty object, a store gives no range."""
+    """Up to `size` + 1 bytes, to detect a larger object. Stores refuse a range of an empty object."""
     reserve(size)
     return bytes(store.cat_file(url, start=0, end=size + 1)) if size else b""
 
@@ -88,20 +78,21 @@ def _some(store: Any, url: str, size: int) -> bytes:
 def from_web(
     store: Any, url: str, start: int | None = None, size: int = MAX_ENCODED_BYTES, *, within: str | None = None
 ) -> tuple[bytes, int | None]:
-    """`size` bytes of a file on a web server from `start` on, or all, and the file's size if the server tells it.
+    """`size` bytes of a file on a web server from `start` on, and the file's size if the server reports it.
 
-    fsspec's own `cat_file` takes what a server sends for what was asked. Redirects lead to http(s) alone, by aiohttp,
-    and not out of the folder `within`. A server that knows no ranges may send a small file whole, of which the part is
-    taken. Compressed answers, which may expand a thousandfold, are refused.
+    If `start` is None, the whole file, of at most `size` bytes. Unlike fsspec's `cat_file`, this checks that the server
+    sent what was asked for. Redirects are followed only to http(s) (by aiohttp) and only inside the folder `within`. A
+    server without ranges may send a small file whole. Compressed responses, which may expand a thousandfold, are
+    refused.
     """
     from fsspec.asyn import sync
 
-    return cast("tuple[bytes, int | None]", sync(store.loop, _asked_web, store, url, start, size, within, SHARE.get()))
+    return cast("tuple[bytes, int | None]", sync(store.loop, _from_web, store, url, start, size, within, SHARE.get()))
 
 
 @contextlib.asynccontextmanager
 async def _answer(store: Any, url: str, headers: dict[str, str], within: str | None) -> AsyncIterator[Any]:
-    """What a web server answers, after redirects."""
+    """A web server's response, after redirects. Raises BadItem if they lead out of the folder `within`."""
     session = await store.set_session()
     options = dict(store.kwargs)
     headers = {**options.pop("headers", {}), **headers, "Accept-Encoding": "identity"}
@@ -123,54 +114,72 @@ async def _answer(store: Any, url: str, headers: dict[str, str], within: str | N
 
 
 def _is_within(address: Any, folder: Any) -> bool:
-    """Whether a URL of yarl, as a server reads it, lies below another one; https is as good as http."""
+    """Whether a yarl URL is below another one, as a server resolves it; https may replace http."""
     same = address.scheme in ("https", folder.scheme) and address.host == folder.host
     same &= address.port == folder.port or (address.is_default_port() and folder.is_default_port())
     path, top = (posixpath.normpath(each.path.replace("\\", "/")) for each in (address, folder))
     return bool(same and path.startswith(top.rstrip("/") + "/"))
 
 
-async def _asked_web(
+async def _from_web(
     store: Any, url: str, start: int | None, size: int, within: str | None, share: Share | None
 ) -> tuple[bytes, int | None]:
     headers = {} if start is None else {"Range": f"bytes={start}-{start + size - 1}"}
     async with _answer(store, url, headers, within) as answer:
-        if answer.status in (404, 410):
-            raise FileNotFoundError(url)
-        if answer.status in (401, 403, 407, 451):
-            raise PermissionError(url)
-        if 400 <= answer.status < 500 and answer.status not in (*_LATER, 416):
-            raise OSError(errno.EINVAL, f"HTTP status {answer.status}")
-        encoding = answer.headers.get("Content-Encoding", "identity")
-        if encoding.lower() not in ("identity", ""):
-            raise OSError(errno.EINVAL, f"the server compresses it ({encoding[:50]}), although asked not to")
-        found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
-        total = int(found[2]) if found and found[2] != "*" else None
-        length = answer.headers.get("Content-Length", "")
+        _require_success(answer, url)
         if start is None:
-            if answer.status != 200:
-                raise OSError(errno.EIO, f"HTTP status {answer.status}")
-            if length.isdecimal() and int(length) > size:
-                raise BadItem("read", "too-large", f"{length} bytes; at most {size}")
-        elif answer.status == 416 and total is not None and total <= start:
-            return b"", total
-        elif answer.status == 200:
-            if not length.isdecimal() or int(length) > BLOCK_BYTES:
-                raise OSError(errno.ENOTSUP, "the server does not give parts of a file (no Range); download it first")
-            whole = await _body(answer, int(length), share)
-            if len(whole) != int(length):
-                raise OSError(errno.EIO, f"{len(whole)} bytes came where the server said {length}")
-            return whole[start : start + size], len(whole)
-        elif answer.status != 206 or found is None or found[1] is None or int(found[1]) != start:
-            raise OSError(errno.EIO, f"HTTP status {answer.status}, Content-Range {found and found[0]!r}")
-        data = await _body(answer, size, share)
-        if start is None and len(data) > size:
-            raise BadItem("read", "too-large", f"more than {size} bytes")
-        return data, total
+            data = await _whole(answer, size, share)
+            return data, len(data)
+        return await _part(answer, start, size, share)
+
+
+def _require_success(answer: Any, url: str) -> None:
+    """Raises OSError for a status that refuses the request permanently, or for a compressed body."""
+    if answer.status in (404, 410):
+        raise FileNotFoundError(url)
+    if answer.status in (401, 403, 407, 451):
+        raise PermissionError(url)
+    if 400 <= answer.status < 500 and answer.status not in (*_LATER, 416):
+        raise OSError(errno.EINVAL, f"HTTP status {answer.status}")
+    encoding = answer.headers.get("Content-Encoding", "identity")
+    if encoding.lower() not in ("identity", ""):
+        raise OSError(errno.EINVAL, f"the server compresses it ({encoding[:50]}), although asked not to")
+
+
+async def _whole(answer: Any, size: int, share: Share | None) -> bytes:
+    """The whole file. Raises BadItem if it has more than `size` bytes, OSError if the server failed."""
+    if answer.status != 200:
+        raise OSError(errno.EIO, f"HTTP status {answer.status}")
+    length = answer.headers.get("Content-Length", "")
+    if length.isdecimal() and int(length) > size:
+        raise BadItem("read", "too-large", f"{length} bytes; at most {size}")
+    data = await _body(answer, size, share)
+    if len(data) > size:
+        raise BadItem("read", "too-large", f"more than {size} bytes")
+    return data
+
+
+async def _part(answer: Any, start: int, size: int, share: Share | None) -> tuple[bytes, int | None]:
+    """The requested part of a file, and the file's size if the server reports it. Raises OSError if it sent another."""
+    found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+    total = int(found[2]) if found and found[2] != "*" else None
+    if answer.status == 416 and total is not None and total <= start:
+        return b"", total
+    if answer.status == 200:
+        length = answer.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > BLOCK_BYTES:
+            raise OSError(errno.ENOTSUP, "the server does not give parts of a file (no Range); download it first")
+        whole = await _body(answer, int(length), share)
+        if len(whole) != int(length):
+            raise OSError(errno.EIO, f"{len(whole)} bytes came where the server said {length}")
+        return whole[start : start + size], len(whole)
+    if answer.status != 206 or found is None or found[1] is None or int(found[1]) != start:
+        raise OSError(errno.EIO, f"HTTP status {answer.status}, Content-Range {found and found[0]!r}")
+    return await _body(answer, size, share), total
 
 
 async def _body(answer: Any, size: int, share: Share | None) -> bytes:
-    """The body of an answer, which the server cut off if that says so; a little more than `size` bytes at most."""
+    """The body of a response, read until it ends or exceeds `size` bytes."""
     data = bytearray()
     reserved = min(size, answer.content_length or 0)
     reserve(reserved, share)
@@ -184,22 +193,19 @@ async def _body(answer: Any, size: int, share: Share | None) -> bytes:
     return bytes(data)
 
 
-def patiently(action: Callable[[], Answer]) -> Answer:
-    """What an action gives, tried again where a store fails for a moment. Raises OSError as `Files.read`."""
-    for delay_s in (*base.RETRY_DELAYS_S, None):
-        try:
-            with as_system_errors():
-                return action()
-        except OSError as exc:
-            if exc.errno != errno.EIO or delay_s is None:
-                raise
-            time.sleep(delay_s)
-    raise AssertionError("unreachable")
+def ask_store(action: Callable[[], Answer]) -> Answer:
+    """The result of a call to a store, retried while it fails with EIO. Raises OSError as `Files.read`."""
+
+    def explained() -> Answer:
+        with as_system_errors():
+            return action()
+
+    return with_retries(explained, base.RETRY_DELAYS_S, lambda exc: isinstance(exc, OSError) and exc.errno == errno.EIO)
 
 
 @contextlib.contextmanager
 def as_system_errors() -> Iterator[None]:
-    """Gives what a store raises the errno that tells a file's own trouble from the store's."""
+    """Raises a store's errors as OSError, with an errno that tells the file's fault from the store's."""
     try:
         yield
     except FileNotFoundError as exc:
@@ -208,7 +214,7 @@ def as_system_errors() -> Iterator[None]:
         raise OSError(errno.EACCES, "no permission") from exc
     except (BadItem, MemoryError, NoRoomError, SourceError):
         raise
-    except Exception as exc:  # aiohttp's, botocore's: no closed list, and all of them may go away
+    except Exception as exc:  # aiohttp's and botocore's: an open list, and any of them may be temporary
         if isinstance(exc, OSError) and exc.errno in _PASSED_ON and exc.strerror:
             raise
         text = f"{type(exc).__name__}: {exc}".rstrip(": ")
@@ -218,35 +224,19 @@ def as_system_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_source_errors(url: str) -> Iterator[None]:
-    """Raises what goes wrong with a store in its body as a SourceError that says what to do."""
+    """Raises a store's errors as a SourceError that says what to do."""
     try:
         with as_system_errors():
             yield
     except OSError as exc:
-        raise SourceError(f"{url!r}: {exc.strerror}; {_advice(exc)}") from exc
-
-
-def _advice(exc: OSError) -> str:
-    causes: list[BaseException] = [exc]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    if any(_ANONYMOUS.search(type(each).__name__) for each in causes):
-        return (
-            "log in (for S3: `aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
-            "FSSPEC_S3_ANON=true for a public bucket)"
-        )
-    if exc.errno == errno.EACCES:
-        return "ask for the right to list and to get what is there, or log in as another user"
-    if exc.errno == errno.ENOENT:
-        return "check the names of bucket and folder in SRC"
-    return "check the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL), then run the command again"
+        raise SourceError(f"{url!r}: {exc.strerror}; {read_advice(exc)}") from exc
 
 
 def is_web(url: str) -> bool:
-    """Whether a web server has it."""
+    """Whether a URL is one of a web server."""
     return url.partition("://")[0] in _WEB
 
 
 def without_query(location: str) -> str:
-    """A URL up to its question mark; a path as it is."""
+    """A web URL without its query; anything else unchanged."""
     return location.partition("?")[0] if is_web(location) else location

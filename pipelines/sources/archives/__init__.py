@@ -1,1 +1,1 @@
-"""Archives as SRC: tars, WebDataset, ImageNet's own tars, zips."""
+"""Archives as SRC: tars, WebDataset, ImageNet's tars, zips."""

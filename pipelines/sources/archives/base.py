@@ -1,4 +1,4 @@
-"""Images in archives, read where they lie: which members are items, and the class of each. Nothing is extracted."""
+"""Images in archives, read in place without extraction: which members are items, and the class of each."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from ..base import (
 from ..base import is_image as has_extension
 
 log = logging.getLogger(__name__)
-_MAX_NAME_BYTES = 4096  # Linux's PATH_MAX
+_MAX_NAME_BYTES = 4096  # PATH_MAX of Linux
 
 
 class Member(NamedTuple):
-    """What an archive has under a name; `place` is as of `Item`, and empty unless it is a file that can be read."""
+    """An entry of an archive. `place` is as for `Item`, and empty unless the member is a readable file."""
 
     name: bytes
     kind: Literal["file", "folder", "other"]
@@ -47,14 +47,15 @@ class Member(NamedTuple):
 
 @dataclass
 class Inventory:
-    """What all archives of a source hold.
+    """The content of all archives of a source.
 
     Attributes:
-        folders: of the first level, those without images, too; with the folders in each that is called as a side is.
-        filled: those with images.
-        loose, filed: the first image in no folder, and the first one in a folder.
+        folders: top-level folders, including those without images; with the subfolders of those named like a side of a
+            split.
+        filled: the top-level folders that contain images.
+        loose, filed: the first image outside any folder, and the first one in a folder.
         images: how many there are.
-        others: files whose names are not those of images, by their extension.
+        others: how many files have names that are not images', by extension.
     """
 
     folders: dict[bytes, set[bytes]] = field(default_factory=dict)
@@ -66,18 +67,18 @@ class Inventory:
 
 
 class ArchiveSource(Source):
-    """The images in one archive, or in several of them, which then stand before their paths: `a.tar/cats/1.jpg`.
+    """The images in one or several archives. With several, an item's path begins with the archive's name.
 
-    As in a folder tree, the first folder within the archive, or within its folder `config.root`, is the class, and
-    classes are numbered in the order of their names' bytes; images in no folder have no labels; `--labels none` takes
-    all images without labels. Items are in the order of the archives and of their members. Hidden names are skipped
-    (`is_hidden`); links, devices and sparse files are left out with a warning.
+    As in a folder tree, the top-level folder in the archive, or in its folder `config.root`, is the class. Classes are
+    numbered in the order of their names' bytes. Images outside any folder have no labels; with `--labels none`, no
+    image has. Items are in the order of the archives and of their members. Hidden names are skipped (`is_hidden`);
+    links, devices and sparse files are skipped with a warning.
 
     Raises:
-        SourceError: an archive is missing, damaged, cut, or without images; holds an absolute name, one with `..`, one
-            of more than 4096 bytes, or a name twice; or has images beside folders of images, or sides of a split for
-            classes.
-        UsageError: `--labels` is for another form.
+        SourceError: an archive is missing, damaged, truncated, or without images; contains a name that is absolute, has
+            `..`, is longer than 4096 bytes, or occurs twice; or has images next to folders of images, or sides of a
+            split instead of classes.
+        UsageError: `--labels` has a form of other sources.
     """
 
     _extension: str
@@ -94,7 +95,7 @@ class ArchiveSource(Source):
         self._number_classes(config, classes)
 
     def _number_classes(self, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        """Looks through all archives, and sets `class_names` unless there are no labels."""
+        """Reads the directories of all archives, and sets `class_names` if there are labels."""
         if config.labels not in (None, "class-dir", "none"):
             raise UsageError(
                 f"--labels {config.labels}: labels of a {self.kind} are class-dir (the first folder) or none; for "
@@ -123,14 +124,14 @@ class ArchiveSource(Source):
 
     @abc.abstractmethod
     def _members(self, number: int) -> Iterator[Member]:
-        """All that an archive holds, in its order. Raises SourceError if it is damaged or cut."""
+        """All members of an archive, in order. Raises SourceError if it is damaged or truncated."""
 
     def _label(self, path: bytes) -> int | None:
-        """The label of an image within an archive, where there are classes; None if it has none."""
+        """The label of an image by its path in the archive, if there are classes; None if it has none."""
         return self._numbers.get(path.partition(b"/")[0])
 
     def groups(self) -> Iterator[Group]:
-        """The images, some thousand at a time.
+        """The images, up to GROUP_ITEMS per group.
 
         Raises:
             SourceError: an archive is damaged, or has changed since the classes were numbered.
@@ -160,7 +161,7 @@ class ArchiveSource(Source):
                 yield path, member.place
 
     def _below_root(self, number: int) -> Iterator[tuple[bytes, Member]]:
-        """Files and folders of an archive, each with its path relative to `root`; all else with its name."""
+        """An archive's files and folders below `root`, with paths relative to it; other members with their names."""
         for member in self._members(number):
             if member.kind == "other":
                 yield member.name, member
@@ -212,18 +213,18 @@ class ArchiveSource(Source):
 
 
 class Names:
-    """The names in one archive, of which each must stand there once; 8 bytes a name are kept."""
+    """Checks that the names in an archive are unique. Keeps a hash of 8 bytes per name."""
 
     def __init__(self, archive: str) -> None:
         self._archive = archive
         self._hashes = array("q")
 
     def add(self, path: bytes) -> None:
-        """One more name."""
+        """Adds a name."""
         self._hashes.append(hash(path))
 
     def require_unique(self, paths: Iterator[bytes]) -> None:
-        """Raises SourceError if a name was added twice; `paths` are all of them again, asked for if it looks so."""
+        """Raises SourceError if a name was added twice. `paths` yields all names again; used only if hashes collide."""
         hashes = np.sort(np.frombuffer(self._hashes, np.int64))
         repeated = {*hashes[1:][hashes[1:] == hashes[:-1]].tolist()}
         seen: set[bytes] = set()
@@ -238,10 +239,10 @@ class Names:
 
 
 def path_of(name: bytes, archive: str) -> bytes:
-    """The path that a member's name means, relative to the archive.
+    """The normalized path of a member, relative to the archive.
 
     Raises:
-        SourceError: it leads out of the archive, or is none that a file could have.
+        SourceError: it leads out of the archive, or no file could have it.
     """
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
     if name.startswith(b"/") or b".." in parts:
@@ -256,12 +257,12 @@ def path_of(name: bytes, archive: str) -> bytes:
 
 
 def is_image(path: bytes) -> bool:
-    """Whether a path is an item: by its extension, and unless a part of it is hidden."""
+    """Whether a path is an item: it has an image extension, and no component is hidden."""
     return has_extension(path) and not is_hidden(path)
 
 
 def warn_of_others(archive: str, count: int, first: bytes) -> None:
-    """Says that members which are no files were left out."""
+    """Logs that members that are not files were skipped."""
     log.warning(
         "%r: %d links, devices or sparse files (%r, ...) are left out; unpack it and give the folder to have them",
         archive,

@@ -1,4 +1,4 @@
-"""ILSVRC2012 as it is downloaded: ILSVRC2012_img_train.tar, a tar of a tar a class, and ILSVRC2012_img_val.tar."""
+"""ILSVRC2012 as downloaded: ILSVRC2012_img_train.tar, which contains one tar per class, and ILSVRC2012_img_val.tar."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from .tar import TarSource, members
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 1000, 1_281_167, 50_000
 _CLASS_TAR = re.compile(rb"(?:.*/)?(n\d{8})\.tar")
 _VAL_IMAGE = re.compile(rb"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
-_TABLE_IMAGE = re.compile(r"(?:ILSVRC2012_val_)?(\d{1,8})", re.ASCII)  # without its folder and extension
+_TABLE_IMAGE = re.compile(r"(?:ILSVRC2012_val_)?(\d{1,8})", re.ASCII)  # without folder and extension
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _MAPPING, _META = "map_clsloc.txt", "meta.mat"
 _MAX_TABLE_BYTES = 64 << 20  # Kaggle's LOC_val_solution.csv has 2 MB
 
 
 class ImageNetSource(TarSource):
-    """The images of ILSVRC2012's train or val tar, which is not unpacked. Classes are WordNet ids, sorted.
+    """The images of ILSVRC2012's train or val tar. Classes are WordNet ids, sorted.
 
-    Train: items are `n01440764/n01440764_10026.JPEG`. Val: `--labels` gives the ground truth, which is the folder that
-    ILSVRC2012_devkit_t12.tar.gz unpacks to, or a table of two columns: a file's name, or its number, and the id.
+    Train: items are named like `n01440764/n01440764_10026.JPEG`. Val: `--labels` names the ground truth, which is the
+    folder that ILSVRC2012_devkit_t12.tar.gz unpacks to, or a table with two columns: the name or number of a file, and
+    the WordNet id.
 
     Raises:
-        SourceError: it is neither, damaged or cut; or the ground truth cannot be read or does not know an image.
-        UsageError: `--labels` is for another form.
+        SourceError: it is neither tar, damaged or truncated; or the ground truth is unreadable or lacks an image.
+        UsageError: `--labels` has a form of other sources.
     """
 
     kind = "imagenet"
@@ -90,10 +91,13 @@ class ImageNetSource(TarSource):
 
 
 def ground_truth(location: str) -> tuple[dict[int, str], list[str]]:
-    """The WordNet id of each validation image by its number, and all ids, sorted.
+    """Reads the ground truth of the validation images.
 
     Args:
         location: the devkit's folder, or a table.
+
+    Returns:
+        The WordNet id of each image by its number, and all WordNet ids, sorted.
 
     Raises:
         SourceError: it cannot be read, or has another form.
@@ -120,7 +124,7 @@ def ground_truth(location: str) -> tuple[dict[int, str], list[str]]:
 
 
 def _mapping(folder: Path) -> dict[int, str]:
-    """The WordNet id by ILSVRC2012_ID."""
+    """WordNet ids by ILSVRC2012_ID, from the devkit."""
     if (folder / _MAPPING).is_file():
         rows = [line.split() for line in _text(folder / _MAPPING).splitlines() if line.strip()]
         wrong = next((row for row in rows if not (len(row) > 1 and _is_wnid(row[0]) and row[1].isdecimal())), None)
@@ -138,9 +142,9 @@ def _mapping(folder: Path) -> dict[int, str]:
         raise SourceError(f"{os.fspath(path)!r} needs scipy; run: pip install 'gpu-npz[imagenet]'") from exc
     try:
         synsets: Any = loadmat(path, squeeze_me=True)["synsets"]
-        # ILSVRC2012_ID, WNID, words, gloss, num_children, ...: as the devkit's readme.txt, section 2.2, has them.
+        # Fields: ILSVRC2012_ID, WNID, words, gloss, num_children, ... (the devkit's readme.txt, section 2.2).
         found = {int(row[0]): str(row[1]) for row in synsets.tolist() if int(row[4]) == 0}
-    except Exception as exc:  # whatever scipy raises for a damaged file: no closed list
+    except Exception as exc:  # scipy raises an open list of errors for a damaged file
         raise SourceError(f"{os.fspath(path)!r} cannot be read ({exc}); unpack the devkit again") from exc
     if not found or not all(map(_is_wnid, found.values())):
         raise SourceError(f"{os.fspath(path)!r} names no WordNet ids; unpack the devkit again")
@@ -156,7 +160,7 @@ def _table(location: str) -> dict[int, str]:
         if digits and _is_wnid(wnid):
             if truth.setdefault(int(digits[1]), wnid) != wnid:
                 raise SourceError(f"{location!r}: line {number} gives image {int(digits[1])} another label; fix it")
-        elif line.strip() and number > 1:  # the first may be a header
+        elif line.strip() and number > 1:  # the first line may be a header
             raise SourceError(
                 f"{location!r}: line {number} is {line[:80]!r}; allowed are a file's name or its number, and a "
                 "WordNet id: ILSVRC2012_val_00000001.JPEG,n01751748"

@@ -1,8 +1,8 @@
-"""Tars, read in place by offset: ustar, pax and GNU's, as POSIX.1-2008 (pax, "ustar Interchange Format") and the manual
-of GNU tar ("Basic Tar Format") describe them.
+"""Tars in the ustar, pax and GNU formats, read in place by offset.
 
-The standard library's tarfile takes a damaged header for the end of the archive, reads headers of any size, and keeps
-every member. This walk does none of it: where an archive is not whole, it says so.
+The formats are described in POSIX.1-2008 (pax, "ustar Interchange Format") and in the GNU tar manual ("Basic Tar
+Format"). The standard library's tarfile treats a damaged header as the end of the archive, reads headers of any size,
+and keeps every member in memory. The walk here does not, and reports an archive that is damaged or truncated.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from .base import ArchiveSource, Member
 log = logging.getLogger(__name__)
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
-_MAX_HEADER_BYTES = 1 << 20  # of a pax header or a long name; real ones have some hundred
-_MAX_PADDING = 1 << 20  # behind the end mark; tar writes up to 10 kB unless told otherwise
+_MAX_HEADER_BYTES = 1 << 20  # of a pax header or a long name; real ones have some hundred bytes
+_MAX_PADDING = 1 << 20  # after the end mark; by default, tar writes up to 10 kB
 _FILES = (b"0", b"\0", b"7")
-# Those of the next member, and of all (g): no archiver gives names or sizes to all. K is the target of a link.
+# Headers that extend the next member's, or all following ones (g, which never has names or sizes). K: a link's target.
 _EXTENDED = (b"x", b"X", b"L", b"K", b"g")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip -k", b"BZh": "bunzip2 -k", b"\xfd7zXZ\0": "unxz -k", b"\x28\xb5\x2f\xfd": "unzstd",
     b"\x04\x22\x4d\x18": "unlz4", b"\x1f\x9d": "uncompress -k",
 }  # fmt: skip
-_LOOKED_AT = 100  # members that tell the kind of a tar
+_INSPECTED = 100  # members at the beginning, by which the kind of a tar is detected
 _SIDECARS = {b"cls", b"json", b"txt"}
 
 
 class TarSource(ArchiveSource):
-    """The images in tars, which are not unpacked. An item's place: number of the tar, offset of its data, size."""
+    """The images in tars. An item's place: the number of the tar, the offset of the data, and its size in bytes."""
 
     kind = "tar"
     _extension = ".tar"
@@ -54,11 +54,11 @@ class TarSource(ArchiveSource):
 
 
 def kind_of(location: str) -> str:
-    """Which form a tar has, by its first members: imagenet, webdataset or tar. Raises SourceError as a listing."""
+    """The kind of a tar, by its first members: imagenet, webdataset or tar. Raises SourceError as `members`."""
     files = Files(location, "*.tar")
     with files.opened(0) as file:
         walk = members(file, 0, files.size(0), files.path(0))
-        first = [name.removeprefix(b"./") for name, kind, _ in itertools.islice(walk, _LOOKED_AT) if kind == "file"]
+        first = [name.removeprefix(b"./") for name, kind, _ in itertools.islice(walk, _INSPECTED) if kind == "file"]
     names = [name for name in first if not is_hidden(name)]
     if names and re.fullmatch(rb"n\d{8}\.tar|ILSVRC2012_val_\d{8}\.JPEG", names[0]):
         return "imagenet"
@@ -73,26 +73,26 @@ def kind_of(location: str) -> str:
 
 
 def split_key(name: bytes) -> tuple[bytes, bytes]:
-    """The key of a WebDataset sample and the extension, in lower case: up to and behind the last part's first dot."""
+    """The key and the lower-case extension of a file in a WebDataset, split at the first dot of its base name."""
     folder, slash, base = name.rpartition(b"/")
     stem, _, extension = base.partition(b".")
     return (folder + slash + stem if stem else b""), extension.lower()
 
 
 def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Member]:
-    """What a tar holds; only headers are read.
+    """The members of a tar. Only headers are read.
 
     Args:
-        file: holds it.
-        start: where it begins in that file.
-        end: where it ends at the latest.
+        file: contains the tar.
+        start: offset of the tar in the file.
+        end: upper bound of its end.
         archive: its name, for messages.
 
     Yields:
-        Each member; its place is the offset of its data in the file and its size in bytes.
+        Each member. Its place is the offset of its data in the file and their size, in bytes.
 
     Raises:
-        SourceError: it is damaged, cut, compressed, or no tar.
+        SourceError: it is damaged, truncated, compressed, or not a tar.
     """
     position, last = start, "its beginning"
     long_name: bytes | None = None
@@ -103,44 +103,22 @@ def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Memb
             where = f"after {last}, at byte {end}, without the end mark of a tar"
             raise (position == start and _compressed(file, start, archive)) or _cut(archive, where)
         if block == _ZEROS:
-            rest = end - position
-            if rest > _MAX_PADDING or _read(file, position, rest, archive).strip(b"\0"):
-                log.warning(
-                    "%r ends at byte %d of %d, as tar reads it; what follows is left out: give tars that were joined "
-                    "by cat one by one, or join them by tar --concatenate",
-                    archive, position, end,
-                )  # fmt: skip
+            _warn_of_rest(file, position, end, archive)
             return
         kind = block[156:157]
         extended = kind in _EXTENDED
         try:
-            if _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
-                raise ValueError
-            size = int(pax[b"size"]) if b"size" in pax and not extended else _number(block[124:136])
-            if size < 0:
-                raise ValueError
+            size = _size(block, {} if extended else pax)
         except ValueError:
             raise _damaged(file, start, archive, position, last) from None
         name = b"" if extended else _name(block, pax, long_name)
-        if kind in _WITHOUT_DATA:
-            size = 0
-        data = position + _BLOCK
-        more = kind == b"S" and block[482]
-        while more:  # of the map of a sparse file, GNU's "Storing Sparse Files"
-            block = _read(file, data, min(_BLOCK, end - data), archive)
-            data += _BLOCK
-            more = block[504] if len(block) == _BLOCK else 0
+        data = _data_offset(file, block, position, end, archive)
         if data + size > end:
             shown = repr(as_text(name[:200])) if name else "a header"
             raise _cut(archive, f"at byte {end}, within {shown}, which has {size} bytes from byte {data} on")
         position = data + -(-size // _BLOCK) * _BLOCK
         if extended:
-            if size > _MAX_HEADER_BYTES:
-                raise SourceError(
-                    f"{archive!r}: a header of {size} bytes at byte {data}; at most {_MAX_HEADER_BYTES} are allowed; "
-                    "make the archive again"
-                )
-            content = _read(file, data, size, archive)
+            content = _extended_header(file, data, size, archive)
             if kind == b"L":
                 long_name = content.rstrip(b"\0")
             elif kind in (b"x", b"X"):
@@ -158,6 +136,47 @@ def members(file: BinaryIO, start: int, end: int, archive: str) -> Iterator[Memb
             yield Member(name, "file", (data, size))
         else:
             yield Member(name, "other", (data, size))
+
+
+def _warn_of_rest(file: BinaryIO, position: int, end: int, archive: str) -> None:
+    """Logs a warning if anything but padding follows the end mark."""
+    rest = end - position
+    if rest > _MAX_PADDING or _read(file, position, rest, archive).strip(b"\0"):
+        log.warning(
+            "%r ends at byte %d of %d, as tar reads it; what follows is left out: give tars that were joined "
+            "by cat one by one, or join them by tar --concatenate",
+            archive, position, end,
+        )  # fmt: skip
+
+
+def _size(header: bytes, pax: dict[bytes, bytes]) -> int:
+    """The size of a member's data in bytes. Raises ValueError if its header is damaged."""
+    checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    size = int(pax[b"size"]) if b"size" in pax else _number(header[124:136])
+    if _number(header[148:156]) != checksum or size < 0:
+        raise ValueError
+    return 0 if header[156:157] in _WITHOUT_DATA else size
+
+
+def _data_offset(file: BinaryIO, header: bytes, position: int, end: int, archive: str) -> int:
+    """Where a member's data begins: after its header and, in a sparse file, the map (GNU's "Storing Sparse Files")."""
+    data = position + _BLOCK
+    more = header[156:157] == b"S" and header[482]
+    while more:
+        block = _read(file, data, min(_BLOCK, end - data), archive)
+        data += _BLOCK
+        more = block[504] if len(block) == _BLOCK else 0
+    return data
+
+
+def _extended_header(file: BinaryIO, offset: int, size: int, archive: str) -> bytes:
+    """The data of a pax header or a long name. Raises SourceError if it is too large."""
+    if size > _MAX_HEADER_BYTES:
+        raise SourceError(
+            f"{archive!r}: a header of {size} bytes at byte {offset}; at most {_MAX_HEADER_BYTES} are allowed; "
+            "make the archive again"
+        )
+    return _read(file, offset, size, archive)
 
 
 def _read(file: BinaryIO, offset: int, size: int, archive: str) -> bytes:
@@ -179,14 +198,14 @@ def _name(block: bytes, pax: dict[bytes, bytes], long_name: bytes | None) -> byt
 
 
 def _number(field: bytes) -> int:
-    """A number of a header: octal digits, or GNU's base-256, whose first bit is set. Raises ValueError."""
+    """A number in a header: octal digits, or GNU's base-256 if the first bit is set. Raises ValueError."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big", signed=True) if field[0] & 0x40 else int.from_bytes(field[1:], "big")
     return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 
 def _records(content: bytes) -> dict[bytes, bytes]:
-    """The records of a pax header, each `LENGTH KEY=VALUE` and a newline. Raises ValueError."""
+    """The records of a pax header, each `LENGTH KEY=VALUE\\n`. Raises ValueError if they are damaged."""
     records = {}
     position = 0
     while position < len(content):

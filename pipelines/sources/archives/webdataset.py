@@ -1,6 +1,6 @@
-"""WebDataset: tars of samples, whose files stand side by side and share a name up to its first dot.
+"""WebDataset: tars of samples. The files of a sample are consecutive and share their name up to its first dot.
 
-https://github.com/webdataset/webdataset, "The WebDataset Format".
+See https://github.com/webdataset/webdataset, "The WebDataset Format".
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ _MAX_LABEL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class _WebDatasetListing(Listing):
-    """Also: a hash of each image's path."""
+    """Also holds a hash of each image's path."""
 
     paths: array[int]
 
 
 class WebDatasetSource(TarSource, LabelledSource[_WebDatasetListing]):
-    """The images of samples in tars, which are not unpacked.
+    """The images of the samples in tars.
 
-    The image of a sample is its file with an image's extension (`a.jpg`; `a.mask.png` is none). `--labels` names its
-    labels: cls (default) and txt are files, json:FIELD stands in a file, FIELD being a key, or several joined by dots.
-    With several tars, the tar's name stands before an item's path. An item's place: number of the tar, offset, size.
+    The image of a sample is its file with an image extension (`a.jpg`, but not `a.mask.png`). `--labels` says where
+    labels are: in the files cls (default) or txt, or in field FIELD of the json file (json:FIELD; dots in FIELD
+    separate nested keys). With several tars, an item's path begins with the tar's name. An item's place: the number of
+    the tar, the offset of the image in it, and its size in bytes.
 
     Raises:
-        SourceError: a tar is missing, damaged or cut; a sample has two images, or no such label; a name is there twice.
-        UsageError: `--labels` is for another form.
+        SourceError: a tar is missing, damaged or truncated; a sample has two images, or lacks the label; a name occurs
+            twice.
+        UsageError: `--labels` has a form of other sources.
     """
 
     kind = "webdataset"
@@ -68,13 +70,13 @@ class WebDatasetSource(TarSource, LabelledSource[_WebDatasetListing]):
         return _WebDatasetListing(labels, paths)
 
     def groups(self) -> Iterator[Group]:
-        """The images, some thousand at a time. Raises SourceError if a tar has changed meanwhile."""
+        """The images, up to GROUP_ITEMS per group. Raises SourceError if a tar has changed since it was listed."""
         listing, done = self._listed(), 0
         found = listing.labels
         for number, prefix in enumerate(self._prefixes):
             images = self._images(number)
             while chunk := list(itertools.islice(images, GROUP_ITEMS)):
-                # A label must never go to another image.
+                # Labels must not be assigned to other images.
                 if listing.paths[done : done + len(chunk)] != array("q", [hash(path) for path, _ in chunk]):
                     raise SourceError(f"{self._files.path(number)!r} has changed meanwhile; run the command again")
                 labels = None if found is None else found.values[done : done + len(chunk)]
@@ -83,7 +85,7 @@ class WebDatasetSource(TarSource, LabelledSource[_WebDatasetListing]):
                 yield Group(prefix, [path for path, _ in chunk], labels=labels, places=places)
 
     def _inventory_of_samples(self, number: int) -> Iterator[tuple[bytes, list[Any]]]:
-        """Looks through a tar; the image's path and the labels of each sample that has an image."""
+        """Reads a tar: the image's path and the labels of each sample that has an image."""
         archive = self._files.path(number)
         names, without, first = Names(archive), 0, b""
         with self._files.opened(number) as file:
@@ -111,11 +113,11 @@ class WebDatasetSource(TarSource, LabelledSource[_WebDatasetListing]):
         return repr(as_text(next(itertools.islice(images, row, None))[0]))
 
 
-Sample = dict[bytes, tuple[bytes, tuple[int, ...]]]  # path, offset and size by extension
+Sample = dict[bytes, tuple[bytes, tuple[int, ...]]]  # path and (offset, size) of each file, by extension
 
 
 def _samples(file: BinaryIO, size: int, archive: str, *, warn: bool = False) -> Iterator[tuple[bytes, Sample]]:
-    """The samples of a tar, each with its key, which is empty for none."""
+    """The samples of a tar, each with its key, which is never empty."""
     current, sample = b"", Sample()
     others, other = 0, b""
     for name, kind, place in members(file, 0, size, archive):
@@ -152,7 +154,7 @@ def _image(key: bytes, sample: Sample, archive: str) -> tuple[bytes, tuple[int, 
 
 
 def _label_column(name: str, kind: Kind | None) -> tuple[str, Kind | None]:
-    if name == "json" and kind is not None:  # --labels json:class is the field of that name
+    if name == "json" and kind is not None:  # json:class names the field `class`, not a kind
         name, kind = f"json:{kind}", None
     if name in ("cls", "txt") or (name.startswith("json:") and all(name.removeprefix("json:").split("."))):
         return name, kind or ("class" if name == "txt" else None)

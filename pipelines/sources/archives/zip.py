@@ -1,4 +1,4 @@
-"""Zips, read in place by offset: see PKWARE's APPNOTE.TXT, sections 4.3.7 and 4.3.12."""
+"""Zips, read in place by offset (PKWARE's APPNOTE.TXT, sections 4.3.7 and 4.3.12)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from ..base import Item
 from ..rejects import MAX_ENCODED_BYTES, BadItem
 from .base import ArchiveSource, Member, is_image, path_of
 
-_LOCAL = struct.Struct("<4s2xHH16xHH")  # a member's header, section 4.3.7: magic, flags, method, lengths behind it
+_LOCAL = struct.Struct(
+    "<4s2xHH16xHH"
+)  # local header, section 4.3.7: magic, flags, method, lengths of name and extra field
 LOCAL_HEADER_BYTES = _LOCAL.size
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _UNIX = 3
 _DOS = (0, 10, 14)  # FAT, NTFS, VFAT
-_HUGE = 1 << 62  # more than any size that is read, and an int64
+_HUGE = 1 << 62  # larger than any accepted size, but fits an int64
 
 
 class ZipSource(ArchiveSource):
-    """The images in zips, which are not unpacked; stored or deflated ones.
+    """The images in zips, stored or deflated.
 
-    An item's place: number of the zip, offset of its local header, its size there, its size, its CRC-32.
+    An item's place: the number of the zip, the offset of the local header, the compressed size, the size, the CRC-32.
     """
 
     kind = "zip"
@@ -35,7 +37,7 @@ class ZipSource(ArchiveSource):
         archive, end = self._files.path(number), self._files.size(number)
         with self._files.opened(number) as file:
             try:
-                # Some 600 bytes a member while it is listed: the standard library's directory is whole or not at all.
+                # The standard library reads the whole directory, some 600 bytes of memory per member while listing.
                 with zipfile.ZipFile(file) as opened:
                     infos = opened.infolist()
             except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError, OSError) as exc:
@@ -44,7 +46,7 @@ class ZipSource(ArchiveSource):
         for info in infos:
             name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
             if info.create_system in _DOS and b"/" not in name:
-                name = name.replace(b"\\", b"/")  # as unzip does: old .NET wrote them so
+                name = name.replace(b"\\", b"/")  # like unzip: old versions of .NET wrote backslashes
             mode = stat.S_IFMT(info.external_attr >> 16) if info.create_system == _UNIX else 0
             if name.endswith(b"/"):
                 yield Member(name, "folder")
@@ -58,10 +60,10 @@ class ZipSource(ArchiveSource):
                 )
 
     def read(self, item: Item) -> bytes:
-        """The bytes of a member.
+        """The bytes of a member, inflated.
 
         Raises:
-            BadItem: it is damaged, encrypted, larger than any image should be, or not what the directory says.
+            BadItem: it is damaged, encrypted, larger than any image should be, or contradicts the directory.
             OSError: as `read_piece`.
         """
         number, offset, stored, size, crc = place_of(item, 5)
@@ -84,7 +86,7 @@ class ZipSource(ArchiveSource):
 
 
 def data_offset(header: bytes) -> int | None:
-    """How far behind the beginning of its local header a member's data begin; None if it is no header."""
+    """The offset of a member's data from the beginning of its local header; None if it is not a header."""
     magic, _, _, name_bytes, extra_bytes = _LOCAL.unpack(header)
     return int(LOCAL_HEADER_BYTES + name_bytes + extra_bytes) if magic == b"PK\3\4" else None
 
@@ -101,7 +103,7 @@ def _inflated(data: bytes, size: int) -> bytes:
 
 
 def _refuse_overlaps(infos: list[zipfile.ZipInfo], archive: str, end: int) -> None:
-    """Members that share bytes are how a small zip claims to hold much (https://www.bamsoftware.com/hacks/zipbomb/)."""
+    """Raises SourceError if members overlap, as in zip bombs (https://www.bamsoftware.com/hacks/zipbomb/)."""
     inside = sorted(infos, key=lambda info: info.header_offset)
     for info, following in zip(inside, [*(each.header_offset for each in inside[1:]), end], strict=True):
         if info.header_offset < 0 or info.header_offset + LOCAL_HEADER_BYTES + info.compress_size > following:

@@ -1,1 +1,1 @@
-"""Arrays of pixels as SRC: NumPy's files and CIFAR."""
+"""Arrays of pixels as SRC: NumPy files and CIFAR."""

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as Python 2 pickled them (https://www.cs.toronto.edu/~kriz/cifar.html)."""
+"""CIFAR-10 and CIFAR-100 in the Python version, pickled by Python 2 (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "batches.meta": {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
     "meta": {"train": ("train",), "test": ("test",)},
 }
-_MAX_BYTES = 1 << 30  # the largest of the real files has 155 MB
+_MAX_BYTES = 1 << 30  # the largest original file has 155 MB
 
 
 @dataclass(frozen=True)
 class Cifar:
-    """One part of a collection.
+    """One part, train or test, of a collection.
 
     Attributes:
-        pixels: uint8 (N, 32, 32, 3), in R,G,B.
-        labels: int64 (N,); of CIFAR-100 the fine ones.
+        pixels: uint8 (N, 32, 32, 3), RGB.
+        labels: int64 (N,); for CIFAR-100, the fine labels.
         class_names: by label.
     """
 
@@ -50,8 +50,8 @@ class CifarBatch:
 
     Attributes:
         name: of the file.
-        data: pixels of N images, each as the R, the G and the B of 32 rows of 32: N * 3072 bytes.
-        offset: where `data` stands in the file; -1 if the file has it in another form.
+        data: pixels of N images, uint8 in the layout (N, 3, 32, 32): N * 3072 bytes.
+        offset: of `data` in the file; -1 if the file does not contain it in one piece.
         labels: int64 (N,).
     """
 
@@ -62,10 +62,10 @@ class CifarBatch:
 
 
 def parts(folder: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
-    """The names of the files of each part, train and test, of the collection that a folder holds.
+    """The file names of each part, train and test, of the collection in a folder.
 
     Raises:
-        SourceError: it holds neither CIFAR-10 nor CIFAR-100.
+        SourceError: it is neither CIFAR-10 nor CIFAR-100.
     """
     return _PARTS[_meta(folder).name]
 
@@ -75,10 +75,10 @@ def read_cifar(folder: str | os.PathLike[str], part: Literal["train", "test"] = 
 
     Args:
         folder: what cifar-10-python.tar.gz or cifar-100-python.tar.gz unpacks to.
-        part: which images.
+        part: the images to read.
 
     Raises:
-        SourceError: a file is missing, damaged, or holds anything but arrays, numbers and names.
+        SourceError: a file is missing, damaged, or contains anything but arrays, numbers and names.
     """
     names = class_names(folder)
     found = [read_batch(folder, file, len(names)) for file in parts(folder)[part]]
@@ -87,7 +87,7 @@ def read_cifar(folder: str | os.PathLike[str], part: Literal["train", "test"] = 
 
 
 def class_names(folder: str | os.PathLike[str], *, coarse: bool = False) -> tuple[str, ...]:
-    """The classes by label; of CIFAR-100 the fine or the coarse ones. Raises SourceError as `read_cifar`."""
+    """The names of classes by label; for CIFAR-100, the fine or coarse ones. Raises SourceError as `read_cifar`."""
     meta = _meta(folder)
     key = "label_names" if meta.name == "batches.meta" else f"{_level(coarse)}_label_names"
     names = _list(meta, _load(meta, _bytes(meta)), key)
@@ -97,7 +97,7 @@ def class_names(folder: str | os.PathLike[str], *, coarse: bool = False) -> tupl
 
 
 def read_batch(folder: str | os.PathLike[str], name: str, classes: int, *, coarse: bool = False) -> CifarBatch:
-    """One file of a collection with so many classes. Raises SourceError as `read_cifar`."""
+    """Reads one file of a collection that has `classes` classes. Raises SourceError as `read_cifar`."""
     path = Path(folder, name)
     key = "labels" if _meta(folder).name == "batches.meta" else f"{_level(coarse)}_labels"
     raw = _bytes(path)
@@ -116,7 +116,7 @@ def read_batch(folder: str | os.PathLike[str], name: str, classes: int, *, coars
 
 
 def interleaved(data: bytes) -> NDArray[np.uint8]:
-    """The pixels of a batch, or of some of its images: uint8 (N, 32, 32, 3), in R,G,B."""
+    """`CifarBatch.data`, or the part of some images, as uint8 (N, 32, 32, 3), RGB."""
     planes = np.frombuffer(data, np.uint8).reshape(-1, 3, SIDE, SIDE)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
 
@@ -162,7 +162,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _load(path: Path, data: bytes) -> dict[str, Any]:
-    """The dictionary in the bytes of a file, keys as text."""
+    """The dictionary that a file contains, with its keys as text."""
     try:
         found = pickles.load(data)
     except ValueError as exc:
@@ -174,22 +174,23 @@ def _load(path: Path, data: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _CifarListing(Listing):
-    """Also: name, offset of the pixels, and number of images of each file."""
+    """Also holds the name, the offset of the pixels, and the number of images of each file."""
 
     files: list[tuple[str, int, int]]
 
 
 class CifarSource(LabelledSource[_CifarListing]):
-    """CIFAR-10 or CIFAR-100 as the Python archive unpacks: its folder for the training images, or one file in it.
+    """CIFAR-10 or CIFAR-100, unpacked from the Python archive: its folder for the training images, or one of its files.
 
-    `cifar-10-batches-py` takes data_batch_1 to 5, `cifar-10-batches-py/test_batch` the test images; so do
+    `cifar-10-batches-py` stands for data_batch_1 to 5, `cifar-10-batches-py/test_batch` for the test images; likewise
     `cifar-100-python` and `cifar-100-python/test`. `--labels` is `coarse` for the 20 classes of CIFAR-100, or `none`.
 
-    Items are `data_batch_1/00000` and so on. An item's place: number of the file, offset of its pixels.
+    Items are named `data_batch_1/00000` and so on. An item's place: the number of the file and the offset of its
+    pixels.
 
     Raises:
-        SourceError: it is neither, a file is missing, damaged, or has its pixels in another form than as one piece.
-        UsageError: `--labels` is for another form.
+        SourceError: it is neither; or a file is missing, damaged, or does not contain its pixels in one piece.
+        UsageError: `--labels` has a form of other sources.
     """
 
     kind = "cifar"
@@ -212,7 +213,7 @@ class CifarSource(LabelledSource[_CifarListing]):
             )
         self._folder, self._asked, self._classes = folder, config.labels, classes
         self._names = (name,) if name else collection["train"]
-        # Of the folder of CIFAR-100, `train` alone; a pattern finds files in the order of `parts`.
+        # For the folder of CIFAR-100, only `train`. The pattern finds files in the order of `parts`.
         self._files = Files(self.location, "data_batch_[1-5]" if len(self._names) > 1 else "train")
         self.files = self._files.stamps
         self._take_labels()
@@ -235,7 +236,7 @@ class CifarSource(LabelledSource[_CifarListing]):
         )
 
     def groups(self) -> Iterator[Group]:
-        """The images, a group a file. Raises SourceError as the constructor, or the classes have changed meanwhile."""
+        """The images, one group per file. Raises SourceError as the constructor, or if the classes have changed."""
         listing, done = self._listed(), 0
         for number, (file, offset, count) in enumerate(listing.files):
             offsets = offset + ROW_BYTES * np.arange(count, dtype=np.int64)
@@ -248,10 +249,10 @@ class CifarSource(LabelledSource[_CifarListing]):
             done += count
 
     def read(self, item: Item) -> bytes:
-        """The image as a PPM of 32 x 32. Raises OSError or BadItem as `read_piece`."""
+        """The image as a PPM, 32 x 32. Raises OSError or BadItem as `read_piece`."""
         number, offset = place_of(item, 2)
         return encoded(interleaved(read_piece(self._files, number, offset, ROW_BYTES))[0])
 
     def check(self) -> None:
-        """Raises SourceError if a file is gone or may not be read any more."""
+        """Raises SourceError if a file is gone or no longer readable."""
         self._files.check()

@@ -1,4 +1,4 @@
-"""Raw pixels as a file that every decoder takes."""
+"""Encodes raw pixels in a format that every decoder supports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def encoded(pixels: NDArray[Any]) -> bytes:
-    """A binary PGM or PPM (https://netpbm.sourceforge.net/doc/ppm.html), or a PNG where there is alpha.
+    """Pixels as a binary PGM or PPM (https://netpbm.sourceforge.net/doc/ppm.html), or as a PNG if they have alpha.
 
     Args:
         pixels: uint8 or uint16 (H, W, 1) or (H, W, 3), which become PGM or PPM; uint8 (H, W, 4), which becomes PNG.

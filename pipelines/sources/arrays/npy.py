@@ -1,4 +1,4 @@
-"""NumPy's files: the arrays in an .npy or .npz, none of whose claims is believed before it is checked."""
+"""NumPy files: the arrays in an .npy or .npz. What their headers claim is checked before it is used."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from ..archives.zip import LOCAL_HEADER_BYTES, data_offset
 
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_VALUE_BYTES = 1 << 30
-_MOST_DEFLATED = 1032  # bytes that one byte of deflate data can become (https://zlib.net/zlib_tech.html)
+_MOST_DEFLATED = 1032  # maximum compression ratio of deflate (https://zlib.net/zlib_tech.html)
 
 
 @dataclass(frozen=True)
 class Array:
-    """An array as its header has it, which `checked` has yet to believe.
+    """An array as its header describes it; `checked` verifies the claims.
 
     Attributes:
-        where: the file, and its name there, for messages.
+        where: the file and the array's name, for messages.
+        dtype, shape: of the array.
         fortran: whether its elements are in Fortran order.
-        start: of its elements, in bytes from the beginning of the .npy.
-        held: how many bytes the .npy has.
-        member: the .npy in an .npz; None where it is a file of its own.
+        start: offset of the elements in the .npy, in bytes.
+        held: the size of the .npy in bytes.
+        member: the .npy in an .npz; None if it is a separate file.
     """
 
     where: str
@@ -44,11 +45,11 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Of its elements, in bytes."""
+        """The size of its elements in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
 
     def checked(self) -> Array:
-        """Itself. Raises SourceError if its elements are not all there, as plain bytes."""
+        """The array itself. Raises SourceError if its elements are incomplete, or Python objects."""
         if self.dtype.hasobject:
             raise SourceError(
                 f"{self.where} holds Python objects, which are a pickle and are never loaded; make one array of "
@@ -63,10 +64,10 @@ class Array:
 
 
 def arrays(files: Files) -> dict[str, Array]:
-    """The arrays in an .npz by name, or that of an .npy by an empty name.
+    """The arrays in an .npz by name, or the array of an .npy under an empty name.
 
     Raises:
-        SourceError: it is neither, damaged or cut.
+        SourceError: it is neither, damaged or truncated.
     """
     path = files.path(0)
     with files.opened(0) as file:
@@ -110,20 +111,20 @@ def _check_member(info: zipfile.ZipInfo, where: str, end: int) -> None:
 
 
 def _header(file: Any, size: int, where: str, member: zipfile.ZipInfo | None = None) -> Array:
-    """The header of an .npy of so many bytes (NumPy's NEP 1), none of whose claims has been acted on."""
+    """Parses the header of an .npy of `size` bytes (NumPy's NEP 1), without acting on what it claims."""
     head = io.BytesIO(file.read(_MAX_HEADER_BYTES))
     try:
         version = np.lib.format.read_magic(head)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(head)
-    except Exception as exc:  # whatever NumPy and Python's parser raise for a damaged one: no closed list
+    except Exception as exc:  # NumPy and Python's parser raise an open list of errors for a damaged header
         reason = f"{type(exc).__name__}: {exc}"[:200]
         raise SourceError(f"{where} is no .npy that can be read ({reason}); save it again with np.save") from exc
     return Array(where, dtype, shape, fortran, head.tell(), size, member)
 
 
 def member_start(files: Files, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a stored member begin."""
+    """The offset of a stored member's bytes in the file. Raises SourceError if it is damaged or truncated."""
     offset = data_offset(files.read(0, member.header_offset, LOCAL_HEADER_BYTES))
     if offset is None or member.header_offset + offset + member.file_size > files.size(0):
         raise SourceError(f"{files.path(0)!r} is damaged or cut; copy or make it again")
@@ -131,7 +132,7 @@ def member_start(files: Files, member: zipfile.ZipInfo) -> int:
 
 
 def values(files: Files, array: Array) -> NDArray[Any]:
-    """An array of labels. Raises SourceError if it holds anything but numbers and texts, or is damaged or too large."""
+    """Reads an array of labels. Raises SourceError if it is not of numbers or text, damaged, or too large."""
     if array.checked().dtype.kind not in "biufSU" or not array.dtype.itemsize:
         raise SourceError(f"{array.where} has {array.dtype}; labels are numbers or texts: convert it, or --labels none")
     if array.size > _MAX_VALUE_BYTES:

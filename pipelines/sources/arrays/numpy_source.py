@@ -1,4 +1,4 @@
-"""Images as one array in NumPy's .npy or .npz, read in place, each alone."""
+"""Images as one array in an .npy or .npz. Each image is read in place, on its own."""
 
 from __future__ import annotations
 
@@ -32,34 +32,36 @@ from .npy import Array
 
 log = logging.getLogger(__name__)
 _CHANNELS = (1, 3, 4)
-_IMAGES = ("images", "image", "imgs", "img", "x", "data")  # words in names of arrays, the likeliest first
+_IMAGES = ("images", "image", "imgs", "img", "x", "data")  # words in names of arrays, the most likely first
 _LABELS = frozenset((*LABEL_COLUMNS, "targets", "y"))
 _WORD = re.compile(r"[xyXY](?=train|val|test|dev)|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-_UNNAMED = re.compile(r"arr_(\d+)")  # what numpy.savez calls an array that has no name
+_UNNAMED = re.compile(r"arr_(\d+)")  # what numpy.savez calls positional arrays
 
 
 class NumpySource(LabelledSource[Listing]):
-    """The images of one array in an .npy, or in an .npz (`a.npz`, or `a.npz/x_test.npy` for a certain one).
+    """The images of one array in an .npy or .npz (`a.npz`, or `a.npz/x_test.npy` for a particular array).
 
-    The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 (R,G,B) or 4 (uint8 with alpha);
-    three dimensions of which the last is 1, 3 or 4 are taken for one image without its N, and refused.
-    uint16 keeps its 16 bits with `--bit-depth 16`. In an .npz it is the only one of that many dimensions, or the first
-    with a usual name (images, image, imgs, img, x, data; the same with train; arr_0).
+    The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1, 3 (RGB) or 4 (uint8 with
+    alpha). An array of three dimensions whose last one is 1, 3 or 4 is probably a single image, and is refused. uint16
+    keeps its 16 bits with `--bit-depth 16`. In an .npz, the images are the only array with three or four dimensions, or
+    the first with a usual name (images, image, imgs, img, x, data; the same with train; arr_0).
 
-    Labels are numbers or texts, (N,), or (N, K) for K columns, `NAME_0` and so on. One-hot rows, exactly one 1 among
-    zeros, are classes. `--labels NAME` says which array of the .npz has them, `--labels FILE.npy` which file, either
-    with a kind behind it (`NAME:integer` keeps one-hot rows as columns), and `none` that there are none. By default it
-    is the array that is called as the images are, with label, labels, class, target, targets, category or y for their
-    word (y_train of x_train, test_labels of test_images), or by that word alone; arr_1 of arr_0. Capitals do not count.
+    Labels are numbers or text, (N,), or (N, K) for K columns, named `NAME_0` and so on. One-hot rows, with one 1 among
+    zeros, are classes. `--labels NAME` names an array of the .npz and `--labels FILE.npy` a file; both accept a kind
+    (`NAME:integer` keeps one-hot rows as columns). `none` means no labels. By default, labels are the array whose name
+    is that of the images with label, labels, class, target, targets, category or y instead of their word (y_train for
+    x_train, test_labels for test_images), or that word alone; or arr_1 for arr_0. Case is ignored.
 
-    Nothing is mapped or loaded: a row is read when it is asked for. An array that np.savez_compressed deflated has no
-    rows to be read, so every process that reads it inflates it once, into a temporary file without a name (TMPDIR).
+    Nothing is mapped or loaded in advance: each row is read on demand. Rows of an array that np.savez_compressed
+    deflated cannot be read alone, so each process that reads it inflates it once into an unnamed temporary file
+    (TMPDIR).
 
-    Items are `00000` and so on. An item's place: its row.
+    Items are named `00000` and so on. An item's place: its row.
 
     Raises:
-        SourceError: it cannot be read, is damaged or cut, or no such array, or its labels do not fit.
-        UsageError: settings that contradict each other.
+        SourceError: the file is unreadable, damaged or truncated; there is no such array; or labels do not fit the
+            images.
+        UsageError: settings contradict each other.
     """
 
     kind = "numpy"
@@ -75,7 +77,7 @@ class NumpySource(LabelledSource[Listing]):
         self.location = self._files.location + (f"/{wanted}.npy" if wanted else "")
         self.files = self._files.stamps
         self.reads_at_once = self._files.reads_at_once
-        self._start_anew()
+        self._reset()
         arrays = npy.arrays(self._files)
         self._name = _choose(arrays, wanted, self.location)
         self._array = arrays[self._name].checked()
@@ -88,7 +90,7 @@ class NumpySource(LabelledSource[Listing]):
             )
         member = self._array.member
         self._deflated = member is not None and member.compress_type != zipfile.ZIP_STORED
-        # From where on the elements stand in the file that rows are read from.
+        # The offset of the elements in the file that rows are read from.
         self._start = self._array.start
         if member is not None and not self._deflated:
             self._start += npy.member_start(self._files, member)
@@ -106,15 +108,15 @@ class NumpySource(LabelledSource[Listing]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._inflated: BinaryIO | None = None
 
     def groups(self) -> Iterator[Group]:
-        """The images in the order of their rows. Raises SourceError if the labels have changed meanwhile."""
+        """The images in the order of their rows. Raises SourceError if the labels have changed since."""
         found = self._listed().labels
         for start in range(0, self._count, GROUP_ITEMS):
             rows = np.arange(start, min(start + GROUP_ITEMS, self._count), dtype=np.int64)
@@ -140,13 +142,13 @@ class NumpySource(LabelledSource[Listing]):
         return encoded(pixels.reshape(*pixels.shape[:2], self._channels))
 
     def check(self) -> None:
-        """Raises SourceError if the file is gone or may not be read any more."""
+        """Raises SourceError if the file is gone or no longer readable."""
         self._files.check()
 
     def _temporary(self) -> BinaryIO:
-        """The .npy as it was before it was deflated."""
-        if self._pid != os.getpid():  # forked: the lock may be held by a thread that is not there any more
-            self._start_anew()
+        """The inflated .npy."""
+        if self._pid != os.getpid():  # after a fork, the lock may be held by a thread that does not exist here
+            self._reset()
         with self._lock:
             if self._inflated is None:
                 self._inflated = self._inflate()
@@ -169,7 +171,7 @@ class NumpySource(LabelledSource[Listing]):
                     if not (data := member.read(min(left, 1 << 20))):
                         raise OSError(errno.EIO, f"{self._array.where} ends early; it is damaged or cut")
                     file.write(data)
-                member.read(1)  # which compares the CRC-32 if this was all
+                member.read(1)  # at the end, this verifies the CRC-32
             file.flush()
         except (SourceError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as exc:
             file.close()
@@ -201,7 +203,7 @@ class NumpySource(LabelledSource[Listing]):
         return Listing(array_labels(column, values, self.location, self._classes, kind=kind))
 
     def _usual_labels(self, arrays: Mapping[str, Array]) -> str | None:
-        """The array that has the labels by its name. Raises SourceError if there are several."""
+        """The array that holds the labels, judging by its name. Raises SourceError if there are several."""
         found = _named_labels(self._name, arrays)
         if len(found) > 1:
             listed = ", ".join(map(repr, found))
@@ -231,19 +233,19 @@ class NumpySource(LabelledSource[Listing]):
 
 
 def _asked(labels: str | None) -> tuple[str, Kind | None] | None:
-    """The array or file that `--labels` names, with the kind that it is said to have."""
+    """The array or file that `--labels` names, and the kind given with it."""
     if labels is None:
         return None
     name, colon, kind = labels.rpartition(":")
     known = cast(Kind, kind) if colon and kind in KINDS else None
     name = name if known else labels
     if name.lower().endswith(".npy") and not is_remote(name):
-        name = os.path.abspath(name)  # another process may work in another folder
+        name = os.path.abspath(name)  # another process may have another working directory
     return name, known
 
 
 def _words(name: str) -> frozenset[str]:
-    """The words in a name: `train` and `x` of `X_train`, `xtrain` and `trainX`."""
+    """The words in a name: `train` and `x` in `X_train`, `xtrain` and `trainX`."""
     return frozenset(word.lower() for word in _WORD.findall(name))
 
 
@@ -252,9 +254,9 @@ def _like_images(array: Array) -> bool:
 
 
 def _named_labels(images: str, arrays: Mapping[str, Array]) -> list[str]:
-    """The arrays that have the labels of some images by their names, of which there should be one at most.
+    """The arrays that, judging by their names, hold the labels of an array of images; there should be at most one.
 
-    Where several arrays hold images, each has its own labels, and names without more than the word do not count.
+    If several arrays hold images, each has its own labels, and names of just a label word do not count.
     """
     alone = sum(map(_like_images, arrays.values())) == 1
     own = _words(images).difference(_IMAGES)
@@ -302,7 +304,7 @@ def _shown(arrays: Mapping[str, Array]) -> str:
 
 
 def _layout(array: Array) -> tuple[bool, int]:
-    """Whether channels stand before rows, and how many there are. Raises SourceError if these are no images."""
+    """Whether channels come before rows, and how many there are. Raises SourceError if these are not images."""
     shape, dtype = array.shape, array.dtype
     got = f"{array.where} has {dtype} {shape}"
     if array.fortran and len(shape) > 1:

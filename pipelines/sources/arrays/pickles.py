@@ -1,8 +1,8 @@
-"""Pickles from a download: of numbers, texts, lists, dictionaries and byte arrays, and nothing else.
+"""Loads untrusted pickles of numbers, text, lists, dictionaries and byte arrays, and refuses anything else.
 
-A pickle is a program. So it is looked through before it runs: only opcodes that such data need, no length that the file
-does not hold. Where it names a function or a class, it gets a stand-in of ours, for the four that arrays need; whatever
-else it names is refused. No array is made before its parts were checked.
+A pickle is a program, so it is scanned before it runs: it may contain only opcodes that such data needs, and no length
+beyond the end of the file. The five functions and classes that arrays need are replaced by stand-ins; any other name is
+refused. The parts of an array are checked before the array is made.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ _OPCODES = frozenset(
      "DICT", "SETITEM", "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"]
 )  # fmt: skip
 _MOST_NESTED = 100
-_MOST_OPCODES = 1_000_000  # each may make an object of some hundred bytes; CIFAR-100 has 350,000
+_MOST_OPCODES = 1_000_000  # each may create an object of some hundred bytes; CIFAR-100 has 350,000
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 def load(data: bytes) -> Any:
-    """What the bytes of a pickle hold; texts of Python 2 as bytes, arrays as `Array`.
+    """The content of a pickle. Strings of Python 2 become bytes, arrays become `Array`.
 
     Raises:
-        ValueError: they are no pickle, are damaged, or hold anything else.
+        ValueError: it is not a pickle, is damaged, or contains anything else.
     """
     try:
-        _look_through(data)
+        _scan(data)
         return _Unpickler(data).load()
-    # What pickle raises for nonsense is no closed list; nothing of the file has run that could raise anything else.
+    # For invalid data, pickle raises many kinds of errors. No code of the file has run that could raise others.
     except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, TypeError) as exc:
         raise ValueError(f"{type(exc).__name__}: {exc}"[:300]) from exc
 
 
-def _look_through(data: bytes) -> None:
-    """Reads all opcodes, none of which runs.
+def _scan(data: bytes) -> None:
+    """Reads all opcodes without running them.
 
     Raises:
-        ValueError: the file ends before what it announces; there are too many opcodes; tuples are nested so deep that
-            to hash one would end the process.
+        ValueError: an opcode is not allowed; the data ends too early; there are too many opcodes; or tuples are nested
+            so deep that hashing one would overflow the stack.
     """
-    stack: list[int] = []  # how deep the tuples are nested in each value; a mark is -1
+    stack: list[int] = []  # the depth of nested tuples in each value; -1 for a mark
     memo: dict[int, int] = {}
     for number, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
         if number >= _MOST_OPCODES:
             raise ValueError(f"more than {_MOST_OPCODES} opcodes")
         if opcode.name not in _OPCODES:
             raise ValueError(f"opcode {opcode.name} is not allowed")
-        if opcode.name in _PUTS and not 0 <= int(argument or 0) <= number:  # the memo is an array of that length
+        if opcode.name in _PUTS and not 0 <= int(argument or 0) <= number:  # pickle allocates a memo of that length
             raise ValueError(f"a memo entry {argument} after {number} opcodes")
         if opcode.name == "MARK":
             stack.append(-1)
@@ -71,20 +71,20 @@ def _look_through(data: bytes) -> None:
 
 
 def _taken(stack: list[int], opcode: pickletools.OpcodeInfo) -> list[int]:
-    """Takes off a stack what an opcode does, with the mark if it wants one."""
+    """Pops from the stack what an opcode pops, including its mark, if any."""
     count = len(opcode.stack_before)
     taken: list[int] = []
     if pickletools.markobject in opcode.stack_before:
         while (depth := stack.pop()) >= 0:
             taken.append(depth)
-        count -= 2  # the mark, and what stands for all above it
+        count -= 2  # the mark, and the placeholder for all values above it
     return taken + [stack.pop() for _ in range(count)]
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
-        # No text has to be encoded twice, so what comes of it is no longer than the file.
+        # No text needs to be encoded twice, so the results together are no longer than the file.
         self._stand_ins = {**_STAND_INS, ("_codecs", "encode"): _Encode(len(data))}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -95,13 +95,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Name:
-    """Stands for a class that is named and never called. No stand-in has attributes that a pickle could set."""
+    """Replaces a class that is named but never called. Stand-ins have no attributes that a pickle could set."""
 
     __slots__ = ()
 
 
 class _Dtype:
-    """Stands for numpy.dtype: what is called, and what comes of it. Its name and no more."""
+    """Replaces numpy.dtype, both the class and its instances. Holds only the name."""
 
     __slots__ = ("code",)
 
@@ -114,11 +114,11 @@ class _Dtype:
         return _Dtype(as_text(code) if isinstance(code, bytes) else code)
 
     def __setstate__(self, state: Any) -> None:
-        """Takes byte order and fields, of which bytes have none."""
+        """Ignores byte order and fields, which bytes do not have."""
 
 
 class Array:
-    """Stands for an array: what its state says, unchecked."""
+    """Replaces an array. Holds its pickled state, unchecked."""
 
     __slots__ = ("_state",)
 
@@ -129,7 +129,7 @@ class Array:
         self._state = state
 
     def data(self, row_bytes: int) -> bytes:
-        """The bytes of its elements. Raises ValueError for any other array than uint8 (N, row_bytes) in C order."""
+        """The bytes of its elements. Raises ValueError unless the array is uint8 (N, row_bytes) in C order."""
         state = self._state
         if not isinstance(state, tuple) or len(state) != 5:
             raise ValueError("an array without a state")
@@ -144,7 +144,7 @@ class Array:
 
 
 class _Reconstruct:
-    """Stands for numpy.core.multiarray._reconstruct(ndarray, (0,), b"b"): an array before it has its state."""
+    """Replaces numpy.core.multiarray._reconstruct(ndarray, (0,), b"b"), which makes an array without state."""
 
     __slots__ = ()
 
@@ -153,7 +153,7 @@ class _Reconstruct:
 
 
 class _Encode:
-    """Stands for _codecs.encode, as Python 3 pickles bytes for Python 2."""
+    """Replaces _codecs.encode, by which Python 3 pickles bytes for Python 2."""
 
     __slots__ = ("_left",)
 

@@ -1,1 +1,1 @@
-"""Folders of images as SRC, on a disk or in an object store."""
+"""Folders of images as SRC, on a disk or an object store."""

@@ -1,4 +1,4 @@
-"""A folder tree: each folder of the first level is a class, and everything below it belongs to it."""
+"""Folder trees: each top-level folder is a class, and all images below it belong to that class."""
 
 from __future__ import annotations
 
@@ -32,20 +32,25 @@ from ..base import (
 )
 from ..labels import LabelledSource
 from ..tables.rows import EXTENSIONS, TableListing
-from ..tables.sidecar import absolute, list_tables
+from ..tables.sidecar import absolute_labels, list_sidecars
 
 log = logging.getLogger(__name__)
 LABELS = ("class-dir", "none")
-_PATH_MAX = 4096  # Linux's, with the zero byte behind; no folder beyond it can be listed
+_PATH_MAX = 4096  # of Linux, with the terminating zero byte; folders with longer paths cannot be listed
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder has, sorted: images, with the size of each where the listing tells it, and folders.
+    """The content of one folder, sorted by name.
 
-    `others` are the files whose names are not those of images, by their extension; `outside` is how many of the images
-    lie outside of the source, where links lead, and `unfollowed` how many links were left out; `impossible` are names
-    that no folder could have.
+    Attributes:
+        names: of images.
+        folders: names of subfolders.
+        others: how many files have other names, by extension.
+        sizes: of the images, in bytes; empty if the listing does not include sizes.
+        outside: how many of the images are outside the source, reached through symbolic links.
+        unfollowed: how many symbolic links were skipped.
+        impossible: names, skipped, that no folder could have.
     """
 
     names: list[bytes]
@@ -58,21 +63,21 @@ class Scan:
 
 
 class TreeSource(Source):
-    """The images below a folder, wherever that is.
+    """The images below a folder, on any store.
 
-    Order: the images of a folder, then its subfolders, each sorted by their names' bytes. Hidden names are skipped
-    (`is_hidden`), symbolic links followed. Places: the size of each image where the listing tells it. `labels` says
-    where labels are:
+    Items are ordered: the images of a folder, then its subfolders, both sorted by the bytes of their names. Hidden
+    names are skipped (`is_hidden`); symbolic links are followed. An item's place is its size, if the listing includes
+    sizes. `labels` says where labels come from:
 
-    - `class-dir`, or None: a folder of the first level is a class, images deeper in it belong to that class, and
-      classes are numbered in sorted order (or as `classes` says). A folder of images without such folders has none.
-      Sides of a split with the same folders in them are refused, unless it is said that they are classes.
-    - `none`: nowhere; images and folders of images may stand beside each other.
+    - `class-dir`, or None: each top-level folder is a class and contains its images at any depth. Classes are numbered
+      in sorted order, or as in `classes`. A folder of images without subfolders has no labels. If None, sides of a
+      split that contain the same folders are refused.
+    - `none`: there are no labels; a folder may contain both images and folders of images.
 
     Raises:
-        SourceError: not a folder, unreadable, without images; images beside folders of images, or sides of a split,
-            where folders are classes.
-        UsageError: `labels` is none of these.
+        SourceError: not a folder, unreadable, or without images; with `class-dir`, images next to folders of images, or
+            sides of a split.
+        UsageError: `labels` has another value.
     """
 
     kind = "folder"
@@ -103,17 +108,17 @@ class TreeSource(Source):
 
     @abc.abstractmethod
     def _scan(self, folder: bytes) -> Scan:
-        """What a folder has. Raises SourceError if it cannot be listed."""
+        """Lists a folder. Raises SourceError if it cannot be listed."""
 
     @abc.abstractmethod
     def _identity(self, folder: bytes) -> Hashable:
-        """The same for the same folder, whichever way leads to it. Raises SourceError if it is not there."""
+        """Identifies a folder, whichever path leads to it. Raises SourceError if it does not exist."""
 
     def groups(self) -> Iterator[Group]:
-        """The images, one folder at a time; each folder is read once, and no file is looked at.
+        """The images, one group per folder. Each folder is listed once; no file is opened.
 
         Raises:
-            SourceError: a folder cannot be read, or a class has come after the classes were numbered.
+            SourceError: a folder cannot be read, or a class was added after the classes were numbered.
         """
         self._count_anew()
         self.bare = bare = []
@@ -139,7 +144,7 @@ class TreeSource(Source):
                     bare.append(as_text(folder))
 
     def _walk(self, top: bytes, label: int, also: Callable[[bytes], bool] = lambda folder: False) -> Iterator[Group]:
-        """The folders that have images or are wanted `also`, each once: links may lead in several ways to one."""
+        """The folders that contain images or that `also` selects, each once even if several links lead to it."""
         seen = {self._root_identity} if top else set()
         waiting = [top]
         while waiting:
@@ -179,24 +184,24 @@ class TreeSource(Source):
 class FolderSource(TreeSource, LabelledSource[TableListing]):
     """The images below a folder on a disk; see `TreeSource`.
 
-    Each frame of a DICOM file that has several is an item, `scan.dcm/0003`; its place is the frame's number. Such files
-    are opened when they are listed. Labels may also be
+    Each frame of a multi-frame DICOM file is an item, such as `scan.dcm/0003`, and its place is the frame's number.
+    The headers of DICOM files are read when they are listed. Labels can also come from sidecar tables:
 
-    - `FILE.csv`, `FILE.csv:A,B` (or another table): in a table with paths relative to the folder; its columns as
-      `columns.named_columns` finds them. The items are those of the table, in its order.
-    - `csv:NAME.csv`, `csv:NAME.csv:A,B`: in a table of that name in each folder of images, with a column of file names,
-      the first unless its name says which. Its labels are found in the same way; where no column has a usual name, all
-      others are labels but `key`. The order in a folder is that of its table.
+    - `FILE.csv`, `FILE.csv:A,B` (or another table format): one table with paths relative to the folder. Its label
+      columns are found by `columns.named_columns`. The items are those of the table, in its order.
+    - `csv:NAME.csv`, `csv:NAME.csv:A,B`: a table of that name in each folder of images, with a column of file names,
+      which is the one with a usual name, or else the first. Label columns are found in the same way; if none has a
+      usual name, all other columns except `key` are labels. Items of a folder are in the order of its table.
 
     Args:
         location: SRC.
         classes: the names of classes by number; found if None.
         labels: see above.
-        key: the column of a table that `Group.keys` has.
-        follow_links: False leaves all symbolic links out, and refuses a table's paths that lead out of the folder.
+        key: the table column for `Group.keys`.
+        follow_links: if False, symbolic links are skipped, and table paths that lead out of the folder are refused.
 
     Raises:
-        SourceError: as `TreeSource`; tables that are missing, damaged, or without a row for an image.
+        SourceError: as `TreeSource`; or a table is missing, damaged, or lacks a row for an image.
     """
 
     file_per_item = True
@@ -215,15 +220,15 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
         self._links = _Links(self._root)
         self._files = LocalFiles(self._root)
         self._key, self._classes = key, classes
-        self._tables = None if labels is None or labels in LABELS else absolute(labels)
-        if self._tables is None:
+        self._sidecars = None if labels is None or labels in LABELS else absolute_labels(labels)
+        if self._sidecars is None:
             super().__init__(os.path.abspath(location), classes, labels)
         else:
             super().__init__(os.path.abspath(location), None, "none")
             self._take_labels()
 
     def anew(self) -> FolderSource:
-        """The same folder as another machine sees it, where a shared filesystem has another device number."""
+        """The same folder opened on another machine, on which a shared filesystem has another device number."""
         other = copy.copy(self)
         other._root = os.path.abspath(os.fsencode(self.location))
         other._files, other._links = LocalFiles(other._root), _Links(other._root)
@@ -231,22 +236,27 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
         return other
 
     def _list(self) -> TableListing:
-        assert self._tables is not None
+        assert self._sidecars is not None
 
         def folders(name: str) -> Iterator[Group]:
             table = os.fsencode(name)
             return self._walk(b"", -1, lambda folder: os.path.lexists(os.path.join(self._root, folder, table)))
 
-        return list_tables(
-            self._tables, self.location, folders, key=self._key, classes=self._classes, follow_links=self._follow_links
+        return list_sidecars(
+            self._sidecars,
+            self.location,
+            folders,
+            key=self._key,
+            classes=self._classes,
+            follow_links=self._follow_links,
         )
 
-    def _tabled(self) -> Iterator[Group]:
-        """What the tables name, after a look whether they name every image."""
+    def _groups_of_sidecars(self) -> Iterator[Group]:
+        """The items that the sidecar tables name. Raises SourceError if they do not name every image."""
         listing = self._listed()
         self._count_anew()
         listing.require_rows(group.folder + name for group in self._walk(b"", -1) for name in group.names)
-        # Tables may name files of any name; what is left then was named by nobody.
+        # Tables may name files with any extension; count as left out only files that no table names.
         self.left_out -= Counter({extension: self.left_out[extension] for extension in EXTENSIONS})
         for group in listing.groups():
             self.left_out -= Counter(extension_of(name) for name in group.names if not is_image(name))
@@ -259,8 +269,8 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
         return _identity(os.path.join(self._root, folder))
 
     def groups(self) -> Iterator[Group]:
-        """As `TreeSource`; but of DICOM files the header is read."""
-        return map(self._files.with_frames, super().groups() if self._tables is None else self._tabled())
+        """As `TreeSource`, but the headers of DICOM files are read."""
+        return map(self._files.with_frames, super().groups() if self._sidecars is None else self._groups_of_sidecars())
 
     def frame(self, item: Item) -> int | None:
         """As `LocalFiles.frame`."""
@@ -279,9 +289,9 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
         return self._files.others_readable(item)
 
     def check(self) -> None:
-        """Raises SourceError if the folder itself is gone (an unmounted disk is no reason to reject its files)."""
+        """Raises SourceError if the folder itself is gone, such as after its disk was unmounted."""
         try:
-            # An unmounted disk leaves the folder that it was mounted on.
+            # After an unmount, the mount point remains, but is another folder.
             here = self._identity(b"") == self._root_identity
         except SourceError:
             here = False
@@ -295,14 +305,14 @@ def _group(folder: bytes, found: Scan, label: int) -> Group:
 
 
 class _Links:
-    """Which of the folders and files that a listing finds lie outside of the source. No link, no call to the system."""
+    """Detects listed folders and files that lie outside the source. Only symbolic links cost system calls."""
 
     def __init__(self, root: bytes) -> None:
         self._inside = Inside(root)
         self._outside: set[bytes] = set()
 
     def leads_out(self, folder: bytes, entry: os.DirEntry[bytes]) -> bool:
-        """Whether an entry of a folder leads out of the source; of a folder, also what is below it."""
+        """Whether an entry of a folder lies outside the source. Remembers folders, for the entries below them."""
         if any(map(folder.startswith, self._outside)):
             return True
         out = entry.is_symlink() and not self._inside.holds_target(entry.path)
@@ -312,7 +322,7 @@ class _Links:
 
 
 def _scan(root: bytes, folder: bytes, links: _Links | None) -> Scan:
-    """What a folder has; without `links`, none is followed."""
+    """Lists a folder; symbolic links are skipped if `links` is None."""
     names: list[bytes] = []
     folders: list[bytes] = []
     others: Counter[str] = Counter()
@@ -349,8 +359,8 @@ def _shown(path: bytes) -> tuple[str, int]:
 
 
 def _may_be_image(entry: os.DirEntry[bytes]) -> bool:
-    """Whether it is a file, or a link to one, even one that is gone; opening a pipe or a device could wait for ever."""
-    there = os.path.exists(entry.path) if entry.is_symlink() else True  # a stat for links alone
+    """Whether an entry is a file or a link to one, even a dangling link. Opening a pipe or device could block."""
+    there = os.path.exists(entry.path) if entry.is_symlink() else True  # costs a stat for links only
     fits = not there or entry.is_file()
     if not fits:
         log.warning("%r is no file and is left out", as_text(entry.path))
@@ -361,7 +371,7 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_dir()
     except OSError as exc:
-        if exc.errno == errno.ELOOP:  # as a link that leads nowhere: no folder, and as an image it is a reject
+        if exc.errno == errno.ELOOP:  # treated like a dangling link: not a folder, and an image that becomes a reject
             return False
         raise
 

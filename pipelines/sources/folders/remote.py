@@ -1,4 +1,4 @@
-"""A folder tree on an object store or another store of fsspec: the same rules as for a folder on a disk."""
+"""Folder trees on an object store or another fsspec store, by the same rules as on a disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ...config import BuildConfig
 from ...errors import SourceError
-from ..access.stores import READS_AT_ONCE, as_source_errors, fetch, is_web, patiently, store_of
+from ..access.stores import READS_AT_ONCE, as_source_errors, ask_store, fetch, is_web, store_of
 from ..base import Item, as_bytes, as_text, extension_of, is_hidden, is_image
 from .folder import Scan, TreeSource
 
@@ -16,12 +16,12 @@ from .folder import Scan, TreeSource
 class RemoteSource(TreeSource):
     """The images below `s3://bucket/folder` and the like; see `TreeSource`.
 
-    A folder is a run of names that begin alike; it is listed by itself, page by page. Objects that are empty and named
-    like a folder, as consoles leave them, are no items. Names that no folder could have (`a//b.jpg`, `a/./b.jpg`) are
-    left out with a warning.
+    A folder is a common prefix of names; each is listed separately, page by page. Empty objects named like a folder,
+    which web consoles create, are not items. Names that no folder could have (`a//b.jpg`, `a/./b.jpg`) are skipped with
+    a warning.
 
     Raises:
-        SourceError: no such folder, no right to list it, no credentials, no answer, or as `TreeSource`.
+        SourceError: no such folder, no permission to list it, no credentials, no answer, or as `TreeSource`.
     """
 
     reads_at_once = READS_AT_ONCE
@@ -48,7 +48,7 @@ class RemoteSource(TreeSource):
         url = self._url(as_text(folder)).rstrip("/")
         with as_source_errors(url):
             start = self._store._strip_protocol(url).rstrip("/") + "/"
-            entries = patiently(lambda: self._store.ls(url, detail=True))
+            entries = ask_store(lambda: self._store.ls(url, detail=True))
         names: list[tuple[bytes, int]] = []
         folders: set[bytes] = set()
         impossible: list[str] = []
@@ -79,18 +79,18 @@ class RemoteSource(TreeSource):
         return folder
 
     def read(self, item: Item) -> bytes:
-        """The bytes of an object, whole.
+        """All bytes of an object.
 
         Raises:
-            OSError: ENOENT, EACCES, or EIO for all that may go away.
+            OSError: ENOENT, EACCES, or EIO for anything that may be temporary.
             BadItem: larger than any image should be.
         """
         return fetch(self._store, self._url(item.path), item.place[0] if item.place else None)
 
     def check(self) -> None:
-        """Raises SourceError if the bucket or the folder is gone, or may not be read any more."""
+        """Raises SourceError if the bucket or the folder is gone or no longer readable."""
         with as_source_errors(self.location):
-            patiently(lambda: self._store.info(self.location))
+            ask_store(lambda: self._store.info(self.location))
 
     def _url(self, path: str) -> str:
         return f"{self.location}/{path}"

@@ -1,1 +1,1 @@
-"""Tables as SRC: CSV, JSON lines and Parquet, with paths or with images; and tables beside the images in a folder."""
+"""Tables (CSV, JSON lines, Parquet) as SRC, with paths or with images, and sidecar tables of a folder."""

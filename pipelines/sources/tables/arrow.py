@@ -1,4 +1,4 @@
-"""Parquet files (https://parquet.apache.org/docs/file-format/), read by pyarrow, and how far they are trusted."""
+"""Reads untrusted Parquet files (https://parquet.apache.org/docs/file-format/) with pyarrow, within limits."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ...errors import SourceError
 from ..access.files import FileOf, Files
 from ..access.stores import BLOCK_BYTES
 
-_BUFFER_BYTES = 1 << 20  # without one, Arrow reads the whole column of a row group at once
-# A few bytes of a file may stand for one long text in every row. Of rows, so many are read at a time as would take
-# _BATCH_BYTES if each had all that its columns have; and few, since a footer may lie about that.
+_BUFFER_BYTES = 1 << 20  # without a buffer, Arrow reads the whole column of a row group at once
+# A few bytes of a file can encode a long text for every row. So batches are limited to as many rows as would take
+# _BATCH_BYTES if each row had the size of the whole columns, and to few rows, since a footer may lie about sizes.
 _BATCH_BYTES = 256 << 20
 _BATCH_ROWS = 64
-_MAX_TEXT_BYTES = 128 << 10  # as csv has it
-_MOST_ROWS = 32  # a byte of the file: numbered paths, as DELTA_BYTE_ARRAY and by zstd, are 11
+_MAX_TEXT_BYTES = 128 << 10  # as in csv
+_MOST_ROWS = 32  # per byte of the file; numbered paths, with DELTA_BYTE_ARRAY and zstd, reach 11
 
 
 def open_parquet(files: Files, number: int) -> Any:
-    """A `pyarrow.parquet.ParquetFile`.
+    """Opens a file as a `pyarrow.parquet.ParquetFile`.
 
     Raises:
-        SourceError: not Parquet, cut, or its footer says what cannot be; or pyarrow is missing.
+        SourceError: not Parquet, truncated, or with an implausible footer; or pyarrow is missing.
     """
     try:
         from pyarrow import parquet
@@ -47,10 +47,10 @@ def open_parquet(files: Files, number: int) -> Any:
 
 @contextlib.contextmanager
 def explained(path: str) -> Iterator[None]:
-    """Raises what Arrow makes of a damaged file, or the system of one that cannot be read, as SourceError."""
+    """Raises Arrow's errors for a damaged file, and the system's for an unreadable one, as SourceError."""
     try:
         yield
-    # Arrow's errors are ValueErrors, OSErrors, or other kinds of its ArrowException, which derives from Exception.
+    # Arrow's errors are ValueErrors, OSErrors, and other subclasses of ArrowException, an Exception.
     except (SourceError, MemoryError):
         raise
     except Exception as exc:
@@ -61,10 +61,10 @@ def explained(path: str) -> Iterator[None]:
 
 
 def rows(file: Any, path: str, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The values of some columns of texts or numbers, a tuple a row, read in small batches.
+    """The values of some columns of text or numbers, one tuple per row, read in small batches.
 
     Raises:
-        SourceError: a column holds anything else, or a text of more than 128 KiB, or the file is damaged.
+        SourceError: a column contains anything else, or a text of more than 128 KiB; or the file is damaged.
     """
     from pyarrow import types
 
@@ -98,13 +98,13 @@ def _batch_rows(group: Any, names: Sequence[str]) -> int:
 
 
 def _require_short(column: Any, name: str, path: str) -> None:
-    """Raises SourceError if a column has a text that nobody means as a path or a label."""
+    """Raises SourceError if a column has a text too long for a path or a label."""
     from pyarrow import compute, types
 
     values = column.dictionary if types.is_dictionary(column.type) else column
     if is_text(values.type):
         if not (types.is_string(values.type) or types.is_large_string(values.type)):
-            values = values.cast("string")  # of views, Arrow has no lengths
+            values = values.cast("string")  # Arrow has no lengths of string views
         longest = compute.max(compute.binary_length(values)).as_py() or 0
         if longest > _MAX_TEXT_BYTES:
             raise SourceError(
@@ -114,7 +114,7 @@ def _require_short(column: Any, name: str, path: str) -> None:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether a type of Arrow is one of texts."""
+    """Whether an Arrow type is a string type."""
     from pyarrow import types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind

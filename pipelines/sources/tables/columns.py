@@ -1,4 +1,4 @@
-"""Which columns of a table have paths, which have labels, and which says what a split keeps together."""
+"""Which columns of a table are used: paths, labels, and the key that a split keeps together."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 
 
 def usual(names: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """The columns that have one of the names, in lower or upper case, in the order of the names."""
+    """The columns that have one of the names, ignoring case, in the order of the names."""
     return [column for name in names for column in columns if column.lower() == name]
 
 
 def require(name: str, columns: Sequence[str], location: str) -> str:
-    """The name of a column. Raises SourceError if there is no such column, or if there are two."""
+    """The given name. Raises SourceError unless exactly one column has it."""
     if columns.count(name) != 1:
         what = "no" if name not in columns else "more than one"
         raise SourceError(f"{location!r} has {what} column {name!r}; it has {_shown(columns)}")
@@ -29,7 +29,7 @@ def require(name: str, columns: Sequence[str], location: str) -> str:
 
 
 def path_column(asked: str | None, columns: Sequence[str], location: str) -> str:
-    """The column of a table that has paths: the one asked for, or that with the first of the usual names."""
+    """The column of paths: the one asked for, or else the one with the first of the usual names."""
     found = asked or next(iter(usual(PATH_COLUMNS, columns)), None)
     if found is None:
         raise SourceError(
@@ -41,7 +41,7 @@ def path_column(asked: str | None, columns: Sequence[str], location: str) -> str
 
 
 def label_columns(labels: str | None, columns: Sequence[str], location: str) -> LabelSpec:
-    """The columns of SRC that have labels, as `named_columns`; none for `--labels none`. Warns where it finds none."""
+    """The label columns of SRC, as `named_columns`; none for `--labels none`. Warns if it finds none."""
     if labels == "none":
         return []
     found = named_columns(labels, columns, location)
@@ -55,17 +55,17 @@ def label_columns(labels: str | None, columns: Sequence[str], location: str) -> 
 
 
 def named_columns(names: str | None, columns: Sequence[str], location: str, before: str = "") -> LabelSpec:
-    """The columns of a table that are named, as in A,B:float, or else the one that has a usual name, if any.
+    """The label columns of a table: those named, as in A,B:float, or else the one with a usual name, if any.
 
     Args:
-        names: them, or None.
-        columns: those of the table.
+        names: of the label columns, or None.
+        columns: all columns of the table.
         location: the table.
-        before: what stands before `names` in `--labels`, for messages.
+        before: what precedes `names` in `--labels`, for messages.
 
     Raises:
-        SourceError: there is no such column, or there are two with usual names.
-        UsageError: as `label_spec`, or another kind than there are.
+        SourceError: there is no such column, or two have usual names.
+        UsageError: as `label_spec`, or an unknown kind.
     """
     if names is None:
         found = [require(name, columns, location) for name in usual(LABEL_COLUMNS, columns)]
@@ -85,7 +85,7 @@ def named_columns(names: str | None, columns: Sequence[str], location: str, befo
 
 
 def key_column(config: BuildConfig) -> str | None:
-    """The column that `--split-by` names, if it names one."""
+    """The column that `--split-by` names, if any."""
     return None if config.split_by in (None, "label", "random", "folder") else config.split_by
 
 

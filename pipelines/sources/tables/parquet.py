@@ -1,12 +1,12 @@
-"""Parquet files that hold the images themselves, as Hugging Face stores them.
+"""Parquet files that contain the images themselves, as Hugging Face stores them.
 
 The image column is a struct `{bytes: binary, path: string}` (https://huggingface.co/docs/datasets/about_dataset_features
-"Image") or plain binary, in any of the forms that Arrow has for bytes; the names of classes are those of the
-`ClassLabel` in the schema's `huggingface` metadata.
+"Image") or any of Arrow's binary types. The names of classes are those of `ClassLabel` in the schema's `huggingface`
+metadata.
 
-Parquet is read from the beginning of a row group on. In the plan's order that costs nothing. With `--shuffle` each
-image costs up to a row group, unless a few of these are all there are. So write few rows a group (100, as `datasets`
-does), or build in order and shuffle while training. Arrow inflates a page at a time, up to the 2 GB that one may have.
+A row group can be read only from its beginning. In the order of the file, this costs nothing. With `--shuffle`, each
+image can cost the reading of a row group, unless there are only a few. So write few rows per group (100, as `datasets`
+does), or build in order and shuffle while training. Arrow inflates one page at a time, which may have up to 2 GB.
 """
 
 from __future__ import annotations
@@ -35,25 +35,27 @@ log = logging.getLogger(__name__)
 
 _USUAL_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
 _GROUP_ITEMS = 10_000
-_WINDOW_BYTES = 16 << 20  # of a row group, kept behind the last row that was asked for
-_OPEN_GROUPS = 8  # shards that a worker has under way, each with a row group
+_WINDOW_BYTES = 16 << 20  # of a row group, kept up to the last row that was read
+_OPEN_GROUPS = 8  # one for each shard that a worker has open
 _OPEN_FILES = 8
 _LARGE_GROUP_BYTES = _WINDOW_BYTES
 
 
 @dataclass(frozen=True)
 class _ParquetListing(Listing):
-    """Also: the rows of each row group of each file, and the key of each row."""
+    """Also holds the number of rows in each row group of each file, and the key of each row."""
 
     counts: list[list[int]]
     keys: list[bytes]
 
 
 class ParquetSource(LabelledSource[_ParquetListing]):
-    """The images in Parquet files, in the order of files and rows; an item's path is `FILE.parquet/000123`.
+    """The images in Parquet files, in the order of files and rows. An item's path is such as `FILE.parquet/000123`.
+
+    An item's place: the numbers of the file, of the row group, and of the row in it.
 
     Raises:
-        SourceError: a file is not Parquet, is cut, lacks a column, or has no proper labels.
+        SourceError: a file is not Parquet, is truncated, lacks a column, or has invalid labels.
     """
 
     kind = "parquet"
@@ -62,7 +64,7 @@ class ParquetSource(LabelledSource[_ParquetListing]):
         self._files = Files(location, "*.parquet")
         self.location = self._files.location
         self.files = self._files.stamps
-        self.reads_at_once = min(2, self._files.reads_at_once)  # one reads, and decoding need not wait for it
+        self.reads_at_once = min(2, self._files.reads_at_once)  # one read runs ahead while images are decoded
         self._classes = classes
         first = open_parquet(self._files, 0)
         columns = first.schema_arrow.names
@@ -81,26 +83,26 @@ class ParquetSource(LabelledSource[_ParquetListing]):
                 self.location,
                 _LARGE_GROUP_BYTES >> 20,
             )
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._lock = threading.Lock()
         self._opened: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._windows: collections.OrderedDict[tuple[int, int], _Window] = collections.OrderedDict()
-        self._damage: dict[tuple[int, int], tuple[int, str]] = {}  # from which row on, and what
+        self._damage: dict[tuple[int, int], tuple[int, str]] = {}  # the first damaged row, and the error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_lock": None, "_opened": None, "_windows": None, "_damage": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin()
+        self._reset()
 
     def groups(self) -> Iterator[Group]:
-        """The items; the columns of labels are read anew but for the first time, and no image is read.
+        """The items. Label columns are reread after the first call; images are not read.
 
         Raises:
-            SourceError: as the constructor, or the labels have changed meanwhile.
+            SourceError: as the constructor, or the labels have changed since.
         """
         listing = self._listed()
         labels = listing.labels
@@ -125,7 +127,7 @@ class ParquetSource(LabelledSource[_ParquetListing]):
                     start, row = start + taken, row + taken
 
     def _list(self) -> _ParquetListing:
-        """Rows of each row group of each file, and their labels."""
+        """Reads the numbers of rows, the labels and the keys of all files."""
         counts: list[list[int]] = []
         values: list[list[Any]] = [[] for _ in self._asked]
         keys: list[bytes] = []
@@ -165,11 +167,11 @@ class ParquetSource(LabelledSource[_ParquetListing]):
         return _ParquetListing(labels, counts, keys)
 
     def read(self, item: Item) -> bytes:
-        """The bytes that the row has.
+        """The bytes in the item's row.
 
         Raises:
-            OSError: as the system says.
-            BadItem: it has none, more than any image should have, or its row group is damaged.
+            OSError: from the system.
+            BadItem: the row has no bytes or more than any image should have, or its row group is damaged.
         """
         if min(item.place) < 0 or item.place[0] >= len(self._files):
             raise BadItem("read", "unreadable", f"there is no place {item.place}")
@@ -192,7 +194,7 @@ class ParquetSource(LabelledSource[_ParquetListing]):
 
     def _row(self, number: int, group: int, row: int) -> bytes | None:
         if (damage := self._damage.get((number, group))) is not None and row >= damage[0]:
-            raise SourceError(damage[1])  # no use in reading the row group again for each row behind
+            raise SourceError(damage[1])  # do not reread the row group for each later row
         window = self._windows.pop((number, group), None)
         if window is None or row < window.first:
             file = self._opened.pop(number, None)
@@ -215,7 +217,7 @@ class ParquetSource(LabelledSource[_ParquetListing]):
 
 
 class _Window:
-    """A row group, read on from its beginning, and the last rows that were read."""
+    """A row group that is read forward, and the last rows that were read."""
 
     def __init__(self, batches: Iterator[list[bytes | None]]) -> None:
         self.first = 0
@@ -224,7 +226,7 @@ class _Window:
         self._bytes = 0
 
     def row(self, row: int) -> bytes | None:
-        """The image in a row, from `first` on. Raises SourceError if the row group is damaged before it."""
+        """The image in a row, not before `first`. Raises SourceError if the row group is damaged up to there."""
         while row >= self.end:
             with explained("row group"):
                 batch = next(self._batches, None)
@@ -239,29 +241,29 @@ class _Window:
 
     @property
     def end(self) -> int:
-        """The row behind the last one that was read."""
+        """The row after the last one that was read."""
         return self.first + len(self._rows)
 
 
 def _of_system(exc: SourceError) -> OSError | None:
-    """What the system said, where that is what is wrong, which may be over the next time."""
+    """The system error that caused a SourceError, if one did; it may be temporary."""
     cause = exc.__cause__
     return cause if isinstance(cause, OSError) and cause.errno is not None else None
 
 
 def _batches(file: Any, group: int, column: str) -> Iterator[list[bytes | None]]:
-    """The images of a row group, in lists."""
+    """The images of a row group, in batches."""
     leaf = column if _is_binary(file.schema_arrow.field(column).type) else f"{column}.bytes"
-    # One at a time: a dictionary may stand for a large image in every row, in few bytes.
+    # One row at a time: with a dictionary, a few bytes can encode a large image for every row.
     for batch in file.iter_batches(1, row_groups=[group], columns=[leaf], use_threads=False):
         yield [entry["bytes"] if isinstance(entry, dict) else entry for entry in batch.column(column).to_pylist()]
 
 
 def image_column(file: Any, asked: str | None, path: str) -> str:
-    """The column that holds images: the one asked for, or the only one that can, or the one with a usual name.
+    """The image column: the one asked for, or else the only one of bytes, or else the one with a usual name.
 
     Raises:
-        SourceError: there is none, or it holds anything else.
+        SourceError: there is none, or it contains anything else.
     """
     schema = file.schema_arrow
     able = _columns_of_bytes(schema)
@@ -282,7 +284,7 @@ def image_column(file: Any, asked: str | None, path: str) -> str:
 
 
 def kind_of(location: str, column: str | None) -> str:
-    """`table` for a Parquet file that has no images but paths of them, else `parquet`."""
+    """`table` for a Parquet file with paths instead of images, else `parquet`."""
     with contextlib.suppress(SourceError):
         files = Files(location, "*.parquet")
         if len(files) == 1 and not _has_images(open_parquet(files, 0).schema_arrow, column):
@@ -291,7 +293,7 @@ def kind_of(location: str, column: str | None) -> str:
 
 
 def _has_images(schema: Any, column: str | None) -> bool:
-    """Whether a file has images, or what somebody may take for them, rather than paths."""
+    """Whether a file contains images, or what may be meant as such, rather than paths."""
     fields = [each for each in schema if column in (None, each.name)]
     if any(_several(each.type) or (_holds_bytes(each.type) and not _is_fixed(each.type)) for each in fields):
         return True
@@ -307,23 +309,23 @@ def _no_images(path: str, field: Any) -> SourceError:
 
 
 def _columns_of_bytes(schema: Any) -> list[str]:
-    """The columns that can hold images; those of a fixed size, as hashes have, only where there are no others."""
+    """The columns that may contain images. Those of fixed size, such as hashes, count only if there are no others."""
     found = [each for each in schema if _holds_bytes(each.type)]
     return [each.name for each in [each for each in found if not _is_fixed(each.type)] or found]
 
 
 def _looks_like_images(field: Any) -> bool:
-    """Whether a column may be meant to hold images: lists of them, or of pixels."""
+    """Whether a column may be meant as images: lists of images, or nested lists of pixels."""
     from pyarrow import types
 
     return _several(field.type) or (types.is_nested(field.type) and field.name in _USUAL_NAMES)
 
 
 def _several(kind: Any) -> bool:
-    """Whether a row holds several images."""
+    """Whether a type is a list of images."""
     from pyarrow import types
 
-    value = getattr(kind, "value_type", None)  # of all kinds of lists
+    value = getattr(kind, "value_type", None)  # of all list types
     return value is not None and not types.is_dictionary(kind) and _holds_bytes(value)
 
 
@@ -350,7 +352,7 @@ def _is_fixed(kind: Any) -> bool:
 
 
 def _class_names(file: Any) -> dict[str, tuple[str, ...]]:
-    """The names of classes by column, as `datasets` writes them beside the schema; none where it did not."""
+    """The names of classes by column, from the schema metadata that `datasets` writes, if any."""
     text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     found = {}
     with contextlib.suppress(ValueError, LookupError, AttributeError, TypeError, RecursionError):

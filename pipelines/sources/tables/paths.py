@@ -1,12 +1,13 @@
-"""Paths that stand in tables: what they are relative to, and what to do about those that are not."""
+"""Paths in tables: the root that they are relative to, and advice about paths that are not below it."""
 
 from __future__ import annotations
 
+import functools
 import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from shlex import quote
 from typing import Any, Literal
@@ -18,46 +19,63 @@ from ..access.stores import is_web
 from ..base import as_bytes
 
 _FILE = "file://"
-_DRIVE = re.compile(r"[A-Za-z]:/|//")  # of Windows, with slashes; or a share
-_SED = (".csv", ".tsv")  # of these a backslash is nothing but one
-_SPECIAL = re.compile(r"([][\\.*^$+?(){}|#])")  # in an extended regular expression of sed, between #
+_DRIVE = re.compile(r"[A-Za-z]:/|//")  # a Windows drive or network share, with slashes
+_SED = (".csv", ".tsv")  # formats in which a backslash is not an escape, so that sed can replace it
+_SPECIAL = re.compile(r"([][\\.*^$+?(){}|#])")  # characters to escape in sed -E between #
 
 
 class ForeignPath(ValueError):
-    """A path that no file of a folder has: a full one that is not below it, or one of Windows."""
+    """A path that no file below the root has: an absolute path elsewhere, or a Windows path."""
 
-    def __init__(self, message: str, base: Base) -> None:
+    def __init__(self, message: str, root: TableRoot) -> None:
         super().__init__(message)
-        self.base = base
+        self.root = root
 
 
 @dataclass(frozen=True)
-class Base:
+class TableRoot:
     """The folder that the paths of a table are relative to.
 
     Attributes:
         root: an absolute path or a URL.
-        option: what names another one; None where SRC does.
+        option: the option that names another root; None if SRC itself is the root.
+        follow_links: whether symbolic links may lead out of the root; always true for a URL.
     """
 
     root: str
     option: str | None = "--root"
+    follow_links: bool = True
 
     def path(self, text: str) -> bytes:
-        """As `below`. Raises ValueError; of it `ForeignPath` where all paths of the table tell what to do."""
+        """A path of the table, relative to the root; see `relative_path`.
+
+        Raises:
+            ValueError: it is not below the root. ForeignPath if `advice` can say what to do.
+        """
         form, _ = _form(text)
         if form == "windows" and (is_remote(self.root) or not os.path.lexists(os.path.join(self.root, text))):
             raise ForeignPath(f"has the path {text[:200]!r}, which is a Windows path", self)
-        if form == "full" and _under(self.root, text) is None:
+        if form == "full" and _below_root(self.root, text) is None:
             raise ForeignPath(f"has the path {text[:200]!r}, which is not below {self.root!r}", self)
-        return below(text, self.root)
+        path = relative_path(text, self.root)
+        if not self.follow_links and not self._inside.holds(path):
+            real = os.path.realpath(os.path.join(os.fsencode(self.root), path))
+            raise ValueError(
+                f"has the path {text[:200]!r}, which leads out of {self.root!r} by a symbolic link, to "
+                f"{os.fsdecode(real)!r}; copy what it needs into that folder, or say --follow-links"
+            )
+        return path
+
+    @functools.cached_property
+    def _inside(self) -> Inside:
+        return Inside(os.fsencode(self.root))
 
     def advice(self, table: str, texts: Iterable[Any]) -> str:
-        """What to do about a table some of whose paths are foreign.
+        """What to do about a table with foreign paths.
 
         Args:
-            table: its place.
-            texts: what it has for paths.
+            table: the table's path or URL.
+            texts: all values of its path column.
         """
         forms: Counter[str] = Counter()
         shared = None
@@ -93,26 +111,8 @@ class Base:
         return f"{advice}, for example with: {command}"
 
 
-def within(base: Base) -> Callable[[str], bytes]:
-    """As `base.path`, but raises ValueError, too, where a symbolic link leads out of the folder."""
-    root = os.fsencode(base.root)
-    inside = Inside(root)
-
-    def path_of(text: str) -> bytes:
-        path = base.path(text)
-        if not inside.holds(path):
-            real = os.path.realpath(os.path.join(root, path))
-            raise ValueError(
-                f"has the path {text[:200]!r}, which leads out of {base.root!r} by a symbolic link, to "
-                f"{os.fsdecode(real)!r}; copy what it needs into that folder, or say --follow-links"
-            )
-        return path
-
-    return path_of
-
-
 def _form(text: str) -> tuple[Literal["windows", "full", "relative"], str]:
-    """What kind of path a text is, and the path with slashes and without `file://`."""
+    """The kind of a path, and the path with forward slashes and without `file://`."""
     slashed = text.removeprefix(f"{_FILE}/").replace("\\", "/")
     if "\\" in text or (_DRIVE.match(slashed) and slashed[0] != "/"):
         return "windows", slashed
@@ -122,7 +122,7 @@ def _form(text: str) -> tuple[Literal["windows", "full", "relative"], str]:
 
 
 def _shared_folder(path: str, others: str | None) -> str:
-    """The deepest folder of a full path that others share, of which there may be none; empty if they share none."""
+    """The deepest folder of an absolute path that contains `others`, the folder shared so far; empty if none does."""
     if not (path.startswith("/") or _DRIVE.match(path) or is_remote(path)):
         return ""
     folder = posixpath.dirname(path if is_remote(path) else posixpath.normpath(path))
@@ -135,11 +135,11 @@ def _shared_folder(path: str, others: str | None) -> str:
     return shared
 
 
-def _under(root: str, text: str) -> str | None:
-    """A full path or a URL, relative to a folder; None if it is not below it."""
+def _below_root(root: str, text: str) -> str | None:
+    """An absolute path or a URL, relative to the root; None if it is not below it."""
     path = text.removeprefix(_FILE) if text.startswith(f"{_FILE}/") else text
-    path, within = path if is_remote(path) else os.path.normpath(path), root.rstrip("/") + "/"
-    return path[len(within) :] if path.startswith(within) else None
+    path, start = path if is_remote(path) else os.path.normpath(path), root.rstrip("/") + "/"
+    return path[len(start) :] if path.startswith(start) else None
 
 
 def _leads_out(path: str) -> bool:
@@ -147,22 +147,24 @@ def _leads_out(path: str) -> bool:
     return path in (".", "..") or path.startswith(("../", "/"))
 
 
-def below(text: str, root: str) -> bytes:
-    """A path of a table, relative to `root`, an absolute path or a URL.
+def relative_path(text: str, root: str) -> bytes:
+    """A path, made relative to `root`, an absolute path or a URL.
 
-    A full path, a URL, or a full path behind `file://`, which is taken as it stands there, must lie below `root`.
+    Args:
+        text: a relative path, or an absolute path (also after `file://`, taken verbatim) or URL below `root`.
+        root: an absolute path or a URL.
 
     Raises:
-        ValueError: it leads out of it, or is no path at all.
+        ValueError: the path leads out of `root`, or is not a path.
     """
     shown = f"has the path {text[:200]!r}"
     if "\0" in text:
         raise ValueError(f"{shown} with a NUL byte; fix it")
-    path = _under(root, text) if is_remote(text) or text.startswith(("/", _FILE)) else text
+    path = _below_root(root, text) if is_remote(text) or text.startswith(("/", _FILE)) else text
     if path is None:
         raise ValueError(f"{shown}, which is not below {root!r}")
     path = os.path.normpath(path)
-    # A web server may take %2e%2e for two dots.
+    # A web server may read %2e%2e as two dots.
     if any(_leads_out(each) for each in ([path, unquote(path)] if is_web(root) else [path])):
         raise ValueError(f"{shown}, which leads out of {root!r}; write it relative to that folder")
     try:

@@ -1,4 +1,4 @@
-"""Tables (CSV, TSV, JSON lines, Parquet): their rows, streamed, and the items that they name, kept compactly."""
+"""Tables (CSV, TSV, JSON lines, Parquet): streaming their rows, and a compact list of the items that they name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ...errors import SourceError
 from ...storage.base import is_remote
 from ..access.files import Files
-from ..access.stores import as_source_errors, as_system_errors, fetch, is_web, patiently, store_of, without_query
+from ..access.stores import as_source_errors, as_system_errors, ask_store, fetch, is_web, store_of, without_query
 from ..base import Group, as_bytes, as_text, is_image
 from ..labels import Labels, LabelSpec, is_missing, read_labels, shared
 from ..rejects import BadItem
@@ -35,20 +35,20 @@ from .paths import ForeignPath
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
-_DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # the first of them that the line of names has
-_MAX_LINE_BYTES = 4 << 20  # a line is the most that is held of a text
+_DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # the first one that occurs in the header is used
+_MAX_LINE_BYTES = 4 << 20  # text tables are held one line at a time
 _MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
-# A data: URL, or Base64 of how a JPEG, PNG, GIF, WebP or TIFF begins.
+# A data: URL, or the beginning of a JPEG, PNG, GIF, WebP or TIFF in Base64.
 _CONTENT = re.compile(r"data:[^,]{0,100},|(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AK)[A-Za-z0-9+/\s]{60}")
 _CONTENT_ADVICE = "images themselves are read from files or from Parquet: write them there"
 _GROUP_ITEMS = 10_000
 
 
 def _downloaded(url: str) -> Any:
-    """A temporary file with what a web server has there: not all of them give a part of a file."""
+    """A temporary copy of a file on a web server, since not all servers support ranges."""
     with as_source_errors(url):
         try:
-            content = patiently(lambda: fetch(store_of(url), url))
+            content = ask_store(lambda: fetch(store_of(url), url))
         except BadItem as exc:
             raise SourceError(f"{url!r}: {exc.detail}; download it, and give the file") from exc
     suffix = os.path.splitext(without_query(url))[1]
@@ -61,16 +61,16 @@ def _downloaded(url: str) -> Any:
 class Table:
     """One table, a file or a URL.
 
-    CSV as RFC 4180 has it, with a line of names first, or with semicolons or tabs where that line has no comma; TSV the
-    same with tabs; JSON lines (https://jsonlines.org): an object a line, whose keys together are the columns; texts are
-    UTF-8, or PEP 383 text where they are not.
+    CSV (RFC 4180) begins with a line of column names; if that line has no comma, semicolons or tabs separate values.
+    TSV is the same with tabs. JSON lines (https://jsonlines.org) contain one object per line; the union of their keys
+    is the columns. Text is UTF-8; other bytes become surrogates (PEP 383).
 
     Attributes:
         location: its absolute path or URL.
         columns: their names.
 
     Raises:
-        SourceError: it cannot be read, or is no table.
+        SourceError: it cannot be read, or is not a table.
     """
 
     def __init__(self, location: str) -> None:
@@ -92,10 +92,10 @@ class Table:
             self._require_names()
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-        """The values of some columns, a tuple a row; None where there is none.
+        """The values of some columns, one tuple per row; None for a missing value.
 
         Raises:
-            SourceError: the table has no such column, or a line of it is damaged.
+            SourceError: the table lacks a column, or a line is damaged.
         """
         for name in names:
             require(name, self.columns, self.location)
@@ -106,7 +106,9 @@ class Table:
             if self._extension in _DELIMITERS:
                 records = self._records(file)
                 next(records)
-                pick = operator.itemgetter(*map(self.columns.index, names), 0)  # and one more, to get a tuple always
+                pick = operator.itemgetter(
+                    *map(self.columns.index, names), 0
+                )  # one more index, so that itemgetter always returns a tuple
                 for row in records:
                     yield pick(row)[:-1]
             else:
@@ -122,7 +124,7 @@ class Table:
             return tuple(dict.fromkeys(key for each in self._objects(file) for key in each))
 
     def _require_names(self) -> None:
-        """Raises SourceError, with a way to name the columns, if the first line has the path of an image already."""
+        """Raises SourceError, with a command to add column names, if the first line already contains an image path."""
         images = [is_image(as_bytes(name)) for name in self.columns]
         if not any(images):
             return
@@ -139,7 +141,7 @@ class Table:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
-        # Buffered once more, because fsspec's files cannot read a line up to a limit.
+        # Buffered again, because fsspec files do not support readline with a limit.
         with self._files.opened(0) as raw, io.BufferedReader(raw) as file:  # type: ignore[type-var]  # IOBase is enough
             yield file
 
@@ -151,7 +153,9 @@ class Table:
                 raise self._damaged(number, "has a NUL byte", "save the table as UTF-8 text")
             if len(line) > _MAX_LINE_BYTES:
                 raise self._damaged(number, f"is longer than {_MAX_LINE_BYTES} bytes", "leave long columns out")
-            yield as_text(line.removeprefix(codecs.BOM_UTF8))  # a line that was put before the first leaves one behind
+            yield as_text(
+                line.removeprefix(codecs.BOM_UTF8)
+            )  # a prepended line of names moves the BOM to the second line
 
     def _line(self, file: BinaryIO) -> bytes:
         try:
@@ -161,7 +165,7 @@ class Table:
             raise SourceError(f"{self.location!r}: {exc.strerror or exc}; make it readable") from exc
 
     def _records(self, file: BinaryIO) -> Iterator[list[str]]:
-        """The rows of a CSV, that of the names first, all of the same length."""
+        """The rows of a CSV, beginning with the column names. All have the same length."""
         lines = self._lines(file)
         head = [""]
         while not head[-1].strip() and (line := next(lines, "")):
@@ -173,7 +177,7 @@ class Table:
         def of_records() -> Iterator[str]:
             nonlocal held
             for line in itertools.chain(head[1:], lines):
-                held += len(line)  # a quoted value may have line breaks
+                held += len(line)  # a quoted value may span lines
                 if held > _MAX_LINE_BYTES:
                     raise self._damaged(
                         reader.line_num + 1, f"ends no record within {_MAX_LINE_BYTES} bytes", "it may lack a quote"
@@ -212,16 +216,16 @@ class Table:
 
 
 class TableListing:
-    """The items that tables name: some 30 bytes an item beside its path, its labels, and texts that few rows share.
+    """The items that tables name. Takes some 30 bytes per item, plus its path, its labels, and distinct texts.
 
     Args:
         location: the source, for messages.
-        asked: the columns of labels.
+        asked: the label columns.
         key: the column of `Group.keys`, if any.
 
     Attributes:
-        labels: of all of them, once `finish` was called; None if no columns were asked for.
-        digest: SHA-256 of paths, labels and keys, once `finish` was called.
+        labels: of all items, set by `finish`; None if there are no label columns.
+        digest: SHA-256 of paths, labels and keys, set by `finish`.
     """
 
     def __init__(self, location: str, asked: LabelSpec, key: str | None = None) -> None:
@@ -242,16 +246,16 @@ class TableListing:
         return len(self._hashes)
 
     def add(self, table: Table, path_column: str, path_of: Callable[[str], bytes]) -> None:
-        """All rows of a table.
+        """Adds all rows of a table.
 
         Args:
             table: the table.
-            path_column: the column that has paths.
-            path_of: the path of an item by what stands there; raises ValueError, saying why it is none, and
-                `ForeignPath` where all paths tell what to do.
+            path_column: the column of paths.
+            path_of: converts a value of that column to an item's path. Raises ValueError with the reason if it is
+                invalid; ForeignPath if advice can be given from all paths.
 
         Raises:
-            SourceError: a row has no path, or one that leads elsewhere, or a value is neither a text nor a number.
+            SourceError: a row has no path or an invalid one, or a value is neither text nor a number.
         """
         self._tables.append((len(self), table.location))
         extra = [] if self._key is None else [self._key]
@@ -271,17 +275,17 @@ class TableListing:
             except ValueError as exc:
                 advice = ""
                 if isinstance(exc, ForeignPath):
-                    advice = "; " + exc.base.advice(table.location, (each for (each,) in table.rows([path_column])))
+                    advice = "; " + exc.root.advice(table.location, (each for (each,) in table.rows([path_column])))
                 raise SourceError(f"{table.location!r}: row {self._row(len(self))} {exc}{advice}") from exc
             self._names += name
             self._ends.append(len(self._names))
             self._hashes.append(hash(name))
 
     def finish(self, classes: Sequence[str] | None) -> TableListing:
-        """Itself, when all tables were added: finds the labels out.
+        """Converts the labels after all tables were added, and returns the listing itself.
 
         Raises:
-            SourceError: a path stands there twice, or as `read_labels`.
+            SourceError: a path occurs twice, or as `read_labels`.
             UsageError: as `read_labels`.
         """
         ordered, order = self._by_hash()
@@ -319,7 +323,7 @@ class TableListing:
             )
 
     def require_rows(self, names: Iterator[bytes]) -> None:
-        """Raises SourceError if there is no row for one of these paths, the images of SRC."""
+        """Raises SourceError if an image of SRC, given by its path, has no row."""
         ordered, order = self._by_hash()
         images, lacking, example = 0, 0, b""
         for name in names:

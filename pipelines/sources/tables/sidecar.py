@@ -1,4 +1,4 @@
-"""Labels in tables beside a folder's images: one table for all of them, or one in each folder."""
+"""Sidecar tables, which hold the labels of a folder's images: one for all of them, or one in each folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ...storage.base import is_remote
 from ..base import Group, location_of
 from ..labels import LabelSpec
 from .columns import PATH_COLUMNS, named_columns, path_column, usual
-from .paths import Base, below, within
+from .paths import TableRoot, relative_path
 from .rows import EXTENSIONS, Table, TableListing
 
 _TABLE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, EXTENSIONS))}))(?::(.*))?", re.I | re.S)  # FILE.csv:A,B
 
 
-def list_tables(
+def list_sidecars(
     labels: str,
     location: str,
     folders: Callable[[str], Iterator[Group]],
@@ -27,20 +27,20 @@ def list_tables(
     classes: Sequence[str] | None,
     follow_links: bool,
 ) -> TableListing:
-    """The items that the tables name, with their labels.
+    """The items that the sidecar tables name, with their labels.
 
     Args:
-        labels: `FILE.csv` (paths relative to SRC) or `csv:NAME.csv` (names of files in the folder), with or without
-            `:A,B` behind it, the columns of labels: see `FolderSource`.
+        labels: `FILE.csv` for one table with paths relative to SRC, or `csv:NAME.csv` for a table in each folder with
+            names of files in that folder; optionally followed by `:A,B`, the label columns. See `FolderSource`.
         location: SRC.
-        folders: gives the folders of images, and those with a file of the given name.
+        folders: lists the folders that contain images or a file of the given name.
         key: as for `TableListing`.
         classes: as for `read_labels`.
-        follow_links: whether a path may lead out of SRC by a symbolic link.
+        follow_links: whether symbolic links in paths may lead out of SRC.
 
     Raises:
-        SourceError: a table is missing or damaged, or has other labels than another.
-        UsageError: `labels` is none of these.
+        SourceError: a table is missing or damaged, or has other label columns than the first one.
+        UsageError: `labels` has another form.
     """
     match = _TABLE.fullmatch(labels.removeprefix("csv:"))
     if labels.startswith("csv:"):
@@ -64,17 +64,12 @@ def list_tables(
             f"labels; say --labels {match[1]}:{table.columns[-1]}"
         )
     listing = TableListing(table.location, asked, key)
-    listing.add(table, path_column(None, table.columns, table.location), _path_of(location, follow_links))
+    listing.add(table, path_column(None, table.columns, table.location), TableRoot(location, None, follow_links).path)
     return listing.finish(classes)
 
 
-def _path_of(location: str, follow_links: bool) -> Callable[[str], bytes]:
-    base = Base(location, None)
-    return base.path if follow_links else within(base)
-
-
-def absolute(labels: str) -> str:
-    """The same, with the full path of a FILE: another process may work in another folder."""
+def absolute_labels(labels: str) -> str:
+    """`--labels` with an absolute path in `FILE.csv`, since another process may have another working directory."""
     match = None if labels.startswith("csv:") else _TABLE.fullmatch(labels)
     if match is None or is_remote(match[1]):
         return labels
@@ -84,7 +79,7 @@ def absolute(labels: str) -> str:
 def _in_folders(
     name: str, names: str | None, location: str, folders: Iterator[Group], key: str | None, follow_links: bool
 ) -> TableListing:
-    path_of = _path_of(location, follow_links)
+    root = TableRoot(location, None, follow_links)
     listing: TableListing | None = None
     first: tuple[str, LabelSpec] = "", []
     for group in folders:
@@ -101,14 +96,14 @@ def _in_folders(
                 f"{location!r}: {name!r} has the labels {_named(first[1])} in {first[0] or '.'!r} and {_named(asked)} "
                 f"in {folder!r}; give all the same"
             )
-        listing.add(table, column, functools.partial(_in_folder, folder=folder, location=location, path_of=path_of))
+        listing.add(table, column, functools.partial(_in_folder, folder=folder, root=root))
     if listing is None:
         raise SourceError(f"{location!r} has no folder with images or with a table {name!r}")
     return listing
 
 
 def _columns(table: Table, names: str | None, before: str, key: str | None) -> tuple[str, LabelSpec]:
-    """The column of file names of a folder's table, and those of labels."""
+    """The file name column and the label columns of a folder's table."""
     asked = named_columns(names, table.columns, table.location, before)
     others = [each for each in table.columns if each and each != key and each not in dict(asked)]
     column = next(iter((*usual(PATH_COLUMNS, others), *others)), None)
@@ -121,10 +116,11 @@ def _columns(table: Table, names: str | None, before: str, key: str | None) -> t
     return column, asked
 
 
-def _in_folder(text: str, folder: str, location: str, path_of: Callable[[str], bytes]) -> bytes:
-    if "/" in text or ("\\" in text and not os.path.lexists(os.path.join(location, folder, text))):
+def _in_folder(text: str, folder: str, root: TableRoot) -> bytes:
+    """The path relative to SRC of a file that a folder's table names. Raises ValueError if it is not in the folder."""
+    if "/" in text or ("\\" in text and not os.path.lexists(os.path.join(root.root, folder, text))):
         raise ValueError(f"has {text!r}; a table in every folder has names of files of that folder alone")
-    return path_of(folder + text) if text not in ("", ".", "..") else below(text, location)
+    return root.path(folder + text) if text not in ("", ".", "..") else relative_path(text, root.root)
 
 
 def _named(columns: LabelSpec) -> str:

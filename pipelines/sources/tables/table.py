@@ -1,36 +1,36 @@
-"""A table (CSV, TSV, JSON lines, Parquet) with a path and labels a row."""
+"""Tables (CSV, TSV, JSON lines, Parquet) as SRC, with a path and labels in each row."""
 
 from __future__ import annotations
 
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...config import BuildConfig
 from ...errors import SourceError
 from ...storage.base import is_remote
 from ..access.local import LocalFiles
-from ..access.stores import READS_AT_ONCE, fetch, is_web, patiently, store_of, without_query
+from ..access.stores import READS_AT_ONCE, ask_store, fetch, is_web, store_of, without_query
 from ..base import Group, Item, full_location
 from ..labels import LabelledSource
 from .columns import key_column, label_columns, path_column
-from .paths import Base, within
+from .paths import TableRoot
 from .rows import Table, TableListing
 
 
 class TableSource(LabelledSource[TableListing]):
     """The images that a table names, in the order of its rows.
 
-    Paths are relative to the table's folder, or to `config.root`; either may be a URL. A full path or URL is taken if
-    it lies below that. On a disk, no symbolic link may lead out of that folder, unless `config.follow_links` says so.
-    Labels are the columns that `config.labels` names, or the one with a usual name. On a disk, the frames of a DICOM
-    file are items as in a folder, each with the labels of its row.
+    Paths are relative to the table's folder, or to `config.root`; either may be a URL. Absolute paths and URLs are
+    accepted if they are below that folder. On a disk, symbolic links must not lead out of it unless
+    `config.follow_links` is set. Labels are the columns that `config.labels` names, or the one with a usual name. On a
+    disk, the frames of a DICOM file are items as in a folder, each with the labels of its row.
 
     Raises:
-        SourceError: the table cannot be read, lacks a column, or a row has no path, a path that leads out of the root,
-            one that another row has, or no proper label.
+        SourceError: the table cannot be read or lacks a column; or a row has no path, a path outside the root, the path
+            of another row, or an invalid label.
     """
 
     kind = "table"
@@ -53,30 +53,27 @@ class TableSource(LabelledSource[TableListing]):
         self._take_labels()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), "_table": None}  # from the web, it has been downloaded
+        state = {**super().__getstate__(), "_table": None}  # a table from the web holds a temporary file
         state.pop("_store", None)
         return state
 
     def groups(self) -> Iterator[Group]:
-        """The items; the table is read anew but for the first time.
+        """The items. The table is reread after the first call.
 
         Raises:
-            SourceError: as the constructor, or the labels have changed meanwhile.
+            SourceError: as the constructor, or the labels have changed since.
         """
         groups = self._listed().groups()
         return groups if self._files is None else map(self._files.with_frames, groups)
 
     def _list(self) -> TableListing:
         listing = TableListing(self.location, self._asked, self._key)
-        listing.add(self._table or Table(self.location), self._path_column, self._path_of())
+        root = TableRoot(self._root, follow_links=self._files is None or bool(self._follow_links))
+        listing.add(self._table or Table(self.location), self._path_column, root.path)
         return listing.finish(self._classes)
 
-    def _path_of(self) -> Callable[[str], bytes]:
-        base = Base(self._root)
-        return base.path if self._files is None or self._follow_links else within(base)
-
     def frame(self, item: Item) -> int | None:
-        """As `LocalFiles.frame`; None where the files are not on a disk."""
+        """As `LocalFiles.frame`; None if the files are not on a disk."""
         return None if self._files is None else self._files.frame(item)
 
     def read(self, item: Item) -> bytes:
@@ -91,18 +88,18 @@ class TableSource(LabelledSource[TableListing]):
         return self._files.path(item)
 
     def others_readable(self, item: Item) -> bool:
-        """As `LocalFiles.others_readable`; False where the files are not on a disk."""
+        """As `LocalFiles.others_readable`; False if the files are not on a disk."""
         return self._files is not None and self._files.others_readable(item)
 
     def check(self) -> None:
-        """Raises SourceError if the folder that paths are relative to is gone, or a store refuses every request."""
+        """Raises SourceError if the root of the paths is gone, or a store refuses every request."""
         if self.file_per_item and not os.path.isdir(self._root):
             raise SourceError(f"{self._root!r} is gone; bring it back, then run the same command to resume")
 
         if self._files is None and not is_web(self._root):
             try:
-                patiently(lambda: self._store.info(self._root))
-            except OSError as exc:  # others are of listing, which need not be allowed
+                ask_store(lambda: self._store.info(self._root))
+            except OSError as exc:  # other errors may concern listing, for which permission is not needed
                 if exc.errno == errno.EINVAL:
                     raise SourceError(f"{self._root!r}: {exc.strerror}; log in again, then resume") from exc
 

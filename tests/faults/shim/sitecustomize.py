@@ -167,11 +167,11 @@ def watch_requests() -> None:
 
 
 if HOST:
-    from gpu_npz.storage import file_lock, object_lock
+    from gpu_npz.storage import file_lock, heartbeats, object_lock
 
     socket.gethostname = lambda: HOST
     fcntl.flock = lambda descriptor, how: None if ours(path_of(descriptor)) else real_flock(descriptor, how)
-    file_lock.HEARTBEAT_S, file_lock.STALE_S, object_lock.SETTLE_S = 0.1, 0.6, 0.2
+    heartbeats.HEARTBEAT_S, heartbeats.STALE_S, object_lock.SETTLE_S = 0.1, 0.6, 0.2
     file_lock._LOOK_S = object_lock._LOOK_S = 0.05
 if UNDER.startswith("s3://"):
     watch_requests()
