@@ -47,7 +47,7 @@ _PROCESS_BYTES = {"pillow": 60 * 10**6, "dali": 220 * 10**6}
 
 _MEASURES_FIRST = "--normalize dataset decodes every image once before the build: it takes nearly twice the duration"
 
-Tell = Callable[[str, float, "float | None"], None]
+OnStage = Callable[[str, float, "float | None"], None]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def estimate(
     *,
     seconds: float = SECONDS,
     folder: str | None = None,
-    progress: Tell = lambda stage, done, total: None,
+    progress: OnStage = lambda stage, done, total: None,
 ) -> Estimate:
     """Says what `build` with the same arguments would do; writes nothing to `out`.
 
@@ -286,7 +286,7 @@ def _measure(
     row_bytes: int,
     seconds: float,
     folder: str | None,
-    progress: Tell,
+    progress: OnStage,
 ) -> Measured:
     """Lets one worker build shards of items spread over the plan, in a temporary folder, until the time is over."""
     groups = []

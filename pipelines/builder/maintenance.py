@@ -30,7 +30,7 @@ from ..storage.base import Storage
 from ..workers.worker import environment_of, require_environment
 from .parts import live_parts, require_no_parts
 from .planning import backend, require_revision
-from .report import BuildReport, Tell
+from .report import BuildReport, OnEvent
 from .run import run
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def retry(
     config: BuildConfig | None = None,
     *,
     source: str | os.PathLike[str] | None = None,
-    progress: Tell | None = None,
+    progress: OnEvent | None = None,
 ) -> Rebuilt:
     """Tries the rejected items again, whose files may have been mended, and builds the shards anew that change.
 
@@ -125,7 +125,7 @@ def repair(
     config: BuildConfig | None = None,
     *,
     source: str | os.PathLike[str] | None = None,
-    progress: Tell | None = None,
+    progress: OnEvent | None = None,
     checked: Callable[[int, int], None] | None = None,
 ) -> Rebuilt:
     """Verifies a dataset and builds the shards anew that are damaged or missing, and what is written at the end.
@@ -252,7 +252,7 @@ def _rebuild(
     source: Source,
     config: BuildConfig,
     shards: Sequence[int],
-    progress: Tell | None,
+    progress: OnEvent | None,
 ) -> Rebuilt:
     start = time.perf_counter()
     _require_decoder(job, source, config, committed(storage, job))
