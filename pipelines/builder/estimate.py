@@ -150,9 +150,8 @@ def estimate(
     measures_first = given.normalize == "dataset" and given.mean is None
     config = BuildConfig(**{**given.model_dump(), "normalize": "unit"}) if measures_first else given  # the same work
     source = open_source(src, config, class_list(config.classes_from))
-    place, outs = os.getcwd(), {}
-    if out is not None:
-        place, outs = open_storage(out).root, places(src, out, config)
+    place = os.getcwd() if out is None else open_storage(out).root
+    outs = {} if out is None else places(src, out, config)
     found = _inspect(source, config, progress)
     plan, tuning = found.plan, found.tuning
     left, unfit = _left(outs, source, given, found.shards)
