@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -51,6 +51,12 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
             arrays["order"] = _selected(source, config, arrays, np.concatenate(keys) if keys else None, counts)
     if not len(arrays["name_ends"]):
         raise no_images(source.location, source.left_out)
+    _warn_of_listing(source, config, arrays)
+    return arrays
+
+
+def _warn_of_listing(source: Source, config: BuildConfig, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Logs what was left out of the listing, and what looks wrong with its classes."""
     if source.left_out:
         log.warning(
             "%r: %s; images have one of %s, and a table may name files of any name",
@@ -82,7 +88,6 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
             log.warning("%r has images and no class folders, so the dataset has no labels; %s", *_unlabelled(source))
         elif (doubt := _doubtful_classes(source, arrays)) is not None:
             log.warning("%r: the classes are %s alone; if they should be folders below, %s", *doubt)
-    return arrays
 
 
 def _unlabelled(source: Source) -> tuple[str, str]:
@@ -142,54 +147,92 @@ def _selected(
     keys: NDArray[np.int64] | None,
     counts: dict[str, int] | None,
 ) -> Positions:
+    """The positions of the items that the plan takes, in its order; the sizes of the sides go to `counts`."""
     count = len(arrays["name_ends"])
-    order: Positions = arrays.get("order", np.arange(count))
+    classes = _class_numbers(arrays)
+    order = _limited(source, config, arrays.get("order", np.arange(count)), classes)
+    if config.side is None and counts is None:
+        return order
+    taken = np.sort(order)  # a split is that of the items, whatever their order
+    sides = _sides(source, config, taken, keys, classes, count)
+    names = [*config.shares, TRAIN]
+    _require_every_side(source, config, sides, names)
+    if classes is not None and config.side in (None, TRAIN):
+        _warn_of_untrained(source, config, classes[taken], sides == names.index(TRAIN))
+    if counts is not None:
+        counts.update((name, int((sides == names.index(name)).sum())) for name in config.sides)
+    side_of = np.full(count, -1)
+    side_of[taken] = sides
+    return order if config.side is None else order[side_of[order] == names.index(config.side)]
+
+
+def _class_numbers(arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
+    """The class, or the whole number, of each item; None unless all labels are of one such column."""
     labels = arrays.get("labels")
     if labels is None:
         labels = np.repeat(arrays["group_labels"], np.diff(arrays["group_ends"], prepend=0))
-        labels = None if (labels < 0).all() else labels
-    countable = labels is not None and labels.ndim == 1 and labels.dtype.kind == "i"
+        return None if (labels < 0).all() else labels
+    return labels if labels.ndim == 1 and labels.dtype.kind == "i" else None
+
+
+def _limited(source: Source, config: BuildConfig, order: Positions, classes: NDArray[Any] | None) -> Positions:
+    """The items that `per_class` and `limit` leave. Raises UsageError for `per_class` without classes."""
     if config.per_class is not None:
-        if labels is None or not countable:
+        if classes is None:
             raise UsageError(f"--per-class {config.per_class}: {source.location!r} has no classes; --limit N takes N")
-        order = order[_place_in_class(labels[order]) < config.per_class]
-    order = order[: config.limit]
-    if config.side is None and counts is None:
-        return order
-    rank = np.random.PCG64(config.split_seed).random_raw(count)
-    taken = np.sort(order)  # a split is that of the items, whatever their order
-    how = config.split_by or ("label" if countable else "random")
-    if how == "label" and not countable:
+        order = order[_place_in_class(classes[order]) < config.per_class]
+    return order[: config.limit]
+
+
+def _sides(
+    source: Source,
+    config: BuildConfig,
+    taken: Positions,
+    keys: NDArray[np.int64] | None,
+    classes: NDArray[Any] | None,
+    count: int,
+) -> Positions:
+    """The side of each item taken: its place in `config.shares`, or the number of these for train.
+
+    Args:
+        source: the images.
+        config: the split.
+        taken: positions of the items, ascending.
+        keys: for each listed item, what it belongs to and is never separated from; None if `split_by` names no column.
+        classes: the class of each listed item, if there are classes.
+        count: how many items are listed.
+
+    Raises:
+        UsageError: the items cannot be split so.
+    """
+    how = config.split_by or ("random" if classes is None else "label")
+    if how == "label" and classes is None:
         raise UsageError(
             f"--split-by label: {source.location!r} has no single column of classes or whole numbers; choose random, "
             "folder or a table's column"
         )
+    rank = np.random.PCG64(config.split_seed).random_raw(count)
     if how in ("label", "random"):
         assert keys is not None, "noted for these"
         _, first, place = np.unique(keys[taken], return_index=True, return_inverse=True)
-        those = labels[taken][first] if how == "label" and labels is not None else np.zeros(len(first), np.int64)
-        sides = _by_label(those, rank[taken][first], config.shares)[place]
-    else:
-        if keys is None:
-            raise UsageError(
-                f"--split-by {how}: {source.location!r} has no such column; choose label, random, folder, or a table's "
-                "column"
-            )
-        sides = _by_key(keys[taken], rank, config.shares)
-    names = [*config.shares, TRAIN]
+        strata = classes[taken][first] if how == "label" and classes is not None else np.zeros(len(first), np.int64)
+        return _by_label(strata, rank[taken][first], config.shares)[place]
+    if keys is None:
+        raise UsageError(
+            f"--split-by {how}: {source.location!r} has no such column; choose label, random, folder, or a table's "
+            "column"
+        )
+    return _by_key(keys[taken], rank, config.shares)
+
+
+def _require_every_side(source: Source, config: BuildConfig, sides: Positions, names: Sequence[str]) -> None:
+    """Raises UsageError where a side of the split has no item."""
     for number, name in enumerate(names):
         if not (sides == number).any():
             raise UsageError(
-                f"--split {config.split}: {len(taken)} items of {source.location!r} leave none for {name!r}; give "
+                f"--split {config.split}: {len(sides)} items of {source.location!r} leave none for {name!r}; give "
                 "larger shares, or another --split-by"
             )
-    side = np.full(count, -1)
-    side[taken] = sides
-    if countable and labels is not None and config.side in (None, TRAIN):
-        _warn_of_untrained(source, config, labels[taken], sides == names.index(TRAIN))
-    if counts is not None:
-        counts.update((name, int((sides == names.index(name)).sum())) for name in config.sides)
-    return order if config.side is None else order[side[order] == names.index(config.side)]
 
 
 def _warn_of_untrained(source: Source, config: BuildConfig, labels: NDArray[Any], trained: NDArray[np.bool_]) -> None:
