@@ -112,33 +112,43 @@ def dotted(cuda: int) -> str:
 
 
 def _choose(config: BuildConfig, machine: Machine) -> Choice:
-    backend, device = config.backend, config.device
     if config.bit_depth == 16:
-        require_bits16("--bit-depth 16")
-        warning = "16 BITS A CHANNEL: decoding on the CPU with pillow, for DALI decodes 8" if device == "auto" else None
-        return Choice("pillow", (), warning)
-    if backend == "pillow" and config.require_gpu:
+        return _choose_16bit(config)
+    if config.backend == "pillow" and config.require_gpu:
         raise UsageError("--require-gpu and --backend pillow contradict each other; leave one out")
-    on_cpu: BackendName = "dali" if backend == "dali" else "pillow"
-    if device == "cpu" or backend == "pillow":
-        _need_dali(on_cpu, machine)
-        return Choice(on_cpu)
+    on_cpu: BackendName = "dali" if config.backend == "dali" else "pillow"
+    if config.device == "cpu" or config.backend == "pillow":
+        return _choose_cpu(on_cpu, machine)
     if machine.gpus == 0:
         if config.require_gpu:
             raise BackendError("a GPU is required, and no NVIDIA GPU is visible; `gpu-npz doctor` tells more")
-        _need_dali(on_cpu, machine)
-        return Choice(on_cpu, (), f"NO GPU IS VISIBLE: building on the CPU with {on_cpu} (`gpu-npz doctor` tells more)")
-    if any(number >= machine.gpus for number in gpu_numbers(device)):
+        return _choose_cpu(
+            on_cpu, machine, f"NO GPU IS VISIBLE: building on the CPU with {on_cpu} (`gpu-npz doctor` tells more)"
+        )
+    if any(number >= machine.gpus for number in gpu_numbers(config.device)):
         known = "0" if machine.gpus == 1 else f"0 to {machine.gpus - 1}"
-        raise UsageError(f"--device: got {device}; this machine has {machine.gpus} usable GPU(s), numbered {known}")
+        raise UsageError(
+            f"--device: got {config.device}; this machine has {machine.gpus} usable GPU(s), numbered {known}"
+        )
     if machine.missing:
         reasons = "\n".join(f"  {part}" for part in machine.missing)
-        if device != "auto" or config.require_gpu:
+        if config.device != "auto" or config.require_gpu:
             raise BackendError(f"the GPU cannot be used:\n{reasons}")
-        _need_dali(on_cpu, machine)
-        return Choice(on_cpu, (), f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
+        return _choose_cpu(on_cpu, machine, f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
     every = tuple(range(machine.gpus))
-    return Choice("dali", every if device == "all" else gpu_numbers(device) or every[:1])
+    return Choice("dali", every if config.device == "all" else gpu_numbers(config.device) or every[:1])
+
+
+def _choose_16bit(config: BuildConfig) -> Choice:
+    require_bits16("--bit-depth 16")
+    warning = "16 BITS A CHANNEL: decoding on the CPU with pillow, for DALI decodes 8"
+    return Choice("pillow", (), warning if config.device == "auto" else None)
+
+
+def _choose_cpu(backend: BackendName, machine: Machine, warning: str | None = None) -> Choice:
+    if backend == "dali" and machine.dali:
+        raise BackendError(f"--backend dali: {machine.dali}")
+    return Choice(backend, (), warning)
 
 
 class Bits16(NamedTuple):
@@ -156,11 +166,6 @@ def require_bits16(what: str) -> Bits16:
         raise BackendError(
             f"{what} needs tifffile and imagecodecs ({exc}); run: pip install 'gpu-npz[bits16]'"
         ) from exc
-
-
-def _need_dali(backend: BackendName, machine: Machine) -> None:
-    if backend == "dali" and machine.dali:
-        raise BackendError(f"--backend dali: {machine.dali}")
 
 
 def _driver() -> tuple[int, int | None, Missing | None]:
