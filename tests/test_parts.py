@@ -157,7 +157,7 @@ def test_parts_that_were_built_in_other_environments_are_not_mixed_by_accident(
     out = tmp_path / "out"
     build(src, out, settings(part="1/2"))
     monkeypatch.setattr(
-        "gpu_npz.builder.run._expected_environment", lambda records, config: None
+        "gpu_npz.builder.run._expected_provenance", lambda records, config: None
     )  # both began at the same time
     monkeypatch.setattr("gpu_npz.preprocess.pillow.versions", lambda: {"pillow": "another"})
     with pytest.raises(MismatchError, match="several environments"):

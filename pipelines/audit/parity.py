@@ -171,7 +171,7 @@ def parity(
     found = _Findings()
     with contextlib.ExitStack() as stack:
         decoders = [stack.enter_context(_decoder(side, config, size, source, tuning)) for side in sides]
-        described = dict(zip(sides, (decoder.environment() for decoder in decoders), strict=True))
+        described = dict(zip(sides, (decoder.provenance() for decoder in decoders), strict=True))
         first, second = (decoder.decode(plan.batches(0, tuning.batch_size)) for decoder in decoders)
         done = 0
         for one, other in zip(first, second, strict=True):
@@ -232,7 +232,7 @@ class _TorchvisionDecoder(PillowDecoder):
             steps.append(transforms.CenterCrop(self._size))
         self._transform = transforms.Compose(steps)
 
-    def environment(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """torchvision's version, and those of the Pillow below it."""
         return {"backend": "torchvision", "device": "cpu", "torchvision": self._torchvision.__version__, **versions()}
 

@@ -27,7 +27,7 @@ from ..sources.base import Batch, Source
 from ..sources.rejects import Reject
 from ..storage import open_storage
 from ..storage.base import Storage
-from ..workers.worker import environment_of, require_environment
+from ..workers.worker import provenance_of, require_provenance
 from .parts import live_parts, require_no_parts
 from .planning import backend, require_revision
 from .report import BuildReport, OnEvent
@@ -222,7 +222,7 @@ def _require_decoder(job: Job, source: Source, config: BuildConfig, records: Map
     require_revision(records)
     if records and config.engine == "local" and not config.accept_environment:
         decoder, _ = _decoder(job, source, config, 1)
-        require_environment(records[min(records)].environment, environment_of(decoder, job))
+        require_provenance(records[min(records)].provenance, provenance_of(decoder, job))
 
 
 def _decoder(job: Job, source: Source, config: BuildConfig, items: int) -> tuple[Decoder, Tuning]:

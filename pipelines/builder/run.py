@@ -110,7 +110,7 @@ def run(
     if missing:
         _require_resumable(storage, job, config, records, missing)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete until it is rebuilt
-        task = Task(storage.root, source, None, tuning, _expected_environment(records, config), fence=storage.fence)
+        task = Task(storage.root, source, None, tuning, _expected_provenance(records, config), fence=storage.fence)
         with contextlib.ExitStack() as stack:
             stack.callback(_remove_leftovers, storage)  # once all workers have ended
             events = stack.enter_context(contextlib.closing(_run_workers(task, missing, choice, config)))
@@ -150,10 +150,10 @@ def _require_resumable(
     require_room(storage, job.plan, config, _row_bytes(job), missing)
 
 
-def _expected_environment(records: Mapping[int, CommitRecord], config: BuildConfig) -> dict[str, Any] | None:
+def _expected_provenance(records: Mapping[int, CommitRecord], config: BuildConfig) -> dict[str, Any] | None:
     if config.accept_environment or not records:
         return None
-    return records[min(records)].environment
+    return records[min(records)].provenance
 
 
 def _run_workers(

@@ -22,9 +22,10 @@ class CommitRecord(BaseModel):
     """Written after its shard is whole and has its final name; its presence is the proof.
 
     `digest` is the SHA-256 of the shard's directory, which holds the CRC-32 of everything in it; `bytes` its size.
+    `provenance` says which decoder made it, in which versions; its key in the file is `environment`.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     version: Literal[1] = 1
     id: str
@@ -32,7 +33,7 @@ class CommitRecord(BaseModel):
     rows: int
     bytes: int
     digest: str = Field(pattern="^[0-9a-f]{64}$")
-    environment: dict[str, Any]
+    provenance: dict[str, Any] = Field(validation_alias="environment", serialization_alias="environment")
     rejects: tuple[Reject, ...]
 
 

@@ -216,7 +216,7 @@ def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], con
     if all(storage.size(name) is not None for name in (MANIFEST, INDEX, REJECTS)) and _is_of(storage, job):
         return True
     ordered = [records[shard] for shard in range(job.plan.shard_count)]
-    made_with = {json.dumps(record.environment, sort_keys=True): record.shard for record in ordered}
+    made_with = {json.dumps(record.provenance, sort_keys=True): record.shard for record in ordered}
     if len(made_with) > 1 and not config.accept_environment:
         raise MismatchError(
             "shards were made in several environments, whose pixels may differ:\n"
@@ -255,7 +255,7 @@ def _is_of(storage: Storage, job: Job) -> bool:
 def _manifest(job: Job, records: Sequence[CommitRecord], index: Any, rejects_digest: str) -> Manifest:
     rejects = [reject for record in records for reject in record.rejects]
     found = statistics(job.settings)
-    environments = {json.dumps(record.environment, sort_keys=True): record.environment for record in records}
+    provenances = {json.dumps(record.provenance, sort_keys=True): record.provenance for record in records}
     return Manifest(
         requires=() if job.settings.deflate_level is None else ("deflate",),
         id=job.record.id,
@@ -280,7 +280,7 @@ def _manifest(job: Job, records: Sequence[CommitRecord], index: Any, rejects_dig
         shard_table_digest=shard_table_digest(index),
         rejects_digest=rejects_digest,
         settings=job.record.settings,
-        environments=tuple(environments[key] for key in sorted(environments)),
+        environments=tuple(provenances[key] for key in sorted(provenances)),
     )
 
 

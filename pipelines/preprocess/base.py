@@ -47,7 +47,7 @@ def on_host(pixels: Any) -> NDArray[Any]:
 
 
 # Raised by one whenever the same libraries may give other pixels or verdicts for the same file. It is part of what
-# `Decoder.environment` gives, so a build never continues with another revision.
+# `Decoder.provenance` gives, so a build never continues with another revision.
 DECODING_REVISION = 3
 
 Reads = list[Callable[[], bytes]]
@@ -119,7 +119,7 @@ class Decoder(Protocol):
         """
         ...
 
-    def environment(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What decides the pixels besides the settings: this code, libraries with versions, and the GPU's model."""
         ...
 

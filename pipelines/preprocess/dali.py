@@ -210,7 +210,7 @@ class DaliDecoder:
         self._open.callback(pipeline.close)
         return pipeline
 
-    def environment(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What decides the pixels besides the settings: DALI, its codecs, Pillow, and the GPU's model."""
         found = {
             "backend": "dali",

@@ -85,7 +85,7 @@ class PillowDecoder:
     ) -> None:
         _pillow_settings.restore()
 
-    def environment(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """The libraries whose versions decide the pixels."""
         return {"backend": "pillow", "device": "cpu", "decoding_revision": DECODING_REVISION, **versions()}
 

@@ -80,7 +80,7 @@ Event = Progress | Committed | WorkerEnded | Decoding | Pulse | Heard
 class Task:
     """What a worker needs to know; small, and can be pickled.
 
-    `gpu` is a device number, None for the CPU. `environment` is what the shards so far were made with, None if any will
+    `gpu` is a device number, None for the CPU. `provenance` is what the shards so far were made with, None if any will
     do. `isolated` decodes one image at a time and says which, and makes rejects of `skipped` items, by index with code
     and detail, without a look at them; its batches hold one item each. `fence` is the lock under which it works.
     """
@@ -89,7 +89,7 @@ class Task:
     source: Source
     gpu: int | None
     tuning: Tuning
-    environment: dict[str, Any] | None
+    provenance: dict[str, Any] | None
     isolated: bool = False
     skipped: Mapping[int, tuple[Code, str]] = field(default_factory=dict)
     fence: Fence | None = None
