@@ -1,7 +1,8 @@
-"""The settings of a build: each has one name, one description, one check and one kind, and all survive JSON.
+"""The settings of a build. Each has one name, one description, one check and one kind, and survives JSON unchanged.
 
-Kinds: `identity` changes pixels, labels or order, so another value cannot resume a build; `environment` says what the
-build runs on, is decided once and stored with the plan; `operational` is free to change from one run to the next.
+An `identity` setting changes pixels, labels or their order, so a build cannot be resumed with another value. An
+`environment` setting says what the build runs on; it is decided once and stored with the plan. An `operational` setting
+may change from one run to the next.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB
 DEFLATE_LEVEL = 1
 MIN_STD = 1e-9
 _MAX_TOML_BYTES = 1 << 20
-TRAIN = "train"  # the side of a split that gets what the others leave
-MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files pass
+TRAIN = "train"  # the side of a split that gets the items that no other side takes
+MIN_REJECT_LIMIT = 10  # a percentage of a small plan still allows a few bad files
 
 _RANGES = {
     "crop_pct": (1e-3, 1), "pad_value": (0, 255), "background": (0, 255), "max_pixels": (1, 2**40), "limit": (1, 2**40),
@@ -57,10 +58,10 @@ def _setting(kind: Kind, default: Any, description: str, allowed: str = "", meta
 
 
 class BuildConfig(BaseModel):
-    """Every setting of `gpu-npz build`. Frozen; equal settings compare equal; `model_dump_json` and back loses nothing.
+    """The settings of `gpu-npz build`. Immutable and hashable; `model_dump_json` loses nothing.
 
     Raises:
-        UsageError: a value is not allowed, or a combination makes no sense; every fault is named.
+        UsageError: a value or a combination of values is not allowed; the message names every fault.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -320,7 +321,7 @@ class BuildConfig(BaseModel):
         except ValidationError as exc:
             faults = _field_faults(exc)
             valid = {name: value for name, value in values.items() if name not in faults}
-            super().__init__(**valid)  # for the rules, which are checked for the settings that are valid alone
+            super().__init__(**valid)  # the rules are still checked for the other settings
         broken = [rule for rule in _RULES if faults.keys().isdisjoint(rule.settings.split()) and rule.is_broken(self)]
         if faults or broken:
             raise UsageError("\n".join([*faults.values(), *(rule.message(self) for rule in broken)]))
@@ -351,7 +352,7 @@ class BuildConfig(BaseModel):
     def _split_numbers(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        inner = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)  # as Python and JSON have them
+        inner = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)  # as Python and JSON write them
         return [part.strip() for part in (inner[1] if inner else value).split(",")]
 
     @field_validator("shard_size", mode="before")
@@ -420,51 +421,51 @@ class BuildConfig(BaseModel):
 
     @property
     def reduces_jpegs(self) -> bool:
-        """Whether Pillow decodes JPEGs much larger than the size at a half or less.
+        """Whether Pillow decodes JPEGs that are much larger than `size` at half the scale or less.
 
-        It does so only for filters that would average those pixels anyway.
+        Only with filters that would average those pixels anyway.
         """
         return self.reduced_decoding and self.interpolation != "nearest" and self.resize_mode != "none"
 
     @property
     def shares(self) -> dict[str, Fraction]:
-        """The sides of a split but train, with their shares; empty where nothing is split."""
+        """The share of each side of a split except train, by name; empty without a split."""
         parts = (self.split or "").partition("/")[0].split(",")
         return {name: Fraction(share) for name, _, share in (part.partition("=") for part in parts) if name}
 
     @property
     def side(self) -> str | None:
-        """The side of a split that is built; None where all items are taken."""
+        """The only side of a split to build; None for all sides, or without a split."""
         return (self.split or "").partition("/")[2] or None
 
     @property
     def sides(self) -> dict[str, BuildConfig]:
-        """The settings of each dataset that a split makes, by its side; empty where one dataset is made."""
+        """The settings of each dataset of a split, by side; empty if the build makes a single dataset."""
         if self.split is None or self.side is not None:
             return {}
         return {side: self.model_copy(update={"split": f"{self.split}/{side}"}) for side in (TRAIN, *self.shares)}
 
     @property
     def max_level(self) -> int:
-        """The highest level of a pixel: white."""
+        """The highest level of a pixel, which is white: 255 or 65535."""
         return 255 if self.bit_depth == 8 else 65_535
 
     @property
     def pixel_dtype(self) -> Literal["uint8", "uint16"]:
-        """The type of a pixel: what is stored where the normalization is left to the reader."""
+        """The dtype of pixels, which are stored unchanged if normalization is left to the reader."""
         return "uint8" if self.bit_depth == 8 else "uint16"
 
     @property
     def deflate_level(self) -> int | None:
-        """ISA-L's level for stored images; None where they are not compressed."""
+        """ISA-L's compression level for stored images; None if they are not compressed."""
         return None if self.compress == "none" else int(self.compress.partition(":")[2])
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the output's bytes, as JSON values by name."""
+        """The settings that determine the output's bytes, as JSON values by name."""
         return self.model_dump(mode="json", include=set(settings_of("identity")))
 
     def shard_rows(self, row_bytes: int) -> int:
-        """Rows in one shard when a stored image takes `row_bytes`."""
+        """The rows of a shard if an image takes `row_bytes` bytes. Raises UsageError if not even one row fits."""
         if not self.shard_size.endswith("B"):
             return int(self.shard_size)
         rows = int(self.shard_size[:-1]) // row_bytes
@@ -475,16 +476,16 @@ class BuildConfig(BaseModel):
         return rows
 
     def reject_limit(self, items: int) -> int:
-        """The largest number of rejects that a plan of `items` may have."""
+        """The largest number of rejects that a plan of `items` items may have."""
         if not self.max_rejects.endswith("%"):
             return int(self.max_rejects)
         share = Fraction(self.max_rejects[:-1]) / 100
-        # However few they are, a dataset without a row is nothing that a share short of all allows.
+        # Below 100%, a percentage never allows all items to be rejected, however few there are.
         return max(min(MIN_REJECT_LIMIT, items - 1), int(items * share))
 
 
 def gpu_numbers(device: str) -> tuple[int, ...]:
-    """The GPUs that a `device` setting names, none for `auto`, `cpu` and `all`."""
+    """The numbers of the GPUs that a `device` setting names; empty for `auto`, `cpu` and `all`."""
     return () if device in ("auto", "cpu", "all") else tuple(map(int, device.split(",")))
 
 
@@ -494,14 +495,14 @@ def settings_of(kind: Kind) -> list[str]:
 
 
 def as_option(name: str, value: Any) -> str:
-    """A setting's value, which is not None, as its option takes it: `0.485,0.456,0.406`, `224x224`, `true`."""
+    """The value of a setting, other than None, as its option takes it: `0.485,0.456,0.406`, `224x224`, `true`."""
     if isinstance(value, (tuple, list)):
         return ("x" if name == "size" else ",").join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
-    """The settings that a TOML file gives, under the options' names (`resize-mode = "pad"`).
+    """Reads settings from a TOML file, where they have the names of the options (`resize-mode = "pad"`).
 
     Raises:
         UsageError: the file cannot be read or is not TOML.
@@ -514,7 +515,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         values = tomllib.loads(content.decode("utf-8"))
     except OSError as exc:
         raise UsageError(f"--config {path}: {exc.strerror or exc}; give a readable TOML file") from exc
-    except (ValueError, RecursionError) as exc:  # TOMLDecodeError and UnicodeDecodeError among them
+    except (ValueError, RecursionError) as exc:  # includes TOMLDecodeError and UnicodeDecodeError
         raise UsageError(f"--config {path}: not TOML ({exc}); write lines such as: size = 224") from exc
     return {name.replace("-", "_"): value for name, value in values.items()}
 
@@ -550,11 +551,11 @@ def _require(condition: Any, value: Any) -> Any:
 
 
 def _field_faults(error: ValidationError) -> dict[str, str]:
-    """What is wrong with each setting that is not valid alone, by its name."""
+    """The message for each setting whose value is not allowed by itself, by name."""
     faults: dict[str, str] = {}
     for fault in error.errors():
         name = str(fault["loc"][0]) if fault["loc"] else ""
-        if name in faults:  # one line is enough for a list of which nothing fits
+        if name in faults:  # one line is enough for a list in which every element is wrong
             continue
         if name in BuildConfig.model_fields:
             faults[name] = f"{name.replace('_', '-')}: got {fault['input']!r}; allowed: {_allowed(name)}"
@@ -568,7 +569,7 @@ def _field_faults(error: ValidationError) -> dict[str, str]:
 
 
 class _Rule(NamedTuple):
-    """What settings must not be together; `settings` names all on which that depends, separated by spaces."""
+    """A combination of settings that is not allowed; `settings` names those that it depends on, separated by spaces."""
 
     settings: str
     is_broken: Callable[[BuildConfig], bool]

@@ -1,4 +1,4 @@
-"""How much of a machine a build uses: what the settings leave open is chosen here, by device."""
+"""Chooses workers, threads, batch size and so on, as far as the settings leave them open."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from ..config import BATCH_SIZE, BuildConfig
 from .environment import Choice
 
-_BATCH_BYTES = 1 << 28  # a batch of huge images is smaller, unless asked for
-# Two batches inside DALI: one is decoded while another is used. On CPU operators 3 was no faster.
+_BATCH_BYTES = 1 << 28  # limits the default batch size of huge images
+# One batch is decoded while another one is used. With CPU operators, 3 was no faster.
 _PREFETCH = 2
-# One thread writes a shard, and on one file two of them gain nothing. A GPU gives more than one thread can write.
+# Each open shard has one writer thread; a second one on the same file gains nothing. A GPU needs more than one thread.
 _OPEN_SHARDS = {"cuda": 4, "cpu": 1}
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What decides how fast a build is. Nothing here changes which rows a shard holds, or their order.
+    """What decides how fast a build runs. Nothing here changes the rows of a shard or their order.
 
     Attributes:
-        workers: processes; none where everything is done in the process that builds.
-        batch_size: images that are decoded together, at most.
-        threads: threads of a worker's DALI; pillow has none.
-        prefetch: batches inside DALI at the same time.
+        workers: number of worker processes; 0 if the calling process does all the work.
+        batch_size: the most images that are decoded together.
+        threads: threads of each worker's DALI; unused by pillow.
+        prefetch: batches that DALI works on at the same time.
         open_shards: shards that a worker writes at the same time.
-        hw_decoder_load: the share of a batch's JPEGs that a GPU's hardware engines get, None for DALI's own choice.
+        hw_decoder_load: the share of a batch's JPEGs for a GPU's hardware engines, 0 to 1; None leaves it to DALI.
     """
 
     workers: int
@@ -39,21 +39,21 @@ class Tuning:
         """The tuning of a build.
 
         Args:
-            config: what is set there is taken.
+            config: values that are set here are used.
             choice: the decoder, the GPUs and the cores.
-            row_bytes: size of a stored image.
-            shard_rows: items a shard.
-            shards: how many are to be built.
+            row_bytes: size of a stored image in bytes.
+            shard_rows: the most items in a shard.
+            shards: how many shards are to be built.
         """
         cores = choice.cpus
         device, workers = choice.device, config.workers
         if workers is None:
-            workers = cores if choice.backend == "pillow" else max(1, len(choice.gpus))  # DALI has threads
+            workers = cores if choice.backend == "pillow" else max(1, len(choice.gpus))  # DALI decodes in threads
         workers = min(workers, max(1, shards))
         batch_size = config.batch_size or max(1, min(BATCH_SIZE[device], _BATCH_BYTES // row_bytes))
         threads = max(1, cores // max(1, workers))
         if device == "cuda":
-            threads = max(1, threads // 2)  # the GPU's decoder keeps as many again for its share on the host
+            threads = max(1, threads // 2)  # the GPU's decoder starts as many again for its work on the host
         return cls(
             workers=workers,
             batch_size=min(batch_size, shard_rows),
