@@ -1,21 +1,23 @@
-"""The settings of a build: each has one name, one description, one check and one kind, and all survive JSON.
+"""The settings of a build. Each has one name, one description, one check and one kind, and survives JSON unchanged.
 
-Kinds: `identity` changes pixels, labels or order, so another value cannot resume a build; `environment` says what the
-build runs on, is decided once and stored with the plan; `operational` is free to change from one run to the next.
+An `identity` setting changes pixels, labels or their order, so a build cannot be resumed with another value. An
+`environment` setting says what the build runs on; it is decided once and stored with the plan. An `operational` setting
+may change from one run to the next.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import UsageError
 
@@ -39,8 +41,8 @@ SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB
 DEFLATE_LEVEL = 1
 MIN_STD = 1e-9
 _MAX_TOML_BYTES = 1 << 20
-TRAIN = "train"  # the side of a split that gets what the others leave
-MIN_REJECT_LIMIT = 10  # a percentage of a small plan still lets a few bad files pass
+TRAIN = "train"  # the side of a split that gets the items that no other side takes
+MIN_REJECT_LIMIT = 10  # a percentage of a small plan still allows a few bad files
 
 _RANGES = {
     "crop_pct": (1e-3, 1), "pad_value": (0, 255), "background": (0, 255), "max_pixels": (1, 2**40), "limit": (1, 2**40),
@@ -56,10 +58,10 @@ def _setting(kind: Kind, default: Any, description: str, allowed: str = "", meta
 
 
 class BuildConfig(BaseModel):
-    """Every setting of `gpu-npz build`. Frozen; equal settings compare equal; `model_dump_json` and back loses nothing.
+    """The settings of `gpu-npz build`. Immutable and hashable; `model_dump_json` loses nothing.
 
     Raises:
-        UsageError: a value is not allowed, or a combination makes no sense; every fault is named.
+        UsageError: a value or a combination of values is not allowed; the message names every fault.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -312,24 +314,17 @@ class BuildConfig(BaseModel):
     )
 
     def __init__(self, /, **values: Any) -> None:
+        values = _filled(values)
+        faults: dict[str, str] = {}
         try:
             super().__init__(**values)
         except ValidationError as exc:
-            raise UsageError(_explain(exc)) from exc
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        filled = dict(values)
-        if filled.get("size") is None and filled.get("resize_mode", "stretch") != "none":
-            filled["size"] = 224
-        if filled.get("normalize") is None and (filled.get("mean") is not None or filled.get("std") is not None):
-            filled["normalize"] = "mean-std"
-        if filled.get("normalize") is None and filled.get("window") is not None:
-            filled["normalize"] = "window"
-        return {name: value for name, value in filled.items() if value is not None or name in ("mean", "std")}
+            faults = _field_faults(exc)
+            valid = {name: value for name, value in values.items() if name not in faults}
+            super().__init__(**valid)  # the rules are still checked for the other settings
+        broken = [rule for rule in _RULES if faults.keys().isdisjoint(rule.settings.split()) and rule.is_broken(self)]
+        if faults or broken:
+            raise UsageError("\n".join([*faults.values(), *(rule.message(self) for rule in broken)]))
 
     @field_validator("size", mode="before")
     @classmethod
@@ -357,7 +352,7 @@ class BuildConfig(BaseModel):
     def _split_numbers(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        inner = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)  # as Python and JSON have them
+        inner = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)  # as Python and JSON write them
         return [part.strip() for part in (inner[1] if inner else value).split(",")]
 
     @field_validator("shard_size", mode="before")
@@ -419,68 +414,6 @@ class BuildConfig(BaseModel):
         numbers = value if isinstance(value, tuple) else (value,)
         return _require(all(number is None or low <= number <= high for number in numbers), value)
 
-    @model_validator(mode="after")
-    def _check_together(self) -> BuildConfig:
-        channels = self.channel_count
-        given = [name for name in ("mean", "std") if getattr(self, name) is not None]
-        if self.size and self.size[0] * self.size[1] > self.max_pixels:
-            raise ValueError(f"size {self.size[0]}x{self.size[1]} has more pixels than --max-pixels {self.max_pixels}")
-        if self.normalize == "mean-std" and len(given) < 2:
-            raise ValueError("normalize mean-std needs both --mean and --std")
-        if self.normalize == "dataset" and len(given) == 1:
-            raise ValueError("normalize dataset measures both --mean and --std; leave them out")
-        if self.normalize not in ("mean-std", "dataset") and given:
-            raise ValueError(f"--mean and --std go with --normalize mean-std, not with {self.normalize}")
-        for name in given:
-            numbers = getattr(self, name)
-            if len(numbers) != channels:
-                raise ValueError(f"--{name} has {len(numbers)} numbers; --channels {self.channels} needs {channels}")
-            if not all(abs(number) < 1e9 and (name == "mean" or number > MIN_STD) for number in numbers):
-                raise ValueError(f"--{name}: got {numbers}; allowed: {_allowed(name)}")
-        if (self.normalize == "window") != (self.window is not None):
-            raise ValueError("normalize window needs --window LO,HI, which goes with no other normalization")
-        low, high = self.window or (0, self.max_level)
-        if not (-1e9 < low < high < 1e9 and low < self.max_level and high > 0):
-            raise ValueError(f"--window: got {low:g},{high:g}; allowed: {_allowed('window')}")
-        low, high = self.dicom_window or (0, 1)
-        if not -1e9 < low < high < 1e9:
-            raise ValueError(f"--dicom-window: got {low:g},{high:g}; allowed: {_allowed('dicom_window')}")
-        if self.normalize == "imagenet" and channels != 3:
-            raise ValueError(
-                "normalize imagenet has statistics for three channels; with --channels gray choose another "
-                "one, such as unit, or give --mean and --std with one number each"
-            )
-        if self.dtype.startswith("u") and self.dtype != self.pixel_dtype:
-            raise ValueError(
-                f"--dtype {self.dtype} is not for pixels of --bit-depth {self.bit_depth}; choose {self.pixel_dtype} or "
-                "a float type, or the other --bit-depth"
-            )
-        if self.bit_depth == 16 and (self.backend == "dali" or self.require_gpu or self.device not in ("auto", "cpu")):
-            raise ValueError(
-                f"--bit-depth 16 decodes with Pillow on the CPU; got --backend {self.backend}, --device {self.device}"
-                f"{', --require-gpu' if self.require_gpu else ''}; leave them out, or choose --bit-depth 8"
-            )
-        if self.device not in ("auto", "cpu") and self.backend == "pillow":
-            raise ValueError(f"--backend pillow cannot use GPU {self.device}; choose --backend dali or --device cpu")
-        if self.reproducible and self.hw_decoder_load:
-            raise ValueError(
-                f"--reproducible leaves nothing to the hardware JPEG engines; --hw-decoder-load {self.hw_decoder_load} "
-                "contradicts it; leave one out"
-            )
-        if self.split is None and (self.split_by is not None or self.split_seed):
-            raise ValueError("--split-by and --split-seed go with --split; add it, or leave them out")
-        if self.ray_address is not None and self.engine != "ray":
-            raise ValueError("--ray-address goes with --engine ray; add it, or leave the address out")
-        if self.engine == "ray" and self.workers == 0:
-            raise ValueError("--workers 0 builds in this process; with --engine ray give 1 or more, or leave it out")
-        if self.engine == "ray" and gpu_numbers(self.device) not in ((), (0,)):
-            raise ValueError(
-                f"--engine ray gives each worker a GPU of its own; --device {self.device} does not fit it: give all"
-            )
-        if self.device == "cpu" and self.require_gpu:
-            raise ValueError("--require-gpu and --device cpu contradict each other; leave one out")
-        return self
-
     @property
     def channel_count(self) -> int:
         """How many channels a stored image has: 1 or 3."""
@@ -488,51 +421,51 @@ class BuildConfig(BaseModel):
 
     @property
     def reduces_jpegs(self) -> bool:
-        """Whether Pillow decodes JPEGs much larger than the size at a half or less.
+        """Whether Pillow decodes JPEGs that are much larger than `size` at half the scale or less.
 
-        It does so only for filters that would average those pixels anyway.
+        Only with filters that would average those pixels anyway.
         """
         return self.reduced_decoding and self.interpolation != "nearest" and self.resize_mode != "none"
 
     @property
     def shares(self) -> dict[str, Fraction]:
-        """The sides of a split but train, with their shares; empty where nothing is split."""
+        """The share of each side of a split except train, by name; empty without a split."""
         parts = (self.split or "").partition("/")[0].split(",")
         return {name: Fraction(share) for name, _, share in (part.partition("=") for part in parts) if name}
 
     @property
     def side(self) -> str | None:
-        """The side of a split that is built; None where all items are taken."""
+        """The only side of a split to build; None for all sides, or without a split."""
         return (self.split or "").partition("/")[2] or None
 
     @property
     def sides(self) -> dict[str, BuildConfig]:
-        """The settings of each dataset that a split makes, by its side; empty where one dataset is made."""
+        """The settings of each dataset of a split, by side; empty if the build makes a single dataset."""
         if self.split is None or self.side is not None:
             return {}
         return {side: self.model_copy(update={"split": f"{self.split}/{side}"}) for side in (TRAIN, *self.shares)}
 
     @property
     def max_level(self) -> int:
-        """The highest level of a pixel: white."""
+        """The highest level of a pixel, which is white: 255 or 65535."""
         return 255 if self.bit_depth == 8 else 65_535
 
     @property
     def pixel_dtype(self) -> Literal["uint8", "uint16"]:
-        """The type of a pixel: what is stored where the normalization is left to the reader."""
+        """The dtype of pixels, which are stored unchanged if normalization is left to the reader."""
         return "uint8" if self.bit_depth == 8 else "uint16"
 
     @property
     def deflate_level(self) -> int | None:
-        """ISA-L's level for stored images; None where they are not compressed."""
+        """ISA-L's compression level for stored images; None if they are not compressed."""
         return None if self.compress == "none" else int(self.compress.partition(":")[2])
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the output's bytes, as JSON values by name."""
+        """The settings that determine the output's bytes, as JSON values by name."""
         return self.model_dump(mode="json", include=set(settings_of("identity")))
 
     def shard_rows(self, row_bytes: int) -> int:
-        """Rows in one shard when a stored image takes `row_bytes`."""
+        """The rows of a shard if an image takes `row_bytes` bytes. Raises UsageError if not even one row fits."""
         if not self.shard_size.endswith("B"):
             return int(self.shard_size)
         rows = int(self.shard_size[:-1]) // row_bytes
@@ -543,16 +476,16 @@ class BuildConfig(BaseModel):
         return rows
 
     def reject_limit(self, items: int) -> int:
-        """The largest number of rejects that a plan of `items` may have."""
+        """The largest number of rejects that a plan of `items` items may have."""
         if not self.max_rejects.endswith("%"):
             return int(self.max_rejects)
         share = Fraction(self.max_rejects[:-1]) / 100
-        # However few they are, a dataset without a row is nothing that a share short of all allows.
+        # Below 100%, a percentage never allows all items to be rejected, however few there are.
         return max(min(MIN_REJECT_LIMIT, items - 1), int(items * share))
 
 
 def gpu_numbers(device: str) -> tuple[int, ...]:
-    """The GPUs that a `device` setting names, none for `auto`, `cpu` and `all`."""
+    """The numbers of the GPUs that a `device` setting names; empty for `auto`, `cpu` and `all`."""
     return () if device in ("auto", "cpu", "all") else tuple(map(int, device.split(",")))
 
 
@@ -562,14 +495,14 @@ def settings_of(kind: Kind) -> list[str]:
 
 
 def as_option(name: str, value: Any) -> str:
-    """A setting's value, which is not None, as its option takes it: `0.485,0.456,0.406`, `224x224`, `true`."""
+    """The value of a setting, other than None, as its option takes it: `0.485,0.456,0.406`, `224x224`, `true`."""
     if isinstance(value, (tuple, list)):
         return ("x" if name == "size" else ",").join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
-    """The settings that a TOML file gives, under the options' names (`resize-mode = "pad"`).
+    """Reads settings from a TOML file, where they have the names of the options (`resize-mode = "pad"`).
 
     Raises:
         UsageError: the file cannot be read or is not TOML.
@@ -582,9 +515,21 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         values = tomllib.loads(content.decode("utf-8"))
     except OSError as exc:
         raise UsageError(f"--config {path}: {exc.strerror or exc}; give a readable TOML file") from exc
-    except (ValueError, RecursionError) as exc:  # TOMLDecodeError and UnicodeDecodeError among them
+    except (ValueError, RecursionError) as exc:  # includes TOMLDecodeError and UnicodeDecodeError
         raise UsageError(f"--config {path}: not TOML ({exc}); write lines such as: size = 224") from exc
     return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are given, and those that follow from them."""
+    filled = dict(values)
+    if filled.get("size") is None and filled.get("resize_mode", "stretch") != "none":
+        filled["size"] = 224
+    if filled.get("normalize") is None and (filled.get("mean") is not None or filled.get("std") is not None):
+        filled["normalize"] = "mean-std"
+    if filled.get("normalize") is None and filled.get("window") is not None:
+        filled["normalize"] = "window"
+    return {name: value for name, value in filled.items() if value is not None or name in ("mean", "std")}
 
 
 def _extra(name: str) -> dict[str, str]:
@@ -605,21 +550,169 @@ def _require(condition: Any, value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError) -> str:
-    lines = []
-    named = set()
+def _field_faults(error: ValidationError) -> dict[str, str]:
+    """The message for each setting whose value is not allowed by itself, by name."""
+    faults: dict[str, str] = {}
     for fault in error.errors():
         name = str(fault["loc"][0]) if fault["loc"] else ""
-        if name in named:  # one line is enough for a list of which nothing fits
+        if name in faults:  # one line is enough for a list in which every element is wrong
             continue
-        named |= {name} - {""}
         if name in BuildConfig.model_fields:
-            line = f"{name.replace('_', '-')}: got {fault['input']!r}; allowed: {_allowed(name)}"
+            faults[name] = f"{name.replace('_', '-')}: got {fault['input']!r}; allowed: {_allowed(name)}"
         elif fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, BuildConfig.model_fields, n=1)
             hint = f"did you mean {near[0].replace('_', '-')!r}?" if near else "`gpu-npz build --help` lists them"
-            line = f"unknown setting {name!r}; {hint}"
+            faults[name] = f"unknown setting {name!r}; {hint}"
         else:
-            line = fault["msg"].removeprefix("Value error, ")
-        lines.append(line)
-    return "\n".join(lines)
+            faults[name] = fault["msg"].removeprefix("Value error, ")
+    return faults
+
+
+class _Rule(NamedTuple):
+    """A combination of settings that is not allowed; `settings` names those that it depends on, separated by spaces."""
+
+    settings: str
+    is_broken: Callable[[BuildConfig], bool]
+    message: Callable[[BuildConfig], str]
+
+
+def _statistics_rules(name: Literal["mean", "std"]) -> tuple[_Rule, _Rule]:
+    def numbers(config: BuildConfig) -> tuple[float, ...]:
+        return (config.mean if name == "mean" else config.std) or ()
+
+    return (
+        _Rule(
+            f"{name} channels",
+            lambda config: getattr(config, name) is not None and len(numbers(config)) != config.channel_count,
+            lambda config: (
+                f"--{name} has {len(numbers(config))} numbers; "
+                f"--channels {config.channels} needs {config.channel_count}"
+            ),
+        ),
+        _Rule(
+            name,
+            lambda config: not all(abs(each) < 1e9 and (name == "mean" or each > MIN_STD) for each in numbers(config)),
+            lambda config: f"--{name}: got {numbers(config)}; allowed: {_allowed(name)}",
+        ),
+    )
+
+
+def _is_window(low: float, high: float) -> bool:
+    return -1e9 < low < high < 1e9
+
+
+def _shown(window: tuple[float, float] | None) -> str:
+    return ",".join(f"{bound:g}" for bound in window or ())
+
+
+_RULES = (
+    _Rule(
+        "size max_pixels",
+        lambda config: config.size is not None and math.prod(config.size) > config.max_pixels,
+        lambda config: f"size {as_option('size', config.size)} has more pixels than --max-pixels {config.max_pixels}",
+    ),
+    _Rule(
+        "normalize mean std",
+        lambda config: config.normalize == "mean-std" and None in (config.mean, config.std),
+        lambda _: "normalize mean-std needs both --mean and --std",
+    ),
+    _Rule(
+        "normalize mean std",
+        lambda config: config.normalize == "dataset" and (config.mean is None) != (config.std is None),
+        lambda _: "normalize dataset measures both --mean and --std; leave them out",
+    ),
+    _Rule(
+        "normalize mean std",
+        lambda config: (
+            config.normalize not in ("mean-std", "dataset") and (config.mean is not None or config.std is not None)
+        ),
+        lambda config: f"--mean and --std go with --normalize mean-std, not with {config.normalize}",
+    ),
+    *_statistics_rules("mean"),
+    *_statistics_rules("std"),
+    _Rule(
+        "normalize window",
+        lambda config: (config.normalize == "window") != (config.window is not None),
+        lambda _: "normalize window needs --window LO,HI, which goes with no other normalization",
+    ),
+    _Rule(
+        "window bit_depth",
+        lambda config: (
+            config.window is not None
+            and not (_is_window(*config.window) and config.window[0] < config.max_level and config.window[1] > 0)
+        ),
+        lambda config: f"--window: got {_shown(config.window)}; allowed: {_allowed('window')}",
+    ),
+    _Rule(
+        "dicom_window",
+        lambda config: config.dicom_window is not None and not _is_window(*config.dicom_window),
+        lambda config: f"--dicom-window: got {_shown(config.dicom_window)}; allowed: {_allowed('dicom_window')}",
+    ),
+    _Rule(
+        "normalize channels",
+        lambda config: config.normalize == "imagenet" and config.channel_count != 3,
+        lambda _: (
+            "normalize imagenet has statistics for three channels; with --channels gray choose another "
+            "one, such as unit, or give --mean and --std with one number each"
+        ),
+    ),
+    _Rule(
+        "dtype bit_depth",
+        lambda config: config.dtype.startswith("u") and config.dtype != config.pixel_dtype,
+        lambda config: (
+            f"--dtype {config.dtype} is not for pixels of --bit-depth {config.bit_depth}; choose {config.pixel_dtype} "
+            "or a float type, or the other --bit-depth"
+        ),
+    ),
+    _Rule(
+        "bit_depth backend require_gpu device",
+        lambda config: (
+            config.bit_depth == 16
+            and (config.backend == "dali" or config.require_gpu or config.device not in ("auto", "cpu"))
+        ),
+        lambda config: (
+            f"--bit-depth 16 decodes with Pillow on the CPU; got --backend {config.backend}, --device {config.device}"
+            f"{', --require-gpu' if config.require_gpu else ''}; leave them out, or choose --bit-depth 8"
+        ),
+    ),
+    _Rule(
+        "device backend",
+        lambda config: config.device not in ("auto", "cpu") and config.backend == "pillow",
+        lambda config: f"--backend pillow cannot use GPU {config.device}; choose --backend dali or --device cpu",
+    ),
+    _Rule(
+        "reproducible hw_decoder_load",
+        lambda config: config.reproducible and bool(config.hw_decoder_load),
+        lambda config: (
+            f"--reproducible leaves nothing to the hardware JPEG engines; --hw-decoder-load {config.hw_decoder_load} "
+            "contradicts it; leave one out"
+        ),
+    ),
+    _Rule(
+        "split split_by split_seed",
+        lambda config: config.split is None and (config.split_by is not None or config.split_seed != 0),
+        lambda _: "--split-by and --split-seed go with --split; add it, or leave them out",
+    ),
+    _Rule(
+        "ray_address engine",
+        lambda config: config.ray_address is not None and config.engine != "ray",
+        lambda _: "--ray-address goes with --engine ray; add it, or leave the address out",
+    ),
+    _Rule(
+        "engine workers",
+        lambda config: config.engine == "ray" and config.workers == 0,
+        lambda _: "--workers 0 builds in this process; with --engine ray give 1 or more, or leave it out",
+    ),
+    _Rule(
+        "engine device",
+        lambda config: config.engine == "ray" and gpu_numbers(config.device) not in ((), (0,)),
+        lambda config: (
+            f"--engine ray gives each worker a GPU of its own; --device {config.device} does not fit it: give all"
+        ),
+    ),
+    _Rule(
+        "device require_gpu",
+        lambda config: config.device == "cpu" and config.require_gpu,
+        lambda _: "--require-gpu and --device cpu contradict each other; leave one out",
+    ),
+)

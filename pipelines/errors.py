@@ -4,9 +4,9 @@
     ├── UsageError              exit 2   an option, setting or combination that is not allowed
     ├── BackendError            exit 1   the device or decoder asked for cannot be used on this machine
     ├── SourceError             exit 1   SRC cannot be listed or read
-    ├── StorageError            exit 1   OUT cannot be used: in use, foreign, no permission, no space
+    ├── StorageError            exit 1   OUT cannot be used: in use, not ours, no permission, no space
     │   └── LockedError                  another build holds OUT
-    ├── MismatchError           exit 1   OUT was begun with other settings or in another environment
+    ├── MismatchError           exit 1   OUT was started with other settings or another decoder
     ├── ImageError              exit 1   an image given to Preprocess cannot be decoded
     ├── FormatError             exit 1   a file in OUT is not what the format says
     ├── IncompleteError         exit 1   OUT has no manifest yet
@@ -14,7 +14,7 @@
     │   └── RejectedError                an item was rejected under `--on-reject fail`
     └── RejectLimitError        exit 3   more rejects than `--max-rejects` allows
 
-One bad image is a counted, reported result (`rejects.Reject`) and never an exception, except under `--on-reject fail`.
+A bad image is counted and reported as a `Reject`; it raises an exception only under `--on-reject fail`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 
 class GpuNpzError(Exception):
-    """Anything that this package reports to its caller; `exit_code` is what the command line ends with."""
+    """The base of all errors of this package; `exit_code` is the exit status of the command line."""
 
     exit_code = 1
 
@@ -51,11 +51,11 @@ class LockedError(StorageError):
 
 
 class MismatchError(GpuNpzError):
-    """OUT was begun with other settings, from another collection or in another environment."""
+    """OUT was started with other settings, another source or another decoder."""
 
 
 class ImageError(GpuNpzError):
-    """An image given to Preprocess is none that a build would take."""
+    """An image given to Preprocess cannot be decoded, or a build would reject it."""
 
 
 class FormatError(GpuNpzError):
@@ -77,15 +77,15 @@ class IncompleteError(GpuNpzError):
 
 
 class ShardError(GpuNpzError):
-    """A shard could not be built for a reason that lies outside its images."""
+    """A shard could not be built, for a reason other than its images."""
 
 
 class RejectedError(ShardError):
-    """An item was rejected while `on_reject` is `fail`."""
+    """An item was rejected, and `on_reject` is `fail`."""
 
 
 class RejectLimitError(GpuNpzError):
-    """More items were rejected than `max_rejects` allows; the shards stay. `report` is the build's BuildReport."""
+    """More items were rejected than `max_rejects` allows; the shards are kept. `report` is the BuildReport."""
 
     exit_code = 3
 

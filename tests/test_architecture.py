@@ -12,6 +12,7 @@ import gpu_npz
 from gpu_npz.config import load_toml
 
 ROOT = Path(__file__).parents[1]
+MAX_LINES = 60  # of a function, its docstring aside
 
 # Each room: the rooms that it may import; then its modules, one floor per string, from the ground up. A module imports
 # those of its own room only from lower floors. The name of a room, or of a folder in it, means its `__init__.py`.
@@ -208,6 +209,25 @@ def test_each_heavy_library_is_imported_in_one_place(library: str, home: str) ->
     for path, module in sources("pipelines", "cli").items():
         if not path.match(f"pipelines/{home}"):
             assert library not in {name.split(".")[0] for name in imported(path, module)}, path
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function without those of its docstring."""
+    assert function.end_lineno is not None
+    first, lines = function.body[0], function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function, clean=False) is None or first.end_lineno is None:
+        return lines
+    return lines - (first.end_lineno - first.lineno + 1)
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    long = [
+        f"{path}: {node.name} has {lines} lines"
+        for path, module in sources("pipelines", "cli").items()
+        for node in ast.walk(module)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (lines := lines_of_code(node)) > MAX_LINES
+    ]
+    assert not long
 
 
 def test_the_public_names_are_the_ones_that_the_package_says() -> None:

@@ -160,6 +160,31 @@ def test_every_fault_is_named_at_once() -> None:
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["size", "dtype", "workers"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "starts"),
+    [
+        (
+            {"mean": (0, 0), "std": (1, 0, 1), "dicom_window": (9, 9), "device": "cpu", "require_gpu": True},
+            ["--mean has 2", "--std: got", "--dicom-window: got", "--require-gpu and --device cpu"],
+        ),
+        (
+            {"workers": -2, "engine": "ray", "device": "0,1", "sise": 3, "window": (9, 9), "max_pixels": 5},
+            ["workers: got", "unknown setting 'sise'", "size 224x224 has", "--window: got", "--engine ray gives"],
+        ),
+        ({"size": 0, "max_pixels": 5, "ray_address": "auto"}, ["size: got 0", "--ray-address goes"]),
+        ({"mean": "a,0,0", "channels": "gray", "split_seed": 1}, ["mean: got 'a'", "--split-by and"]),
+        ({"normalize": "zscore", "mean": (0, 0)}, ["normalize: got", "--mean has 2"]),
+        ({"channels": "gray", "dtype": "uint16"}, ["normalize imagenet has", "--dtype uint16 is not"]),
+    ],
+)
+def test_faults_of_settings_alone_and_together_are_named_at_once(settings: dict[str, Any], starts: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        BuildConfig(**settings)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(starts), lines
+    assert all(map(str.startswith, lines, starts)), lines
+
+
 def test_faults_in_json_are_usage_errors_too() -> None:
     with pytest.raises(UsageError, match="size: got 0"):
         BuildConfig.model_validate_json('{"size": 0}')

@@ -377,12 +377,12 @@ def test_a_batch_that_comes_out_of_turn_is_an_error(device: int | None, tmp_path
 
 
 def test_the_environment_is_json_and_names_what_decides_the_pixels(device: int | None, tree: Path) -> None:
-    environment = decoder_of(tree, device).environment()
-    assert json.loads(json.dumps(environment)) == environment
-    assert environment["backend"] == "dali"
-    assert environment["device"] == ("cpu" if device is None else "cuda")
-    assert {"dali", "nvimgcodec", "pillow", "libjpeg"} <= environment.keys()
-    assert ("gpu" in environment) == (device is not None)
+    provenance = decoder_of(tree, device).provenance()
+    assert json.loads(json.dumps(provenance)) == provenance
+    assert provenance["backend"] == "dali"
+    assert provenance["device"] == ("cpu" if device is None else "cuda")
+    assert {"dali", "nvimgcodec", "pillow", "libjpeg"} <= provenance.keys()
+    assert ("gpu" in provenance) == (device is not None)
 
 
 def test_no_thread_outlives_the_decoder_even_while_its_error_is_kept(tmp_path: Path) -> None:

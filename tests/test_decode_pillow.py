@@ -547,7 +547,7 @@ def test_a_decoder_can_be_opened_again(file_bytes: FileBytes) -> None:
 
 
 def test_the_environment_names_the_libraries_that_decide_the_pixels() -> None:
-    found = decoder_of().environment()
+    found = decoder_of().provenance()
     assert found["backend"] == "pillow"
     assert found["pillow"] == PIL.__version__
     assert found["pillow_simd"] == (".post" in PIL.__version__)

@@ -156,7 +156,9 @@ def test_parts_that_were_built_in_other_environments_are_not_mixed_by_accident(
 ) -> None:
     out = tmp_path / "out"
     build(src, out, settings(part="1/2"))
-    monkeypatch.setattr("gpu_npz.builder.run._environment", lambda records, config: None)  # both began at the same time
+    monkeypatch.setattr(
+        "gpu_npz.builder.run._expected_provenance", lambda records, config: None
+    )  # both began at the same time
     monkeypatch.setattr("gpu_npz.preprocess.pillow.versions", lambda: {"pillow": "another"})
     with pytest.raises(MismatchError, match="several environments"):
         build(src, out, settings(part="2/2"))

@@ -107,9 +107,9 @@ def compare(
     seen = _Seen(manifest)
     geometry = Geometry.of(config, (height, width))
     with make_decoder(choice.backend, config, geometry, found.source, tuning=tuning, gpu=choice.gpu) as decoder:
-        environment = decoder.environment()
+        provenance = decoder.provenance()
         # On a GPU, which of DALI's decoders takes an image depends on its batch.
-        same = all(environment.items() <= made.items() for made in manifest.environments)
+        same = all(provenance.items() <= made.items() for made in manifest.environments)
         exact = same and (not choice.gpus or config.reproducible)
         waiting: deque[_Stored] = deque()
         done = 0
@@ -124,7 +124,7 @@ def compare(
         rows=seen.rows,
         exact=exact,
         environments=manifest.environments,
-        environment=environment,
+        environment=provenance,
         mean=seen.difference / max(1, seen.pixels),
         max=seen.largest,
         problems=seen.problems(),

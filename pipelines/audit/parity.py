@@ -102,6 +102,41 @@ class _Tally:
         return Difference(kind, self.images, mean, p99, int(np.flatnonzero(self.counts)[-1]))
 
 
+class _Findings:
+    """What the comparison has found so far."""
+
+    def __init__(self) -> None:
+        self._tallies = {kind: _Tally() for kind in ("all", *KINDS)}
+        self._worst: list[tuple[str, float]] = []
+        self._verdicts: list[tuple[str, str, str]] = []
+
+    def compare(self, source: Source, one: Decoded, other: Decoded) -> None:
+        """Compares a batch as two decoders have decoded it."""
+        first, second = ({item.index: row for item, row in _rows(decoded)} for decoded in (one, other))
+        for item in one.batch.items:
+            if (item.index in first) != (item.index in second):
+                self._verdicts.append((item.path, _verdict(one, item), _verdict(other, item)))
+            elif item.index in first:
+                self._add(source, item, first[item.index], second[item.index])
+
+    def _add(self, source: Source, item: Item, row: NDArray[np.uint8], other: NDArray[np.uint8]) -> None:
+        difference = np.maximum(row, other) - np.minimum(row, other)
+        for kind in ("all", *_kinds(source, item)):
+            self._tallies[kind].add(difference)
+        worst = [*self._worst, (item.path, float(difference.mean()))]
+        self._worst = sorted(worst, key=lambda found: -found[1])[:_WORST]
+
+    def result(self, sides: dict[str, dict[str, Any]]) -> Parity:
+        return Parity(
+            sides=sides,
+            images=self._tallies["all"].images,
+            kinds=tuple(tally.result(kind) for kind, tally in self._tallies.items() if tally.images),
+            missing_kinds=tuple(kind for kind in KINDS if not self._tallies[kind].images and kind != "not JPEG"),
+            worst=tuple(self._worst),
+            verdicts=tuple(self._verdicts),
+        )
+
+
 def parity(
     src: str | os.PathLike[str],
     config: BuildConfig,
@@ -126,45 +161,25 @@ def parity(
     """
     if sides[0] == sides[1]:
         raise UsageError(f"both sides are {sides[0]}; choose two different decoders")
-    config = config.model_copy(update={"limit": images, "labels": "none"})  # which make no difference here
+    config = config.model_copy(update={"limit": images, "labels": "none"})  # labels make no difference here
     source = open_source(src, config)
     arrays = listed(source, config)
     plan = Plan(arrays, len(arrays["name_ends"]))
     size = image_size(plan, source, config)
     row_bytes = math.prod(size) * config.channel_count
     tuning = Tuning.of(config, Choice("dali"), row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=1)
-    tallies = {kind: _Tally() for kind in ("all", *KINDS)}
-    worst: list[tuple[str, float]] = []
-    verdicts: list[tuple[str, str, str]] = []
+    found = _Findings()
     with contextlib.ExitStack() as stack:
         decoders = [stack.enter_context(_decoder(side, config, size, source, tuning)) for side in sides]
-        described = dict(zip(sides, (decoder.environment() for decoder in decoders), strict=True))
-        streams = [decoder.decode(plan.batches(0, tuning.batch_size)) for decoder in decoders]
+        described = dict(zip(sides, (decoder.provenance() for decoder in decoders), strict=True))
+        first, second = (decoder.decode(plan.batches(0, tuning.batch_size)) for decoder in decoders)
         done = 0
-        for pair in zip(*streams, strict=True):
-            first, second = ({item.index: row for item, row in _rows(decoded)} for decoded in pair)
-            for item in pair[0].batch.items:
-                if (item.index in first) != (item.index in second):
-                    verdicts.append((item.path, *(_verdict(decoded, item) for decoded in pair)))
-                elif item.index in first:
-                    one, other = first[item.index], second[item.index]
-                    difference = np.maximum(one, other) - np.minimum(one, other)
-                    for kind in ("all", *_kinds(source, item)):
-                        tallies[kind].add(difference)
-                    worst = sorted([*worst, (item.path, float(difference.mean()))], key=lambda found: -found[1])[
-                        :_WORST
-                    ]
-            done += len(pair[0].batch.items)
+        for one, other in zip(first, second, strict=True):
+            found.compare(source, one, other)
+            done += len(one.batch.items)
             if progress:
                 progress(done, plan.item_count)
-    return Parity(
-        sides=described,
-        images=tallies["all"].images,
-        kinds=tuple(tally.result(kind) for kind, tally in tallies.items() if tally.images),
-        missing_kinds=tuple(kind for kind in KINDS if not tallies[kind].images and kind != "not JPEG"),
-        worst=tuple(worst),
-        verdicts=tuple(verdicts),
-    )
+    return found.result(described)
 
 
 def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Source, tuning: Tuning) -> Decoder:
@@ -217,7 +232,7 @@ class _TorchvisionDecoder(PillowDecoder):
             steps.append(transforms.CenterCrop(self._size))
         self._transform = transforms.Compose(steps)
 
-    def environment(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """torchvision's version, and those of the Pillow below it."""
         return {"backend": "torchvision", "device": "cpu", "torchvision": self._torchvision.__version__, **versions()}
 

@@ -84,9 +84,9 @@ def measure(
             ways |= cores.ways(setup)
         ways |= _writers(place)
         rows = in_turns(ways, rounds, say)
-        environment = setup.decoder().environment()
+        provenance = setup.decoder().provenance()
     used = {"images": setup.plan.item_count, "dtype": settings.dtype, "size": settings.size, **asdict(setup.tuning)}
-    return Measurement(rows, used, machine(environment))
+    return Measurement(rows, used, machine(provenance))
 
 
 def _stages(setup: Setup) -> dict[str, tuple[tuple[str, ...], Way]]:

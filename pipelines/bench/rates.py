@@ -133,14 +133,14 @@ def folder_of(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def machine(environment: Mapping[str, Any]) -> dict[str, Any]:
+def machine(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The processor, how much of it may be used, versions, and what a decoder says of itself."""
     model = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     versions = {name: version(name) for name in ("gpu-npz", "numpy", "isal")}
-    return {"processor": model, "cores": usable_cpus(), **versions, **environment}
+    return {"processor": model, "cores": usable_cpus(), **versions, **provenance}
 
 
 def on_one_core(way: Way) -> Way:

@@ -74,8 +74,8 @@ def measure(
             ways[f"read {form}"] = (others[1], on_one_core(_reading(setup)))
             built[f"build {form}"] = (others[2], on_one_core(setup.built))
         rows = in_turns({**dict(sorted(ways.items())), **built}, rounds, say)
-        environment = setup.decoder().environment()
-    return Measurement(rows, {"images": images, "dtype": settings.dtype, "size": settings.size}, machine(environment))
+        provenance = setup.decoder().provenance()
+    return Measurement(rows, {"images": images, "dtype": settings.dtype, "size": settings.size}, machine(provenance))
 
 
 def _listing(location: str, config: BuildConfig) -> Way:

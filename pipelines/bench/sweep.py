@@ -126,9 +126,9 @@ def sweep(
                     best, fastest = {**best, option: value}, found
         pairs = [(tried({}, images), tried(best, images)) for _ in range(_CONFIRMING_ROUNDS if best else 0)]
         gain = statistics.median(ours / own for own, ours in pairs) if pairs else 1.0
-        environment = setup.decoder().environment()
+        provenance = setup.decoder().provenance()
     plain = gain > _PLAINLY
-    return Sweep(best if plain else {}, gain if plain else 1.0, default, tuple(trials), images, machine(environment))
+    return Sweep(best if plain else {}, gain if plain else 1.0, default, tuple(trials), images, machine(provenance))
 
 
 def _candidates(backend: str, device: str, config: BuildConfig) -> dict[str, list[Any]]:

@@ -20,7 +20,7 @@ from ..workers import ray
 from ..workers.events import Event
 from .parts import PLAN_WAIT_S, Part, require_no_parts
 from .planning import Measuring, check_places, places, planned, require_scaled, withdraw
-from .report import BuildReport, Started, Tell
+from .report import BuildReport, OnEvent, Started
 from .run import run
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def build(
     out: str | os.PathLike[str],
     config: BuildConfig | None = None,
     *,
-    progress: Tell | None = None,
+    progress: OnEvent | None = None,
 ) -> BuildReport:
     """Builds NPZ shards in `out` from the images in `src`, or goes on with a build that was stopped.
 
@@ -52,7 +52,7 @@ def _build(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
     config: BuildConfig,
-    progress: Tell | None,
+    progress: OnEvent | None,
     beside: Job | None,
 ) -> BuildReport:
     """As `build`; `beside` is another side of the same split."""

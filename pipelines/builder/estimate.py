@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ _PROCESS_BYTES = {"pillow": 60 * 10**6, "dali": 220 * 10**6}
 
 _MEASURES_FIRST = "--normalize dataset decodes every image once before the build: it takes nearly twice the duration"
 
-Tell = Callable[[str, float, "float | None"], None]
+OnStage = Callable[[str, float, "float | None"], None]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def estimate(
     *,
     seconds: float = SECONDS,
     folder: str | None = None,
-    progress: Tell = lambda stage, done, total: None,
+    progress: OnStage = lambda stage, done, total: None,
 ) -> Estimate:
     """Says what `build` with the same arguments would do; writes nothing to `out`.
 
@@ -145,90 +145,128 @@ def estimate(
         FormatError: `out` is damaged.
         ShardError: the measured run failed for a reason that lies outside the images.
     """
-    config = given = config or BuildConfig()
-    require_scaled(config)
-    measures_first = config.normalize == "dataset" and config.mean is None
-    if measures_first:
-        config = BuildConfig(**{**config.model_dump(), "normalize": "unit"})  # the same work
+    given = config or BuildConfig()
+    require_scaled(given)
+    measures_first = given.normalize == "dataset" and given.mean is None
+    config = BuildConfig(**{**given.model_dump(), "normalize": "unit"}) if measures_first else given  # the same work
     source = open_source(src, config, class_list(config.classes_from))
-    place, outs = os.getcwd(), {}
-    if out is not None:
-        place, outs = open_storage(out).root, places(src, out, config)
-    choice = environment.choose(config, inspect(config))
-    table(config)  # a value that the dtype cannot hold shows here
-    progress("listing", 0, None)
-    sides: dict[str, int] = {}
-    arrays = listed(source, config, sides)
-    sample = sample_headers(Plan(arrays, 1), source, config, choice, lambda *done: progress("reading headers", *done))
-    size = image_size(Plan(arrays, 1), source, config)
-    shape = row_shape(config, *size)
-    row_bytes = math.prod(shape) * np.dtype(config.dtype).itemsize
-    plan = Plan(arrays, config.shard_rows(row_bytes))
-    shard_rows = min(plan.shard_rows, plan.item_count)
-    tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=plan.shard_count)
-    if config.side is not None:
-        sides[config.side] = plan.item_count
-    shards = {side: -(-sides[side] // plan.shard_rows) for side in config.sides} or {"": plan.shard_count}
-    left, unfit = _left(outs, source, given, shards)
-    label_columns = 1 if source.class_names is not None else len(source.columns)
-    needed = output_bytes(plan, config, shape, label_columns=label_columns)
-    memory = _memory(tuning, choice, row_bytes, math.prod(shape), sample)
-    measured, trouble = None, None
-    if seconds > 0 and config.engine == "ray":
-        trouble = "the duration is not known: with --engine ray it depends on the nodes, and nothing is measured here"
-    elif seconds > 0 and left != 0:
-        try:
-            measured = _measure(plan, source, config, choice, tuning, size, row_bytes, seconds, folder, progress)
-        except StorageError as exc:
-            trouble = f"the duration is not known: {exc}; --folder DIR measures elsewhere"
-    if measured and measured.stored_row_bytes and config.deflate_level is not None:
-        needed = int(plan.item_count * measured.stored_row_bytes)
-    workers = max(1, tuning.workers)
-    share = 1.0 if left is None else left / sum(shards.values())
+    place = os.getcwd() if out is None else open_storage(out).root
+    outs = {} if out is None else places(src, out, config)
+    found = _inspect(source, config, progress)
+    plan, tuning = found.plan, found.tuning
+    left, unfit = _left(outs, source, given, found.shards)
+    measured, trouble = _try_measuring(found, left, seconds, folder, progress)
+    needed = found.output_bytes(measured)
     held = sum(held_bytes(storage.root) for storage in outs.values())
+    shards = sum(found.shards.values())
+    workers = max(1, tuning.workers)
+    share = 1.0 if left is None else left / shards
     smallest, largest = _classes(plan, source)
+    doubts = (
+        found.choice.warning,
+        *unfit,
+        lack_of_space(place, needed - held, shards),
+        _MEASURES_FIRST if measures_first and left is None else None,
+        *_advice(found, needed),
+        _rejected(measured),
+        trouble,
+    )
     return Estimate(
         source=source.location,
         items=plan.item_count,
-        sides=sides,
+        sides=found.sides,
         classes=None if source.class_names is None else len(source.class_names),
         columns=source.columns,
         smallest_class=smallest,
         largest_class=largest,
-        sample=sample,
-        image_size=size,
-        row_bytes=row_bytes,
+        sample=found.sample,
+        image_size=found.image_size,
+        row_bytes=found.row_bytes,
         shard_rows=plan.shard_rows,
-        shards=sum(shards.values()),
+        shards=shards,
         shards_left=left,
         output_bytes=needed,
         free_bytes=free_space(place)[0],
-        backend=choice.backend,
-        device=choice.device,
+        backend=found.choice.backend,
+        device=found.choice.device,
         tuning=tuning,
-        worker_memory_bytes=memory,
-        memory_bytes=workers * memory,
+        worker_memory_bytes=_memory(found),
+        memory_bytes=workers * _memory(found),
         measured=measured,
         duration_s=share * plan.item_count / (measured.images_per_second * workers) if measured else None,
-        warnings=tuple(
-            warning
-            for warning in (
-                choice.warning,
-                *unfit,
-                lack_of_space(place, needed - held, sum(shards.values())),
-                _MEASURES_FIRST if measures_first and left is None else None,
-                *warnings(config),
-                *hints(config, needed, plan.shard_count, labelled=source.class_names is not None),
-                *_warnings(config, plan, sample),
-                _rejected(measured),
-                trouble,
-            )
-            if warning
-        ),
+        warnings=tuple(doubt for doubt in doubts if doubt),
     )
 
 
-# The items
+# What a build would work on
+
+
+@dataclass(frozen=True)
+class _Inspection:
+    """What a build would work on, and with.
+
+    `sides` has the number of items of each side of a split. `image_size` is the height and width of a row.
+    """
+
+    source: Source
+    config: BuildConfig
+    choice: Choice
+    plan: Plan
+    sides: dict[str, int]
+    sample: Sample
+    image_size: tuple[int, int]
+    tuning: Tuning
+
+    @property
+    def row_shape(self) -> tuple[int, int, int]:
+        """The shape of a row."""
+        return row_shape(self.config, *self.image_size)
+
+    @property
+    def row_bytes(self) -> int:
+        """The size of a row."""
+        return _row_bytes(self.config, self.image_size)
+
+    @property
+    def shards(self) -> dict[str, int]:
+        """How many shards each side of a split has; those of a single dataset under ""."""
+        rows = self.plan.shard_rows
+        return {side: -(-self.sides[side] // rows) for side in self.config.sides} or {"": self.plan.shard_count}
+
+    def output_bytes(self, measured: Measured | None) -> int:
+        """The size of the dataset; of compressed images as measured, or at most."""
+        if measured and measured.stored_row_bytes and self.config.deflate_level is not None:
+            return int(self.plan.item_count * measured.stored_row_bytes)
+        label_columns = 1 if self.source.class_names is not None else len(self.source.columns)
+        return output_bytes(self.plan, self.config, self.row_shape, label_columns=label_columns)
+
+
+def _inspect(source: Source, config: BuildConfig, progress: OnStage) -> _Inspection:
+    """Lists the source, reads a sample of its headers, and plans the build."""
+    choice = environment.choose(config, inspect(config))
+    table(config)  # raises for a value that the dtype cannot hold
+    progress("listing", 0, None)
+    sides: dict[str, int] = {}
+    arrays = listed(source, config, sides)
+    items = Plan(arrays, 1)
+    sample = sample_headers(items, source, config, choice, lambda *done: progress("reading headers", *done))
+    size = image_size(items, source, config)
+    row_bytes = _row_bytes(config, size)
+    plan = Plan(arrays, config.shard_rows(row_bytes))
+    if config.side is not None:
+        sides[config.side] = plan.item_count
+    tuning = Tuning.of(
+        config,
+        choice,
+        row_bytes=row_bytes,
+        shard_rows=min(plan.shard_rows, plan.item_count),
+        shards=plan.shard_count,
+    )
+    return _Inspection(source, config, choice, plan, sides, sample, size, tuning)
+
+
+def _row_bytes(config: BuildConfig, size: tuple[int, int]) -> int:
+    return math.prod(row_shape(config, *size)) * np.dtype(config.dtype).itemsize
 
 
 def _classes(plan: Plan, source: Source) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
@@ -267,28 +305,114 @@ def _left(
 # What it takes
 
 
-def _memory(tuning: Tuning, choice: Choice, row_bytes: int, row_pixels: int, sample: Sample) -> int:
-    """Main memory of a worker; what a GPU holds does not count, but for the rows that go there and back."""
+def _memory(found: _Inspection) -> int:
+    """Main memory of a worker. On a GPU only the rows that are copied to it and back take main memory."""
+    choice, tuning = found.choice, found.tuning
     batches = 0 if choice.gpus else 2 if choice.backend == "pillow" else tuning.prefetch + 1
-    heaviest = sample.heaviest.decode_bytes if sample.heaviest else 0
+    heaviest = found.sample.heaviest.decode_bytes if found.sample.heaviest else 0
     at_once = tuning.threads if choice.backend == "dali" and not choice.gpus else 1
-    rows = (tuning.open_shards + 2) * row_bytes + batches * row_pixels
+    rows = (tuning.open_shards + 2) * found.row_bytes + batches * math.prod(found.row_shape)
     return _PROCESS_BYTES[choice.backend] + tuning.batch_size * rows + at_once * heaviest
 
 
-def _measure(
-    plan: Plan,
-    source: Source,
-    config: BuildConfig,
-    choice: Choice,
-    tuning: Tuning,
-    size: tuple[int, int],
-    row_bytes: int,
-    seconds: float,
-    folder: str | None,
-    progress: Tell,
-) -> Measured:
+def _try_measuring(
+    found: _Inspection, left: int | None, seconds: float, folder: str | None, progress: OnStage
+) -> tuple[Measured | None, str | None]:
+    """A short run, and why there is none where a duration was asked for; `left` shards are to be built."""
+    if seconds <= 0:
+        return None, None
+    if found.config.engine == "ray":
+        return (
+            None,
+            "the duration is not known: with --engine ray it depends on the nodes, and nothing is measured here",
+        )
+    if left == 0:
+        return None, None
+    try:
+        return _measure(found, seconds, folder, progress), None
+    except StorageError as exc:
+        return None, f"the duration is not known: {exc}; --folder DIR measures elsewhere"
+
+
+@dataclass
+class _Timing:
+    """Times batches for so many seconds after the first one, which is left out: it takes the decoder's start too."""
+
+    seconds: float
+    begin: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    last: float = 0.0
+    first_items: int = 0
+    items: int = 0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the first batch to the last one that was counted."""
+        return self.last - self.first
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is over."""
+        return self.elapsed > self.seconds
+
+    def add(self, items: int) -> None:
+        """Counts a batch that has just been decoded."""
+        self.last = time.perf_counter()
+        if self.first:
+            self.items += items
+        else:
+            self.first, self.first_items = self.last, items
+
+    def result(self) -> tuple[int, float]:
+        """How many items in how many seconds. If there was only one batch, it counts, with the decoder's start."""
+        return (self.items, self.elapsed) if self.items else (self.first_items, self.last - self.begin)
+
+
+def _measure(found: _Inspection, seconds: float, folder: str | None, progress: OnStage) -> Measured:
     """Lets one worker build shards of items spread over the plan, in a temporary folder, until the time is over."""
+    tuning = found.tuning
+    shard_rows = max(tuning.batch_size, _MEASURED_SHARD_BYTES // found.row_bytes)
+    plan = _spread_plan(found.plan, min(found.plan.shard_rows, shard_rows))
+    settings = found.config.model_copy(update={"on_reject": "skip"})
+    timing = _Timing(seconds)
+    rows = stored_bytes = gpu_memory = 0
+    rejects: list[Reject] = []
+
+    def shards() -> Iterator[int]:
+        for shard in range(plan.shard_count):
+            if timing.over:
+                return  # lets the worker end, and report its memory
+            yield shard
+
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-plan-", dir=folder) as place:
+        storage = LocalStorage(place)
+        Job.create(storage, plan, settings, found.choice, source=found.source, image_size=found.image_size)
+        task = Task(place, found.source, found.choice.gpu, tuning, None)
+        with contextlib.closing(work(task, shards())) as events:
+            for event in events:
+                if isinstance(event, Committed):
+                    rows, stored_bytes = rows + event.record.rows, stored_bytes + event.record.bytes
+                    rejects += event.record.rejects
+                    storage.remove(shard_name(event.record.shard, plan.shard_count))
+                elif isinstance(event, WorkerEnded):
+                    gpu_memory = event.gpu_memory_bytes
+                elif isinstance(event, Progress) and not timing.over:
+                    timing.add(event.items)
+                    progress("measuring", min(timing.elapsed, seconds), seconds)
+    items, duration = timing.result()
+    return Measured(
+        items=items,
+        seconds=duration,
+        images_per_second=items / duration,
+        gpu_memory_bytes=gpu_memory,
+        stored_row_bytes=stored_bytes / rows if rows else 0.0,
+        rejects=len(rejects),
+        reject=rejects[0] if rejects else None,
+    )
+
+
+def _spread_plan(plan: Plan, shard_rows: int) -> Plan:
+    """A plan of items at equal distances in another one, with their labels."""
     groups = []
     for item in spread(plan, _MEASURED_ITEMS, 0.5):
         parent, slash, name = as_bytes(item.path).rpartition(b"/")
@@ -296,42 +420,7 @@ def _measure(
         places = np.array([item.place], np.int64) if item.place else None
         label = item.label if isinstance(item.label, int) and own is None else -1
         groups.append(Group(parent + slash, [name], label, own, places))
-    small = Plan(collect(groups), min(plan.shard_rows, max(tuning.batch_size, _MEASURED_SHARD_BYTES // row_bytes)))
-    settings = config.model_copy(update={"on_reject": "skip"})
-    items, first_items, begin, first, last, gpu_memory = 0, 0, time.perf_counter(), 0.0, 0.0, 0
-    rows = stored_bytes = 0
-    rejects: list[Reject] = []
-
-    def shards() -> Iterator[int]:
-        for shard in range(small.shard_count):
-            if last - first > seconds:
-                return  # so that the worker comes to its end, and says what it took
-            yield shard
-
-    with tempfile.TemporaryDirectory(prefix="gpu-npz-plan-", dir=folder) as place:
-        storage = LocalStorage(place)
-        Job.create(storage, small, settings, choice, source=source, image_size=size)
-        task = Task(place, source, choice.gpu, tuning, None)
-        with contextlib.closing(work(task, shards())) as events:
-            for event in events:
-                if isinstance(event, Committed):
-                    rows, stored_bytes = rows + event.record.rows, stored_bytes + event.record.bytes
-                    rejects += event.record.rejects
-                    storage.remove(shard_name(event.record.shard, small.shard_count))
-                elif isinstance(event, WorkerEnded):
-                    gpu_memory = event.gpu_memory_bytes
-                elif isinstance(event, Progress) and last - first <= seconds:
-                    last = time.perf_counter()
-                    if first:
-                        items += event.items
-                    else:  # a decoder's start is the same for a million images
-                        first, first_items = last, event.items
-                    progress("measuring", min(last - first, seconds), seconds)
-    if not items:  # one batch was all
-        items, first = first_items, begin
-    stored_row_bytes = stored_bytes / rows if rows else 0.0
-    rate, reject = items / (last - first), rejects[0] if rejects else None
-    return Measured(items, last - first, rate, gpu_memory, stored_row_bytes, len(rejects), reject)
+    return Plan(collect(groups), shard_rows)
 
 
 def _rejected(measured: Measured | None) -> str | None:
@@ -345,7 +434,11 @@ def _rejected(measured: Measured | None) -> str | None:
     )
 
 
-def _warnings(config: BuildConfig, plan: Plan, sample: Sample) -> Iterator[str]:
+def _advice(found: _Inspection, needed_bytes: int) -> Iterator[str]:
+    """What to think over about the settings, the size of the dataset, and the sampled images."""
+    config, plan, sample = found.config, found.plan, found.sample
+    yield from warnings(config)
+    yield from hints(config, needed_bytes, plan.shard_count, labelled=found.source.class_names is not None)
     rejects = sample.over_max_pixels + sum(sample.unreadable.values())
     expected = rejects * plan.item_count // sample.items
     if expected > config.reject_limit(plan.item_count):

@@ -27,10 +27,10 @@ from ..sources.base import Batch, Source
 from ..sources.rejects import Reject
 from ..storage import open_storage
 from ..storage.base import Storage
-from ..workers.worker import environment_of, require_environment
+from ..workers.worker import provenance_of, require_provenance
 from .parts import live_parts, require_no_parts
 from .planning import backend, require_revision
-from .report import BuildReport, Tell
+from .report import BuildReport, OnEvent
 from .run import run
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def retry(
     config: BuildConfig | None = None,
     *,
     source: str | os.PathLike[str] | None = None,
-    progress: Tell | None = None,
+    progress: OnEvent | None = None,
 ) -> Rebuilt:
     """Tries the rejected items again, whose files may have been mended, and builds the shards anew that change.
 
@@ -125,7 +125,7 @@ def repair(
     config: BuildConfig | None = None,
     *,
     source: str | os.PathLike[str] | None = None,
-    progress: Tell | None = None,
+    progress: OnEvent | None = None,
     checked: Callable[[int, int], None] | None = None,
 ) -> Rebuilt:
     """Verifies a dataset and builds the shards anew that are damaged or missing, and what is written at the end.
@@ -222,7 +222,7 @@ def _require_decoder(job: Job, source: Source, config: BuildConfig, records: Map
     require_revision(records)
     if records and config.engine == "local" and not config.accept_environment:
         decoder, _ = _decoder(job, source, config, 1)
-        require_environment(records[min(records)].environment, environment_of(decoder, job))
+        require_provenance(records[min(records)].provenance, provenance_of(decoder, job))
 
 
 def _decoder(job: Job, source: Source, config: BuildConfig, items: int) -> tuple[Decoder, Tuning]:
@@ -252,7 +252,7 @@ def _rebuild(
     source: Source,
     config: BuildConfig,
     shards: Sequence[int],
-    progress: Tell | None,
+    progress: OnEvent | None,
 ) -> Rebuilt:
     start = time.perf_counter()
     _require_decoder(job, source, config, committed(storage, job))

@@ -372,7 +372,7 @@ def _require_same_backend(job: Job, config: BuildConfig) -> None:
 
 def require_revision(records: Mapping[int, CommitRecord]) -> None:
     """Raises MismatchError if another revision of the decoding code made committed shards: two are never mixed."""
-    revisions = {record.environment.get("decoding_revision", 1) for record in records.values()}
+    revisions = {record.provenance.get("decoding_revision", 1) for record in records.values()}
     if others := revisions - {DECODING_REVISION}:
         raise MismatchError(
             f"another version of gpu-npz made the shards so far (decoding revision {min(others)}, this one has "

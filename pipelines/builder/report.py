@@ -40,7 +40,7 @@ class Started:
     workers: int
 
 
-Tell = Callable[[Started | Measuring | Event], None]
+OnEvent = Callable[[Started | Measuring | Event], None]
 
 
 @dataclass(frozen=True)

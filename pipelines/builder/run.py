@@ -1,4 +1,4 @@
-"""build(): plan, engine, manifest, report."""
+"""A run of a build: find the shards that are missing, build them, publish the dataset, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import BuildConfig
@@ -24,15 +25,50 @@ from ..workers import local, ray
 from ..workers.events import Committed, Event, Task, WorkerEnded
 from ..workers.messages import Heard, Messages
 from .parts import PLAN_WAIT_S, Part
-from .planning import (
-    backend,
-    require_revision,
-    require_room,
+from .planning import backend, require_revision, require_room
+from .report import (
+    BuildReport,
+    OnEvent,
+    Started,
+    advice_on,
+    bottleneck,
+    hints_for,
+    store_report,
+    too_many_rejects,
 )
-from .report import BuildReport, Started, Tell, advice_on, bottleneck, hints_for, store_report, too_many_rejects
 from .watch import Watch
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class _RunState:
+    """What has come of a run so far.
+
+    Attributes:
+        records: the commit records of all shards that are built, by shard, whichever run built them.
+        watch: limits on rejects and disk space.
+        built: the shards that this run has built.
+        ended: what each worker that has ended reported.
+        messages: what decoders wrote to stderr.
+    """
+
+    records: dict[int, CommitRecord]
+    watch: Watch
+    built: set[int] = field(default_factory=set)
+    ended: list[WorkerEnded] = field(default_factory=list)
+    messages: Messages = field(default_factory=Messages)
+
+    def see(self, event: Event) -> None:
+        """Records an event. Raises StorageError if the disk is nearly full."""
+        self.watch.see(event)
+        if isinstance(event, Committed):
+            self.records[event.record.shard] = event.record
+            self.built.add(event.record.shard)
+        elif isinstance(event, WorkerEnded):
+            self.ended.append(event)
+        elif isinstance(event, Heard):
+            self.messages.add(event)
 
 
 def run(
@@ -40,74 +76,119 @@ def run(
     job: Job,
     source: Source,
     config: BuildConfig,
-    progress: Tell,
+    progress: OnEvent,
     *,
     start: float,
     part: Part | None = None,
 ) -> BuildReport:
-    """Builds what is not built yet, for whoever holds the lock; see `build`.
+    """Builds the shards that are missing. The caller holds the lock; raises as `build`.
 
     Args:
         storage: OUT.
         job: what is being built.
         source: the images.
-        config: its operational settings count.
-        progress: told what happens.
-        start: `time.perf_counter()` when all this began.
-        part: which shards; all if None.
+        config: only its operational settings are used.
+        progress: called with each event.
+        start: `time.perf_counter()` when the build began.
+        part: which shards to build; all if None.
     """
     record, plan = job.record, job.plan
     records = committed(storage, job)
-    mine = part.shards(plan.shard_count) if part else range(plan.shard_count)
-    todo = [shard for shard in mine if shard not in records]
-    items, todo_items = (sum(len(plan.shard_range(shard)) for shard in shards) for shards in (mine, todo))
-    row_bytes = math.prod(job.row_shape) * job.dtype.itemsize
-    choice = backend(job, config) if todo else Choice(record.backend)
-    shard_rows = min(plan.shard_rows, plan.item_count)
-    tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=len(todo))
-    progress(Started(items, items - todo_items, record.backend, record.device, tuning.workers))
-    ended: list[WorkerEnded] = []
-    built: set[int] = set()
-    messages = Messages()
-    watch = Watch(config.reject_limit(plan.item_count), storage.root if config.preflight else None)
-    if todo:
-        require_revision(records)
-        if records and record.device == "cpu" and config.device not in ("auto", "cpu"):
-            log.warning(
-                "OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device
-            )
-        require_room(storage, plan, config, row_bytes, todo)
-        storage.remove(MANIFEST)  # a dataset that lost a shard is not complete while it is built again
-        task = Task(storage.root, source, None, tuning, _environment(records, config), fence=storage.fence)
+    shards = part.shards(plan.shard_count) if part else range(plan.shard_count)
+    missing = [shard for shard in shards if shard not in records]
+    items, missing_items = _item_count(job, shards), _item_count(job, missing)
+    choice = backend(job, config) if missing else Choice(record.backend)
+    tuning = Tuning.of(
+        config,
+        choice,
+        row_bytes=_row_bytes(job),
+        shard_rows=min(plan.shard_rows, plan.item_count),
+        shards=len(missing),
+    )
+    progress(Started(items, items - missing_items, record.backend, record.device, tuning.workers))
+    state = _RunState(records, Watch(config.reject_limit(plan.item_count), storage.root if config.preflight else None))
+    if missing:
+        _require_resumable(storage, job, config, records, missing)
+        storage.remove(MANIFEST)  # a dataset that lost a shard is not complete until it is rebuilt
+        task = Task(storage.root, source, None, tuning, _expected_provenance(records, config), fence=storage.fence)
         with contextlib.ExitStack() as stack:
-            stack.callback(_tidy, storage)  # once all workers have ended
-            events = stack.enter_context(contextlib.closing(_events(task, todo, choice, config)))
+            stack.callback(_remove_leftovers, storage)  # once all workers have ended
+            events = stack.enter_context(contextlib.closing(_run_workers(task, missing, choice, config)))
             for event in events:
-                watch.see(event)
-                if isinstance(event, Committed):
-                    records[event.record.shard] = event.record
-                    built.add(event.record.shard)
-                elif isinstance(event, WorkerEnded):
-                    ended.append(event)
-                elif isinstance(event, Heard):
-                    messages.add(event)
+                state.see(event)
                 progress(event)
-                if watch.hopeless:
+                if state.watch.hopeless:
                     break
-    complete = False
+    complete = _publish(storage, job, config, state, part)
+    report = _report(storage, job, state, tuning, complete, part, time.perf_counter() - start)
+    if missing:
+        store_report(storage, report)
+    _require_few_rejects(storage, source, config, state.watch, report)
+    return report
+
+
+def _item_count(job: Job, shards: Iterable[int]) -> int:
+    return sum(len(job.plan.shard_range(shard)) for shard in shards)
+
+
+def _row_bytes(job: Job) -> int:
+    return math.prod(job.row_shape) * job.dtype.itemsize
+
+
+def _require_resumable(
+    storage: Storage, job: Job, config: BuildConfig, records: Mapping[int, CommitRecord], missing: Sequence[int]
+) -> None:
+    """Checks that the missing shards may be added to those in OUT and fit on its disk.
+
+    Raises:
+        MismatchError: another revision of the decoding code built the shards in OUT.
+        StorageError: the missing shards do not fit.
+    """
+    require_revision(records)
+    if records and job.record.device == "cpu" and config.device not in ("auto", "cpu"):
+        log.warning("OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device)
+    require_room(storage, job.plan, config, _row_bytes(job), missing)
+
+
+def _expected_provenance(records: Mapping[int, CommitRecord], config: BuildConfig) -> dict[str, Any] | None:
+    if config.accept_environment or not records:
+        return None
+    return records[min(records)].provenance
+
+
+def _run_workers(
+    task: Task, shards: Sequence[int], choice: Choice, config: BuildConfig
+) -> Generator[Event, None, None]:
+    if config.engine == "local":
+        return local.run(task, shards, choice.gpus, config.worker_timeout)
+    return ray.run(task, shards, workers=config.workers, address=config.ray_address, timeout_s=config.worker_timeout)
+
+
+def _remove_leftovers(storage: Storage) -> None:
+    """Removes temporary files of workers that died or were stopped."""
+    with contextlib.suppress(StorageError):  # must not hide the error that stops the build
+        remove_temporaries(storage)
+
+
+def _publish(storage: Storage, job: Job, config: BuildConfig, state: _RunState, part: Part | None) -> bool:
+    """Publishes the dataset if all of its shards are built; returns whether it is complete."""
     if part:
         with storage.lock(wait_s=PLAN_WAIT_S):
-            records = committed(storage, job)  # the other parts', too
-            complete = len(records) == plan.shard_count and publish(storage, job, records, config)
-    elif not watch.hopeless:
-        complete = publish(storage, job, records, config)
+            state.records = committed(storage, job)  # includes those of the other parts
+            return len(state.records) == job.plan.shard_count and publish(storage, job, state.records, config)
+    return not state.watch.hopeless and publish(storage, job, state.records, config)
+
+
+def _report(
+    storage: Storage, job: Job, state: _RunState, tuning: Tuning, complete: bool, part: Part | None, seconds: float
+) -> BuildReport:
+    record, plan, records = job.record, job.plan, state.records
     stages: Counter[str] = Counter()
-    for each in ended:
-        stages.update(each.stage_seconds)
+    for worker in state.ended:
+        stages.update(worker.stage_seconds)
     rejects = Counter(reject.code for commit in records.values() for reject in commit.rejects)
-    built_items = sum(len(plan.shard_range(shard)) for shard in built)
-    seconds = time.perf_counter() - start
-    report = BuildReport(
+    built_items = _item_count(job, state.built)
+    return BuildReport(
         out=storage.root,
         complete=complete,
         part=str(part) if part else None,
@@ -123,48 +204,33 @@ def run(
         backend=record.backend,
         device=record.device,
         tuning=tuning,
-        built_shards=len(built),
+        built_shards=len(state.built),
         built_items=built_items,
         seconds=seconds,
         images_per_second=built_items / seconds,
         stage_seconds=dict(stages),
         bottleneck=bottleneck(stages, tuning),
-        worker_memory_bytes=max((each.memory_bytes for each in ended), default=0),
-        gpu_memory_bytes=max((each.gpu_memory_bytes for each in ended), default=0),
-        changed_files=watch.changed,
-        messages=messages.found(),
-        hints=hints_for(job, list(records.values()), watch.changed),
-        timeline=watch.timeline,
+        worker_memory_bytes=max((worker.memory_bytes for worker in state.ended), default=0),
+        gpu_memory_bytes=max((worker.gpu_memory_bytes for worker in state.ended), default=0),
+        changed_files=state.watch.changed,
+        messages=state.messages.found(),
+        hints=hints_for(job, list(records.values()), state.watch.changed),
+        timeline=state.watch.timeline,
     )
-    if todo:
-        store_report(storage, report)
+
+
+def _require_few_rejects(
+    storage: Storage, source: Source, config: BuildConfig, watch: Watch, report: BuildReport
+) -> None:
+    """Raises RejectLimitError if the run was stopped, or the dataset not published, because of rejects."""
     if watch.hopeless and report.missing_shards:
-        assert watch.reject is not None  # most items were
+        assert watch.reject is not None  # most items were rejected
         raise RejectLimitError(
             f"stopped early: {watch.rejects} of the {watch.items} items of this run were rejected "
             f"({watch.reject.path!r} for one: {watch.reject.code}, {watch.reject.detail}); --max-rejects "
-            f"{config.max_rejects} allows {config.reject_limit(plan.item_count)} of {plan.item_count}. "
+            f"{config.max_rejects} allows {config.reject_limit(report.items)} of {report.items}. "
             f"{advice_on(source, watch.codes)}; run the same command with a higher --max-rejects to go on all the same",
             report,
         )
-    if not complete and not report.missing_shards:
+    if not report.complete and not report.missing_shards:
         raise RejectLimitError(too_many_rejects(storage, source, report, config), report)
-    return report
-
-
-def _tidy(storage: Storage) -> None:
-    """Removes what workers that died or were stopped left unfinished."""
-    with contextlib.suppress(StorageError):  # nothing here may hide why a build stops
-        remove_temporaries(storage)
-
-
-def _events(task: Task, shards: Sequence[int], choice: Choice, config: BuildConfig) -> Generator[Event, None, None]:
-    if config.engine == "local":
-        return local.run(task, shards, choice.gpus, config.worker_timeout)
-    return ray.run(task, shards, workers=config.workers, address=config.ray_address, timeout_s=config.worker_timeout)
-
-
-def _environment(records: dict[int, CommitRecord], config: BuildConfig) -> dict[str, Any] | None:
-    if config.accept_environment or not records:
-        return None
-    return records[min(records)].environment

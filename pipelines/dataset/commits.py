@@ -1,4 +1,4 @@
-"""Commit records: each is written after its shard is whole, and is the proof of it."""
+"""Commit records. Each is written after its shard is complete, and its presence proves that."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from .job import Job
 from .layout import commit_files, commit_name, shard_name
 from .records import from_json, to_json
 
-_READERS = 16  # a store far away answers each request after some hundredths of a second
+_READERS = 16  # a remote store takes some hundredths of a second to answer a request
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class CommitRecord(BaseModel):
-    """Written after its shard is whole and has its final name; its presence is the proof.
+    """Written after its shard is complete and has its final name.
 
-    `digest` is the SHA-256 of the shard's directory, which holds the CRC-32 of everything in it; `bytes` its size.
+    `digest` is the SHA-256 of the shard's ZIP directory, which contains the CRC-32 of every member; `bytes` is the size
+    of the file. `provenance` says which decoder made the shard, in which versions; its key in JSON is `environment`.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     version: Literal[1] = 1
     id: str
@@ -32,22 +33,22 @@ class CommitRecord(BaseModel):
     rows: int
     bytes: int
     digest: str = Field(pattern="^[0-9a-f]{64}$")
-    environment: dict[str, Any]
+    provenance: dict[str, Any] = Field(validation_alias="environment", serialization_alias="environment")
     rejects: tuple[Reject, ...]
 
 
 def commit(storage: Storage, record: CommitRecord, shards: int) -> None:
-    """Stores the proof that a shard is whole."""
+    """Writes the record of a complete shard; `shards` is the number of shards in the dataset."""
     storage.write(commit_name(record.shard, shards), to_json(record))
 
 
 def committed(storage: Storage, job: Job, *, whole: bool = True) -> dict[int, CommitRecord]:
-    """The shards that need no building: those with a commit record of this job and a file of the size it names.
+    """The commit records of this job by shard, of all shards whose file has the recorded size.
 
     Args:
         storage: OUT.
-        job: what is built there.
-        whole: without it, also those whose file is not there, or has another size.
+        job: the job of OUT.
+        whole: if False, includes records whose file is missing or has another size.
 
     Raises:
         FormatError: a record is damaged.
@@ -71,7 +72,7 @@ def committed(storage: Storage, job: Job, *, whole: bool = True) -> dict[int, Co
 
 
 def _require_complete(record: CommitRecord, job: Job, label: str) -> None:
-    """Raises FormatError unless each item of the shard is one row or one reject by the record."""
+    """Raises FormatError unless the record has each item of the shard as one row or one reject."""
     items, rejects = job.plan.shard_range(record.shard), {reject.index for reject in record.rejects}
     rows = len(items) - (0 if job.settings.on_reject == "blank" else len(rejects))
     if record.rows != rows or len(rejects) != len(record.rejects) or not all(index in items for index in rejects):

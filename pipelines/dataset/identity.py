@@ -1,4 +1,4 @@
-"""What tells one dataset from another: its id, and the comments that carry the id in its files."""
+"""The id of a dataset, and the ZIP comments that store it in the dataset's files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def dataset_id(
     image_size: tuple[int, int],
     plan_digest: str,
 ) -> str:
-    """What tells a dataset from others: SHA-256, cut to 32 digits, over everything but the decoder that decides it."""
+    """The id of a dataset: 32 digits of a SHA-256 over everything that determines it, except the decoder."""
     parts = [1, settings, class_names, image_size, plan_digest]
     if columns:
         parts.append([column.model_dump() for column in columns])
@@ -26,10 +26,10 @@ def dataset_id(
 
 
 def shard_comment(dataset_id: str, shard: int) -> str:
-    """The end comment of a shard's file."""
+    """The ZIP comment of a shard's file."""
     return f"gpu-npz 1 dataset={dataset_id} shard={shard}"
 
 
 def index_comment(dataset_id: str) -> str:
-    """The end comment of index.npz."""
+    """The ZIP comment of index.npz."""
     return f"gpu-npz 1 dataset={dataset_id} index"

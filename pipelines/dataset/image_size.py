@@ -1,4 +1,4 @@
-"""The size of every row, where the first image decides it."""
+"""The image size of a dataset, which may be that of its first image."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .plan import Plan
 
 
 def image_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
-    """Height and width of every row: as the settings say, or those of the first image that can be decoded.
+    """Height and width of every row: those of the settings, or else of the first image that can be decoded.
 
     Raises:
-        SourceError: there is none.
+        SourceError: no image can be decoded.
     """
     if config.size is not None:
         return config.size

@@ -1,4 +1,4 @@
-"""What OUT is being built from: plan, settings and backend, decided once and stored in OUT/.gpu-npz."""
+"""The job of an OUT: its plan, settings and backend, decided once and stored in OUT/.gpu-npz."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class JobRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """A plan with everything that decides what its shards hold."""
+    """A plan, and everything else that determines the content of its shards."""
 
     record: JobRecord
     plan: Plan
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
-        """The shape of one stored image."""
+        """The shape of a stored image: (C, H, W) or (H, W, C)."""
         return row_shape(self.settings, *self.record.image_size)
 
     @property
@@ -65,18 +65,18 @@ class Job:
 
     @property
     def labelled(self) -> bool:
-        """Whether shards have labels."""
+        """Whether the shards contain labels."""
         return self.record.class_names is not None or bool(self.record.columns)
 
     def label_array(self, labels: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
-        """Labels of items as they are stored: int64 (N,), or (N, K) for K columns; float64 if a column is one."""
+        """Labels of items as they are stored: int64 (N,), or (N, K) for K columns; float64 if any column is a float."""
         kind, shape = label_form(self.record.columns)
         return np.asarray(labels, kind).reshape(len(labels), *shape)
 
     def require_source(self, source: Source) -> None:
-        """Raises MismatchError where items would not be found at their places any more."""
+        """Raises MismatchError if the source's files have changed, so that items may not be where the plan says."""
         then, now = dict(self.record.source_files), dict(source.files)
-        if len(then) == len(now) == 1:  # whose name is all that may differ
+        if len(then) == len(now) == 1:  # a single file may have been renamed
             now = dict(zip(then, now.values(), strict=True))
         if then != now:
             name = next(name for name in (*then, *now) if then.get(name) != now.get(name))
@@ -87,7 +87,7 @@ class Job:
             )
 
     def comment(self, shard: int) -> str:
-        """The end comment of a shard's file, which tells it from others."""
+        """The ZIP comment of a shard's file, which identifies it."""
         return shard_comment(self.record.id, shard)
 
     @classmethod
@@ -101,13 +101,13 @@ class Job:
         source: Source,
         image_size: tuple[int, int],
     ) -> Job:
-        """Stores a new plan; from now on, this is what OUT is.
+        """Stores a new job in OUT.
 
         Args:
             storage: OUT.
             plan: the items.
-            config: its identity settings are kept.
-            choice: the backend, decided for the whole build.
+            config: its identity settings are stored.
+            choice: the backend of the whole build.
             source: the images.
             image_size: height and width of every image.
         """
@@ -139,15 +139,15 @@ class Job:
                 f"many for one dataset ({exc}); build parts of it, each with an OUT of its own"
             ) from exc
         store_arrays(storage, PLAN, plan.arrays, f"gpu-npz plan {record.id}")
-        storage.write(JOB, content)  # last: its presence means that the plan is whole
+        storage.write(JOB, content)  # last: its presence means that the plan is complete
         return cls.open(storage)
 
     @classmethod
     def open(cls, storage: Storage) -> Job:
-        """The job that OUT was begun with.
+        """Loads the job of OUT.
 
         Raises:
-            FormatError: there is none, or it is damaged.
+            FormatError: OUT has no job, or it is damaged.
         """
         content = read_json(storage, JOB)
         if content is None:
@@ -170,19 +170,19 @@ class Job:
         return cls(record, plan, BuildConfig(**record.settings))
 
     def require_same(self, config: BuildConfig, source: Source) -> None:
-        """Compares what a resuming build asks for.
+        """Checks that a build with other settings or another source may resume this job.
 
         Args:
             config: the settings of the resuming build.
             source: its images.
 
         Raises:
-            MismatchError: it would make other shards; every difference is named.
+            MismatchError: it would build other shards; the message names every difference.
         """
         asked, stored = config.identity(), self.settings.identity()
         if asked["size"] is None:
             asked["size"] = stored["size"]
-        if asked["normalize"] == "dataset" and asked["mean"] is None:  # they were measured when it began
+        if asked["normalize"] == "dataset" and asked["mean"] is None:  # measured when the job began
             asked |= {name: stored[name] for name in ("mean", "std")}
         differences = [
             f"  {name.replace('_', '-')}: {stored[name]} there, {asked[name]} asked for"
@@ -192,7 +192,7 @@ class Job:
         record, names = self.record, source.class_names
         if source.kind != record.source_kind:
             differences.append(f"  source: {record.source_kind} there, {source.kind} here")
-        if source.files and source.root != record.source_root:  # of what is in the files, it decides
+        if source.files and source.root != record.source_root:  # it selects which members of the files are read
             differences.append(f"  root: {record.source_root} there, {source.root} asked for")
         if (names is None) != (record.class_names is None) or (config.classes_from and names != record.class_names):
             differences.append(
@@ -210,5 +210,5 @@ class Job:
 
 
 def shown_classes(names: Sequence[str] | None) -> str:
-    """Class names, for messages."""
+    """A summary of class names for messages."""
     return "no labels" if names is None else f"{len(names)} classes ({', '.join(names[:3])}, ...)"

@@ -1,4 +1,4 @@
-"""What says that work is done: commit records during a build; rejects.jsonl, index.npz, dataset.json at its end."""
+"""The files that complete a dataset: rejects.jsonl, index.npz and, last, the manifest dataset.json."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from .layout import INDEX, JOB, MANIFEST, REJECTS, refuse_several
 from .records import MAX_JSON_BYTES, from_json, loads, read_json, store_arrays, to_json
 
 FORMAT_VERSION = 1
-_KNOWN = ("deflate",)  # what `requires` may name
+_KNOWN = ("deflate",)  # the entries of `requires` that this version supports
 
 
 _REJECT = TypeAdapter(Reject)
 
 
 class Images(BaseModel):
-    """What a stored image is: `shape` without the batch axis, `layout` of a batch."""
+    """The format of stored images: `shape` is without the batch axis, `layout` with it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,9 +52,10 @@ class Images(BaseModel):
 
 
 class Normalization(BaseModel):
-    """By stored channel: a float value is (pixel / 255 - mean) / std; uint8 pixels are to be turned into that.
+    """Mean and std of each stored channel: a float value is (pixel / white - mean) / std, with white 255 or 65535.
 
-    Of kinds that have no mean and std there is none; the settings name the kind, and normalize.py has the formulas.
+    Readers apply it to stored pixels. Kinds of normalization without mean and std have none; the settings name the
+    kind, and `preprocess/normalize.py` has the formulas.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,7 +65,7 @@ class Normalization(BaseModel):
 
 
 class Counts(BaseModel):
-    """Items of the plan, rows of all shards, items that were rejected (by code), shards."""
+    """The numbers of items in the plan, rows in all shards, rejects (in total and by code), and shards."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -76,7 +77,7 @@ class Counts(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of dataset.json. An unknown key is ignored; an unknown entry of `requires` is refused."""
+    """The content of dataset.json. Readers ignore unknown keys, and refuse unknown entries of `requires`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,11 +99,11 @@ class Manifest(BaseModel):
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """The manifest of a finished dataset.
+        """Loads the manifest of a finished dataset.
 
         Raises:
-            IncompleteError: the build has not ended yet.
-            FormatError: not a dataset, damaged, or made by a later version.
+            IncompleteError: the build has not finished yet.
+            FormatError: `folder` is not a dataset, is damaged, or was made by a later version.
         """
         storage = open_storage(folder)
         content = read_json(storage, MANIFEST)
@@ -122,17 +123,17 @@ class Manifest(BaseModel):
 
     @property
     def labelled(self) -> bool:
-        """Whether shards have labels."""
+        """Whether the shards contain labels."""
         return self.classes is not None or bool(self.columns)
 
     @property
     def deflated(self) -> bool:
-        """Whether shards hold deflated images."""
+        """Whether the images in shards are deflated."""
         return "deflate" in self.requires
 
     @property
     def config(self) -> BuildConfig:
-        """The settings that made the dataset. Raises FormatError if they are not allowed."""
+        """The settings of the build. Raises FormatError if they are not allowed."""
         known = {name: value for name, value in self.settings.items() if name in BuildConfig.model_fields}
         try:
             return BuildConfig(**known)
@@ -141,10 +142,10 @@ class Manifest(BaseModel):
 
 
 def class_list(classes_from: str | None) -> tuple[str, ...] | None:
-    """Class names by number, from a finished dataset or from a text file with a name a line; None where none is given.
+    """Class names by number, from a finished dataset or a text file with one name per line; None for None.
 
     Raises:
-        UsageError: neither of the two, or a name stands there twice.
+        UsageError: it is neither of the two, has no classes, or a name occurs twice.
     """
     if classes_from is None:
         return None
@@ -174,7 +175,7 @@ def class_list(classes_from: str | None) -> tuple[str, ...] | None:
 
 
 def write_rejects(storage: Storage, records: Iterable[CommitRecord]) -> str:
-    """Writes rejects.jsonl, a line a reject in the order of the plan; returns the SHA-256 of the file."""
+    """Writes rejects.jsonl, one line per reject in the order of the plan; returns the SHA-256 of the file."""
     lines = (json.dumps(reject.to_json()) + "\n" for record in records for reject in record.rejects)
     content = "".join(lines).encode("ascii")
     storage.write(REJECTS, content)
@@ -182,7 +183,7 @@ def write_rejects(storage: Storage, records: Iterable[CommitRecord]) -> str:
 
 
 def reject_of(line: bytes) -> Reject:
-    """The reject of a line that `write_rejects` wrote; raises ValueError if it is none."""
+    """Parses a line of rejects.jsonl. Raises ValueError if it is not a reject."""
     try:
         return _REJECT.validate_python(json.loads(line))
     except RecursionError as exc:
@@ -192,7 +193,7 @@ def reject_of(line: bytes) -> Reject:
 
 
 def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manifest:
-    """Writes what makes OUT a finished dataset, dataset.json last.
+    """Writes the files that complete the dataset in OUT, the manifest last.
 
     Args:
         storage: OUT.
@@ -208,15 +209,15 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
 
 
 def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], config: BuildConfig) -> bool:
-    """Makes a dataset of shards that are all there, unless too many items were rejected, and says whether it is one.
+    """Completes a dataset whose shards are all built, unless it has too many rejects; returns whether it is complete.
 
     Raises:
-        MismatchError: the shards were made in several environments, and `accept_environment` is not set.
+        MismatchError: shards differ in provenance, and `accept_environment` is not set.
     """
     if all(storage.size(name) is not None for name in (MANIFEST, INDEX, REJECTS)) and _is_of(storage, job):
         return True
     ordered = [records[shard] for shard in range(job.plan.shard_count)]
-    made_with = {json.dumps(record.environment, sort_keys=True): record.shard for record in ordered}
+    made_with = {json.dumps(record.provenance, sort_keys=True): record.shard for record in ordered}
     if len(made_with) > 1 and not config.accept_environment:
         raise MismatchError(
             "shards were made in several environments, whose pixels may differ:\n"
@@ -232,7 +233,7 @@ def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], con
 
 
 def so_far(storage: Storage) -> tuple[Manifest, dict[str, NDArray[Any]], list[int]]:
-    """What `finish` would write if the committed shards were all, and the numbers of these shards, none at first.
+    """The manifest and index that `finish` would write for the committed shards alone, and the numbers of these shards.
 
     Raises:
         FormatError: OUT was not begun by a build, or is damaged.
@@ -245,7 +246,7 @@ def so_far(storage: Storage) -> tuple[Manifest, dict[str, NDArray[Any]], list[in
 
 
 def _is_of(storage: Storage, job: Job) -> bool:
-    """Whether the manifest is that of the job, or is damaged, which `gpu-npz repair` sees to."""
+    """Whether the manifest belongs to the job. True also if it is damaged, which `gpu-npz verify --repair` fixes."""
     try:
         return Manifest.load(storage.root).id == job.record.id
     except FormatError:
@@ -255,7 +256,7 @@ def _is_of(storage: Storage, job: Job) -> bool:
 def _manifest(job: Job, records: Sequence[CommitRecord], index: Any, rejects_digest: str) -> Manifest:
     rejects = [reject for record in records for reject in record.rejects]
     found = statistics(job.settings)
-    environments = {json.dumps(record.environment, sort_keys=True): record.environment for record in records}
+    provenances = {json.dumps(record.provenance, sort_keys=True): record.provenance for record in records}
     return Manifest(
         requires=() if job.settings.deflate_level is None else ("deflate",),
         id=job.record.id,
@@ -280,12 +281,12 @@ def _manifest(job: Job, records: Sequence[CommitRecord], index: Any, rejects_dig
         shard_table_digest=shard_table_digest(index),
         rejects_digest=rejects_digest,
         settings=job.record.settings,
-        environments=tuple(environments[key] for key in sorted(environments)),
+        environments=tuple(provenances[key] for key in sorted(provenances)),
     )
 
 
 def shard_table_digest(index: Any) -> str:
-    """SHA-256 over the rows, the size and the digest of every shard, as index.npz has them."""
+    """SHA-256 over the row count, the size and the digest of every shard, as stored in index.npz."""
     digest = hashlib.sha256()
     for name in ("shard_rows", "shard_bytes", "shard_digest"):
         digest.update(np.ascontiguousarray(index[name]).tobytes())

@@ -1,4 +1,4 @@
-"""The images that a dataset was made from, where they are now."""
+"""Finds the images that a dataset was built from."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _NO_LABELS = {"labels": "none", "split": None, "split_by": None, "split_seed": 0
 
 @dataclass(frozen=True)
 class Originals:
-    """The source of a finished dataset, and the plan that says where in it each item is, if that is still there."""
+    """The source of a finished dataset. `plan` says where each item is in it; None if the plan is missing."""
 
     source: Source
     plan: Plan | None
 
     def item(self, index: int, path: str) -> Item:
-        """An item of the dataset.
+        """The item with this index and path.
 
         Raises:
-            SourceError: its source finds it by the plan alone, which is missing.
+            SourceError: the source can find it only with the plan, which is missing.
             FormatError: there is no such item.
         """
         if self.plan is not None:
@@ -56,7 +56,7 @@ class Originals:
 
 
 def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[str] | None) -> Originals:
-    """The source of a finished dataset, of which the folder .gpu-npz may be missing.
+    """Opens the source of a finished dataset, whose folder .gpu-npz may be missing.
 
     Args:
         storage: where the dataset is.
@@ -64,8 +64,8 @@ def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[st
         source: where the images are; if None, where they were when the build began.
 
     Raises:
-        SourceError: they are not there, or it is not known where they were.
-        MismatchError: these are other images, or files that hold them have changed.
+        SourceError: the images are not there, or it is not known where they were.
+        MismatchError: these are other images, or files that contain them have changed.
     """
     if storage.size(JOB) is None:
         if source is None:
@@ -76,14 +76,14 @@ def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[st
 
 
 def source_of(job: Job, source: str | os.PathLike[str] | None) -> Source:
-    """The source of a job: `source` if it is given, else where it was when the build began; raises as `originals`.
+    """Opens the source of a job at `source`, or if None where it was when the build began; raises as `originals`.
 
-    It has no labels: the plan has those of every item.
+    The source has no labels, since the plan contains those of every item.
     """
     record = job.record
     given = {**record.settings, "source": record.source_kind, "root": record.source_root, **_NO_LABELS}
     if record.source_kind == "table":
-        given["follow_links"] = True  # the plan was made, and decided that
+        given["follow_links"] = True  # this was decided when the plan was made
     config = BuildConfig(**given)
     try:
         found = open_source(source or record.source_location, config)
@@ -98,7 +98,7 @@ def source_of(job: Job, source: str | os.PathLike[str] | None) -> Source:
 
 
 def require_moved(job: Job, source: Source) -> None:
-    """A source under another path must have at least some of the planned items."""
+    """Raises MismatchError if a source under another path contains none of the first planned items."""
     probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
     if not any(_is_there(source, item) for item in probe):
         raise MismatchError(

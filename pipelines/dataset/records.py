@@ -51,7 +51,7 @@ def open_npz(storage: Storage, name: str, before: CachedDirectory | None = None)
 
 def to_json(record: BaseModel) -> bytes:
     """A record as indented JSON in ASCII; names that are not UTF-8 become escaped lone surrogates."""
-    return (json.dumps(record.model_dump(), indent=1) + "\n").encode("ascii")
+    return (json.dumps(record.model_dump(by_alias=True), indent=1) + "\n").encode("ascii")
 
 
 def loads(content: bytes, rejects: int = 0) -> Any:

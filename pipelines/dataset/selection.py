@@ -1,7 +1,7 @@
-"""Which of the listed items a plan takes, in which order: shuffle, so many of each class, limit, a side of a split.
+"""Selects the items of a plan and their order: shuffle, `per_class`, `limit`, and then a side of a split.
 
-They apply in this order. A split looks at the items, not at their order: the sides of one seed never share an item,
-and together they are what a build without `--split` would take.
+A split depends on the items and not on their order: the sides of one seed never share an item, and together they
+contain what a build without `--split` would take.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -30,16 +30,16 @@ _LOOKED_AT = 1000
 
 
 def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = None) -> dict[str, NDArray[Any]]:
-    """The arrays of a plan of the items of a source that the settings ask for, as `collect` makes them.
+    """Lists a source and selects the items that the settings ask for; returns the arrays of a plan, as `collect` does.
 
     Args:
         source: the images.
-        config: the settings; all items of a split without a side.
-        counts: of such a split, how many of these each side would get goes here, train first.
+        config: the settings; for a split without a side, all its items are taken.
+        counts: receives the number of items of each side of such a split, train first.
 
     Raises:
-        SourceError: there are none.
-        UsageError: they cannot be chosen so.
+        SourceError: there are no items.
+        UsageError: the items cannot be selected in this way.
     """
     counts = counts if config.sides else None
     if config.per_class is None and config.side is None and counts is None:
@@ -51,6 +51,12 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
             arrays["order"] = _selected(source, config, arrays, np.concatenate(keys) if keys else None, counts)
     if not len(arrays["name_ends"]):
         raise no_images(source.location, source.left_out)
+    _warn_of_listing(source, config, arrays)
+    return arrays
+
+
+def _warn_of_listing(source: Source, config: BuildConfig, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Logs what was left out of the listing, and what looks wrong with its classes."""
     if source.left_out:
         log.warning(
             "%r: %s; images have one of %s, and a table may name files of any name",
@@ -82,11 +88,10 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
             log.warning("%r has images and no class folders, so the dataset has no labels; %s", *_unlabelled(source))
         elif (doubt := _doubtful_classes(source, arrays)) is not None:
             log.warning("%r: the classes are %s alone; if they should be folders below, %s", *doubt)
-    return arrays
 
 
 def _unlabelled(source: Source) -> tuple[str, str]:
-    """Location, and where labels may come from, of a source whose images stand in no folders."""
+    """For a source without class folders: its location, and where labels may come from."""
     folder, name = os.path.split(source.location)
     above = source.kind == "folder" and not folder.endswith(("/", ":"))
     way = f"if {name!r} is a class, give the folder of all classes, {folder!r}; " if above else ""
@@ -97,7 +102,7 @@ def _unlabelled(source: Source) -> tuple[str, str]:
 
 
 def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, str, str] | None:
-    """Location, classes, and a way out, of a source whose classes look like folders one level too high."""
+    """For a source whose classes look like folders one level too high: its location, the classes, and advice."""
     names = source.class_names or ()
     sides = len(names) > 0 and all(map(is_side, names))
     if not sides and len(names) == 1:
@@ -111,9 +116,10 @@ def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tup
 
 
 def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.int64]]) -> Iterator[Group]:
-    """The groups as they come; a number for what each item belongs to, which no split tears apart, goes to `keys`.
+    """Yields the groups unchanged, and adds a number for each item to `keys`. A split keeps equal numbers together.
 
-    That is what `split_by` names, if it is there; of a split by label or at random the item, of a frame its file.
+    The number stands for what `split_by` names, if the source has it. In a split by label or at random, it stands for
+    the item, or for the file of a frame.
     """
     numbers: dict[bytes, int] = {}
     new = itertools.count()
@@ -131,7 +137,7 @@ def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.
 
 
 def _folder(path: bytes) -> bytes:
-    """Where an item's file lies."""
+    """The folder of an item's file."""
     return split_frame(path)[0].rpartition(b"/")[0]
 
 
@@ -142,54 +148,92 @@ def _selected(
     keys: NDArray[np.int64] | None,
     counts: dict[str, int] | None,
 ) -> Positions:
+    """The positions of the items that the plan takes, in its order; the sizes of the sides go to `counts`."""
     count = len(arrays["name_ends"])
-    order: Positions = arrays.get("order", np.arange(count))
+    classes = _class_numbers(arrays)
+    order = _limited(source, config, arrays.get("order", np.arange(count)), classes)
+    if config.side is None and counts is None:
+        return order
+    taken = np.sort(order)  # a split does not depend on the order of the items
+    sides = _sides(source, config, taken, keys, classes, count)
+    names = [*config.shares, TRAIN]
+    _require_every_side(source, config, sides, names)
+    if classes is not None and config.side in (None, TRAIN):
+        _warn_of_untrained(source, config, classes[taken], sides == names.index(TRAIN))
+    if counts is not None:
+        counts.update((name, int((sides == names.index(name)).sum())) for name in config.sides)
+    side_of = np.full(count, -1)
+    side_of[taken] = sides
+    return order if config.side is None else order[side_of[order] == names.index(config.side)]
+
+
+def _class_numbers(arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
+    """The class, or the whole number, of each item; None unless all labels are of one such column."""
     labels = arrays.get("labels")
     if labels is None:
         labels = np.repeat(arrays["group_labels"], np.diff(arrays["group_ends"], prepend=0))
-        labels = None if (labels < 0).all() else labels
-    countable = labels is not None and labels.ndim == 1 and labels.dtype.kind == "i"
+        return None if (labels < 0).all() else labels
+    return labels if labels.ndim == 1 and labels.dtype.kind == "i" else None
+
+
+def _limited(source: Source, config: BuildConfig, order: Positions, classes: NDArray[Any] | None) -> Positions:
+    """The items that `per_class` and `limit` leave. Raises UsageError for `per_class` without classes."""
     if config.per_class is not None:
-        if labels is None or not countable:
+        if classes is None:
             raise UsageError(f"--per-class {config.per_class}: {source.location!r} has no classes; --limit N takes N")
-        order = order[_place_in_class(labels[order]) < config.per_class]
-    order = order[: config.limit]
-    if config.side is None and counts is None:
-        return order
-    rank = np.random.PCG64(config.split_seed).random_raw(count)
-    taken = np.sort(order)  # a split is that of the items, whatever their order
-    how = config.split_by or ("label" if countable else "random")
-    if how == "label" and not countable:
+        order = order[_place_in_class(classes[order]) < config.per_class]
+    return order[: config.limit]
+
+
+def _sides(
+    source: Source,
+    config: BuildConfig,
+    taken: Positions,
+    keys: NDArray[np.int64] | None,
+    classes: NDArray[Any] | None,
+    count: int,
+) -> Positions:
+    """The side of each item in `taken`: an index into `config.shares`, or their number for train.
+
+    Args:
+        source: the images.
+        config: the split.
+        taken: positions of the items, ascending.
+        keys: for each listed item, the number that `_noted` gave it; None if `split_by` names no column.
+        classes: the class of each listed item, if there are classes.
+        count: how many items are listed.
+
+    Raises:
+        UsageError: the source has no classes, or no such column, to split by.
+    """
+    how = config.split_by or ("random" if classes is None else "label")
+    if how == "label" and classes is None:
         raise UsageError(
             f"--split-by label: {source.location!r} has no single column of classes or whole numbers; choose random, "
             "folder or a table's column"
         )
+    rank = np.random.PCG64(config.split_seed).random_raw(count)
     if how in ("label", "random"):
         assert keys is not None, "noted for these"
         _, first, place = np.unique(keys[taken], return_index=True, return_inverse=True)
-        those = labels[taken][first] if how == "label" and labels is not None else np.zeros(len(first), np.int64)
-        sides = _by_label(those, rank[taken][first], config.shares)[place]
-    else:
-        if keys is None:
-            raise UsageError(
-                f"--split-by {how}: {source.location!r} has no such column; choose label, random, folder, or a table's "
-                "column"
-            )
-        sides = _by_key(keys[taken], rank, config.shares)
-    names = [*config.shares, TRAIN]
+        strata = classes[taken][first] if how == "label" and classes is not None else np.zeros(len(first), np.int64)
+        return _by_label(strata, rank[taken][first], config.shares)[place]
+    if keys is None:
+        raise UsageError(
+            f"--split-by {how}: {source.location!r} has no such column; choose label, random, folder, or a table's "
+            "column"
+        )
+    return _by_key(keys[taken], rank, config.shares)
+
+
+def _require_every_side(source: Source, config: BuildConfig, sides: Positions, names: Sequence[str]) -> None:
+    """Raises UsageError where a side of the split has no item."""
     for number, name in enumerate(names):
         if not (sides == number).any():
             raise UsageError(
-                f"--split {config.split}: {len(taken)} items of {source.location!r} leave none for {name!r}; give "
+                f"--split {config.split}: {len(sides)} items of {source.location!r} leave none for {name!r}; give "
                 "larger shares, or another --split-by"
             )
-    side = np.full(count, -1)
-    side[taken] = sides
-    if countable and labels is not None and config.side in (None, TRAIN):
-        _warn_of_untrained(source, config, labels[taken], sides == names.index(TRAIN))
-    if counts is not None:
-        counts.update((name, int((sides == names.index(name)).sum())) for name in config.sides)
-    return order if config.side is None else order[side[order] == names.index(config.side)]
 
 
 def _warn_of_untrained(source: Source, config: BuildConfig, labels: NDArray[Any], trained: NDArray[np.bool_]) -> None:
@@ -206,7 +250,7 @@ def _warn_of_untrained(source: Source, config: BuildConfig, labels: NDArray[Any]
 
 
 def _place_in_class(labels: NDArray[Any]) -> Positions:
-    """For each entry how many of its label stand before it."""
+    """For each entry, how many entries before it have the same label."""
     by_label = np.argsort(labels, kind="stable")
     ordered = labels[by_label]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -216,9 +260,9 @@ def _place_in_class(labels: NDArray[Any]) -> Positions:
 
 
 def _by_label(labels: NDArray[Any], rank: NDArray[np.uint64], shares: Mapping[str, Fraction]) -> Positions:
-    """The side of each item, the last one for train: of each label its share, to the item as near as can be.
+    """The side of each item: an index into `shares`, or their number for train. Each label is split by the shares.
 
-    What rounding gives to a label or takes from it, the next one makes good. A label with one item keeps it in train.
+    Rounding errors are carried over to the next label. A label with a single item keeps it in train.
     """
     sides = np.full(len(labels), len(shares), np.int64)
     owed = [Fraction(0)] * len(shares)
@@ -236,7 +280,7 @@ def _by_label(labels: NDArray[Any], rank: NDArray[np.uint64], shares: Mapping[st
 
 
 def _by_key(keys: NDArray[np.int64], rank: NDArray[np.uint64], shares: Mapping[str, Fraction]) -> Positions:
-    """The side of each item, all of one key on the same: keys in random order, until a side has its share about."""
+    """The side of each item, as in `_by_label`. Keys are never split; a side gets random ones up to its share."""
     found, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     side_of = np.full(len(found), len(shares), np.int64)
     order = np.argsort(rank[: len(found)], kind="stable")

@@ -1,4 +1,4 @@
-"""How much a dataset takes on the disk, and whether it fits."""
+"""How much disk space a dataset takes, and whether it fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .identity import index_comment, shard_comment
 from .layout import shard_files
 from .plan import Plan
 
-_ID = "0" * 32  # a dataset's id counts for its length alone
+_ID = "0" * 32  # only the length of an id matters here
 _OTHER_FILES = 16
 _COMMIT_BYTES = 4096  # a record takes a block
 # What a row takes besides its image, in its shard and in index.npz: a path of 64 characters, five numbers, two flags.
@@ -37,19 +37,19 @@ def require_space(
     pixel_dtype: str = "uint8",
     freed_bytes: int = 0,
 ) -> None:
-    """Raises StorageError if what is still to be written does not fit on OUT's filesystem.
+    """Raises StorageError if the shards that are not built yet do not fit on OUT's filesystem.
 
-    The need is over-estimated: by 0.2% for pixels of 224 x 224, and by less for larger rows. A filesystem that does not
-    tell its free space is not checked, nor is an object store.
+    The need is overestimated, by 0.2% for pixels of 224 x 224 and by less for larger rows. Object stores, and
+    filesystems that do not report their free space, are not checked.
 
     Args:
-        storage_root: OUT, which may not be there yet.
-        rows: the items of the shards that are not built yet.
-        row_bytes: the size of a stored image.
-        shards: how many are not built yet.
-        dtype: of stored images.
-        pixel_dtype: of pixels, to say what these would take.
-        freed_bytes: what will be deleted there before.
+        storage_root: OUT, which may not exist yet.
+        rows: number of items in the shards that are not built yet.
+        row_bytes: size of a stored image in bytes.
+        shards: number of shards that are not built yet.
+        dtype: dtype of stored images.
+        pixel_dtype: dtype of pixels; the message says how much space these would take.
+        freed_bytes: how many bytes will be deleted there first.
     """
     lack = lack_of_space(storage_root, _at_most(rows, row_bytes, shards) - freed_bytes, shards)
     if lack is None:
@@ -63,7 +63,7 @@ def require_space(
 
 
 def output_bytes(plan: Plan, config: BuildConfig, shape: tuple[int, ...], *, label_columns: int) -> int:
-    """The size of all files of a dataset without rejects: shards and index.npz to the byte, the rest about."""
+    """The size of all files of a dataset without rejects: exact for shards and index.npz, estimated for the rest."""
     flags = {"valid": bool} if config.on_reject == "blank" else {}
 
     def labels(rows: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -92,7 +92,7 @@ def output_bytes(plan: Plan, config: BuildConfig, shape: tuple[int, ...], *, lab
 
 
 def _npz_bytes(arrays: dict[str, tuple[Any, tuple[int, ...]]], comment: str = "") -> int:
-    """The size of a file of these members, each with its dtype and shape."""
+    """The size of an NPZ file with these members, given by dtype and shape."""
     members: list[Member] = []
     position = 0
     for name, (dtype, shape) in arrays.items():
@@ -102,7 +102,7 @@ def _npz_bytes(arrays: dict[str, tuple[Any, tuple[int, ...]]], comment: str = ""
 
 
 def _path_characters(plan: Plan) -> Sequence[int]:
-    """The longest path of each shard, in bytes of UTF-8, which is at least its characters."""
+    """The length of the longest path of each shard in bytes of UTF-8, which are at least its characters."""
     names, folders, groups = (
         np.diff(plan.arrays[name], prepend=0) for name in ("name_ends", "folder_ends", "group_ends")
     )
@@ -118,11 +118,11 @@ def _at_most(rows: int, row_bytes: int, shards: int) -> int:
 
 
 def lack_of_space(place: str, needed_bytes: int, shards: int) -> str | None:
-    """What does not fit where `place` lies, None if all does."""
+    """What does not fit on the filesystem of `place`; None if everything fits."""
     free_bytes, free_files = free_space(place)
     if free_bytes is not None and needed_bytes > free_bytes:
         return f"{place!r} needs {format_bytes(needed_bytes)}, and its filesystem has {format_bytes(free_bytes)} free"
-    files = 2 * shards + shards // 500 + _OTHER_FILES  # a commit record each, and folders of 1,000
+    files = 2 * shards + shards // 500 + _OTHER_FILES  # shards, their commit records, and folders of 1,000
     if free_files is not None and files > free_files:
         room = f"its filesystem has room for {free_files}"
         return f"{place!r} needs {files} files, and {room}; a larger --shard-size makes fewer"
@@ -130,7 +130,7 @@ def lack_of_space(place: str, needed_bytes: int, shards: int) -> str | None:
 
 
 def free_space(place: str) -> tuple[int | None, int | None]:
-    """Bytes and files for which the filesystem has room where a path lies or will lie; None where it does not tell."""
+    """The free bytes and files on the filesystem of a path, which may not exist yet; None if not reported."""
     if is_remote(place):
         return None, None
     place = os.path.abspath(place)
@@ -140,12 +140,12 @@ def free_space(place: str) -> tuple[int | None, int | None]:
         found = os.statvfs(place)
     except OSError:
         return None, None
-    free_bytes = found.f_bavail * found.f_frsize if found.f_blocks else None  # some of FUSE's have no blocks
+    free_bytes = found.f_bavail * found.f_frsize if found.f_blocks else None  # some FUSE filesystems report no blocks
     return free_bytes, found.f_favail if found.f_files else None  # btrfs counts no files
 
 
 def held_bytes(place: str) -> int:
-    """What the shards of an earlier run take in OUT: a build keeps them, or deletes them first."""
+    """The size of the shards of an earlier run in OUT, which a build keeps or deletes first."""
     if is_remote(place):
         return 0
     storage = LocalStorage(place)
@@ -153,7 +153,7 @@ def held_bytes(place: str) -> int:
 
 
 def format_bytes(number: float) -> str:
-    """A number of bytes as people write it."""
+    """A number of bytes with a unit, such as `1.5 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(number) < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"

@@ -1,1 +1,1 @@
-"""What this host can use: GPUs, decoders, cores, and the settings that follow from them."""
+"""What this machine can use: GPUs, decoders and cores, and the tuning that follows from them."""

@@ -1,4 +1,4 @@
-"""What is usable on this machine, what to install for the rest, and which backend a build gets."""
+"""Detects which GPUs and libraries are usable, how to install those that are missing, and chooses a build's backend."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..config import BuildConfig, gpu_numbers
 from ..errors import BackendError, UsageError
 
 BackendName = Literal["pillow", "dali"]
-_OLDEST_CUDA = 12_000  # CUDA 12.0, as cuDriverGetVersion counts; DALI has no wheels for older drivers
+_OLDEST_CUDA = 12_000  # CUDA 12.0 in the format of cuDriverGetVersion; DALI has no wheels for older drivers
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _NVIDIA_VENDOR = "0x10de"
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that the GPU path needs and that is not usable; `remedy` is a command or an action."""
+    """A part of the GPU path that cannot be used; `remedy` is a command or an action."""
 
     what: str
     reason: str
@@ -35,20 +35,20 @@ class Missing:
 
 
 def usable_cpus() -> int:
-    """Cores that this process may use: processor affinity and the cgroup's quota, not what the machine has."""
+    """The number of cores that this process may use, by its CPU affinity and the quota of its cgroup."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(affinity, _cgroup_quota())))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found here.
+    """What was found on this machine.
 
     Attributes:
-        gpus: how many GPUs this process may use, or could use with a driver.
-        cuda: the version of CUDA that the driver is made for, as cuDriverGetVersion counts.
-        driver, dali, cupy: what is wrong with them.
-        cpus: cores for the workers to share.
+        gpus: how many GPUs this process can see, whether or not their driver works.
+        cuda: the CUDA version of the driver, in the format of cuDriverGetVersion (12040 is 12.4); None if not known.
+        driver, dali, cupy: what is wrong with each; None if nothing is.
+        cpus: usable cores, which the workers share.
     """
 
     gpus: int
@@ -66,7 +66,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """The decoder of a build, the GPUs that it runs on, none for the CPU, and cores; `warning` is for the user."""
+    """What a build runs on: its decoder, its GPUs (none for the CPU) and usable cores. `warning` is for the user."""
 
     backend: BackendName
     gpus: tuple[int, ...] = ()
@@ -75,20 +75,20 @@ class Choice:
 
     @property
     def gpu(self) -> int | None:
-        """The first GPU, None for the CPU."""
+        """The number of the first GPU; None for the CPU."""
         return next(iter(self.gpus), None)
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
-        """The kind of device: what is stored with the plan, and must be the same on resume."""
+        """The kind of device. It is stored with the plan and must be the same on resume."""
         return "cuda" if self.gpus else "cpu"
 
 
 def inspect(device: str = "auto") -> Machine:
-    """Looks at this machine: loads the NVIDIA driver if there is one, DALI and CuPy only if a GPU could use them.
+    """Inspects this machine. Loads the NVIDIA driver if there is one, and DALI and CuPy only if a GPU could use them.
 
     Args:
-        device: as `--device` says; CuPy is tried on the first GPU that it names, or on the first of all.
+        device: the value of `--device`; CuPy is tested on the first GPU that it names, or else on GPU 0.
     """
     gpus, cuda, driver = _driver()
     number = next(iter(gpu_numbers(device)), 0)
@@ -97,59 +97,69 @@ def inspect(device: str = "auto") -> Machine:
 
 
 def choose(config: BuildConfig, machine: Machine) -> Choice:
-    """The backend for `--device` and `--backend` on `machine`.
+    """Chooses the backend and the GPUs for `--device` and `--backend` on `machine`.
 
     Raises:
-        BackendError: a GPU was asked for and cannot be used, or DALI and it is not there.
+        BackendError: a GPU or DALI was requested and cannot be used.
         UsageError: there is no such GPU, or the options contradict each other.
     """
     return replace(_choose(config, machine), cpus=machine.cpus)
 
 
 def dotted(cuda: int) -> str:
-    """A CUDA version as people write it: 12040 is 12.4."""
+    """A CUDA version in the usual notation: 12040 is 12.4."""
     return f"{cuda // 1000}.{cuda % 1000 // 10}"
 
 
 def _choose(config: BuildConfig, machine: Machine) -> Choice:
-    backend, device = config.backend, config.device
     if config.bit_depth == 16:
-        require_bits16("--bit-depth 16")
-        warning = "16 BITS A CHANNEL: decoding on the CPU with pillow, for DALI decodes 8" if device == "auto" else None
-        return Choice("pillow", (), warning)
-    if backend == "pillow" and config.require_gpu:
+        return _choose_16bit(config)
+    if config.backend == "pillow" and config.require_gpu:
         raise UsageError("--require-gpu and --backend pillow contradict each other; leave one out")
-    on_cpu: BackendName = "dali" if backend == "dali" else "pillow"
-    if device == "cpu" or backend == "pillow":
-        _need_dali(on_cpu, machine)
-        return Choice(on_cpu)
+    on_cpu: BackendName = "dali" if config.backend == "dali" else "pillow"
+    if config.device == "cpu" or config.backend == "pillow":
+        return _choose_cpu(on_cpu, machine)
     if machine.gpus == 0:
         if config.require_gpu:
             raise BackendError("a GPU is required, and no NVIDIA GPU is visible; `gpu-npz doctor` tells more")
-        _need_dali(on_cpu, machine)
-        return Choice(on_cpu, (), f"NO GPU IS VISIBLE: building on the CPU with {on_cpu} (`gpu-npz doctor` tells more)")
-    if any(number >= machine.gpus for number in gpu_numbers(device)):
+        return _choose_cpu(
+            on_cpu, machine, f"NO GPU IS VISIBLE: building on the CPU with {on_cpu} (`gpu-npz doctor` tells more)"
+        )
+    if any(number >= machine.gpus for number in gpu_numbers(config.device)):
         known = "0" if machine.gpus == 1 else f"0 to {machine.gpus - 1}"
-        raise UsageError(f"--device: got {device}; this machine has {machine.gpus} usable GPU(s), numbered {known}")
+        raise UsageError(
+            f"--device: got {config.device}; this machine has {machine.gpus} usable GPU(s), numbered {known}"
+        )
     if machine.missing:
         reasons = "\n".join(f"  {part}" for part in machine.missing)
-        if device != "auto" or config.require_gpu:
+        if config.device != "auto" or config.require_gpu:
             raise BackendError(f"the GPU cannot be used:\n{reasons}")
-        _need_dali(on_cpu, machine)
-        return Choice(on_cpu, (), f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
+        return _choose_cpu(on_cpu, machine, f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
     every = tuple(range(machine.gpus))
-    return Choice("dali", every if device == "all" else gpu_numbers(device) or every[:1])
+    return Choice("dali", every if config.device == "all" else gpu_numbers(config.device) or every[:1])
+
+
+def _choose_16bit(config: BuildConfig) -> Choice:
+    require_bits16("--bit-depth 16")
+    warning = "16 BITS A CHANNEL: decoding on the CPU with pillow, for DALI decodes 8"
+    return Choice("pillow", (), warning if config.device == "auto" else None)
+
+
+def _choose_cpu(backend: BackendName, machine: Machine, warning: str | None = None) -> Choice:
+    if backend == "dali" and machine.dali:
+        raise BackendError(f"--backend dali: {machine.dali}")
+    return Choice(backend, (), warning)
 
 
 class Bits16(NamedTuple):
-    """The libraries that read what Pillow would cut to 8 bits, reads wrongly, or not at all."""
+    """The libraries for images that Pillow cuts to 8 bits, reads wrongly, or cannot read."""
 
     tifffile: Any
     imagecodecs: Any
 
 
 def require_bits16(what: str) -> Bits16:
-    """The libraries of the extra `bits16`. Raises BackendError if they cannot be imported; `what` needs them."""
+    """Imports the libraries of the extra `bits16` for `what`. Raises BackendError if they cannot be imported."""
     try:
         return Bits16(*map(importlib.import_module, Bits16._fields))
     except ImportError as exc:
@@ -158,13 +168,8 @@ def require_bits16(what: str) -> Bits16:
         ) from exc
 
 
-def _need_dali(backend: BackendName, machine: Machine) -> None:
-    if backend == "dali" and machine.dali:
-        raise BackendError(f"--backend dali: {machine.dali}")
-
-
 def _driver() -> tuple[int, int | None, Missing | None]:
-    """Visible GPUs, the CUDA version of the driver, and what is wrong with it."""
+    """The number of visible GPUs, the CUDA version of the driver, and what is wrong with the driver."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return 0, None, None
     hardware = _pci_gpus()
@@ -189,7 +194,7 @@ def _driver() -> tuple[int, int | None, Missing | None]:
 
 
 def _pci_gpus() -> int:
-    """NVIDIA display and 3D controllers on the PCI bus: hardware that is there even when its driver is not."""
+    """The number of NVIDIA display and 3D controllers on the PCI bus, which are found even without a driver."""
     found = 0
     for device in Path("/sys/bus/pci/devices").glob("*"):
         try:
@@ -202,7 +207,7 @@ def _pci_gpus() -> int:
 
 @dataclass(frozen=True)
 class _Package:
-    """A part of the GPU path that has a wheel for each major version of CUDA, which stands for {} in names."""
+    """A library with a wheel for each major version of CUDA; {} in a name stands for that version."""
 
     what: str
     module: str
@@ -213,7 +218,7 @@ class _Package:
 
 
 def _trouble(package: _Package, driver: int | None, gpu: int | None) -> Missing | None:
-    """What keeps a package from being used on GPU number `gpu`; if that is None, only whether it is installed."""
+    """What keeps a package from being used on GPU number `gpu`. If that is None, only checks that it is installed."""
     suits = 13 if driver is None or driver >= 13_000 else 12
     install = f"pip install '{package.wheel.format(suits)}'"
     try:
@@ -222,17 +227,17 @@ def _trouble(package: _Package, driver: int | None, gpu: int | None) -> Missing 
         if driver is None or gpu is None:
             return None
         made_for = package.made_for(importlib.import_module(package.module))
-        if made_for > driver // 1000:  # a newer minor version is no trouble: NVIDIA's minor-version compatibility
+        if made_for > driver // 1000:  # a newer minor version works: NVIDIA's minor-version compatibility
             reason = f"made for CUDA {made_for}, and the driver is made for CUDA {dotted(driver)}"
             uninstall = f"pip uninstall -y {package.replaced.format(made_for)}"
             return Missing(package.what, reason, f"{uninstall} && {install}, or install a newer NVIDIA driver")
-        if made_for == 12:  # works with every driver; wheels for two versions spoil each other
+        if made_for == 12:  # works with every driver; wheels for two CUDA versions break each other
             install = f"pip install '{package.wheel.format(12)}'"
         if package.trial:
             package.trial(gpu)
     except ModuleNotFoundError:
         return Missing(package.what, "not installed", install)
-    except Exception as exc:  # native libraries fail to load in many ways, each of which means the same here
+    except Exception as exc:  # native libraries fail to load in many ways, which all mean the same here
         text = " ".join(str(exc).split())[:200]
         if re.search("out of memory|busy or unavailable", text, re.IGNORECASE):
             remedy = "`nvidia-smi` shows which process holds it; end that process, or choose another GPU with --device"
@@ -243,20 +248,20 @@ def _trouble(package: _Package, driver: int | None, gpu: int | None) -> Missing 
 
 
 def _try_cupy(gpu: int) -> None:
-    """Does once what normalizing does on the GPU: compiles a kernel, runs it, allocates pinned memory."""
+    """Tests what normalizing needs on the GPU: compiles a kernel, runs it, and allocates pinned memory."""
     import cupy
 
     with cupy.cuda.Device(gpu):
         number = cupy.zeros(1, cupy.int32)
         kernel = cupy.RawKernel('extern "C" __global__ void trial(int* number) { *number = 42; }', "trial")
         kernel((1,), (1,), (number,))
-        number[cupy.asarray([0])] = cupy.asarray([42])  # by a kernel of CuPy's own, which takes CUDA's headers
+        number[cupy.asarray([0])] = cupy.asarray([42])  # runs a kernel of CuPy's own, which needs CUDA's headers
         cupy.cuda.alloc_pinned_memory(number.nbytes)
         if int(number.get()[0]) != 42:
             raise RuntimeError("a kernel ran and left no result")
 
 
-# DALI writes its version of CUDA without dots: 13.4.92 is 13492, 12.9.86 is 12986.
+# DALI reports its CUDA version without dots: 13.4.92 is 13492, 12.9.86 is 12986.
 _DALI = _Package(
     "DALI",
     "nvidia.dali",
@@ -264,8 +269,8 @@ _DALI = _Package(
     replaced="nvidia-dali-cuda{}0",
     made_for=lambda dali: int(str(dali.__cuda_version__)[:2]),
 )
-# CuPy takes NVRTC from where it is; [ctk], new in CuPy 14, brings it. An NVRTC for CUDA 13 that stayed would be
-# preferred to the one that comes with a CuPy for CUDA 12, and compile for a driver that is not there.
+# CuPy needs NVRTC, which [ctk], new in CuPy 14, installs. NVRTC for CUDA 13 is uninstalled too: CuPy for CUDA 12 would
+# prefer it to its own, and its code needs a newer driver.
 _CUPY = _Package(
     "CuPy",
     "cupy",
@@ -277,7 +282,7 @@ _CUPY = _Package(
 
 
 def _cgroup_quota() -> float:
-    """CPU quota of the control group in cores; infinite where there is none (kernel docs: cgroup-v2, sched-bwc)."""
+    """CPU quota of the control group in cores; infinite if there is none (kernel docs: cgroup-v2, sched-bwc)."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)

@@ -1,4 +1,4 @@
-"""How much of a machine a build uses: what the settings leave open is chosen here, by device."""
+"""Chooses workers, threads, batch size and so on, as far as the settings leave them open."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPEN_SHARDS = {"cuda": 4, "cpu": 1}
 
 @dataclass(frozen=True)
 class Tuning:
-    """What decides how fast a build is. Nothing here changes which rows a shard holds, or their order.
+    """What decides how fast a build runs. Nothing here changes the rows of a shard or their order.
 
     Attributes:
         workers: processes; none where everything is done in the process that builds.
@@ -30,7 +30,7 @@ class Tuning:
         pipelines: of DALI, that decode in turn.
         prefetch: batches inside each of them at the same time.
         open_shards: shards that a worker writes at the same time.
-        hw_decoder_load: the share of a batch's JPEGs that a GPU's hardware engines get, None for DALI's own choice.
+        hw_decoder_load: the share of a batch's JPEGs for a GPU's hardware engines, 0 to 1; None leaves it to DALI.
     """
 
     workers: int
@@ -46,16 +46,16 @@ class Tuning:
         """The tuning of a build.
 
         Args:
-            config: what is set there is taken.
+            config: values that are set here are used.
             choice: the decoder, the GPUs and the cores.
-            row_bytes: size of a stored image.
-            shard_rows: items a shard.
-            shards: how many are to be built.
+            row_bytes: size of a stored image in bytes.
+            shard_rows: the most items in a shard.
+            shards: how many shards are to be built.
         """
         cores = choice.cpus
         device, workers = choice.device, config.workers
         if workers is None:
-            workers = cores if choice.backend == "pillow" else max(1, len(choice.gpus))  # DALI has threads
+            workers = cores if choice.backend == "pillow" else max(1, len(choice.gpus))  # DALI decodes in threads
         workers = min(workers, max(1, shards))
         batch_size = config.batch_size or max(1, min(BATCH_SIZE[device], _BATCH_BYTES // row_bytes))
         if device == "cuda":

@@ -47,7 +47,7 @@ def on_host(pixels: Any) -> NDArray[Any]:
 
 
 # Increase by one whenever this code may give other pixels or rejects for the same file with the same libraries. It is
-# part of `Decoder.environment`, so a build never continues with another revision.
+# part of `Decoder.provenance`, so a build never continues with another revision.
 DECODING_REVISION = 3
 
 Reads = list[Callable[[], bytes]]
@@ -119,7 +119,7 @@ class Decoder(Protocol):
         """
         ...
 
-    def environment(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What decides the pixels besides the settings: this code's revision, library versions, the GPU model."""
         ...
 

@@ -210,8 +210,8 @@ class DaliDecoder:
         self._open.callback(pipeline.close)
         return pipeline
 
-    def environment(self) -> dict[str, Any]:
-        """See `Decoder.environment`: the versions of DALI, its codecs and Pillow, and the GPU model."""
+    def provenance(self) -> dict[str, Any]:
+        """See `Decoder.provenance`: the versions of DALI, its codecs and Pillow, and the GPU model."""
         found = {
             "backend": "dali",
             "device": "cpu" if self._device is None else "cuda",

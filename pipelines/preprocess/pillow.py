@@ -82,7 +82,7 @@ class PillowDecoder:
     ) -> None:
         pillow_settings.restore()
 
-    def environment(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """The libraries whose versions decide the pixels."""
         return {"backend": "pillow", "device": "cpu", "decoding_revision": DECODING_REVISION, **versions()}
 

@@ -109,7 +109,7 @@ class Task:
         source: reads the items.
         gpu: the device number; None for the CPU.
         tuning: the batch size, the number of threads, and so on.
-        environment: the environment in which the committed shards were made; None if any will do.
+        provenance: what made the committed shards; None if any will do.
         isolated: isolation mode: batches have one item each, and the worker reports each item before it decodes it.
         skipped: in isolation mode, items that are rejected without being decoded: code and detail by index.
         fence: the lock under which the worker writes.
@@ -119,7 +119,7 @@ class Task:
     source: Source
     gpu: int | None
     tuning: Tuning
-    environment: dict[str, Any] | None
+    provenance: dict[str, Any] | None
     isolated: bool = False
     skipped: Mapping[int, tuple[Code, str]] = field(default_factory=dict)
     fence: Fence | None = None

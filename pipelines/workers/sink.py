@@ -70,7 +70,7 @@ class ShardSink:
     Args:
         storage: OUT.
         job: the job of the build.
-        environment: stored in every commit record.
+        provenance: stored in every commit record.
         allocate: allocates a row buffer of a given shape; a few buffers are allocated and reused.
         tuning: rows per buffer, and how many shards may be open.
 
@@ -82,14 +82,14 @@ class ShardSink:
         self,
         storage: Storage,
         job: Job,
-        environment: dict[str, Any],
+        provenance: dict[str, Any],
         allocate: Callable[[tuple[int, ...]], NDArray[Any]],
         tuning: Tuning,
     ) -> None:
         self.seconds = {"transfer": 0.0, "write": 0.0, "commit": 0.0}
         self._storage = storage
         self._job = job
-        self._environment = environment
+        self._provenance = provenance
         self._free: queue.SimpleQueue[NDArray[Any]] = queue.SimpleQueue()
         for _ in range(tuning.open_shards + _SPARE_BUFFERS):
             self._free.put(allocate((tuning.batch_size, *job.row_shape)))
@@ -192,7 +192,7 @@ class ShardSink:
             rows=directory.members["images"].shape[0],
             bytes=directory.file_bytes,
             digest=directory.digest,
-            environment=self._environment,
+            provenance=self._provenance,
             rejects=tuple(reject for rows in parts for reject in rows.rejects),
         )
         commit(self._storage, record, self._job.plan.shard_count)

@@ -68,10 +68,10 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             gpu=task.gpu,
             stream=normalizer.stream,
         )
-        environment = environment_of(decoder, job)
-        require_environment(task.environment, environment)
+        provenance = provenance_of(decoder, job)
+        require_provenance(task.provenance, provenance)
         seconds = {"read": 0.0, "decode": 0.0, "normalize": 0.0}
-        sink = ShardSink(storage, job, environment, normalizer.allocate, task.tuning)
+        sink = ShardSink(storage, job, provenance, normalizer.allocate, task.tuning)
         stack.enter_context(decoder)
         stack.enter_context(sink)
         pulse_s = 0.0
@@ -245,10 +245,10 @@ def _explained(task: Task) -> Iterator[None]:
         ) from exc
 
 
-def environment_of(decoder: Decoder, job: Job) -> dict[str, Any]:
+def provenance_of(decoder: Decoder, job: Job) -> dict[str, Any]:
     """What decides the bytes of shards besides the settings: the decoder and the compression library."""
     deflater = {} if job.settings.deflate_level is None else {"isal": importlib.metadata.version("isal")}
-    return {**decoder.environment(), **deflater}
+    return {**decoder.provenance(), **deflater}
 
 
 def _pulse() -> Pulse:
@@ -272,8 +272,8 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def require_environment(expected: dict[str, Any] | None, found: dict[str, Any]) -> None:
-    """Raises MismatchError if the environment differs from the expected one; None accepts any environment."""
+def require_provenance(expected: dict[str, Any] | None, found: dict[str, Any]) -> None:
+    """Raises MismatchError if the provenance differs from the expected one; None accepts any."""
     if expected is None or expected == found:
         return
     names = sorted({*expected, *found})
