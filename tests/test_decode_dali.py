@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from support import FileBytes
 
 from gpu_npz.bench.pictures import paint
 from gpu_npz.config import BuildConfig
@@ -192,7 +193,12 @@ def test_every_filter_gives_what_pillows_gives(
 
 @pytest.mark.parametrize("size", [8, 3])
 def test_bad_images_become_pillows_rejects_and_leave_their_neighbours_alone(
-    size: int, device: int | None, tmp_path: Path, file_bytes: Any, bad_kinds: Any, caplog: pytest.LogCaptureFixture
+    size: int,
+    device: int | None,
+    tmp_path: Path,
+    file_bytes: FileBytes,
+    bad_kinds: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
     good, whole = pictures(40), jpeg(paint(90, 120, 3))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from headers import adobe, exif, frame, joined, jpeg, segments
 from PIL import Image
+from support import reject_lines
 
 import gpu_npz
 
@@ -33,8 +33,7 @@ def build(folder: Path, files: dict[str, bytes], backend: str = "dali", **settin
     )
     gpu_npz.build(folder / "src", folder / "out", config)
     assert gpu_npz.verify(folder / "out").ok
-    rejects = [json.loads(line) for line in (folder / "out/rejects.jsonl").read_text().splitlines()]
-    assert not {reject["path"] for reject in rejects if reject["code"] in ("crashed", "timed-out")}
+    assert not {reject["path"] for reject in reject_lines(folder / "out") if reject["code"] in ("crashed", "timed-out")}
     data = gpu_npz.open_dataset(folder / "out")
     return dict(zip(data.paths, data[:], strict=True))
 

@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import MakeDataset, items, labelled, python, read_shards
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
 import fsspec
-from listing import items, labelled
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
@@ -263,17 +262,13 @@ def test_what_cannot_be_listed_is_refused_with_advice(
 
 
 def test_the_command_builds_checks_and_mends_a_dataset_of_a_bucket(
-    put_s3: Put, tree: Path, tmp_path: Path, make_dataset: Any, read_shards: Any
+    put_s3: Put, tree: Path, tmp_path: Path, make_dataset: MakeDataset
 ) -> None:
     broken = {"apples/zzz.jpg": b"no image"}
     url = put_s3({**tree_of(tree), **broken})
 
     def run(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "gpu_npz", *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == code, done.stderr
-        return done.stdout
+        return python("-m", "gpu_npz", *arguments, status=code).stdout
 
     out = str(tmp_path / "out")
     settings = ("--size", "12x16", "--shard-size", "7", "--device", "cpu")
@@ -293,7 +288,7 @@ def test_the_command_builds_checks_and_mends_a_dataset_of_a_bucket(
 
 
 def test_a_build_with_workers_inside_reads_ahead_and_gives_the_same(
-    put: Put, tree: Path, make_dataset: Any, read_shards: Any
+    put: Put, tree: Path, make_dataset: MakeDataset
 ) -> None:
     out = make_dataset(put(tree_of(tree)))
     assert np.array_equal(read_shards(out), read_shards(make_dataset(tree)))

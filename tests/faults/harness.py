@@ -231,9 +231,9 @@ def trial(src: Path, place: Path, undisturbed: dict[str, bytes], at: int, kind: 
     return None
 
 
-def contents(out: Path) -> dict[str, bytes]:
+def contents(out: Path | str) -> dict[str, bytes]:
     """Everything in OUT but the report, which has times in it."""
-    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
     files.pop(".gpu-npz/report.json", None)
     return files
 

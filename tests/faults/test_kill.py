@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import FileBytes, contents, python
 
 from gpu_npz.audit.verify import verify
 from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
-
-FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 
 SETTINGS = BuildConfig(size=24, shard_size=2, workers=0, device="cpu", max_rejects="50%", shuffle=1)
 OPTIONS = ["--size", "24", "--shard-size", "2", "--device", "cpu", "--max-rejects", "50%", "--shuffle", "1", "--quiet"]
@@ -42,13 +41,6 @@ def undisturbed(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     assert build(src, out, SETTINGS).rejects == 9
     return contents(out)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """Everything in OUT but the report, which has times in it."""
-    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    files.pop(".gpu-npz/report.json", None)
-    return files
 
 
 def go_on(src: Path, out: Path, undisturbed: dict[str, bytes]) -> None:
@@ -163,9 +155,9 @@ def test_a_build_that_is_killed_before_a_system_call_goes_on_to_the_same_output(
     src: Path, tmp_path: Path, call: str, step: int, open_shards: int
 ) -> None:
     config = SETTINGS.model_copy(update={"limit": 6, "open_shards": open_shards, "batch_size": 1})
-    command = [sys.executable, "-c", KILLED_AT_EACH, call, str(step), str(src), str(tmp_path), config.model_dump_json()]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    last = int(result.stdout)  # the moment that never came: this one is undisturbed
+    last = int(
+        python("-c", KILLED_AT_EACH, call, str(step), src, tmp_path, config.model_dump_json()).stdout
+    )  # the moment that never came: this one is undisturbed
     assert last >= 5 * step
     undisturbed = contents(tmp_path / str(last))
     assert "dataset.json" in undisturbed
