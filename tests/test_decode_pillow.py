@@ -523,10 +523,12 @@ def test_pillows_limit_and_warnings_are_as_before_afterwards(
 
 
 def test_a_decoder_can_be_opened_again(file_bytes: FileBytes) -> None:
-    decoder = pillow_of(size=16)
+    decoder, found = pillow_of(size=16), []
     for _ in range(2):
         with decoder:
-            decoder.decode_image(file_bytes("jpeg"), "a/1.jpg")
+            found.append(np.array(decoder.decode_image(file_bytes("jpeg"), "a/1.jpg")))
+    assert found[0].shape == (16, 16, 3)
+    np.testing.assert_array_equal(*found)
 
 
 def test_the_environment_names_the_libraries_that_decide_the_pixels() -> None:

@@ -663,7 +663,7 @@ def test_where_flock_fails_the_lock_of_a_process_that_died_is_taken_over_at_once
     holder.kill()  # and nobody has waited for it yet
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     with storage.lock():
-        pass
+        assert json.loads(storage.read(LOCK) or b"")["process"] == os.getpid()
 
 
 @pytest.mark.parametrize("place", ["another boot/1", "this boot/another container"])
@@ -685,7 +685,7 @@ def test_a_process_that_has_the_number_of_one_that_died_is_not_taken_for_it(stor
         holder = {**json.loads(storage.read(LOCK) or b""), "token": "0" * 16, "started": 1}
     storage.write(LOCK, json.dumps(holder).encode())
     with storage.lock():
-        pass
+        assert json.loads(storage.read(LOCK) or b"")["token"] != "0" * 16
 
 
 def test_the_lock_of_an_earlier_version_is_understood(storage: LocalStorage) -> None:
