@@ -6,13 +6,9 @@ import functools
 import io
 import logging
 import os
-import re
-import subprocess
-import sys
-import threading
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +16,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from support import Encode, FileBytes, MakeDataset, MakeTree, build_cpu
 
-import gpu_npz
 from gpu_npz.bench.pictures import paint
-from gpu_npz.errors import LockedError
 
 Pixels = NDArray[np.uint8]
-Encode = Callable[..., bytes]
-FileBytes = Callable[..., bytes]
-MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
-MakeDataset = Callable[..., Path]
-ReadShards = Callable[..., NDArray[Any]]
-ReadmeExample = Callable[[str], str]
-Python = Callable[..., "subprocess.CompletedProcess[str]"]
-Race = Callable[[Callable[[], AbstractContextManager[Any]]], "list[str]"]
 
 
 @functools.cache
@@ -208,26 +195,10 @@ def make_dataset(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeDa
     """`make_dataset(src, dtype="uint8", ...)`: a new folder with a dataset of `src`, or of `tree`, 7 rows a shard."""
 
     def make(src: Path = tree, **settings: Any) -> Path:
-        out = tmp_path_factory.mktemp("dataset") / "out"
-        settings = {"device": "cpu", "workers": 0, "shard_size": 7, "size": "12x16", "max_rejects": "100%", **settings}
-        gpu_npz.build(src, out, gpu_npz.BuildConfig(**settings))
-        return out
+        settings = {"shard_size": 7, "size": "12x16", "max_rejects": "100%", **settings}
+        return build_cpu(src, tmp_path_factory.mktemp("dataset") / "out", **settings)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def read_shards() -> ReadShards:
-    """`read_shards(out, "images")`: one array of all shards, as numpy.load alone finds it."""
-
-    def read(out: Path, name: str = "images") -> NDArray[Any]:
-        arrays = []
-        for path in sorted(out.glob("shard-*.npz")):
-            with np.load(path, allow_pickle=False) as file:
-                arrays.append(file[name])
-        return np.concatenate(arrays)
-
-    return read
 
 
 @pytest.fixture(scope="session")
@@ -243,56 +214,9 @@ def many_shards(make_dataset: MakeDataset, tmp_path_factory: pytest.TempPathFact
         return make_dataset(folder, shard_size=1, size=8, dtype="uint8")
 
 
-@pytest.fixture(scope="session")
-def readme_example() -> ReadmeExample:
-    """`readme_example("import keras")`: the Python block of the README that has this line."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (Path(__file__).parents[1] / "README.md").read_text(), re.M | re.S)
-
-    def find(line: str) -> str:
-        (block,) = (block for block in blocks if line in block.splitlines())
-        return block
-
-    return find
-
-
-@pytest.fixture(scope="session")
-def python() -> Python:
-    """`python(program, *arguments)`: a run in a process of its own, which must end well unless `check` is False."""
-
-    def run(program: str, *arguments: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(
-            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0 or not check, result.stderr
-        return result
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def race() -> Race:
-    """`race(lock)`: what becomes of two threads that want a lock at the same time: "won", and the other's error."""
-
-    def run(lock: Callable[[], AbstractContextManager[Any]]) -> list[str]:
-        ends: list[str] = []
-        ended, both = threading.Event(), threading.Barrier(2)
-
-        def wait() -> None:
-            held = lock()
-            both.wait()
-            try:
-                with held:
-                    ends.append("won")
-                    assert ended.wait(60)
-            except LockedError as exc:
-                ends.append(str(exc))
-                ended.set()
-
-        threads = [threading.Thread(target=wait) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return ends
-
-    return run
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that every user can reach; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import os
@@ -13,12 +14,12 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support import FileBytes, MakeTree, contents, cpu_config, edit_json, progressed, reject_lines
 
 import gpu_npz
 from gpu_npz.builder.build import build
@@ -45,9 +46,6 @@ from gpu_npz.storage.local import LocalStorage
 from gpu_npz.workers.events import Committed, Event, Progress, WorkerEnded
 from gpu_npz.workers.worker import interleaved
 
-FileBytes = Callable[..., bytes]  # fixtures: see conftest.py
-MakeTree = Callable[..., Path]
-
 # 22 items in shards of four: the third shard has only bad files, the last one is short.
 FILES = {
     "a/0.jpg": "jpeg", "a/1.jpg": "half", "a/2.jpg": "gray", "a/3.jpg": "empty",
@@ -72,8 +70,7 @@ REJECTS = [
 ]
 
 
-def settings(**values: Any) -> BuildConfig:
-    return BuildConfig(**{"device": "cpu", "size": 16, "workers": 0, "shard_size": 4, **values})
+settings = functools.partial(cpu_config, shard_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +112,6 @@ def pictures(make_tree: MakeTree) -> Path:
     return make_tree({f"{name}/{number}.jpg": "jpeg" for name in "ab" for number in range(4)})
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    """Everything in OUT but the report, which has times in it."""
-    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    files.pop(".gpu-npz/report.json", None)
-    return files
-
-
 def shards(out: Path) -> list[str]:
     return sorted(path.name for path in out.glob("shard-*.npz"))
 
@@ -129,10 +119,6 @@ def shards(out: Path) -> list[str]:
 def column(out: Path, name: str) -> list[Any]:
     """One member of all shards, by plain NumPy."""
     return [entry for shard in shards(out) for entry in np.load(out / shard)[name].tolist()]
-
-
-def reject_lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "rejects.jsonl").read_text("ascii").splitlines()]
 
 
 def planned(out: Path) -> list[Item]:
@@ -430,8 +416,7 @@ def damage(out: Path, how: str) -> None:
             records = out / ".gpu-npz/commits"
             shutil.copy(records / "shard-00000.json", records / "shard-00001.json")
         case "a record of another dataset":
-            record = out / ".gpu-npz/commits/shard-00001.json"
-            record.write_text(json.dumps({**json.loads(record.read_text()), "id": "0" * 32}))
+            edit_json(out / ".gpu-npz/commits/shard-00001.json", lambda record: record.update(id="0" * 32))
 
 
 @pytest.mark.parametrize(
@@ -534,9 +519,7 @@ def test_a_resume_need_not_repeat_the_size_that_was_found(make_tree: MakeTree, o
 
 def test_shards_of_another_environment_are_refused_unless_accepted(mixed: Path, copied: Path, whole: Path) -> None:
     for path in (copied / ".gpu-npz/commits").iterdir():
-        record = json.loads(path.read_text())
-        record["environment"]["pillow"] = "9.5.0.post2"
-        path.write_text(json.dumps(record))
+        edit_json(path, lambda record: record["environment"].update(pillow="9.5.0.post2"))
     assert build(mixed, copied, settings()).built_shards == 0  # nothing is made, so nothing is mixed
     (copied / "shard-00000.npz").unlink()
     with pytest.raises(MismatchError, match=r"pillow: 9\.5\.0\.post2 made them, .* is here") as caught:
@@ -1006,12 +989,6 @@ def events(src: Path, out: Path, config: BuildConfig) -> list[Started | Event]:
     return seen
 
 
-def progressed(seen: Iterable[Started | Event]) -> tuple[int, int, int]:
-    """Items, rejects and bytes of all progress."""
-    steps = [event for event in seen if isinstance(event, Progress)]
-    return sum(s.items for s in steps), sum(s.rejects for s in steps), sum(s.source_bytes for s in steps)
-
-
 @pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"workers": 2}], ids=str)
 def test_progress_adds_up_to_the_plan(mixed: Path, out: Path, options: dict[str, Any]) -> None:
     seen = events(mixed, out, settings(**options))
@@ -1055,7 +1032,7 @@ def test_workers_are_never_more_than_shards(pictures: Path, out: Path) -> None:
 
 
 def test_a_build_that_is_plainly_going_wrong_stops_early_and_goes_on_when_told(
-    make_tree: MakeTree, file_bytes: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_tree: MakeTree, file_bytes: FileBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpu_npz.builder.watch._EARLY_REJECTS", 12)
     good = file_bytes("jpeg")
@@ -1106,7 +1083,7 @@ def test_a_build_that_stops_before_any_commit_says_what_to_do(
 
 
 def test_a_build_with_some_rejects_over_the_limit_is_not_stopped_early(
-    make_tree: MakeTree, file_bytes: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_tree: MakeTree, file_bytes: FileBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpu_npz.builder.watch._EARLY_REJECTS", 12)
     good = file_bytes("jpeg")

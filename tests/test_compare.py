@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -11,17 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from listing import pack
+from support import FileBytes, build_cpu, pack
 
 import gpu_npz
-from gpu_npz import BuildConfig
 from gpu_npz.audit.compare import MEAN_LEVELS, compare
 from gpu_npz.builder.maintenance import repair
 from gpu_npz.cli.main import run
 from gpu_npz.errors import FormatError, IncompleteError, MismatchError, SourceError, UsageError
 from gpu_npz.npz.reader import NpzReader
-
-FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 
 
 @pytest.fixture
@@ -34,9 +32,7 @@ def src(tmp_path: Path, file_bytes: FileBytes) -> Path:
     return tmp_path / "images"
 
 
-def build(src: Path, out: Path, **values: Any) -> Path:
-    gpu_npz.build(src, out, BuildConfig(**{"device": "cpu", "size": "24x32", "workers": 0, "shard_size": 5, **values}))
-    return out
+build = functools.partial(build_cpu, size="24x32", shard_size=5)
 
 
 def alter(out: Path, row: int, change: Callable[[np.ndarray], object]) -> None:
@@ -188,7 +184,7 @@ def test_images_that_have_moved_are_named_and_found(src: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["c/1.jpg", "a/1.jpg", "1.jpg"], ids=["other classes", "other names", "no classes"])
 def test_a_source_that_is_not_the_dataset_s_is_said_to_be_something_else(
-    src: Path, tmp_path: Path, file_bytes: Any, name: str
+    src: Path, tmp_path: Path, file_bytes: FileBytes, name: str
 ) -> None:
     out, other = build(src, tmp_path / "out"), tmp_path / "other"
     (other / name).parent.mkdir(parents=True)

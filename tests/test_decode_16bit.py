@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from support import FileBytes, pillow_of
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
@@ -25,13 +27,8 @@ from gpu_npz.builder.estimate import estimate
 from gpu_npz.cli.main import run
 from gpu_npz.errors import BackendError, ImageError, ShardError
 from gpu_npz.machine.environment import Machine, choose
-from gpu_npz.preprocess.decoders import pillow_decoder
-from gpu_npz.preprocess.geometry import Geometry
-from gpu_npz.preprocess.pillow import PillowDecoder
 from gpu_npz.sources.rejects import BadItem
 
-FileBytes = Callable[..., bytes]  # fixtures: see conftest.py
-Encode = Callable[..., bytes]
 Samples = NDArray[np.uint16]
 HEIGHT, WIDTH = 14, 18
 
@@ -83,10 +80,7 @@ def pnm(samples: Samples, most: int = 65535) -> bytes:
     return head + samples.astype(">u2").tobytes()
 
 
-def decoder_of(size: tuple[int, int] = (HEIGHT, WIDTH), **settings: Any) -> PillowDecoder:
-    gray = {"normalize": "unit"} if settings.get("channels") == "gray" else {}
-    config = BuildConfig(**{"bit_depth": 16, "size": size, **gray, **settings})
-    return pillow_decoder(config, Geometry.of(config, size), None)
+decoder_of = functools.partial(pillow_of, bit_depth=16, size=(HEIGHT, WIDTH))
 
 
 def decoded(data: bytes, **settings: Any) -> Samples:
@@ -127,7 +121,7 @@ def test_samples_of_8_bits_are_scaled_by_257(file_bytes: FileBytes, good_kinds: 
 
 
 def decoded_in_8_bits(data: bytes, size: tuple[int, int], **settings: Any) -> NDArray[np.uint8]:
-    with decoder_of(size, bit_depth=8, **settings) as decoder:
+    with decoder_of(size=size, bit_depth=8, **settings) as decoder:
         return decoder.decode_image(data, "image")
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from support import FileBytes
 
 from gpu_npz.bench.pictures import paint
 from gpu_npz.config import BuildConfig
@@ -173,6 +174,7 @@ def test_every_kind_of_jpeg_looks_as_pillow_decodes_it(mode: str, device: int | 
     assert {reject.code for reject in outcome.rejects.values()} == ({"wrong-size"} if mode == "none" else set())
     inside, border, mean = ALLOWED["bilinear"]
     allowed = EXACT if mode == "none" else (border if mode == "pad" else inside, border, mean)
+    assert outcome.rows.keys() == expected.rows.keys() != set()
     for name, row in expected.rows.items():
         compare(f"{mode} {name}", outcome.rows[name], row, allowed, device)
 
@@ -190,14 +192,21 @@ def test_every_filter_gives_what_pillows_gives(
     if channels == "gray":  # DALI takes the luma as it is stored, Pillow goes by R,G,B, which saturate
         inside += 16
     with decoder_of(root, device, **settings) as decoder:
-        for name, row in outcome_of(decoder, list(files)).rows.items():
-            what = f"{interpolation} {channels} {size} {name}"
-            compare(what, row, expected[name], (inside, max(inside, border), mean), device)
+        rows = outcome_of(decoder, list(files)).rows
+    assert list(rows) == list(files)
+    for name, row in rows.items():
+        what = f"{interpolation} {channels} {size} {name}"
+        compare(what, row, expected[name], (inside, max(inside, border), mean), device)
 
 
 @pytest.mark.parametrize("size", [8, 3])
 def test_bad_images_become_pillows_rejects_and_leave_their_neighbours_alone(
-    size: int, device: int | None, tmp_path: Path, file_bytes: Any, bad_kinds: Any, caplog: pytest.LogCaptureFixture
+    size: int,
+    device: int | None,
+    tmp_path: Path,
+    file_bytes: FileBytes,
+    bad_kinds: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
     good, whole = pictures(40), jpeg(paint(90, 120, 3))

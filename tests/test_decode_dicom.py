@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -17,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from listing import pack
 from numpy.typing import NDArray
 from PIL import Image
+from support import Encode, FileBytes, decode, pack, pillow_of
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
@@ -30,10 +31,8 @@ from gpu_npz.cli.main import run
 from gpu_npz.dataset.plan import Plan
 from gpu_npz.dataset.selection import _noted, listed
 from gpu_npz.errors import BackendError, ImageError
-from gpu_npz.preprocess.decoders import pillow_decoder
 from gpu_npz.preprocess.dicom import DicomFile, is_dicom
-from gpu_npz.preprocess.geometry import Geometry
-from gpu_npz.preprocess.pillow import PillowDecoder, dicom_size, first_size
+from gpu_npz.preprocess.pillow import dicom_size, first_size
 from gpu_npz.sources import open_source
 from gpu_npz.sources.dicom_frames import FRAME_NAMES, frame_count, read_dicom
 from gpu_npz.sources.folders.folder import FolderSource
@@ -83,14 +82,8 @@ def values(dtype: str, seed: int = 0, shape: tuple[int, ...] = (HEIGHT, WIDTH)) 
     return stored
 
 
-def decoder_of(**settings: Any) -> PillowDecoder:
-    config = BuildConfig(**{"size": (HEIGHT, WIDTH), **settings})
-    return pillow_decoder(config, Geometry.of(config, (HEIGHT, WIDTH)), None)
-
-
-def decoded(data: bytes, frame: int = 0, **settings: Any) -> NDArray[Any]:
-    with decoder_of(**settings) as decoder:
-        return decoder.decode_image(data, "scan.dcm", frame)
+decoder_of = functools.partial(pillow_of, size=(HEIGHT, WIDTH))
+decoded = functools.partial(decode, name="scan.dcm", size=(HEIGHT, WIDTH))
 
 
 def windowed(x: NDArray[Any], low: float, high: float, top: int) -> NDArray[Any]:
@@ -169,7 +162,7 @@ def test_colours_are_kept(syntax: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_jpeg_inside_has_the_pixels_that_pillow_gives_it(channels: int, encode: Callable[..., bytes]) -> None:
+def test_a_jpeg_inside_has_the_pixels_that_pillow_gives_it(channels: int, encode: Encode) -> None:
     if not pydicom.pixels.decoders.JPEGBaseline8BitDecoder.is_available:
         pytest.skip("pydicom knows no Pillow-SIMD")
     stored = paint(HEIGHT, WIDTH, 0) if channels == 3 else paint(HEIGHT, WIDTH, 0)[..., 0].copy()
@@ -413,7 +406,7 @@ def test_rle_data_for_more_pixels_than_the_header_has_are_not_decoded() -> None:
     np.testing.assert_array_equal(decoded(encapsulated(padded, RLE), dicom_window=(0, 255))[0, :8, 0], range(8))
 
 
-def test_a_jpeg_inside_is_of_the_header_s_size_and_of_few_scans(encode: Callable[..., bytes]) -> None:
+def test_a_jpeg_inside_is_of_the_header_s_size_and_of_few_scans(encode: Encode) -> None:
     jpeg = pydicom.uid.JPEGBaseline8Bit
     large = encode(np.zeros((HEIGHT, 40), np.uint8))
     with pytest.raises(BadItem, match="an image of 40 x 12 pixels, where the header has 10 x 12"):
@@ -483,7 +476,7 @@ def test_without_pydicom_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPa
             attempt()
 
 
-def test_a_build_takes_them_beside_other_images(tmp_path: Path, file_bytes: Callable[..., bytes]) -> None:
+def test_a_build_takes_them_beside_other_images(tmp_path: Path, file_bytes: FileBytes) -> None:
     stored = values("int16")
     files = {"a/0.jpg": dicom(stored), "a/1.jpg": file_bytes("jpeg"), "b/2.jpg": half(dicom(stored))}
     for name, data in files.items():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, features
+from support import Encode, decode, pillow_of, rejection
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.bench.pictures import paint
 from gpu_npz.dataset.manifest import Manifest
-from gpu_npz.preprocess.decoders import pillow_decoder
-from gpu_npz.preprocess.geometry import Geometry
-from gpu_npz.preprocess.pillow import PillowDecoder, is_simd
+from gpu_npz.preprocess.pillow import is_simd
 from gpu_npz.sources.rejects import BadItem
 
-Encode = Callable[..., bytes]  # fixtures: see conftest.py
-FileBytes = Callable[..., bytes]
 Pixels = NDArray[Any]
 
 
-def decoder_of(**settings: Any) -> PillowDecoder:
-    config = BuildConfig(**settings)
-    assert config.size is not None
-    return pillow_decoder(config, Geometry.of(config, config.size), None)
-
-
-def decoded(data: bytes, **settings: Any) -> Pixels:
-    with decoder_of(**settings) as decoder:
-        return np.array(decoder.decode_image(data, "a/1"))
+decoded = functools.partial(decode, name="a/1")
 
 
 def rejected(data: bytes, **settings: Any) -> tuple[str, str]:
-    with pytest.raises(BadItem) as caught:
-        decoded(data, **{"size": 16, **settings})
-    return caught.value.code, caught.value.detail
+    return rejection(data, **{"size": 16, **settings})[1:]
 
 
 # JPEG: lossless, and decoded at a half or less
@@ -141,7 +128,7 @@ def test_a_bmp_of_16_bits_a_pixel_has_8_bits_a_channel(masks: tuple[int, int, in
     top = np.array([31, green, 31])
     expected = (pixels.astype(int) * top // 255) * 255 // top
     data = bmp(pixels, masks)
-    with decoder_of(size="20x31") as decoder:
+    with pillow_of(size="20x31") as decoder:
         np.testing.assert_array_equal(decoder.decode_image(data, "a.bmp"), expected)
         assert decoder.sixteen_bit is None
     pytest.importorskip("tifffile")
@@ -170,7 +157,7 @@ def test_a_file_that_is_cut_is_truncated_wherever_that_is(encode: Encode) -> Non
         **({"WEBP": encode(pixels, "WEBP")} if features.check("webp") else {}),
     }  # fmt: skip
     first = {"PPM": 12, "WEBP": 12}
-    with decoder_of(size=16) as decoder:
+    with pillow_of(size=16) as decoder:
         for kind, whole in wholes.items():
             decoder.decode_image(whole, "a/1")
             for end in range(first.get(kind, 8), len(whole) - 30, 7):  # the last bytes hold no pixels

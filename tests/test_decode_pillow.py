@@ -17,6 +17,7 @@ import PIL
 import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin
+from support import Encode, FileBytes, MakeTree, decode, pillow_of, rejection
 
 from gpu_npz.bench.pictures import paint
 from gpu_npz.config import BuildConfig
@@ -28,9 +29,6 @@ from gpu_npz.sources.base import Batch, Item
 from gpu_npz.sources.folders.folder import FolderSource
 from gpu_npz.sources.rejects import BadItem, clean
 
-Encode = Callable[..., bytes]  # fixtures: see conftest.py
-FileBytes = Callable[..., bytes]
-MakeTree = Callable[..., Path]
 Pixels = NDArray[np.uint8]
 
 FILTERS = {
@@ -52,25 +50,10 @@ STORED: dict[int, Callable[[Pixels], Pixels]] = {
 }
 
 
-def decoder_of(**settings: Any) -> PillowDecoder:
-    if settings.get("channels") == "gray":
-        settings.setdefault("normalize", "unit")
-    config = BuildConfig(**settings)
-    assert config.size is not None
-    return PillowDecoder(config, Geometry.of(config, config.size), None)  # type: ignore[arg-type]  # reads no files
-
-
 def decoded(data: bytes, **settings: Any) -> Pixels:
-    with decoder_of(**settings) as decoder:
-        pixels = decoder.decode_image(data, "a/1.jpg")
+    pixels = decode(data, name="a/1.jpg", **settings)
     assert pixels.dtype == np.uint8
-    return np.array(pixels)
-
-
-def rejected(data: bytes, **settings: Any) -> tuple[str, str, str]:
-    with pytest.raises(BadItem) as caught:
-        decoded(data, **settings)
-    return caught.value.stage, caught.value.code, caught.value.detail
+    return pixels
 
 
 def by_pillow(data: bytes, mode: str = "RGB") -> Image.Image:
@@ -149,11 +132,11 @@ def test_sixteen_bit_gray_is_scaled_and_not_saturated(encode: Encode, mode: str,
 
 def test_samples_of_32_bits_are_rejected(encode: Encode) -> None:
     wide = np.full((20, 20), 70_000)
-    assert rejected(encode(Image.fromarray(wide.astype(np.int32)), "TIFF"))[:2] == ("decode", "undecodable")
-    stage, code, detail = rejected(encode(Image.fromarray(wide.astype(np.float32)), "TIFF"))
+    assert rejection(encode(Image.fromarray(wide.astype(np.int32)), "TIFF"))[:2] == ("decode", "undecodable")
+    stage, code, detail = rejection(encode(Image.fromarray(wide.astype(np.float32)), "TIFF"))
     assert (stage, code) == ("decode", "undecodable")
     assert detail == "a TIFF of float32 samples; allowed are unsigned ones of up to 16 bits"
-    assert rejected(encode(Image.fromarray(wide.astype(np.float32)), "PPM"))[2] == "samples of 32 bits (mode F)"
+    assert rejection(encode(Image.fromarray(wide.astype(np.float32)), "PPM"))[2] == "samples of 32 bits (mode F)"
 
 
 @pytest.mark.parametrize("background", [(0, 0, 0), (255, 0, 200)])
@@ -252,7 +235,7 @@ def test_exif_behind_the_pixels_of_a_png_counts(encode: Encode) -> None:
     moved = data[:start] + data[end:before_last] + data[start:end] + data[before_last:]
     assert moved.index(b"eXIf") > moved.index(b"IDAT")
     np.testing.assert_array_equal(decoded(moved, size="50x70"), upright)
-    with decoder_of() as decoder:
+    with pillow_of() as decoder:
         assert decoder.upright_size(moved, "a/1.jpg") == (50, 70)
 
 
@@ -313,7 +296,7 @@ def test_none_takes_the_one_size_as_it_is_and_rejects_any_other(encode: Encode) 
     image = paint(50, 70, 0)
     data = encode(image, "PNG")
     np.testing.assert_array_equal(decoded(data, size="50x70", resize_mode="none"), image)
-    stage, code, detail = rejected(data, size="70x50", resize_mode="none")
+    stage, code, detail = rejection(data, size="70x50", resize_mode="none")
     assert (stage, code) == ("resize", "wrong-size")
     assert detail == "50 x 70 pixels (height x width); expected 70 x 50"
 
@@ -417,7 +400,7 @@ def test_a_size_that_is_only_claimed_is_rejected_before_pixels_are_allocated(
     file_bytes: FileBytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    stage, code, detail = rejected(file_bytes("claims-65500"))
+    stage, code, detail = rejection(file_bytes("claims-65500"))
     assert (stage, code) == ("decode", "too-large")
     assert detail == "65500 x 65500 pixels; at most 89478485"
 
@@ -425,12 +408,12 @@ def test_a_size_that_is_only_claimed_is_rejected_before_pixels_are_allocated(
 def test_max_pixels_is_the_largest_that_is_taken(encode: Encode) -> None:
     data = encode(paint(50, 70, 0))
     decoded(data, size=16, max_pixels=3500)
-    assert rejected(data, size=16, max_pixels=3499)[:2] == ("decode", "too-large")
+    assert rejection(data, size=16, max_pixels=3499)[:2] == ("decode", "too-large")
 
 
 def test_an_extreme_aspect_that_would_grow_too_large_is_rejected_before_it_does(encode: Encode) -> None:
     data = encode(Image.new("1", (2, 20_000)), "PNG")
-    stage, code, detail = rejected(data, resize_mode="center-crop")
+    stage, code, detail = rejection(data, resize_mode="center-crop")
     assert (stage, code) == ("resize", "too-large")
     assert detail == "20000 x 2 pixels become 2560000 x 256; at most 89478485"
     assert decoded(data, resize_mode="stretch").shape == (224, 224, 3)
@@ -439,7 +422,7 @@ def test_an_extreme_aspect_that_would_grow_too_large_is_rejected_before_it_does(
 
 def test_postscript_is_never_run(file_bytes: FileBytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("run"))
-    assert rejected(file_bytes("postscript"))[1] == "not-an-image"
+    assert rejection(file_bytes("postscript"))[1] == "not-an-image"
 
 
 def test_running_out_of_memory_is_not_the_files_fault(file_bytes: FileBytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,14 +523,16 @@ def test_pillows_limit_and_warnings_are_as_before_afterwards(
 
 
 def test_a_decoder_can_be_opened_again(file_bytes: FileBytes) -> None:
-    decoder = decoder_of(size=16)
+    decoder, found = pillow_of(size=16), []
     for _ in range(2):
         with decoder:
-            decoder.decode_image(file_bytes("jpeg"), "a/1.jpg")
+            found.append(np.array(decoder.decode_image(file_bytes("jpeg"), "a/1.jpg")))
+    assert found[0].shape == (16, 16, 3)
+    np.testing.assert_array_equal(*found)
 
 
 def test_the_environment_names_the_libraries_that_decide_the_pixels() -> None:
-    found = decoder_of().provenance()
+    found = pillow_of().provenance()
     assert found["backend"] == "pillow"
     assert found["pillow"] == PIL.__version__
     assert found["pillow_simd"] == (".post" in PIL.__version__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import sys
 import zlib
@@ -11,11 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from support import decode, rejection
 
-from gpu_npz import BuildConfig
-from gpu_npz.preprocess.decoders import pillow_decoder
-from gpu_npz.preprocess.geometry import Geometry
-from gpu_npz.preprocess.pillow import PillowDecoder
 from gpu_npz.preprocess.png import without_extras
 from gpu_npz.sources.rejects import BadItem
 
@@ -54,21 +52,11 @@ def noise(bits: int, colour: int) -> Samples:
     return np.random.default_rng(bits).integers(0, 1 << bits, (HEIGHT, WIDTH, COUNTS[colour]), np.uint16)
 
 
-def decoder_of(**settings: Any) -> PillowDecoder:
-    config = BuildConfig(**{"size": (HEIGHT, WIDTH), **settings})
-    assert config.size is not None
-    return pillow_decoder(config, Geometry.of(config, config.size), None)
-
-
-def decoded(data: bytes, **settings: Any) -> NDArray[Any]:
-    with decoder_of(**settings) as decoder:
-        return np.array(decoder.decode_image(data, "a.png"))
+decoded = functools.partial(decode, name="a.png", size=(HEIGHT, WIDTH))
 
 
 def rejected(data: bytes) -> tuple[str, str]:
-    with pytest.raises(BadItem) as caught:
-        decoded(data)
-    return caught.value.code, caught.value.detail
+    return rejection(data, size=(HEIGHT, WIDTH))[1:]
 
 
 @pytest.mark.parametrize("depth", [8, 16])

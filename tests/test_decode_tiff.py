@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import struct
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, features
+from support import Encode, decode, pillow_of, rejection
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.builder.estimate import estimate
 from gpu_npz.builder.maintenance import retry
-from gpu_npz.preprocess.decoders import pillow_decoder
-from gpu_npz.preprocess.geometry import Geometry
-from gpu_npz.preprocess.pillow import PillowDecoder, first_size
+from gpu_npz.preprocess.pillow import first_size
 from gpu_npz.preprocess.tiff import Tiff
 from gpu_npz.sources.base import Item
 from gpu_npz.sources.folders.folder import FolderSource
@@ -31,7 +30,6 @@ from gpu_npz.sources.rejects import BadItem
 tifffile = pytest.importorskip("tifffile")
 pytest.importorskip("imagecodecs")
 
-Encode = Callable[..., bytes]  # a fixture: see conftest.py
 Samples = NDArray[Any]
 HEIGHT, WIDTH = 14, 18
 GRAY_0, GRAY, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6  # PhotometricInterpretation: in the first, zero is white
@@ -117,20 +115,12 @@ def tiff(
     return (head + directory).ljust(content_at, b"\0") + content if content_at else head + content + directory
 
 
-def decoder_of(size: tuple[int, int] = (HEIGHT, WIDTH), **settings: Any) -> PillowDecoder:
-    config = BuildConfig(**{"size": size, **settings})
-    return pillow_decoder(config, Geometry.of(config, size), None)
-
-
-def decoded(data: bytes, **settings: Any) -> Samples:
-    with decoder_of(**settings) as decoder:
-        return np.array(decoder.decode_image(data, "a.tif"))
+decoder_of = functools.partial(pillow_of, size=(HEIGHT, WIDTH))
+decoded = functools.partial(decode, name="a.tif", size=(HEIGHT, WIDTH))
 
 
 def rejected(data: bytes, **settings: Any) -> tuple[str, str]:
-    with pytest.raises(BadItem) as caught:
-        decoded(data, **settings)
-    return caught.value.code, caught.value.detail
+    return rejection(data, **{"size": (HEIGHT, WIDTH), **settings})[1:]
 
 
 def level(values: Samples, bits: int, depth: int, *, gray: bool = True) -> Samples:

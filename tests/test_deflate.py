@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pickle
 import random
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support import FileBytes, build_cpu
 
 import gpu_npz
 from gpu_npz.audit.compare import compare
@@ -231,7 +233,7 @@ def test_more_than_4_gib_inflated_in_few_bytes(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: Callable[..., bytes]) -> Path:
+def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
     """12 pictures and a bad one."""
     root = tmp_path_factory.mktemp("images")
     for number in range(13):
@@ -241,9 +243,7 @@ def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: Callable[..., byte
     return root
 
 
-def build(src: Path, out: Path, **values: Any) -> gpu_npz.BuildReport:
-    common = {"device": "cpu", "size": 16, "workers": 0, "shard_size": 5, "batch_size": 2}
-    return gpu_npz.build(src, out, BuildConfig(**{**common, **values}))
+build = functools.partial(build_cpu, shard_size=5, batch_size=2)
 
 
 @pytest.mark.parametrize("settings", [{}, {"dtype": "uint8", "on_reject": "blank"}, {"layout": "NHWC"}], ids=str)

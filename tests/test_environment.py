@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import MakeTree, edit_json, python
 
 from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
@@ -145,7 +146,7 @@ def test_a_machine_whose_gpus_are_hidden_has_none_and_loads_nothing_to_find_out(
         "print(found.gpus, found.driver, [name for name in ('nvidia.dali', 'cupy') if name in sys.modules])"
     )
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": hidden}
-    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    result = python("-c", code, env=environ)
     assert result.stdout.split("\n")[0] == "0 None []"
 
 
@@ -251,8 +252,7 @@ def run_with(pretence: Path) -> Run:
 
     def run(fakes: dict[str, str], *args: str | Path) -> subprocess.CompletedProcess[str]:
         environ = {**kept, "LD_LIBRARY_PATH": str(pretence), "PYTHONPATH": str(pretence), "COLUMNS": "1000", **fakes}
-        command = [sys.executable, "-m", "gpu_npz", *args]
-        return subprocess.run(command, env=environ, capture_output=True, text=True)
+        return python("-m", "gpu_npz", *args, status=None, env=environ)
 
     return run
 
@@ -324,7 +324,7 @@ BAD = {
 @pretending
 @pytest.mark.parametrize("bad", BAD)
 def test_a_gpu_in_bad_surroundings_that_was_asked_for_is_an_error_with_the_remedy(
-    bad: str, run_with: Run, make_tree: Any, tmp_path: Path
+    bad: str, run_with: Run, make_tree: MakeTree, tmp_path: Path
 ) -> None:
     fakes, message = BAD[bad]
     result = run_with(fakes, "build", make_tree({"a/1.jpg": "jpeg"}), tmp_path / "out", "--device", "0")
@@ -337,7 +337,7 @@ def test_a_gpu_in_bad_surroundings_that_was_asked_for_is_an_error_with_the_remed
 @pretending
 @pytest.mark.parametrize("bad", ["DALI too new for the driver", "CuPy without NVRTC", "memory taken"])
 def test_a_gpu_in_bad_surroundings_sends_auto_to_the_cpu_with_a_warning_and_the_remedy(
-    bad: str, run_with: Run, make_tree: Any, tmp_path: Path
+    bad: str, run_with: Run, make_tree: MakeTree, tmp_path: Path
 ) -> None:
     (fakes, message), out = BAD[bad], tmp_path / "out"
     result = run_with(fakes, "build", make_tree({"a/1.jpg": "jpeg"}), out, "--size", "16")
@@ -352,7 +352,7 @@ def test_a_gpu_in_bad_surroundings_sends_auto_to_the_cpu_with_a_warning_and_the_
     "bad", [OLD_DRIVER, {"FAKE_CUPY": TAKEN}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"CUDA_VISIBLE_DEVICES": ""}], ids=str
 )
 def test_require_gpu_where_none_can_be_used_is_an_error(
-    bad: dict[str, str], run_with: Run, make_tree: Any, tmp_path: Path
+    bad: dict[str, str], run_with: Run, make_tree: MakeTree, tmp_path: Path
 ) -> None:
     result = run_with(bad, "build", make_tree({"a/1.jpg": "jpeg"}), tmp_path / "out", "--require-gpu")
     assert result.returncode == 1
@@ -363,7 +363,7 @@ def test_require_gpu_where_none_can_be_used_is_an_error(
 @pretending
 @pytest.mark.parametrize("bad", [{}, OLD_DRIVER], ids=str)
 def test_a_gpu_number_beyond_the_last_is_a_usage_error_whatever_else_is_wrong(
-    bad: dict[str, str], run_with: Run, make_tree: Any, tmp_path: Path
+    bad: dict[str, str], run_with: Run, make_tree: MakeTree, tmp_path: Path
 ) -> None:
     result = run_with(bad, "build", make_tree({"a/1.jpg": "jpeg"}), tmp_path / "out", "--device", "3")
     assert result.returncode == 2
@@ -373,7 +373,7 @@ def test_a_gpu_number_beyond_the_last_is_a_usage_error_whatever_else_is_wrong(
 @pretending
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_gpus_that_are_hidden_send_a_build_to_the_cpu_and_doctor_says_what_hides_them(
-    hidden: str, run_with: Run, make_tree: Any, tmp_path: Path
+    hidden: str, run_with: Run, make_tree: MakeTree, tmp_path: Path
 ) -> None:
     fakes, out = {"CUDA_VISIBLE_DEVICES": hidden}, tmp_path / "out"
     result = run_with(fakes, "build", make_tree({"a/1.jpg": "jpeg"}), out, "--size", "16", "--device", "0")
@@ -403,7 +403,7 @@ def test_the_gpu_that_is_asked_for_is_the_one_that_is_tried(device: str, taken: 
     fakes = {"FAKE_GPUS": "2", "FAKE_CUPY": f"if gpu != 1: {TAKEN}"}
     environ = {**os.environ, "LD_LIBRARY_PATH": str(pretence), "PYTHONPATH": str(pretence), **fakes}
     environ.pop("CUDA_VISIBLE_DEVICES", None)
-    result = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
+    result = python("-c", program, env=environ)
     assert ("GPU 0: its memory is taken" in result.stdout) == taken
     assert taken or result.stdout == "\n"
 
@@ -412,14 +412,16 @@ def test_the_gpu_that_is_asked_for_is_the_one_that_is_tried(device: str, taken: 
 @pytest.mark.parametrize("fits", [FOR_12, {**FOR_12, **OLD_DRIVER}, {"FAKE_DALI_CUDA": "124127"}], ids=str)
 def test_within_a_major_version_of_cuda_and_below_it_every_driver_will_do(fits: dict[str, str], run_with: Run) -> None:
     found = json.loads(run_with(fits, "doctor", "--json").stdout)
-    assert all(finding["ok"] for finding in found if finding["what"] in ("GPU", "DALI", "CuPy"))
+    assert {finding["what"]: finding["ok"] for finding in found if finding["what"] in ("GPU", "DALI", "CuPy")} == {
+        "GPU": True, "DALI": True, "CuPy": True,
+    }  # fmt: skip
 
 
 # Once planned, never another
 
 
 @pytest.fixture
-def begun(make_tree: Any, tmp_path: Path) -> tuple[Path, Path]:
+def begun(make_tree: MakeTree, tmp_path: Path) -> tuple[Path, Path]:
     """SRC, and an OUT with one of two shards, begun on the CPU with Pillow."""
     src, out = make_tree({"a/1.jpg": "jpeg", "b/2.jpg": "jpeg"}), tmp_path / "out"
     build(src, out, SMALL)
@@ -432,8 +434,7 @@ SMALL = BuildConfig(size=16, shard_size=1, workers=0, device="cpu")
 
 def begin_with(out: Path, backend: str, device: str) -> None:
     """Makes OUT one that was begun with another backend."""
-    job = out / ".gpu-npz/job.json"
-    job.write_text(json.dumps({**json.loads(job.read_text()), "backend": backend, "device": device}))
+    edit_json(out / ".gpu-npz/job.json", lambda job: job.update(backend=backend, device=device))
 
 
 def asking(**values: Any) -> BuildConfig:
@@ -516,7 +517,7 @@ def test_only_cores_of_the_processor_affinity_count() -> None:
         "import os\nfrom gpu_npz.machine.environment import usable_cpus\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(usable_cpus())"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = python("-c", code)
     assert result.stdout == "1\n"
     assert 1 <= usable_cpus() <= len(os.sched_getaffinity(0))
 

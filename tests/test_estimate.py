@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import MakeTree
 
 from gpu_npz.builder import headers
 from gpu_npz.builder.build import build, build_split
@@ -21,7 +22,6 @@ from gpu_npz.dataset import space
 from gpu_npz.dataset.space import require_space
 from gpu_npz.errors import SourceError, StorageError, UsageError
 
-MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 CPU: dict[str, Any] = {"device": "cpu", "size": 32, "shard_size": "16"}
 FLAGS = ["--device", "cpu", "--size", "32", "--shard-size", "16"]
 
@@ -528,13 +528,13 @@ def test_a_foreign_folder_as_out_is_refused_as_by_the_build(tree: Path, tmp_path
         look(tree, tmp_path)
 
 
-def test_an_out_inside_of_src_is_refused_as_by_build(make_tree: Any) -> None:
+def test_an_out_inside_of_src_is_refused_as_by_build(make_tree: MakeTree) -> None:
     src = make_tree({"a/1.jpg": "jpeg"})
     with pytest.raises(UsageError, match="lies inside SRC"):
         estimate(src, BuildConfig(), src / "out", seconds=0)
 
 
-def test_the_size_of_compressed_images_is_that_of_the_measured_ones(make_tree: Any, tmp_path: Path) -> None:
+def test_the_size_of_compressed_images_is_that_of_the_measured_ones(make_tree: MakeTree, tmp_path: Path) -> None:
     src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(9)})
     config = BuildConfig(device="cpu", size=64, shard_size=3, workers=1, compress="deflate")
     report = build(src, tmp_path / "out", config)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support import arrays_of
 
 import gpu_npz
 from gpu_npz.npz.reader import NpzReader
@@ -31,11 +32,6 @@ def described(array: NDArray[Any]) -> str:
     return f"{array.dtype.str} {array.shape} {digest(array.tobytes())}"
 
 
-def loaded(path: Path) -> dict[str, NDArray[Any]]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
 def test_the_files_are_those_that_were_made() -> None:
     files = {path.relative_to(GOLDEN).as_posix(): path for path in GOLDEN.glob("*/*")}
     assert {name: digest(path.read_bytes()) for name, path in files.items()} == EXPECTED["files"]
@@ -43,7 +39,7 @@ def test_the_files_are_those_that_were_made() -> None:
 
 @every_npz
 def test_numpy_load_reads_every_array(file: str) -> None:
-    assert {name: described(array) for name, array in loaded(GOLDEN / file).items()} == EXPECTED["arrays"][file]
+    assert {name: described(array) for name, array in arrays_of(GOLDEN / file).items()} == EXPECTED["arrays"][file]
 
 
 @every_npz
@@ -56,7 +52,7 @@ def test_our_reader_reads_every_array(file: str) -> None:
 @pytest.mark.parametrize("file", [file for file in EXPECTED["arrays"] if not file.startswith("deflate/shard")])
 def test_the_writer_makes_the_same_bytes_of_the_same_arrays(file: str, tmp_path: Path) -> None:
     with NpzWriter(tmp_path / "again.npz") as again:
-        for name, array in loaded(GOLDEN / file).items():
+        for name, array in arrays_of(GOLDEN / file).items():
             again.add(name, array)
         again.close(NpzReader(GOLDEN / file).directory.comment)
     assert (tmp_path / "again.npz").read_bytes() == (GOLDEN / file).read_bytes()
@@ -72,7 +68,7 @@ def test_a_dataset_verifies(name: str) -> None:
 @every_dataset
 def test_a_dataset_opens_with_all_that_it_had(name: str) -> None:
     dataset, expected = gpu_npz.open_dataset(GOLDEN / name), EXPECTED["datasets"][name]
-    shards = [loaded(path)["images"] for path in sorted((GOLDEN / name).glob("shard-*.npz"))]
+    shards = [arrays_of(path)["images"] for path in sorted((GOLDEN / name).glob("shard-*.npz"))]
     np.testing.assert_array_equal(dataset[:], np.concatenate(shards))
     assert list(dataset.image_shape) == expected["shape"]
     assert dataset.dtype.name == expected["dtype"]

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, features
+from support import Encode, MakeTree, edit_json, reject_lines
 
 import gpu_npz
 from gpu_npz import BuildConfig
@@ -22,14 +22,12 @@ from gpu_npz.cli.main import run
 from gpu_npz.errors import FormatError
 from gpu_npz.sources.folders.folder import FolderSource
 
-MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
-Encode = Callable[..., bytes]
 SETTINGS = BuildConfig(device="cpu", backend="pillow", workers=0, size=16, shard_size=4, max_rejects="100%")
 
 
 def build(src: Path, out: Path, **settings: Any) -> list[dict[str, Any]]:
     gpu_npz.build(src, out, SETTINGS.model_copy(update=settings))
-    return [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    return reject_lines(out)
 
 
 def pixels(height: int, width: int) -> NDArray[np.uint8]:
@@ -141,12 +139,11 @@ def test_a_commit_record_that_contradicts_its_shard_is_not_believed(
 ) -> None:
     src, out = make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "half"}), tmp_path / "out"
     build(src, out)
-    record = out / ".gpu-npz/commits/shard-00000.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), **change}))
+    edit_json(out / ".gpu-npz/commits/shard-00000.json", lambda record: record.update(change))
     (out / "dataset.json").unlink()
     with pytest.raises(FormatError, match=r"shard-00000\.json: .*delete the file to rebuild"):
         build(src, out)
-    record.unlink()
+    (out / ".gpu-npz/commits/shard-00000.json").unlink()
     build(src, out)
     assert gpu_npz.verify(out).ok
 
@@ -159,8 +156,7 @@ def test_a_commit_record_that_contradicts_its_shard_is_not_believed(
 def test_a_job_that_was_altered_is_not_believed(make_tree: MakeTree, tmp_path: Path, change: dict[str, Any]) -> None:
     src, out = make_tree({"a/1.jpg": "jpeg"}), tmp_path / "out"
     build(src, out)
-    record = out / ".gpu-npz/job.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), **change}))
+    edit_json(out / ".gpu-npz/job.json", lambda record: record.update(change))
     with pytest.raises(FormatError, match=r"job\.json|plan\.npz"):
         build(src, out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import FileBytes, contents, cpu_config, edit_json, flip_bit
 
 import gpu_npz
 from gpu_npz.builder.build import build
@@ -18,13 +20,10 @@ from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import IncompleteError, MismatchError, RejectLimitError, SourceError
 
-FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 BACKENDS = ["pillow", "dali"]
 
 
-def settings(**values: Any) -> BuildConfig:
-    common = {"device": "cpu", "size": 16, "workers": 0, "shard_size": 5, "max_rejects": "50%"}
-    return BuildConfig(**{**common, **values})
+settings = functools.partial(cpu_config, shard_size=5, max_rejects="50%")
 
 
 @pytest.fixture
@@ -42,12 +41,6 @@ def src(tmp_path: Path, file_bytes: FileBytes) -> Path:
 def out(src: Path, tmp_path: Path) -> Path:
     build(src, tmp_path / "out", settings())
     return tmp_path / "out"
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    files.pop(".gpu-npz/report.json", None)
-    return files
 
 
 def fresh(src: Path, tmp_path: Path, **values: Any) -> dict[str, bytes]:
@@ -107,21 +100,15 @@ def test_images_that_have_moved_are_named(out: Path, src: Path, tmp_path: Path, 
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[int, ...]]] = {
-    "a flipped byte": (lambda out: flip(out / "shard-00002.npz", 5000), (2,)),
+    "a flipped byte": (lambda out: flip_bit(out / "shard-00002.npz", 5000), (2,)),
     "a cut shard": (lambda out: os.truncate(out / "shard-00000.npz", 9000), (0,)),
     "shards lost": (lambda out: [(out / f"shard-0000{n}.npz").unlink() for n in (1, 4)], (1, 4)),
     "swapped shards": (lambda out: shutil.copy(out / "shard-00000.npz", out / "shard-00001.npz"), (1,)),
     "the index lost": (lambda out: (out / "index.npz").unlink(), ()),
-    "a flipped byte in the index": (lambda out: flip(out / "index.npz", 5000), ()),
+    "a flipped byte in the index": (lambda out: flip_bit(out / "index.npz", 5000), ()),
     "the rejects lost": (lambda out: (out / "rejects.jsonl").unlink(), ()),
     "a damaged manifest": (lambda out: (out / "dataset.json").write_text("{}"), ()),
 }
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position % len(data)] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -175,7 +162,7 @@ def test_the_commands_say_what_they_did(out: Path, src: Path, file_bytes: FileBy
     (src / "a/07.jpg").write_bytes(file_bytes("jpeg", seed=7))
     assert run(["retry", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shards"] == [1]
-    flip(out / "shard-00003.npz", 4500)
+    flip_bit(out / "shard-00003.npz", 4500)
     assert run(["verify", str(out)]) == 1
     assert run(["verify", str(out), "--source", str(src)]) == 2
     capsys.readouterr()
@@ -190,9 +177,7 @@ def test_a_dataset_that_another_decoder_made_is_left_whole(
     name: str, value: object, out: Path, src: Path, file_bytes: FileBytes
 ) -> None:
     for path in (out / ".gpu-npz/commits").iterdir():
-        record = json.loads(path.read_text())
-        record["environment"][name] = value
-        path.write_text(json.dumps(record))
+        edit_json(path, lambda record: record["environment"].update({name: value}))
     before = contents(out)
     (src / "a/07.jpg").write_bytes(file_bytes("jpeg", seed=7, size=(40, 50)))
     with pytest.raises(MismatchError):

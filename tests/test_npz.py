@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support import arrays_of
 
 from gpu_npz.errors import FormatError
 from gpu_npz.npz.format import (
@@ -69,11 +70,6 @@ def assert_same(found: Mapping[str, Any], expected: Arrays) -> None:
         assert found[name].tobytes() == array.tobytes(), name
 
 
-def loaded(path: Path) -> dict[str, NDArray[Any]]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
 def read(path: Path) -> dict[str, NDArray[Any]]:
     reader = NpzReader(path)
     return {name: reader[name] for name in reader.directory.members}
@@ -91,7 +87,7 @@ def path(tmp_path: Path) -> Path:
 def test_numpy_zipfile_and_our_reader_find_every_array_whole(path: Path, rows: int) -> None:
     arrays = sample(rows)
     directory = write(path, arrays)
-    assert_same(loaded(path), arrays)
+    assert_same(arrays_of(path), arrays)
     assert_same(read(path), arrays)
     assert NpzReader(path).directory == directory
     with zipfile.ZipFile(path) as file:
@@ -113,7 +109,7 @@ def test_it_reads_as_what_numpy_writes_itself(tmp_path: Path) -> None:
     arrays = sample(4)
     write(tmp_path / "ours.npz", arrays)
     np.savez(tmp_path / "theirs.npz", **arrays)  # type: ignore[arg-type]
-    assert_same(loaded(tmp_path / "ours.npz"), loaded(tmp_path / "theirs.npz"))
+    assert_same(arrays_of(tmp_path / "ours.npz"), arrays_of(tmp_path / "theirs.npz"))
 
 
 def test_the_data_of_every_array_lies_at_a_multiple_of_4096(path: Path) -> None:
@@ -136,7 +132,7 @@ def test_padding_fits_wherever_a_header_happens_to_end(path: Path, bare_end: int
     first = np.zeros((bare_end - 183) % 4096, np.uint8)
     write(path, {"a": first, "b": np.arange(9)})
     assert NpzReader(path).directory.members["b"].data_offset % 4096 == 0
-    assert_same(loaded(path), {"a": first, "b": np.arange(9)})
+    assert_same(arrays_of(path), {"a": first, "b": np.arange(9)})
 
 
 def test_every_npy_header_has_128_bytes_and_is_what_numpy_reads(path: Path) -> None:
@@ -194,12 +190,12 @@ def test_rows_in_any_order_of_axes_or_bytes_are_stored_plain(path: Path) -> None
     plain = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
     swapped = plain.astype(">f4")
     write(path, {"transposed": np.ascontiguousarray(plain.T).T, "swapped": swapped, "sparse": np.repeat(plain, 2)[::2]})
-    assert_same(loaded(path), {"transposed": plain, "swapped": plain, "sparse": plain.reshape(-1)})
+    assert_same(arrays_of(path), {"transposed": plain, "swapped": plain, "sparse": plain.reshape(-1)})
 
 
 def test_a_file_without_arrays_is_a_file(path: Path) -> None:
     write(path, {})
-    assert loaded(path) == {}
+    assert arrays_of(path) == {}
     assert NpzReader(path).directory.members == {}
     with zipfile.ZipFile(path) as file:
         assert file.testzip() is None
@@ -233,7 +229,7 @@ def test_rows_of_another_type_or_shape_are_refused(path: Path, rows: NDArray[Any
         file.append(np.ones((1, 3), np.float32))
         file.close()
     assert fault in str(caught.value)
-    assert_same(loaded(path), {"images": np.ones((1, 3), np.float32)})
+    assert_same(arrays_of(path), {"images": np.ones((1, 3), np.float32)})
 
 
 @pytest.mark.parametrize("dtype", ["O", "M8[s]", "c8", "S3", "f4,i4", "V4", "U0"])
@@ -534,7 +530,7 @@ def test_a_forged_header_that_tells_the_truth_is_read(path: Path) -> None:
     forged(path, npy_header("'<f4'", "(4, 4)"))
     np.testing.assert_array_equal(NpzReader(path)["images"], np.zeros((4, 4), np.float32))
     assert NpzReader(path).crc_matches("images")
-    assert loaded(path)["images"].shape == (4, 4)
+    assert arrays_of(path)["images"].shape == (4, 4)
 
 
 @pytest.mark.parametrize(

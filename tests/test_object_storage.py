@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import MakeTree, assert_a_worker_needs_its_parents_lock, python, race
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -52,7 +54,6 @@ pytestmark = pytest.mark.filterwarnings(
 LOCK = ".gpu-npz/lock"
 SETTINGS = BuildConfig(size=16, shard_size=2, workers=0, device="cpu")
 Rule = Callable[[bytes], "bytes | None"]
-Race = Callable[..., "list[str]"]  # a fixture: see conftest.py
 
 
 class Proxy:
@@ -159,7 +160,7 @@ def storage(request: pytest.FixtureRequest) -> ObjectStorage:
 
 
 @pytest.fixture
-def src(make_tree: Any) -> Path:
+def src(make_tree: MakeTree) -> Path:
     tree = {f"{folder}/{number}.jpg": "jpeg" for folder in "ab" for number in range(3)}
     return make_tree({**tree, "b/broken.jpg": "half"})
 
@@ -213,7 +214,7 @@ def test_a_client_that_is_missing_is_named_with_the_line_that_installs_it(monkey
 def test_neither_the_package_nor_its_storage_loads_a_client() -> None:
     modules = "sys, gpu_npz.builder.run, gpu_npz.storage.objects"
     code = f"import {modules}; print(*{{'fsspec', 's3fs', 'botocore'}} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "\n"
+    assert python("-c", code).stdout == "\n"
 
 
 def test_what_was_written_is_read_back(storage: ObjectStorage) -> None:
@@ -306,7 +307,7 @@ def test_temporary_files_go_with_their_storage_and_those_of_killed_builds_at_the
         "from gpu_npz.storage.objects import ObjectStorage; "
         "s = ObjectStorage('memory://b/o'); pathlib.Path(s.temporary('shard')).touch(); os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", code, scratch])
+    python("-c", code, scratch, status=-signal.SIGKILL)
     assert len(list(scratch.iterdir())) == 1
     ours, theirs = ObjectStorage("memory://b/o"), ObjectStorage("memory://b/o")
     live = Path(theirs.temporary("shard"))
@@ -651,7 +652,7 @@ def test_the_lock_of_another_host_is_respected_while_its_heart_beats(storage: Ob
 
 @pytest.mark.parametrize("conditional", [True, False], ids=["if-none-match", "ignored"])
 def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
-    out: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, conditional: bool, race: Race
+    out: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, conditional: bool
 ) -> None:
     create, one_by_one = ObjectStorage.create, threading.Lock()
 
@@ -820,14 +821,7 @@ def test_a_put_whose_answer_was_lost_is_known_for_ones_own(out: str, monkeypatch
 
 
 def test_a_worker_works_under_the_lock_of_its_parent_and_no_longer(storage: ObjectStorage) -> None:
-    with storage.lock():
-        worker = ObjectStorage(storage.root, storage.fence)
-        worker.write("file", b"1")
-    with pytest.raises(LockedError, match="taken over by another build"):
-        worker.write("file", b"2")
-    with storage.lock(), pytest.raises(LockedError, match=f"taken over by process {os.getpid()} "):
-        worker.remove("file")
-    assert storage.read("file") == b"1"
+    assert_a_worker_needs_its_parents_lock(storage)
 
 
 def uploads(storage: ObjectStorage) -> set[str]:

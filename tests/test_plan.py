@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support import MakeTree
 
 from gpu_npz.builder.build import build
 from gpu_npz.builder.planning import planned
@@ -241,7 +242,7 @@ def test_arrays_of_which_one_is_missing_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut", "gone", "empty", "of another build"])
-def test_a_damaged_plan_of_an_output_is_refused(make_tree: Any, tmp_path: Path, kind: str) -> None:
+def test_a_damaged_plan_of_an_output_is_refused(make_tree: MakeTree, tmp_path: Path, kind: str) -> None:
     src, out = make_tree({"a/1.jpg": "jpeg", "b/2.jpg": "jpeg"}), tmp_path / "out"
     build(src, out, SETTINGS)
     path = out / ".gpu-npz/plan.npz"
@@ -262,7 +263,7 @@ SETTINGS = BuildConfig(size=16, shard_size=2, workers=0, device="cpu")
 
 
 def test_a_build_that_goes_on_does_not_list_its_source_again(
-    make_tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src, out = make_tree({f"{name}/{number}.jpg": "jpeg" for name in "ab" for number in range(3)}), tmp_path / "out"
     build(src, out, SETTINGS)
@@ -274,7 +275,7 @@ def test_a_build_that_goes_on_does_not_list_its_source_again(
     assert {path.name: path.read_bytes() for path in out.glob("*.npz")} == whole
 
 
-def test_a_plan_whose_images_are_gone_when_it_goes_on_still_has_them(make_tree: Any, tmp_path: Path) -> None:
+def test_a_plan_whose_images_are_gone_when_it_goes_on_still_has_them(make_tree: MakeTree, tmp_path: Path) -> None:
     src, out = make_tree({f"{name}/{number}.jpg": "jpeg" for name in "ab" for number in range(3)}), tmp_path / "out"
     build(src, out, SETTINGS)
     (out / "shard-00002.npz").unlink()

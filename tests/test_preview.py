@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageFont
+from support import FileBytes, MakeTree, build_cpu
 
 import gpu_npz
-from gpu_npz import BuildConfig
 from gpu_npz.audit.preview import _CAPTION, _GAP, Sheet, Tile, _fitted, preview
 from gpu_npz.cli.main import run
 from gpu_npz.errors import FormatError, IncompleteError, SourceError, StorageError, UsageError
 
-MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]  # fixtures: see conftest.py
-FileBytes = Callable[..., bytes]
-
-
-def build(src: Path, out: Path, **values: Any) -> Path:
-    settings = {"device": "cpu", "size": 32, "workers": 0, "shard_size": 5, "max_rejects": "100%", **values}
-    gpu_npz.build(src, out, BuildConfig(**settings))
-    return out
+build = functools.partial(build_cpu, size=32, shard_size=5, max_rejects="100%")
 
 
 def squares(path: Path, sheet: Sheet, side: int = 32) -> list[np.ndarray]:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
+from support import FileBytes, MakeDataset, MakeTree, build_cpu, edit_json, python, read_shards
 
 import gpu_npz
 from gpu_npz.audit.compare import compare
@@ -28,24 +26,12 @@ from gpu_npz.errors import FormatError, IncompleteError, RejectLimitError
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter
 
-MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
-FileBytes = Callable[..., bytes]
 Edit = Callable[[dict[str, Any]], object]
 
 
 def build(src: Path, out: Path, **settings: Any) -> gpu_npz.Dataset:
-    settings = {"device": "cpu", "workers": 0, "shard_size": 7, "size": "12x16", "max_rejects": "100%", **settings}
-    gpu_npz.build(src, out, gpu_npz.BuildConfig(**settings))
-    return gpu_npz.open_dataset(out)
-
-
-def stored(dataset: gpu_npz.Dataset, name: str = "images") -> NDArray[Any]:
-    """One array of all shards as numpy.load finds it."""
-    arrays = []
-    for path in sorted(Path(dataset.path).glob("shard-*.npz")):
-        with np.load(path, allow_pickle=False) as file:
-            arrays.append(file[name])
-    return np.concatenate(arrays)
+    settings = {"shard_size": 7, "size": "12x16", "max_rejects": "100%", **settings}
+    return gpu_npz.open_dataset(build_cpu(src, out, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +56,7 @@ def copy(built: gpu_npz.Dataset, tmp_path: Path) -> Path:
 
 
 def test_every_row_is_what_numpy_load_finds(dataset: gpu_npz.Dataset) -> None:
-    images = stored(dataset)
+    images = read_shards(dataset.path)
     assert len(dataset) == len(images) == 40
     assert dataset.manifest.counts.shards == 6
     assert (dataset.image_shape, dataset.dtype) == ((3, 12, 16), np.dtype(np.float32))
@@ -91,16 +77,16 @@ def test_labels_classes_paths_and_places_belong_to_the_rows(dataset: gpu_npz.Dat
         assert (tree / path).is_file()
         assert path.split("/")[0] == dataset.class_names[dataset.labels[row]]
     assert sorted(dataset.paths) == sorted(str(path.relative_to(tree)) for path in tree.rglob("*.jpg"))
-    assert dataset.paths[3:30:5] == stored(dataset, "paths")[3:30:5].tolist()
-    assert dataset.paths[-1] == stored(dataset, "paths")[-1]
+    assert dataset.paths[3:30:5] == read_shards(dataset.path, "paths")[3:30:5].tolist()
+    assert dataset.paths[-1] == read_shards(dataset.path, "paths")[-1]
     np.testing.assert_array_equal(dataset.index, range(40))
-    np.testing.assert_array_equal(dataset.labels, stored(dataset, "labels"))
+    np.testing.assert_array_equal(dataset.labels, read_shards(dataset.path, "labels"))
     sizes = [(tree / path).stat().st_size for path in dataset.paths]
     np.testing.assert_array_equal(dataset.column("source_bytes", slice(None)), sizes)
 
 
 def test_slices_with_any_bounds_and_steps_are_numpy_s(dataset: gpu_npz.Dataset) -> None:
-    images = stored(dataset)
+    images = read_shards(dataset.path)
     bounds = [None, -50, -40, -9, 0, 3, 7, 14, 39, 40, 50]
     for start in bounds:
         for stop in bounds:
@@ -114,7 +100,7 @@ def test_slices_with_any_bounds_and_steps_are_numpy_s(dataset: gpu_npz.Dataset) 
 
 @pytest.mark.parametrize("rows", [[0], [39, 0, 7, 7, -1], [-40, 20], list(range(40)), []])
 def test_lists_and_arrays_of_row_numbers_are_copies_in_that_order(dataset: gpu_npz.Dataset, rows: list[int]) -> None:
-    expected = stored(dataset)[np.array(rows, int)]
+    expected = read_shards(dataset.path)[np.array(rows, int)]
     for kind in (list, tuple, np.array, lambda rows: np.array(rows, np.int16)):
         found = dataset[kind(rows)]
         assert found.shape == expected.shape
@@ -148,7 +134,7 @@ def test_what_is_written_to_a_row_stays_in_this_process(dataset: gpu_npz.Dataset
     dataset[0][:] = 5
     assert (dataset[0] == 5).all()
     np.testing.assert_array_equal(gpu_npz.open_dataset(built.path)[0], before)
-    np.testing.assert_array_equal(stored(built)[0], before)
+    np.testing.assert_array_equal(read_shards(built.path)[0], before)
 
 
 def test_torch_takes_a_row_without_a_copy_or_a_warning(dataset: gpu_npz.Dataset) -> None:
@@ -162,8 +148,8 @@ def test_torch_takes_a_row_without_a_copy_or_a_warning(dataset: gpu_npz.Dataset)
 
 def test_torch_s_tensors_are_row_numbers_too(dataset: gpu_npz.Dataset) -> None:
     torch = pytest.importorskip("torch", reason="NOT TESTED: torch is not installed")
-    np.testing.assert_array_equal(dataset[torch.tensor(9)], stored(dataset)[9])
-    np.testing.assert_array_equal(dataset[torch.tensor([39, 0, -3])], stored(dataset)[[39, 0, -3]])
+    np.testing.assert_array_equal(dataset[torch.tensor(9)], read_shards(dataset.path)[9])
+    np.testing.assert_array_equal(dataset[torch.tensor([39, 0, -3])], read_shards(dataset.path)[[39, 0, -3]])
 
 
 def test_it_pickles_as_its_path(dataset: gpu_npz.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +184,7 @@ def test_threads_may_share_it_although_few_shards_stay_open(
     dataset: gpu_npz.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpu_npz.readers.dataset._OPEN_SHARDS", 2)
-    images = stored(dataset)
+    images = read_shards(dataset.path)
     rows = np.random.default_rng(0).integers(0, 40, 200)
     monkeypatch.setattr(dataset, "_shards", SlowDict())
     with ThreadPoolExecutor(4) as pool:
@@ -210,7 +196,7 @@ def test_a_shard_that_changes_while_it_is_closed_is_looked_at_again(
     dataset: gpu_npz.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpu_npz.readers.dataset._OPEN_SHARDS", 1)
-    images = stored(dataset)
+    images = read_shards(dataset.path)
     copy = gpu_npz.open_dataset(shutil.copytree(dataset.path, tmp_path / "copy"))
     last = len(copy) - 1
     for row in (0, last, 0, last):
@@ -276,7 +262,7 @@ def test_rejected_items_leave_gaps_in_the_index_and_shards_may_be_empty(make_tre
     assert dataset.labels is not None
     assert dataset.labels.tolist() == [0, 1, 1]
     assert dataset.paths[:] == ["a/0.jpg", "b/4.jpg", "b/5.jpg"]
-    images = stored(dataset)
+    images = read_shards(dataset.path)
     for rows in (slice(None), slice(1, None), slice(0, 2), slice(None, None, -1), [2, 0], [], slice(3, 9)):
         np.testing.assert_array_equal(dataset[rows], images[rows])  # type: ignore[index]
 
@@ -287,7 +273,7 @@ def test_blank_rows_are_zero_and_marked(make_tree: MakeTree, tmp_path: Path, dty
     assert len(dataset) == 7
     assert dataset.valid is not None
     assert dataset.valid.tolist() == [True, False, False, False, True, True, False]
-    np.testing.assert_array_equal(dataset.valid, stored(dataset, "valid"))
+    np.testing.assert_array_equal(dataset.valid, read_shards(dataset.path, "valid"))
     for row, valid in enumerate(dataset.valid.tolist()):
         assert dataset[row].any() == valid
         assert dataset.normalized(row).any() == valid
@@ -385,10 +371,7 @@ def test_all_rows_of_2000_shards_are_read_with_few_file_descriptors(
         dataset = build(folder, tmp_path / "out", shard_size=1, size=8, dtype="uint8")
     assert dataset.manifest.counts.shards == 2000
     np.testing.assert_array_equal(dataset[:], values.transpose(0, 3, 1, 2))
-    result = subprocess.run(
-        [sys.executable, "-c", MANY_ROWS, dataset.path], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    result = python("-c", MANY_ROWS, dataset.path)
     assert result.stdout.split() == [str(values.sum()), "refused" if sys.version_info < (3, 13) else "held"]
 
 
@@ -397,9 +380,7 @@ def test_all_rows_of_2000_shards_are_read_with_few_file_descriptors(
 
 def edited(folder: Path, edit: Edit) -> Path:
     """The folder, whose manifest was changed."""
-    manifest = json.loads((folder / "dataset.json").read_text())
-    edit(manifest)
-    (folder / "dataset.json").write_text(json.dumps(manifest))
+    edit_json(folder / "dataset.json", edit)
     return folder
 
 
@@ -600,9 +581,7 @@ def test_counts_that_cannot_be_are_refused_at_once(copy: Path, shards: int) -> N
 
 
 @pytest.mark.parametrize("entries", [0, 3, 9])
-def test_a_column_with_other_than_an_entry_for_each_image_is_refused(
-    make_dataset: Callable[..., Path], entries: int
-) -> None:
+def test_a_column_with_other_than_an_entry_for_each_image_is_refused(make_dataset: MakeDataset, entries: int) -> None:
     shard = (out := make_dataset()) / "shard-00001.npz"
     reader = NpzReader(shard)
     arrays = {name: reader[name].copy() for name in reader.directory.members}
@@ -661,7 +640,7 @@ def test_the_committed_shards_of_a_build_that_goes_on_can_be_read(tree: Path, tm
     ],
 )  # fmt: skip
 def test_stored_pixels_are_read_as_a_float_build_of_any_kind_stores_them(
-    make_dataset: Callable[..., Path], kind: str, layout: str, channels: str
+    make_dataset: MakeDataset, kind: str, layout: str, channels: str
 ) -> None:
     settings: dict[str, Any] = {"normalize": kind, "layout": layout, "channels": channels, "on_reject": "blank"}
     settings |= {"window": (20, 150.5)} if kind == "window" else {}

@@ -7,20 +7,18 @@ import json
 import pickle
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from support import FileBytes, cpu_config, python
 
 import gpu_npz
 from gpu_npz import Preprocess
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import FormatError, ImageError, UsageError
-
-FileBytes = Callable[..., bytes]  # a fixture: see conftest.py
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -59,8 +57,7 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(src: Path, out: Path, **values: Any) -> gpu_npz.Dataset:
-    config = BuildConfig(**{"device": "cpu", "size": 16, "workers": 0, **values})
-    report = gpu_npz.build(src, out, config)
+    report = gpu_npz.build(src, out, cpu_config(**values))
     assert report.rejects == 0
     return gpu_npz.open_dataset(out)
 
@@ -232,5 +229,5 @@ def test_a_damaged_manifest_is_an_error(src: Path, tmp_path: Path) -> None:
         Preprocess.from_dataset(out)
 
 
-def test_no_image_library_is_loaded_before_an_image_comes(python: Callable[..., Any]) -> None:
-    python("from gpu_npz import Preprocess; import sys; sys.exit('PIL' in sys.modules)")
+def test_no_image_library_is_loaded_before_an_image_comes() -> None:
+    python("-c", "from gpu_npz import Preprocess; import sys; sys.exit('PIL' in sys.modules)")

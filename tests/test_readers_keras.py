@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support import MakeDataset, MakeTree, python, read_shards, readme_example
 
 from gpu_npz.errors import FormatError, UsageError
 
@@ -19,11 +20,6 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 keras = pytest.importorskip("keras", reason="NOT TESTED: Keras is not installed", exc_type=ImportError)
 
 from gpu_npz.readers.keras import ShardDataset  # noqa: E402  # after the skip
-
-MakeTree = Callable[..., Path]  # fixtures: see conftest.py
-MakeDataset = Callable[..., Path]
-Python = Callable[..., Any]
-ReadShards = Callable[..., NDArray[Any]]
 
 # Keras' torch backend hands tensors to NumPy, whose __array__ knows no copy; Keras then goes on without.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -59,9 +55,7 @@ def epoch(dataset: ShardDataset) -> tuple[NDArray[Any], NDArray[Any]]:
     return np.concatenate(images), np.concatenate(labels)
 
 
-def test_batches_are_float32_in_keras_layout_whatever_is_stored(
-    out: Path, pixels: Path, read_shards: ReadShards
-) -> None:
+def test_batches_are_float32_in_keras_layout_whatever_is_stored(out: Path, pixels: Path) -> None:
     for path in (out, pixels):
         dataset = ShardDataset(path, 16)
         assert [len(dataset[number][0]) for number in range(len(dataset))] == [16, 16, 8]
@@ -74,12 +68,12 @@ def test_batches_are_float32_in_keras_layout_whatever_is_stored(
 
 
 @pytest.mark.usefixtures("channels_first")
-def test_under_channels_first_so_are_the_batches(out: Path, pixels: Path, read_shards: ReadShards) -> None:
+def test_under_channels_first_so_are_the_batches(out: Path, pixels: Path) -> None:
     for path in (out, pixels):
         np.testing.assert_array_equal(epoch(ShardDataset(path, 16))[0], read_shards(out))
 
 
-def test_each_epoch_has_an_order_of_its_own_by_seed(out: Path, read_shards: ReadShards) -> None:
+def test_each_epoch_has_an_order_of_its_own_by_seed(out: Path) -> None:
     dataset = ShardDataset(out, 16, shuffle=True, seed=1)
     epochs = [epoch(dataset) for _ in range(3)]
     expected = pairs(read_shards(out).transpose(0, 2, 3, 1), read_shards(out, "labels"))
@@ -116,7 +110,7 @@ class Recorded(keras.Sequential):  # type: ignore[misc]  # keras is not looked i
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_model_trains_on_what_the_shards_hold(pixels: Path, out: Path, read_shards: ReadShards, workers: int) -> None:
+def test_a_model_trains_on_what_the_shards_hold(pixels: Path, out: Path, workers: int) -> None:
     keras.utils.set_random_seed(0)
     dataset = ShardDataset(pixels, 8, shuffle=True, workers=workers)
     model = Recorded(
@@ -135,7 +129,7 @@ def test_a_model_trains_on_what_the_shards_hold(pixels: Path, out: Path, read_sh
             assert pairs(images[start : start + 40], labels[start : start + 40]) == expected
 
 
-def test_the_readme_s_example_runs(out: Path, readme_example: Callable[[str], str]) -> None:
+def test_the_readme_s_example_runs(out: Path) -> None:
     names: dict[str, Any] = {}
     exec(readme_example("from gpu_npz.readers.keras import ShardDataset").replace("/data/train-npz", str(out)), names)
     assert names["model"].output_shape[1] == 3
@@ -174,11 +168,11 @@ assert [found.count(label) for label in range(10)] == [200] * 10
 """
 
 
-def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path, python: Python) -> None:
-    python(FEW_DESCRIPTORS, many_shards)
+def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path) -> None:
+    python("-c", FEW_DESCRIPTORS, many_shards)
 
 
-def test_without_keras_the_error_says_what_to_install(python: Python) -> None:
-    result = python("import sys\nsys.modules['keras'] = None\nimport gpu_npz.readers.keras", check=False)
+def test_without_keras_the_error_says_what_to_install() -> None:
+    result = python("-c", "import sys\nsys.modules['keras'] = None\nimport gpu_npz.readers.keras", status=1)
     assert "BackendError: gpu_npz.readers.keras needs Keras 3" in result.stderr
     assert "run: pip install 'gpu-npz[keras]'" in result.stderr

@@ -8,24 +8,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from support import MakeDataset, MakeTree, python, read_shards, readme_example
 
 from gpu_npz.errors import FormatError, UsageError
 
 tf = pytest.importorskip("tensorflow", reason="NOT TESTED: TensorFlow is not installed")
 
 from gpu_npz.readers.tensorflow import as_tf_dataset  # noqa: E402  # after the skip
-
-MakeTree = Callable[..., Path]  # fixtures: see conftest.py
-MakeDataset = Callable[..., Path]
-Python = Callable[..., Any]
-ReadShards = Callable[..., NDArray[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +35,7 @@ def pixels(make_dataset: MakeDataset) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(out: Path, read_shards: ReadShards) -> Counter[tuple[bytes, int]]:
+def expected(out: Path) -> Counter[tuple[bytes, int]]:
     """Every row of the shards: the float32 image in H, W, C order, and its label."""
     return pairs([(read_shards(out).transpose(0, 2, 3, 1), read_shards(out, "labels"))])
 
@@ -57,7 +51,7 @@ def order(batches: Any) -> bytes:
     return b"".join(images.numpy().tobytes() for images, _ in batches)
 
 
-def test_batches_are_float32_nhwc_whatever_is_stored(out: Path, pixels: Path, read_shards: ReadShards) -> None:
+def test_batches_are_float32_nhwc_whatever_is_stored(out: Path, pixels: Path) -> None:
     for path in (out, pixels):
         batches = as_tf_dataset(path, 16)
         assert batches.element_spec == (tf.TensorSpec((None, 12, 16, 3), tf.float32), tf.TensorSpec((None,), tf.int64))
@@ -67,7 +61,7 @@ def test_batches_are_float32_nhwc_whatever_is_stored(out: Path, pixels: Path, re
         assert np.concatenate([labels for _, labels in batches]).tolist() == read_shards(out, "labels").tolist()
 
 
-def test_short_batches_can_be_dropped_and_stored_values_kept(pixels: Path, read_shards: ReadShards) -> None:
+def test_short_batches_can_be_dropped_and_stored_values_kept(pixels: Path) -> None:
     batches = as_tf_dataset(pixels, 16, drop_last=True, normalize=False)
     assert batches.element_spec == (tf.TensorSpec((16, 12, 16, 3), tf.uint8), tf.TensorSpec((16,), tf.int64))
     assert len(batches) == 2
@@ -129,9 +123,7 @@ def test_keras_on_tensorflow_fits_it(out: Path) -> None:
     assert len(history.history["loss"]) == 2
 
 
-def test_the_readme_s_example_runs(
-    out: Path, readme_example: Callable[[str], str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_readme_s_example_runs(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = readme_example("from gpu_npz.readers.tensorflow import as_tf_dataset")
     exec(code.replace("/data/train-npz", str(out)), {})
     assert capsys.readouterr().out == "(40, 12, 16, 3) <dtype: 'float32'> (40,)\n"
@@ -165,11 +157,11 @@ assert [found.count(label) for label in range(10)] == [200] * 10
 """
 
 
-def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path, python: Python) -> None:
-    python(FEW_DESCRIPTORS, many_shards)
+def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path) -> None:
+    python("-c", FEW_DESCRIPTORS, many_shards)
 
 
-def test_without_tensorflow_the_error_says_what_to_install(python: Python) -> None:
-    result = python("import sys\nsys.modules['tensorflow'] = None\nimport gpu_npz.readers.tensorflow", check=False)
+def test_without_tensorflow_the_error_says_what_to_install() -> None:
+    result = python("-c", "import sys\nsys.modules['tensorflow'] = None\nimport gpu_npz.readers.tensorflow", status=1)
     assert "BackendError: gpu_npz.readers.tensorflow needs TensorFlow" in result.stderr
     assert "run: pip install 'gpu-npz[tensorflow]'" in result.stderr

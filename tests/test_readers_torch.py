@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from support import FileBytes, MakeDataset, MakeTree, python, read_shards, readme_example
 
 import gpu_npz
 from gpu_npz.errors import BackendError, FormatError, UsageError
@@ -24,11 +24,6 @@ torch = pytest.importorskip("torch", reason="NOT TESTED: torch is not installed"
 from torch.utils.data import DataLoader, DistributedSampler, Subset, random_split  # noqa: E402  # after the skip
 
 from gpu_npz.readers.torch import ShardDataset, ShardIterable, loader, look_up  # noqa: E402
-
-MakeTree = Callable[..., Path]  # fixtures: see conftest.py
-MakeDataset = Callable[..., Path]
-Python = Callable[..., Any]
-ReadShards = Callable[..., NDArray[Any]]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*multi-threaded, use of fork:DeprecationWarning",  # workers are forked here on purpose
@@ -56,7 +51,7 @@ def blank(make_tree_once: Path, make_dataset: MakeDataset) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make_tree_once(tmp_path_factory: pytest.TempPathFactory, file_bytes: Callable[..., bytes]) -> Path:
+def make_tree_once(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
     root = tmp_path_factory.mktemp("some-bad")
     for number in range(20):
         folder = root / "abcd"[number // 5]
@@ -73,7 +68,7 @@ def copy(out: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pairs(out: Path, read_shards: ReadShards) -> Counter[tuple[bytes, int]]:
+def pairs(out: Path) -> Counter[tuple[bytes, int]]:
     """Every row of the shards: the float32 image in C, H, W order, and its label."""
     counted = Counter(zip(map(bytes, read_shards(out)), read_shards(out, "labels").tolist(), strict=True))
     assert set(counted.values()) == {1}
@@ -97,7 +92,7 @@ def order(batches: Iterable[Any]) -> list[bytes]:
 # By number
 
 
-def test_images_and_labels_are_those_of_the_shards(out: Path, read_shards: ReadShards) -> None:
+def test_images_and_labels_are_those_of_the_shards(out: Path) -> None:
     dataset = ShardDataset(out)
     assert len(dataset) == 40
     for index in (0, 6, 7, 39, -1, np.int64(3), torch.tensor(8)):
@@ -119,14 +114,14 @@ def test_a_batch_is_what_its_images_are_one_by_one(out: Path, pixels: Path) -> N
 
 
 def test_uint8_and_nhwc_give_the_bits_of_a_float32_nchw_build(
-    out: Path, pixels: Path, make_dataset: MakeDataset, read_shards: ReadShards
+    out: Path, pixels: Path, make_dataset: MakeDataset
 ) -> None:
     assert order([next(iter(DataLoader(ShardDataset(pixels), 40)))]) == list(map(bytes, read_shards(out)))
     halves = make_dataset(dtype="float16")
     np.testing.assert_array_equal(ShardDataset(halves)[9][0].numpy(), read_shards(halves)[9].astype(np.float32))
 
 
-def test_without_normalization_the_stored_values_come(pixels: Path, read_shards: ReadShards) -> None:
+def test_without_normalization_the_stored_values_come(pixels: Path) -> None:
     image, _ = ShardDataset(pixels, normalize=False)[11]
     assert image.dtype == torch.uint8
     np.testing.assert_array_equal(image.numpy(), read_shards(pixels)[11].transpose(2, 0, 1))
@@ -143,9 +138,7 @@ def test_an_image_is_a_view_of_the_map_and_a_transform_may_work_in_place(out: Pa
         np.testing.assert_array_equal(in_place.data.shard(1)["images"], before)
 
 
-def test_classes_and_targets_are_as_image_folder_has_them_and_open_no_shard(
-    copy: Path, read_shards: ReadShards
-) -> None:
+def test_classes_and_targets_are_as_image_folder_has_them_and_open_no_shard(copy: Path) -> None:
     labels = read_shards(copy, "labels").tolist()
     for shard in copy.glob("shard-*.npz"):
         shard.unlink()
@@ -165,7 +158,7 @@ def test_without_labels_images_come_alone(make_tree: MakeTree, make_dataset: Mak
         assert [images.shape for images in batches] == [(2, 3, 12, 16), (1, 3, 12, 16)]
 
 
-def test_blank_rows_are_left_out_unless_wanted(blank: Path, read_shards: ReadShards) -> None:
+def test_blank_rows_are_left_out_unless_wanted(blank: Path) -> None:
     valid = read_shards(blank, "valid")
     labels = read_shards(blank, "labels")
     assert valid.sum() == 13
@@ -405,7 +398,7 @@ def test_what_is_written_to_a_batch_is_not_seen_in_the_next_epoch(out: Path, pai
     assert seen(batches) == pairs
 
 
-def test_a_loader_without_normalization_gives_what_is_stored(pixels: Path, read_shards: ReadShards) -> None:
+def test_a_loader_without_normalization_gives_what_is_stored(pixels: Path) -> None:
     images, _ = next(iter(loader(pixels, 40, device="cpu", normalize=False)))
     np.testing.assert_array_equal(images.numpy(), read_shards(pixels).transpose(0, 3, 1, 2))
 
@@ -427,7 +420,7 @@ def test_values_looked_up_by_torch_are_those_of_numpy(pixels: Path) -> None:
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("kind", ["standardize", "minmax", "maxabs", "l2"])
 def test_images_with_tables_of_their_own_are_looked_up_as_numpy_does(
-    kind: str, layout: str, make_dataset: Callable[..., Path]
+    kind: str, layout: str, make_dataset: MakeDataset
 ) -> None:
     settings = {"normalize": kind, "layout": layout, "channels": "bgr"}
     data = gpu_npz.open_dataset(make_dataset(dtype="uint8", **settings))
@@ -486,9 +479,7 @@ def test_a_model_trains_on_what_the_shards_hold(out: Path, pixels: Path, pairs: 
         assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
-def test_the_readme_s_example_runs(
-    out: Path, readme_example: Callable[[str], str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_readme_s_example_runs(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = readme_example("from gpu_npz.readers.torch import ShardDataset, ShardIterable, loader")
     names: dict[str, Any] = {}
     exec(code.replace("/data/train-npz", str(out)).replace('"cuda"', '"cpu"'), names)
@@ -592,12 +583,12 @@ if sys.platform == "linux":
 """
 
 
-def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path, python: Python) -> None:
-    python(FEW_DESCRIPTORS, many_shards)
+def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shards: Path) -> None:
+    python("-c", FEW_DESCRIPTORS, many_shards)
 
 
-def test_without_torch_the_error_says_what_to_install(python: Python) -> None:
-    result = python("import sys\nsys.modules['torch'] = None\nimport gpu_npz.readers.torch", check=False)
+def test_without_torch_the_error_says_what_to_install() -> None:
+    result = python("-c", "import sys\nsys.modules['torch'] = None\nimport gpu_npz.readers.torch", status=1)
     assert "BackendError: gpu_npz.readers.torch needs PyTorch" in result.stderr
     assert "run: pip install 'gpu-npz[torch]'" in result.stderr
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import MakeTree, cpu_config, python
 
 from gpu_npz.builder.build import build, build_split
 from gpu_npz.builder.estimate import estimate
-from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.job import Job
 from gpu_npz.errors import BackendError, GpuNpzError, LockedError, MismatchError, ShardError, StorageError
 from gpu_npz.storage import file_lock
@@ -35,8 +35,7 @@ run(["build", *sys.argv[1:], "--device", "cpu", "--size", "16", "--shard-size", 
 """
 
 
-def settings(**values: Any) -> BuildConfig:
-    return BuildConfig(**{"device": "cpu", "size": 16, "workers": 0, "shard_size": 8, **values})
+settings = functools.partial(cpu_config, shard_size=8)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -65,8 +64,7 @@ def killed(tree: Path, out: Path) -> Kill:
     """Begins a build in `out` that is killed right after it has stored its plan."""
 
     def kill(*options: str) -> None:
-        command = [sys.executable, "-c", KILLED, os.fspath(tree), os.fspath(out), *options]
-        assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == -9
+        python("-c", KILLED, tree, out, *options, status=-9)
 
     return kill
 
@@ -202,7 +200,7 @@ def test_a_plan_without_a_shard_is_kept_where_the_settings_are_the_same(
 
 
 def test_a_plan_without_a_shard_of_another_source_is_replaced(
-    tree: Path, out: Path, killed: Kill, make_tree: Any
+    tree: Path, out: Path, killed: Kill, make_tree: MakeTree
 ) -> None:
     killed()
     assert build(make_tree({"dogs/a.jpg": "jpeg"}), out, settings()).rows == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from listing import pack
+from support import pack
 
 import gpu_npz
 from gpu_npz.audit.compare import compare

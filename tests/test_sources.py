@@ -7,12 +7,11 @@ import errno
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from listing import opened
+from support import opened
 
 import gpu_npz
 from gpu_npz.errors import ShardError, SourceError, UsageError
@@ -43,14 +42,6 @@ def nobody() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
-
-
-@pytest.fixture
-def public_folder() -> Iterator[Path]:
-    """A folder that `nobody` can reach; pytest's own are closed to others."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)
-        yield Path(name)
 
 
 @pytest.fixture

@@ -9,14 +9,13 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from listing import items
 from PIL import Image
+from support import MakeDataset, items, read_shards
 
 import gpu_npz
 from gpu_npz.config import BuildConfig
@@ -25,8 +24,6 @@ from gpu_npz.sources import open_source
 from gpu_npz.sources.base import Item, Source, read_item
 from gpu_npz.sources.rejects import BadItem
 
-MakeDataset = Callable[..., Path]
-ReadShards = Callable[..., Any]
 RANDOM = np.random.default_rng(0)
 GRAY, RGB, RGBA = (RANDOM.integers(0, 256, (6, 9, 7, *more), np.uint8) for more in ((), (3,), (4,)))
 LABELS = np.array([2, 0, 1, 1, 0, 2])
@@ -469,7 +466,7 @@ def test_damaged_npz_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "deflated.npz"])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_build_from_an_array_is_one_from_the_same_images(
-    tmp_path: Path, make_dataset: MakeDataset, read_shards: ReadShards, name: str, bits: int
+    tmp_path: Path, make_dataset: MakeDataset, name: str, bits: int
 ) -> None:
     deep = bits == 16
     array = GRAY.astype(np.uint16) * 257 - 3 if deep else RGB
@@ -587,7 +584,7 @@ def test_bad_cifar_is_refused(cifar10: Path, tmp_path: Path) -> None:
 
 
 def test_a_build_from_cifar_is_one_from_the_same_images(
-    cifar10: Path, tmp_path: Path, make_dataset: MakeDataset, read_shards: ReadShards
+    cifar10: Path, tmp_path: Path, make_dataset: MakeDataset
 ) -> None:
     folder = tmp_path / "folder"
     for row, label in enumerate(LABELS):

@@ -6,7 +6,6 @@ import errno
 import gc
 import gzip
 import http.server
-import json
 import multiprocessing
 import os
 import pickle
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import MakeDataset, read_shards, reject_lines
 
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import ShardError, SourceError
@@ -438,8 +438,8 @@ def images(tree: Path, server: Server) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_table_of_a_web_server_that_stumbles_builds_what_can_be_had(
-    server: Server, images: dict[str, bytes], workers: int, tree: Path, tmp_path: Path, make_dataset: Any,
-    read_shards: Any, monkeypatch: pytest.MonkeyPatch,
+    server: Server, images: dict[str, bytes], workers: int, tree: Path, tmp_path: Path, make_dataset: MakeDataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     ways = ("plain", "twice-500", "forbidden", "moved", "no-length", "gone", "no-range")
     names = list(images)[:35]
@@ -451,7 +451,7 @@ def test_a_table_of_a_web_server_that_stumbles_builds_what_can_be_had(
     plain = make_dataset(tmp_path / "local.csv", root=str(tree))
     assert read_shards(ours, "paths").tolist() == [rows[number] for number in good]
     np.testing.assert_array_equal(read_shards(ours), read_shards(plain))
-    rejects = [json.loads(line) for line in (ours / "rejects.jsonl").read_text().splitlines()]
+    rejects = reject_lines(ours)
     codes = {"forbidden": "unreadable", "gone": "missing"}
     assert {reject["path"]: reject["code"] for reject in rejects} == {
         row: codes[row.partition("/")[0]] for number, row in enumerate(rows) if number not in good
@@ -459,7 +459,7 @@ def test_a_table_of_a_web_server_that_stumbles_builds_what_can_be_had(
 
 
 def test_what_a_server_answers_for_one_image_alone_is_a_reject(
-    server: Server, images: dict[str, bytes], tmp_path: Path, make_dataset: Any
+    server: Server, images: dict[str, bytes], tmp_path: Path, make_dataset: MakeDataset
 ) -> None:
     name = next(iter(images))
     ways = {
@@ -471,7 +471,7 @@ def test_what_a_server_answers_for_one_image_alone_is_a_reject(
     }
     (tmp_path / "web.csv").write_text("\n".join(["path", *(f"{way}/{name}" for way in ("plain", *ways))]))
     made = make_dataset(tmp_path / "web.csv", root=server.url, max_rejects="100%")
-    rejects = [json.loads(line) for line in (made / "rejects.jsonl").read_text().splitlines()]
+    rejects = reject_lines(made)
     assert {reject["path"].partition("/")[0]: reject["detail"] for reject in rejects} == ways
     assert {reject["code"] for reject in rejects} == {"unreadable"}
     (tmp_path / "deeper.csv").write_text(f"path\n{name}\n")
@@ -492,7 +492,7 @@ def test_percent_encoded_dots_do_not_lead_out_of_a_web_folder(server: Server, tm
 
 @pytest.mark.parametrize("way", ["cut", "broken", "too-many-requests"])
 def test_images_that_may_come_another_time_stop_the_build(
-    server: Server, images: dict[str, bytes], way: str, tmp_path: Path, make_dataset: Any
+    server: Server, images: dict[str, bytes], way: str, tmp_path: Path, make_dataset: MakeDataset
 ) -> None:
     name = next(iter(images))
     (tmp_path / "web.csv").write_text(f"path\n{way}/{name}\n")
@@ -508,7 +508,7 @@ def test_images_that_may_come_another_time_stop_the_build(
 
 @pytest.mark.parametrize(("way", "workers"), [("plain", 0), ("plain", 2), ("twice-500", 0), ("moved", 0)])
 def test_a_tar_on_the_web_builds_what_the_local_one_builds(
-    server: Server, tree: Path, way: str, workers: int, tmp_path: Path, make_dataset: Any, read_shards: Any
+    server: Server, tree: Path, way: str, workers: int, tmp_path: Path, make_dataset: MakeDataset
 ) -> None:
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(tree, ".")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from listing import items, labelled, opened, refusal
+from support import MakeDataset, items, labelled, opened, read_shards, refusal
 
 import gpu_npz
 
@@ -127,9 +125,7 @@ def test_a_train_tar_whose_inner_tar_is_cut_is_refused(tmp_path: Path) -> None:
     assert "for others say --source tar" in refusal(tar(tmp_path / "o.tar", {"a/1.jpg": b"1"}), source="imagenet")
 
 
-def test_a_build_of_the_train_tar_is_that_of_its_folders(
-    tree: Path, make_dataset: Callable[..., Path], read_shards: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_build_of_the_train_tar_is_that_of_its_folders(tree: Path, make_dataset: MakeDataset, tmp_path: Path) -> None:
     folders = sorted(path for path in tree.iterdir() if path.is_dir())
     inner, src = {}, tmp_path / "src"
     for number, folder in enumerate(folders):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from listing import labelled, opened, refusal
+from support import MakeDataset, labelled, opened, read_shards, refusal
 
 import gpu_npz
 from gpu_npz.builder.build import build
@@ -63,9 +62,7 @@ def test_class_folders_are_what_is_meant_without_a_word(tmp_path: Path) -> None:
         assert (source.class_names, labelled(source)) == (("a", "b"), [("a/2.jpg", 0), ("b/1.jpg", 1)])
 
 
-def test_a_build_without_labels_has_the_pixels_of_one_with_labels(
-    tree: Path, make_dataset: Callable[..., Path], read_shards: Callable[..., Any]
-) -> None:
+def test_a_build_without_labels_has_the_pixels_of_one_with_labels(tree: Path, make_dataset: MakeDataset) -> None:
     bare, plain = make_dataset(tree, labels="none"), make_dataset(tree)
     assert gpu_npz.open_dataset(bare).labels is None
     for name in ("images", "paths"):
@@ -76,7 +73,7 @@ def test_a_build_without_labels_has_the_pixels_of_one_with_labels(
 
 
 def test_a_build_by_a_table_has_the_pixels_of_one_by_folders_in_the_tables_order(
-    tree: Path, tmp_path: Path, make_dataset: Callable[..., Path], read_shards: Callable[..., Any]
+    tree: Path, tmp_path: Path, make_dataset: MakeDataset
 ) -> None:
     paths = sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file())
     rows = [f"{path},{path.split('/')[0]},{number}" for number, path in enumerate(paths)]

@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,17 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import MakeDataset, items, labelled, python, read_shards
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
 import fsspec
-from listing import items, labelled
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
 from gpu_npz.builder.planning import check_places
+from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.selection import listed
 from gpu_npz.errors import ShardError, SourceError, UsageError
@@ -263,37 +263,31 @@ def test_what_cannot_be_listed_is_refused_with_advice(
 
 
 def test_the_command_builds_checks_and_mends_a_dataset_of_a_bucket(
-    put_s3: Put, tree: Path, tmp_path: Path, make_dataset: Any, read_shards: Any
+    put_s3: Put, tree: Path, tmp_path: Path, make_dataset: MakeDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = {"apples/zzz.jpg": b"no image"}
     url = put_s3({**tree_of(tree), **broken})
-
-    def run(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "gpu_npz", *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == code, done.stderr
-        return done.stdout
-
     out = str(tmp_path / "out")
     settings = ("--size", "12x16", "--shard-size", "7", "--device", "cpu")
-    run("build", url, out, *settings, "--workers", "2")
+    python("-m", "gpu_npz", "build", url, out, *settings, "--workers", "2")
     same = make_dataset(tree)
     for name in ("images", "labels", "paths"):
         assert np.array_equal(read_shards(tmp_path / "out", name), read_shards(same, name))
-    assert "41" in run("plan", url, *settings)
-    run("stats", url, "--device", "cpu", "--size", "12x16")
-    run("verify", out, "--deep", "41")
+    for command in (["stats", url, "--device", "cpu", "--size", "12x16"], ["verify", out, "--deep", "41"]):
+        assert run(command) == 0
+    capsys.readouterr()
+    assert run(["plan", url, *settings]) == 0
+    assert "41" in capsys.readouterr().out
     fsspec.filesystem("s3").pipe_file(f"{url}/apples/zzz.jpg", next(tree.rglob("*.jpg")).read_bytes())
-    run("retry", out, "--device", "cpu")
+    python("-m", "gpu_npz", "retry", out, "--device", "cpu")
     assert "apples/zzz.jpg" in read_shards(tmp_path / "out", "paths")
     assert len(read_shards(tmp_path / "out", "paths")) == 41
-    run("verify", out, "--deep", "41")
-    run("build", url, out, *settings)  # finished: the same command says so
+    assert run(["verify", out, "--deep", "41"]) == 0
+    assert run(["build", url, out, *settings]) == 0  # finished: the same command says so
 
 
 def test_a_build_with_workers_inside_reads_ahead_and_gives_the_same(
-    put: Put, tree: Path, make_dataset: Any, read_shards: Any
+    put: Put, tree: Path, make_dataset: MakeDataset
 ) -> None:
     out = make_dataset(put(tree_of(tree)))
     assert np.array_equal(read_shards(out), read_shards(make_dataset(tree)))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from listing import items, labelled, pack
+from support import MakeDataset, items, labelled, pack, read_shards
 
 import gpu_npz
 from gpu_npz.audit.compare import compare
@@ -291,7 +291,9 @@ def test_a_compressed_tar_is_refused_with_the_command(tmp_path: Path, mode: Any,
         open_source(tmp_path / name)
 
 
-def test_a_folder_of_an_archive_is_taken_where_root_says_so(tmp_path: Path, make_dataset: Any, tree: Path) -> None:
+def test_a_folder_of_an_archive_is_taken_where_root_says_so(
+    tmp_path: Path, make_dataset: MakeDataset, tree: Path
+) -> None:
     files = {f"./data/{path.relative_to(tree)}": path.read_bytes() for path in sorted(tree.rglob("*.jpg"))}
     path = pack(tmp_path / "t.tar", {**files, "other/x/1.jpg": b"1", "data.jpg": b"2"})
     ours, plain = make_dataset(path, root="data/"), make_dataset(tree)
@@ -355,7 +357,7 @@ def tar_of(folder: Path, path: Path) -> Path:
     "settings", [{}, {"workers": 1}, {"backend": "dali", "device": "cpu"}], ids=["pillow", "worker", "dali"]
 )
 def test_a_tar_builds_what_its_folder_builds(
-    tmp_path: Path, tree: Path, make_dataset: Any, read_shards: Any, settings: dict[str, Any]
+    tmp_path: Path, tree: Path, make_dataset: MakeDataset, settings: dict[str, Any]
 ) -> None:
     if "backend" in settings:
         pytest.importorskip("nvidia.dali")
@@ -365,7 +367,7 @@ def test_a_tar_builds_what_its_folder_builds(
         np.testing.assert_array_equal(read_shards(here, name), read_shards(there, name))
 
 
-def test_a_tar_of_another_size_does_not_resume(tmp_path: Path, tree: Path, make_dataset: Any) -> None:
+def test_a_tar_of_another_size_does_not_resume(tmp_path: Path, tree: Path, make_dataset: MakeDataset) -> None:
     path = tar_of(tree, tmp_path / "t.tar")
     out = make_dataset(path)
     os.truncate(path, path.stat().st_size + 512)

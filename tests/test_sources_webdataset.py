@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from listing import items, labelled, pack
+from support import MakeDataset, items, labelled, pack, read_shards
 
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
@@ -128,9 +128,7 @@ def test_labels_of_another_form_are_refused(samples: Path, labels: str) -> None:
         opened(samples, labels)
 
 
-def test_a_webdataset_builds_what_its_folder_builds(
-    tmp_path: Path, tree: Path, make_dataset: Any, read_shards: Any
-) -> None:
+def test_a_webdataset_builds_what_its_folder_builds(tmp_path: Path, tree: Path, make_dataset: MakeDataset) -> None:
     files = {}
     for path in sorted(tree.rglob("*.jpg")):
         name = path.relative_to(tree).as_posix()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from listing import items, labelled, reject
+from support import MakeDataset, items, labelled, read_shards, reject
 
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError
@@ -55,7 +55,7 @@ def test_dicom_files_are_images_as_in_a_folder(tmp_path: Path) -> None:
     assert labelled(source) == [("a/1.dcm", 0)]
 
 
-def test_a_zip_builds_what_its_folder_builds(tmp_path: Path, tree: Path, make_dataset: Any, read_shards: Any) -> None:
+def test_a_zip_builds_what_its_folder_builds(tmp_path: Path, tree: Path, make_dataset: MakeDataset) -> None:
     files = {path.relative_to(tree).as_posix(): path.read_bytes() for path in sorted(tree.rglob("*.jpg"))}
     there, here = make_dataset(tree), make_dataset(pack(tmp_path / "t.zip", files))
     assert sorted(read_shards(here, "paths")) == sorted(read_shards(there, "paths"))

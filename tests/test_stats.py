@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from support import Encode, MakeTree, cpu_config
 
 import gpu_npz
-from gpu_npz import BuildConfig
 from gpu_npz.audit.stats import Statistics, of_dataset, of_source
 from gpu_npz.cli.main import run
 from gpu_npz.errors import FormatError, IncompleteError, ShardError, SourceError
 from gpu_npz.workers import counting
 from gpu_npz.workers.counting import count_levels
 
-MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]  # fixtures: see conftest.py
-Encode = Callable[..., bytes]
 FILES = {
     "a/0.jpg": "jpeg",
     "a/1.jpg": "half",
@@ -32,8 +29,7 @@ FILES = {
 }
 
 
-def settings(**values: Any) -> BuildConfig:
-    return BuildConfig(**{"device": "cpu", "size": "12x16", "workers": 0, "shard_size": 2, **values})
+settings = functools.partial(cpu_config, size="12x16", shard_size=2)
 
 
 def counted(images: np.ndarray) -> list[list[int]]:

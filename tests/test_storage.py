@@ -13,13 +13,13 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import MakeTree, assert_a_worker_needs_its_parents_lock, python, race
 
 from gpu_npz.audit.verify import verify
 from gpu_npz.builder.build import build
@@ -39,9 +39,6 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 def files(storage: LocalStorage) -> set[str]:
     return {os.fspath(path.relative_to(storage.root)) for path in Path(storage.root).rglob("*") if path.is_file()}
-
-
-Race = Callable[..., "list[str]"]  # a fixture: see conftest.py
 
 
 def failing(number: int, *, after: int = 0) -> Callable[..., Any]:
@@ -141,7 +138,7 @@ def test_a_file_whose_folder_cannot_be_flushed_is_whole_and_the_error_is_told(
 
 
 def test_a_build_names_only_what_is_on_the_disk_and_each_proof_after_what_it_proves(
-    make_tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(4)})
     calls: list[tuple[int, str]] = []  # with the thread: each shard has one, and they do not wait for each other
@@ -234,7 +231,7 @@ def test_trouble_with_the_disk_names_the_file_the_reason_and_what_to_do(
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_an_out_that_is_a_file_is_refused_with_advice(make_tree: Any, tmp_path: Path) -> None:
+def test_an_out_that_is_a_file_is_refused_with_advice(make_tree: MakeTree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("precious")
     with pytest.raises(StorageError, match="OUT must be a folder"):
@@ -244,15 +241,7 @@ def test_an_out_that_is_a_file_is_refused_with_advice(make_tree: Any, tmp_path: 
     assert out.read_text() == "precious"
 
 
-@pytest.fixture
-def public_folder() -> Iterator[Path]:
-    """A folder that everybody can reach; pytest's own are closed to others."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)
-        yield Path(name)
-
-
-def test_an_out_that_may_not_be_written_is_refused_with_advice(make_tree: Any, public_folder: Path) -> None:
+def test_an_out_that_may_not_be_written_is_refused_with_advice(make_tree: MakeTree, public_folder: Path) -> None:
     src, out = make_tree({"a/1.jpg": "jpeg"}), public_folder / "out"
     (public_folder / "closed").mkdir(mode=0o700)
     out.mkdir(mode=0o555)
@@ -281,14 +270,11 @@ sys.exit(run(["build", *sys.argv[2:]]))
 """
 
 
-def test_a_disk_that_takes_no_more_stops_the_build_and_leaves_nothing_half(make_tree: Any, tmp_path: Path) -> None:
+def test_a_disk_that_takes_no_more_stops_the_build_and_leaves_nothing_half(make_tree: MakeTree, tmp_path: Path) -> None:
     src, out = make_tree({f"a/{number}.jpg": "jpeg" for number in range(10)}), tmp_path / "out"
     options = ["--size", "64", "--shard-size", "4", "--workers", "0", "--device", "cpu", "--quiet"]
     # Ten rows of 48 KiB: two shards of four, one of two, which alone fits.
-    result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, "150000", src, out, *options], capture_output=True, text=True
-    )
-    assert result.returncode == 1
+    result = python("-c", FULL_DISK, "150000", src, out, *options, status=1)
     assert "shard-00000.npz': File too large; choose a smaller --shard-size or raise the file size" in result.stderr
     assert "Traceback" not in result.stderr
     assert {path.name for path in out.rglob("*") if path.is_file()} == {"job.json", "plan.npz"}
@@ -298,7 +284,7 @@ def test_a_disk_that_takes_no_more_stops_the_build_and_leaves_nothing_half(make_
 
 @pytest.mark.parametrize(("call", "step"), [("pwrite", 9), ("fsync", 3), ("link", 1)])
 def test_a_full_disk_at_any_moment_is_a_storage_error_and_the_next_run_finishes(
-    make_tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, step: int
+    make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, step: int
 ) -> None:
     src, real = make_tree({f"a/{number}.jpg": "jpeg" for number in range(4)}), getattr(os, call)
 
@@ -350,7 +336,7 @@ def holder(storage: LocalStorage) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_second_build_is_refused_and_told_which_process_holds_out(
-    storage: LocalStorage, holder: subprocess.Popen[str], make_tree: Any
+    storage: LocalStorage, holder: subprocess.Popen[str], make_tree: MakeTree
 ) -> None:
     who = re.escape(f"is in use by process {holder.pid} on host {socket.gethostname()}; wait for it, or stop it")
     with pytest.raises(LockedError, match=who) as caught:
@@ -369,7 +355,7 @@ def test_a_second_build_in_the_same_process_is_refused_too(storage: LocalStorage
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_lock_of_a_process_that_died_is_taken_over(
-    storage: LocalStorage, holder: subprocess.Popen[str], make_tree: Any, number: int
+    storage: LocalStorage, holder: subprocess.Popen[str], make_tree: MakeTree, number: int
 ) -> None:
     holder.send_signal(number)
     holder.wait()
@@ -410,7 +396,7 @@ def test_the_lock_of_another_host_whose_heart_stands_still_is_taken_over(
 
 
 def test_of_two_that_wait_for_the_lock_of_a_dead_host_one_has_it(
-    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, race: Race
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heartbeats, "STALE_S", 0.5)
     monkeypatch.setattr(file_lock, "_LOOK_S", 0.02)
@@ -487,7 +473,7 @@ def test_the_lock_is_let_go_of_at_the_end_also_after_an_error(
         pass
 
 
-def test_a_build_that_fails_lets_go_of_out(make_tree: Any, storage: LocalStorage) -> None:
+def test_a_build_that_fails_lets_go_of_out(make_tree: MakeTree, storage: LocalStorage) -> None:
     src = make_tree({"a/1.jpg": "jpeg"})
 
     def broken(_: object) -> None:
@@ -566,14 +552,7 @@ def test_a_lock_that_is_lost_between_the_look_and_the_removal_removes_nothing(
 
 
 def test_a_worker_works_under_the_lock_of_its_parent_and_no_longer(storage: LocalStorage) -> None:
-    with storage.lock():
-        worker = LocalStorage(storage.root, storage.fence)
-        worker.write("file", b"1")
-    with pytest.raises(LockedError, match="taken over by another build"):
-        worker.write("file", b"2")
-    with storage.lock(), pytest.raises(LockedError, match=f"taken over by process {os.getpid()} "):
-        worker.remove("file")
-    assert storage.read("file") == b"1"
+    assert_a_worker_needs_its_parents_lock(storage)
 
 
 def test_what_fails_because_another_build_took_over_says_so(storage: LocalStorage) -> None:
@@ -661,7 +640,7 @@ def test_where_flock_fails_heartbeats_decide_with_one_warning(
     storage: LocalStorage,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    make_tree: Any,
+    make_tree: MakeTree,
     number: int,
 ) -> None:
     monkeypatch.setattr(file_lock.FileLock, "_told", False)
@@ -684,7 +663,7 @@ def test_where_flock_fails_the_lock_of_a_process_that_died_is_taken_over_at_once
     holder.kill()  # and nobody has waited for it yet
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     with storage.lock():
-        pass
+        assert json.loads(storage.read(LOCK) or b"")["process"] == os.getpid()
 
 
 @pytest.mark.parametrize("place", ["another boot/1", "this boot/another container"])
@@ -706,7 +685,7 @@ def test_a_process_that_has_the_number_of_one_that_died_is_not_taken_for_it(stor
         holder = {**json.loads(storage.read(LOCK) or b""), "token": "0" * 16, "started": 1}
     storage.write(LOCK, json.dumps(holder).encode())
     with storage.lock():
-        pass
+        assert json.loads(storage.read(LOCK) or b"")["token"] != "0" * 16
 
 
 def test_the_lock_of_an_earlier_version_is_understood(storage: LocalStorage) -> None:
@@ -721,7 +700,7 @@ def test_the_lock_of_an_earlier_version_is_understood(storage: LocalStorage) -> 
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(
-    storage: LocalStorage, make_tree: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    storage: LocalStorage, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write = LocalStorage.write
 

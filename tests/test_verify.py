@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import operator
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support import FileBytes, arrays_of, build_cpu, edit_json, flip_bit
 
 import gpu_npz
 from gpu_npz.cli.main import run
@@ -23,7 +25,6 @@ from gpu_npz.npz.format import Directory
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter
 
-FileBytes = Callable[..., bytes]
 Arrays = dict[str, NDArray[Any]]
 Change = Callable[[Arrays], object]
 
@@ -52,10 +53,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> P
     return root
 
 
-def build(images: Path, out: Path, **settings: Any) -> Path:
-    settings = {"device": "cpu", "workers": 0, "shard_size": 4, "size": "12x16", **settings}
-    gpu_npz.build(images, out, gpu_npz.BuildConfig(**settings))
-    return out
+build = functools.partial(build_cpu, size="12x16", shard_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +84,6 @@ def problems(out: Path) -> dict[str, str]:
     return found
 
 
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 0x10
-    path.write_bytes(content)
-
-
-def arrays_of(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
 def rewrite(path: Path, change: Change) -> Directory:
     """Replaces a file by a whole one with other content and the same comment."""
     comment, arrays = NpzReader(path).directory.comment, arrays_of(path)
@@ -119,13 +106,7 @@ def recommit(out: Path, change: Change) -> None:
 
     rewrite(out / "index.npz", enter)
     digest = shard_table_digest(NpzReader(out / "index.npz"))
-    edit_manifest(out, lambda manifest: manifest.update(shard_table_digest=digest))
-
-
-def edit_manifest(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    manifest = json.loads((out / "dataset.json").read_text())
-    change(manifest)
-    (out / "dataset.json").write_text(json.dumps(manifest))
+    edit_json(out / "dataset.json", lambda manifest: manifest.update(shard_table_digest=digest))
 
 
 # Sound datasets
@@ -179,7 +160,7 @@ def test_datasets_without_labels_and_without_rows_pass(images: Path, tmp_path: P
 def test_a_copy_without_the_private_folder_passes(out: Path) -> None:
     shutil.rmtree(out / ".gpu-npz")
     assert problems(out) == {}
-    flip(out / SHARD, 5000)
+    flip_bit(out / SHARD, 5000)
     assert list(problems(out)) == [SHARD]
 
 
@@ -200,7 +181,7 @@ def test_the_command_ends_with_0_for_a_sound_dataset(built: Path, capsys: pytest
 
 
 def test_the_command_ends_with_1_and_names_the_file(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flip(out / SHARD, 4096)
+    flip_bit(out / SHARD, 4096)
     assert run(["verify", str(out)]) == 1
     shown = capsys.readouterr().out
     assert f"{SHARD}: damaged: the CRC-32 of images does not match" in shown
@@ -255,7 +236,7 @@ def test_a_changed_byte_is_found(out: Path, place: tuple[str, str], fault: str) 
     else:
         end = directory.file_bytes - len(directory.comment)
         position = {"directory": directory.offset + 16, "end record": end - 10, "comment": end + 30}[place[1]]
-    flip(out / SHARD, position)
+    flip_bit(out / SHARD, position)
     found = problems(out)
     assert list(found) == [SHARD]
     assert fault in found[SHARD]
@@ -265,15 +246,15 @@ def test_a_changed_byte_is_found_wherever_it_lies(out: Path) -> None:
     size, seeded = (out / SHARD).stat().st_size, random.Random(0)
     positions = [0, size - 1, *(seeded.randrange(size) for _ in range(40))]
     for position in positions:
-        flip(out / SHARD, position)
+        flip_bit(out / SHARD, position)
         assert list(problems(out)) == [SHARD], position
-        flip(out / SHARD, position)
+        flip_bit(out / SHARD, position)
     assert problems(out) == {}
 
 
 def test_every_damaged_shard_is_named_in_order(out: Path) -> None:
     for name in ("shard-00002.npz", "shard-00000.npz"):
-        flip(out / name, 4200)
+        flip_bit(out / name, 4200)
     assert list(problems(out)) == ["shard-00000.npz", "shard-00002.npz"]
 
 
@@ -404,8 +385,8 @@ def test_a_blank_row_that_is_not_zero_is_found(images: Path, tmp_path: Path, dty
 
 def test_a_damaged_index_is_found_and_the_shards_are_checked_all_the_same(out: Path) -> None:
     directory = NpzReader(out / "index.npz").directory
-    flip(out / "index.npz", directory.members["labels"].data_offset)
-    flip(out / SHARD, 4096)
+    flip_bit(out / "index.npz", directory.members["labels"].data_offset)
+    flip_bit(out / SHARD, 4096)
     assert problems(out) == {
         "index.npz": "damaged: the CRC-32 of labels does not match",
         SHARD: "damaged: the CRC-32 of images does not match its data",
@@ -539,7 +520,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 @pytest.mark.parametrize("what", MANIFESTS)
 def test_a_manifest_that_contradicts_itself_is_damaged(out: Path, what: str) -> None:
     change, fault = MANIFESTS[what]
-    edit_manifest(out, change)
+    edit_json(out / "dataset.json", change)
     with pytest.raises(FormatError, match=r"dataset\.json: (.|\n)*damaged") as caught:
         gpu_npz.verify(out)
     assert fault in str(caught.value)
@@ -569,7 +550,7 @@ def test_a_manifest_of_another_dataset_contradicts_everything(out: Path, other: 
 def test_a_manifest_whose_classes_or_plan_were_altered_is_not_the_one_of_its_id(
     out: Path, change: dict[str, Any]
 ) -> None:
-    edit_manifest(out, lambda manifest: manifest.update(change))
+    edit_json(out / "dataset.json", lambda manifest: manifest.update(change))
     with pytest.raises(FormatError, match="its id is not that of these settings, classes and plan"):
         gpu_npz.verify(out)
 
@@ -580,7 +561,7 @@ def test_a_renamed_class_and_an_altered_setting_are_found(out: Path) -> None:
         lambda manifest: manifest["settings"].update(interpolation="lanczos"),
     ):
         before = (out / "dataset.json").read_bytes()
-        edit_manifest(out, change)
+        edit_json(out / "dataset.json", change)
         with pytest.raises(FormatError, match="its id is not that of"):
             gpu_npz.verify(out)
         (out / "dataset.json").write_bytes(before)
@@ -593,7 +574,7 @@ def test_an_altered_text_in_a_reject_is_found(out: Path) -> None:
 
 
 def test_a_changed_table_digest_is_found(out: Path) -> None:
-    edit_manifest(out, lambda manifest: manifest.update(shard_table_digest="0" * 64))
+    edit_json(out / "dataset.json", lambda manifest: manifest.update(shard_table_digest="0" * 64))
     assert problems(out) == {
         "index.npz": "its table of shards is not the manifest's: one of the two files belongs to another dataset"
     }

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support import Encode, MakeTree, cpu_config
 
 import gpu_npz
-from gpu_npz import BuildConfig, Measuring, Preprocess
+from gpu_npz import Measuring, Preprocess
 from gpu_npz.audit.stats import of_source
 from gpu_npz.builder.build import build
 from gpu_npz.builder.estimate import estimate
 from gpu_npz.cli.main import run
 from gpu_npz.errors import MismatchError, SourceError, UsageError
 
-MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]  # fixtures: see conftest.py
 FILES = {"a/0.jpg": "jpeg", "a/1.jpg": "half", "a/2.jpg": "cmyk", "b/3.png": "alpha", "b/4.jpg": "jpeg"}
 
 
-def settings(**values: Any) -> BuildConfig:
-    common = {"device": "cpu", "size": 16, "workers": 0, "shard_size": 2, "normalize": "dataset"}
-    return BuildConfig(**{**common, **values})
+settings = functools.partial(cpu_config, shard_size=2, normalize="dataset")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -58,7 +56,7 @@ def test_it_is_measured_once_and_resumed_with_the_same_command(make_tree: MakeTr
         settings(mean=(0.5, 0.5, 0.5))
 
 
-def test_what_cannot_be_normalized_is_told(make_tree: MakeTree, tmp_path: Path, encode: Callable[..., bytes]) -> None:
+def test_what_cannot_be_normalized_is_told(make_tree: MakeTree, tmp_path: Path, encode: Encode) -> None:
     black = make_tree({"a/1.png": encode(np.zeros((20, 20, 3), np.uint8), "PNG")})
     with pytest.raises(UsageError, match=r"has one level alone .*choose another --normalize"):
         build(black, tmp_path / "black", settings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -9,20 +10,19 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import FileBytes, MakeTree, cpu_config
 
 from gpu_npz.builder.build import build
 from gpu_npz.builder.report import BuildReport
 from gpu_npz.cli.main import run
-from gpu_npz.config import BuildConfig
 from gpu_npz.workers import message_files
 from gpu_npz.workers.messages import Output, known
 
-MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 Start = Callable[[str], tuple[subprocess.Popen[bytes], Output]]
 NOTHING: Counter[str] = Counter()
 
@@ -155,12 +155,11 @@ def test_a_pipe_that_a_child_of_the_process_keeps_open_is_not_waited_for(start: 
 # In builds
 
 
-def settings(**values: Any) -> BuildConfig:
-    return BuildConfig(**{"device": "cpu", "size": 16, "workers": 1, "shard_size": 16, "max_rejects": "100%", **values})
+settings = functools.partial(cpu_config, workers=1, shard_size=16, max_rejects="100%")
 
 
 @pytest.fixture
-def noisy(make_tree: MakeTree, file_bytes: Callable[..., bytes]) -> Path:
+def noisy(make_tree: MakeTree, file_bytes: FileBytes) -> Path:
     """40 pictures, 4 of which libjpeg writes messages about."""
     pytest.importorskip("nvidia.dali")
     files: dict[str, str | bytes] = {f"{'ab'[number % 2]}/{number:02}.jpg": "jpeg" for number in range(36)}

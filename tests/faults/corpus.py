@@ -7,7 +7,7 @@ import random
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import imagecodecs
@@ -18,13 +18,14 @@ from PIL import Image, features
 
 SIDE = (40, 56)
 TRUNCATIONS, FLIPS = 200, 2000
+SPLICES = (2, 4, 16, 64, 256)
 _EXPLICIT, _DEFLATED = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"
 _RLE, _JPEG = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.50"
 _FRAMES = 3
 
 
 def corpus(
-    seed: int = 0, *, truncations: int = TRUNCATIONS, flips: int = FLIPS
+    seed: int = 0, *, truncations: int = TRUNCATIONS, flips: int = FLIPS, splices: Sequence[int] = SPLICES
 ) -> Iterator[tuple[str, str, str, bytes]]:
     """Kind, damage, file name and content of each file.
 
@@ -32,6 +33,7 @@ def corpus(
         seed: of pictures and damage.
         truncations: cuts of each kind, at equal distances from its first byte to its last but one.
         flips: files of each kind in which one to eight bytes have another value.
+        splices: how many bytes of each other kind replace the first ones of a file, in a file each.
     """
     chance = random.Random(seed)
     # Not every build of Pillow has every codec.
@@ -48,7 +50,7 @@ def corpus(
             yield kind, "flipped", f"{number:04}.{extension}", bytes(data)
         others = [other for name, other in wholes.items() if name != "webp"]
         for number, other in enumerate(others):
-            for at, length in enumerate((2, 4, 16, 64, 256)):
+            for at, length in enumerate(splices):
                 yield kind, "spliced", f"{number}-{at}.{extension}", other[:length] + whole[length:]
     for kind, damage, make in CRAFTED:
         if kind in kinds:

@@ -39,12 +39,13 @@ class Run:
     calls: list[dict[str, Any]]
 
 
-def build(src: Path, out: Path, place: Path, *, at: int = -1, kind: str = "kill") -> Run:
+def build(src: Path, out: Path, place: Path, *options: str, at: int = -1, kind: str = "kill") -> Run:
     """A build from the command line, which goes wrong at call number `at`.
 
     Args:
         src, out: as for the command.
         place: a folder for the log, and for what renames and unlinks destroy.
+        options: more of the command's.
         at: the call; never if negative.
         kind: see shim/sitecustomize.py.
     """
@@ -60,7 +61,7 @@ def build(src: Path, out: Path, place: Path, *, at: int = -1, kind: str = "kill"
         "FAULTS_AT": str(at),
         "FAULTS_KIND": kind,
     }
-    command = [sys.executable, "-m", "gpu_npz", "build", os.fspath(src), os.fspath(out), *OPTIONS]
+    command = [sys.executable, "-m", "gpu_npz", "build", os.fspath(src), os.fspath(out), *OPTIONS, *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     calls = []
     with contextlib.suppress(FileNotFoundError):
@@ -202,7 +203,7 @@ def pictures(root: Path) -> Path:
 
 
 def trial(src: Path, place: Path, undisturbed: dict[str, bytes], at: int, kind: str) -> str | None:
-    """One build that goes wrong at call `at`, and the same command again; what is wrong, or None.
+    """One build by two workers that goes wrong at call `at`, and the same by none; what is wrong, or None.
 
     Args:
         src: the images.
@@ -222,7 +223,7 @@ def trial(src: Path, place: Path, undisturbed: dict[str, bytes], at: int, kind: 
         early = {name for name, content in contents(out).items() if undisturbed.get(name, content) != content}
         if early - {".gpu-npz/lock"}:
             return f"not whole under their final names: {sorted(early)}"
-    second = build(src, out, place / "second")
+    second = build(src, out, place / "second", "--workers", "0")  # which starts faster
     if second.code:
         return f"the same command again ended with {second.code}: {second.said[-500:]}"
     if (found := contents(out)) != undisturbed:
@@ -231,9 +232,9 @@ def trial(src: Path, place: Path, undisturbed: dict[str, bytes], at: int, kind: 
     return None
 
 
-def contents(out: Path) -> dict[str, bytes]:
+def contents(out: Path | str) -> dict[str, bytes]:
     """Everything in OUT but the report, which has times in it."""
-    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    files = {os.fspath(path.relative_to(out)): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
     files.pop(".gpu-npz/report.json", None)
     return files
 
