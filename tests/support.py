@@ -105,6 +105,17 @@ def python(*arguments: Any, status: int | None = 0, **options: Any) -> subproces
     return result
 
 
+def growth_of(program: str, *arguments: Any) -> tuple[int, str]:
+    """How many bytes a Python process's peak memory grows by after the line `# from here`, and what it prints.
+
+    By VmHWM of proc(5): on Linux, getrusage starts a child at the peak of its parent, which hides any growth.
+    """
+    peak = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
+    before, after = program.split("# from here\n")
+    first, *printed, last = python("-c", before + peak + after + peak, *arguments).stdout.splitlines()
+    return 1024 * (int(last) - int(first)), "\n".join(printed)
+
+
 def readme_example(line: str) -> str:
     """The Python block of the README that contains this line."""
     blocks = re.findall(r"^```python\n(.*?)^```", (Path(__file__).parents[1] / "README.md").read_text(), re.M | re.S)

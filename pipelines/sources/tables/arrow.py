@@ -10,7 +10,8 @@ from ...errors import SourceError
 from ..access.files import FileOf, Files
 from ..access.stores import BLOCK_BYTES
 
-_BUFFER_BYTES = 1 << 20  # without a buffer, Arrow reads the whole column of a row group at once
+# Without a buffer of this size, and with `pre_buffer`, Arrow reads the whole column of a row group at once.
+_BUFFER_BYTES = 1 << 20
 # A few bytes of a file can encode a long text for every row. So batches are limited to as many rows as would take
 # _BATCH_BYTES if each row had the size of the whole columns, and to few rows, since a footer may lie about sizes.
 _BATCH_BYTES = 256 << 20
@@ -31,7 +32,7 @@ def open_parquet(files: Files, number: int) -> Any:
         raise SourceError(f"{files.path(number)!r} needs pyarrow; run: pip install 'gpu-npz[parquet]'") from exc
     buffer_bytes = _BUFFER_BYTES if files.reads_at_once == 1 else BLOCK_BYTES
     with explained(files.path(number)):
-        file = parquet.ParquetFile(FileOf(files, number), buffer_size=buffer_bytes)
+        file = parquet.ParquetFile(FileOf(files, number), buffer_size=buffer_bytes, pre_buffer=False)
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         names = file.schema_arrow.names
     claimed, size = file.metadata.num_rows, files.size(number)
