@@ -264,12 +264,16 @@ class BuildConfig(BaseModel):
     threads: int | None = _setting(
         "operational",
         None,
-        "Threads of a worker's DALI; unless given, the usable cores on a CPU and half of them on a GPU.",
+        "Threads of a worker's DALI; unless given, the usable cores, and on a GPU all but two of them.",
         "1 to 1024",
         "N",
     )
     prefetch: int | None = _setting(
-        "operational", None, "Batches that DALI works on at the same time; 2 unless given.", "1 to 64", "N"
+        "operational",
+        None,
+        "Batches inside each of DALI's pipelines at the same time; 3 on a GPU, 2 on a CPU unless given.",
+        "1 to 64",
+        "N",
     )
     open_shards: int | None = _setting(
         "operational",

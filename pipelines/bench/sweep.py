@@ -141,7 +141,7 @@ def _candidates(backend: str, device: str, config: BuildConfig) -> dict[str, lis
             "threads": several,
             "batch_size": [128, 512],
             "open_shards": [2, 8],
-            "prefetch": [3],
+            "prefetch": [2, 4],
         }
     elif backend == "dali":
         found = {"threads": several, "batch_size": [64, 128], "prefetch": [3], "open_shards": [2]}

@@ -308,7 +308,7 @@ def _left(
 def _memory(found: _Inspection) -> int:
     """Main memory of a worker. On a GPU only the rows that are copied to it and back take main memory."""
     choice, tuning = found.choice, found.tuning
-    batches = 0 if choice.gpus else 2 if choice.backend == "pillow" else tuning.prefetch + 1
+    batches = 0 if choice.gpus else 2 if choice.backend == "pillow" else tuning.batches_ahead + 1
     heaviest = found.sample.heaviest.decode_bytes if found.sample.heaviest else 0
     at_once = tuning.threads if choice.backend == "dali" and not choice.gpus else 1
     rows = (tuning.open_shards + 2) * found.row_bytes + batches * math.prod(found.row_shape)

@@ -72,6 +72,11 @@ class Tuning:
         )
 
     @property
+    def batches_ahead(self) -> int:
+        """Batches that a worker's decoding pipelines hold at the same time."""
+        return self.pipelines * self.prefetch
+
+    @property
     def reading_threads(self) -> int:
         """Threads of the pipeline that reads files."""
         return self.threads if self.pipelines == 1 else max(1, self.threads // _READING)

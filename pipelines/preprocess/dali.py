@@ -170,14 +170,14 @@ class DaliDecoder:
         encoded = [self._blank] * count
         blanks = _Read(Batch(0, [], True), encoded, route([self._blank.data] * count, self._config, self._geometry))
         feed = [(blanks, self._inputs(blanks, self._names))] * len(self._main)
-        for outputs in (outputs for _, outputs in run_in_turn(self._main, feed, self._stream)):
-            if not isinstance(outputs, Exception):
-                continue
+        results = [outputs for _, outputs in run_in_turn(self._main, feed, self._stream)]
+        failure = next((outputs for outputs in results if isinstance(outputs, Exception)), None)
+        if failure is not None:
             raise BackendError(
-                f"DALI decodes no JPEG here ({_reason(outputs)}); nvImageCodec needs its plug-ins, by links in the "
+                f"DALI decodes no JPEG here ({_reason(failure)}); nvImageCodec needs its plug-ins, by links in the "
                 f"temporary folder {tempfile.gettempdir()!r}, whose name must have no colon. If TMPDIR and "
                 "NVIMGCODEC_EXTENSIONS_PATH are in order, reinstall nvidia-nvimgcodec"
-            ) from outputs
+            ) from failure
 
     def _decoding(self, names: Sequence[str], *, repairing: bool = False) -> list[FedPipeline[Any]]:
         """The pipelines that decode, with the steps that their inputs allow; for repairs, one without prefetching."""

@@ -141,7 +141,7 @@ class _LocalWorkers:
             for talking, worker in self._workers.items():
                 # Before its next event is received: what a worker writes about a batch is in the pipe before the event.
                 if (talking in ready or worker.output.unread) and (counts := worker.output.known()):
-                    worker.suspected = AHEAD + worker.task.tuning.prefetch
+                    worker.suspected = AHEAD + worker.task.tuning.batches_ahead
                     yield Heard(counts)
             for connection in ready:
                 assert isinstance(connection, Connection)
