@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import MakeDataset, MakeTree, growth_of, items, opened, read_shards, refusal, reject
+from support import MakeDataset, MakeTree, growth_of, items, labelled, opened, read_shards, refusal, reject
 
 import gpu_npz
 from gpu_npz.errors import SourceError, UsageError
@@ -212,6 +212,13 @@ def test_a_source_travels_to_other_processes_without_what_it_holds(numbers: Path
     assert items(copy) == items(source)
     assert read_item(copy, items(copy)[17]).startswith(b"000017")
     assert source.files == ((numbers.name, numbers.stat().st_size),)
+
+
+def test_names_of_classes_may_be_numbers_in_any_spelling(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.parquet", [b"a", b"b"], names={"label": ["1.0", "2.0"]}, label=[1, 0])
+    source = opened(path)
+    assert [label for _, label in labelled(source)] == [1, 0]
+    assert source.class_names == ("1.0", "2.0")
 
 
 def test_names_of_classes_come_from_the_schema_or_from_a_list(tmp_path: Path) -> None:

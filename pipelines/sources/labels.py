@@ -272,10 +272,10 @@ class _Column:
         names = None if known is None or kind not in (None, "class") else tuple(known)
         found = self._kind(kind if names is None else None)
         if names is not None and found != "class":
-            entries = [names[index] for index in self._indices(names)]
-            return self._as_classes(entries, names if classes is None else classes)
+            texts = [names[index] for index in self._indices(names)]
+            return self._as_classes(texts, names if classes is None else classes)
         if found == "class":
-            return self._as_classes(self.entries, classes)
+            return self._as_classes(_texts(self.entries), classes)
         if classes is not None:
             column = LabelColumn(name=self.name, kind="class", classes=tuple(classes))
             return column, np.array(self._indices(classes), np.int64)
@@ -283,11 +283,8 @@ class _Column:
         numbers = np.array([as_number(entry) for entry in self.entries], _DTYPES[found])
         return LabelColumn(name=self.name, kind=found), numbers
 
-    def _as_classes(
-        self, entries: Sequence[Any], classes: Sequence[str] | None
-    ) -> tuple[LabelColumn, NDArray[np.int64]]:
-        """Numbers the entries by the names of classes given, or else by the entries themselves, sorted."""
-        texts = _texts(entries)
+    def _as_classes(self, texts: Sequence[str], classes: Sequence[str] | None) -> tuple[LabelColumn, NDArray[np.int64]]:
+        """Numbers the texts of all entries by the names of classes given, or else by these texts, sorted."""
         try:
             found = sorted({*texts}, key=str.encode)
         except UnicodeEncodeError as exc:
