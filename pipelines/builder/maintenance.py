@@ -99,7 +99,7 @@ def retry(
         progress: as for `build`.
 
     Raises:
-        As `build`; UsageError: `source` is not given and the images are gone.
+        As `build`; SourceError: the images are gone, and `source` does not say where they are now.
     """
     storage, job, images, settings = _opened(out, config, source)
     with _alone(storage):
