@@ -44,7 +44,7 @@ from gpu_npz.sources.access.local import LocalFiles
 from gpu_npz.sources.base import Item
 from gpu_npz.storage.local import LocalStorage
 from gpu_npz.workers.events import Committed, Event, Progress, WorkerEnded
-from gpu_npz.workers.worker import interleaved
+from gpu_npz.workers.worker import interleaved_batches
 
 # 22 items in shards of four: the third shard has only bad files, the last one is short.
 FILES = {
@@ -953,7 +953,7 @@ def test_a_shard_that_fails_beside_others_stops_them_and_is_what_the_caller_hear
 def test_shards_take_turns_and_no_more_of_them_are_open_than_were_asked_for(mixed: Path, copied: Path) -> None:
     plan = Job.open(LocalStorage(copied)).plan
     tuning = Tuning(workers=1, batch_size=3, threads=1, pipelines=1, prefetch=1, open_shards=3, hw_decoder_load=None)
-    batches = list(interleaved(plan, range(plan.shard_count), tuning))
+    batches = list(interleaved_batches(plan, range(plan.shard_count), tuning))
     assert sorted(item.index for batch in batches for item in batch.items) == list(range(plan.item_count))
     assert [batch.shard for batch in batches[:4]] == [0, 1, 2, 0]
     still_open: set[int] = set()

@@ -22,7 +22,7 @@ from support import Encode, FileBytes, MakeTree, decode, pillow_of, rejection
 from gpu_npz.bench.pictures import paint
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import ShardError
-from gpu_npz.preprocess.base import Decoded
+from gpu_npz.preprocess.base import DecodedBatch
 from gpu_npz.preprocess.geometry import Geometry
 from gpu_npz.preprocess.pillow import PillowDecoder, first_size
 from gpu_npz.sources.base import Batch, Item
@@ -66,7 +66,7 @@ def oriented(orientation: int) -> Image.Exif:
     return exif
 
 
-def decode_all(root: Path, batch_items: int = 100, **settings: Any) -> list[Decoded]:
+def decode_all(root: Path, batch_items: int = 100, **settings: Any) -> list[DecodedBatch]:
     """All images below `root`, as a worker has them decoded."""
     config = BuildConfig(**settings)
     source = FolderSource(root)

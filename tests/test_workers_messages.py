@@ -232,5 +232,5 @@ def test_no_more_is_decoded_again_than_a_share_of_the_build(
 def test_a_build_without_messages_decodes_nothing_again(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("gpu_npz.workers.local.named")
+    monkeypatch.delattr("gpu_npz.workers.local.find_message_files")
     assert build(tree, tmp_path / "out", settings(backend="pillow", workers=2)).messages == ()

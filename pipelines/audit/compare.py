@@ -25,7 +25,7 @@ from ..errors import FormatError, UsageError
 from ..machine.environment import choose, inspect
 from ..machine.tuning import Tuning
 from ..npz.reader import NpzReader
-from ..preprocess.base import Decoded, on_host
+from ..preprocess.base import DecodedBatch, on_host
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
 from ..preprocess.normalize import NumpyNormalizer, Sums, image_table, levels, table
@@ -162,7 +162,7 @@ class _Seen:
         more = [Problem(MANIFEST, f"{self._more} more problems like these")] if self._more else []
         return (*self._problems, *more)
 
-    def add(self, decoded: Decoded, stored: _Stored, *, exact: bool) -> None:
+    def add(self, decoded: DecodedBatch, stored: _Stored, *, exact: bool) -> None:
         """Compares a batch with its rows."""
         rejects = {reject.index: reject for reject in decoded.rejects}
         pixels = on_host(decoded.pixels)

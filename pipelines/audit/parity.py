@@ -31,7 +31,7 @@ from ..dataset.selection import listed
 from ..errors import BackendError, UsageError
 from ..machine.environment import Choice, choose, inspect
 from ..machine.tuning import Tuning
-from ..preprocess.base import Decoded, Decoder, on_host
+from ..preprocess.base import DecodedBatch, Decoder, on_host
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry, Placement
 from ..preprocess.pillow import PillowDecoder, versions
@@ -110,7 +110,7 @@ class _Findings:
         self._worst: list[tuple[str, float]] = []
         self._verdicts: list[tuple[str, str, str]] = []
 
-    def compare(self, source: Source, one: Decoded, other: Decoded) -> None:
+    def compare(self, source: Source, one: DecodedBatch, other: DecodedBatch) -> None:
         """Compares a batch as two decoders have decoded it."""
         first, second = ({item.index: row for item, row in _rows(decoded)} for decoded in (one, other))
         for item in one.batch.items:
@@ -249,13 +249,13 @@ class _TorchvisionDecoder(PillowDecoder):
         return np.asarray(self._transform(image)).reshape(*self._size, -1)
 
 
-def _rows(decoded: Decoded) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
+def _rows(decoded: DecodedBatch) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
     pixels = on_host(decoded.pixels)
     for position in decoded.kept.tolist():
         yield decoded.batch.items[position], pixels[position]
 
 
-def _verdict(decoded: Decoded, item: Item) -> str:
+def _verdict(decoded: DecodedBatch, item: Item) -> str:
     return next((reject.code for reject in decoded.rejects if reject.index == item.index), "decoded")
 
 

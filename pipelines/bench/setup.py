@@ -29,7 +29,7 @@ from ..sources.base import Batch, Source
 from ..sources.rejects import Stage
 from ..storage.local import LocalStorage
 from ..workers.events import Progress, Task
-from ..workers.worker import interleaved, work
+from ..workers.worker import interleaved_batches, work
 from .rates import Tick, folder_of
 
 _BUFFERS = 3
@@ -61,7 +61,7 @@ class Setup:
         return row_shape(config, *config.size)
 
     def batches(self) -> Iterator[Batch]:
-        return interleaved(self.plan, range(self.plan.shard_count), self.tuning)
+        return interleaved_batches(self.plan, range(self.plan.shard_count), self.tuning)
 
     def decoder(self, stream: int | None = None) -> Decoder:
         assert self.config.size is not None

@@ -23,7 +23,7 @@ from ..sources.base import Source
 from ..storage.base import Storage
 from ..workers import local, ray
 from ..workers.events import Committed, Event, Task, WorkerEnded
-from ..workers.messages import Heard, Messages
+from ..workers.messages import DecoderMessages, Messages
 from .parts import PLAN_WAIT_S, Part
 from .planning import backend, require_revision, require_room
 from .report import (
@@ -67,7 +67,7 @@ class _RunState:
             self.built.add(event.record.shard)
         elif isinstance(event, WorkerEnded):
             self.ended.append(event)
-        elif isinstance(event, Heard):
+        elif isinstance(event, DecoderMessages):
             self.messages.add(event)
 
 

@@ -18,7 +18,7 @@ from ..sources.rejects import Reject, Stage
 
 
 @dataclass
-class Decoded:
+class DecodedBatch:
     """A batch after decoding and resizing.
 
     Attributes:
@@ -108,7 +108,7 @@ class Decoder(Protocol):
         """The path of an image that was reduced from 16 to 8 bits per channel; None if there was none."""
         ...
 
-    def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
+    def decode(self, batches: Iterable[Batch]) -> Iterator[DecodedBatch]:
         """Decodes the batches. Raises ShardError for a failure that no image caused, such as a lack of memory."""
         ...
 

@@ -38,7 +38,7 @@ from ..machine.tuning import Tuning
 from ..sources.access.local import is_plain
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, Stage, clean
-from .base import DECODING_REVISION, Decoded
+from .base import DECODING_REVISION, DecodedBatch
 from .dali_pipelines import decode_images, input_names, read_files, without_opencv
 from .fed_pipeline import FedPipeline, run_in_turn
 from .geometry import Geometry
@@ -48,13 +48,13 @@ from .routing import Route, route
 log = logging.getLogger(__name__)
 _NO_MEMORY = re.compile("bad_alloc|out.of.memory|MemoryAllocation|allocation failed|can't allocate", re.IGNORECASE)
 _BROKEN_GPU = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
-_UNFINISHED = 2  # batches that may wait for Pillow while DALI continues, so that a few slow files do not stop it
+_PENDING = 2  # batches that may wait for Pillow while DALI continues, so that a few slow files do not stop it
 
 _Encoded = list[NDArray[np.uint8]]
 
 
 @dataclass
-class _Read:
+class _EncodedBatch:
     """A batch whose files have been read: each item's bytes, empty if it cannot be read, and its route."""
 
     batch: Batch
@@ -63,7 +63,7 @@ class _Read:
 
 
 @dataclass
-class _DecodedRows:
+class _Rows:
     """A batch that is being decoded.
 
     Attributes:
@@ -78,11 +78,11 @@ class _DecodedRows:
 
 
 @dataclass
-class _Unfinished:
+class _PendingBatch:
     """A batch that DALI has finished, and Pillow's results for the items at the positions `left`."""
 
     batch: Batch
-    rows: _DecodedRows
+    rows: _Rows
     left: NDArray[np.int64]
     results: list[Future[tuple[int, NDArray[np.uint8] | Reject]]]
     seconds: float
@@ -130,7 +130,7 @@ class DaliDecoder:
             self._on_stream = stream
         elif device is not None:
             self._on_stream = self._xp.cuda.Device(device)
-        self._main: list[FedPipeline[_Read]] = []
+        self._main: list[FedPipeline[_EncodedBatch]] = []
         self._repair: FedPipeline[None] | None = None
         self._open = contextlib.ExitStack()
 
@@ -168,7 +168,9 @@ class DaliDecoder:
         """
         count = 1 if self._device is None else self._tuning.batch_size
         encoded = [self._blank] * count
-        blanks = _Read(Batch(0, [], True), encoded, route([self._blank.data] * count, self._config, self._geometry))
+        blanks = _EncodedBatch(
+            Batch(0, [], True), encoded, route([self._blank.data] * count, self._config, self._geometry)
+        )
         feed = [(blanks, self._inputs(blanks, self._names))] * len(self._main)
         results = [outputs for _, outputs in run_in_turn(self._main, feed, self._stream)]
         failure = next((outputs for outputs in results if isinstance(outputs, Exception)), None)
@@ -229,15 +231,15 @@ class DaliDecoder:
         """See `PillowDecoder.sixteen_bit`; Pillow decodes all images with 16 bits per channel."""
         return self._pillow.sixteen_bit
 
-    def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
+    def decode(self, batches: Iterable[Batch]) -> Iterator[DecodedBatch]:
         """See `Decoder.decode`. An exception of `batches` is raised after all batches before it are returned."""
-        unfinished: deque[_Unfinished] = deque()
+        unfinished: deque[_PendingBatch] = deque()
         try:
             with contextlib.closing(self._run(batches)) as runs:
                 for run in runs:
                     unfinished.append(run)
                     while unfinished and (
-                        len(unfinished) > _UNFINISHED or all(result.done() for result in unfinished[0].results)
+                        len(unfinished) > _PENDING or all(result.done() for result in unfinished[0].results)
                     ):
                         yield self._finish(unfinished.popleft())
             while unfinished:
@@ -262,7 +264,7 @@ class DaliDecoder:
                     log.debug("DALI failed on a batch")
                 yield read.batch
 
-    def _run(self, batches: Iterable[Batch]) -> Generator[_Unfinished, None, None]:
+    def _run(self, batches: Iterable[Batch]) -> Generator[_PendingBatch, None, None]:
         """The batches that DALI has finished, in order; Pillow starts on the items that DALI left."""
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
@@ -274,18 +276,20 @@ class DaliDecoder:
                         log.info("DALI failed on a batch, which is decoded again in parts: %s", _reason(outputs))
                         rows = self._salvage(read, outputs)
                     else:
-                        rows = _DecodedRows(self._pixels(outputs), _sizes(read.encoded), read.route.usable.copy())
+                        rows = _Rows(self._pixels(outputs), _sizes(read.encoded), read.route.usable.copy())
                 left = np.flatnonzero(~rows.done)
                 results = [self._pool.submit(self._by_pillow, read, position) for position in left.tolist()]
-                yield _Unfinished(read.batch, rows, left, results, time.perf_counter() - start)
+                yield _PendingBatch(read.batch, rows, left, results, time.perf_counter() - start)
                 start = time.perf_counter()
 
-    def _read(self, batches: Iterable[Batch]) -> Generator[_Read, None, None]:
+    def _read(self, batches: Iterable[Batch]) -> Generator[_EncodedBatch, None, None]:
         """The batches with the bytes and the route of their items."""
         read = self._read_by_dali if self._source.file_per_item else self._read_by_source
         with contextlib.closing(read(batches)) as reads:
             for batch, encoded in reads:
-                yield _Read(batch, encoded, route([data.data for data in encoded], self._config, self._geometry))
+                yield _EncodedBatch(
+                    batch, encoded, route([data.data for data in encoded], self._config, self._geometry)
+                )
 
     def _read_by_source(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, _Encoded], None, None]:
         for batch in batches:
@@ -320,7 +324,7 @@ class DaliDecoder:
             raise ValueError(f"a batch of {len(batch.items)} items; allowed are 1 to {self._tuning.batch_size}")
         return batch
 
-    def _inputs(self, read: _Read, names: Sequence[str], positions: Sequence[int] | None = None) -> list[Any]:
+    def _inputs(self, read: _EncodedBatch, names: Sequence[str], positions: Sequence[int] | None = None) -> list[Any]:
         """The pipeline's inputs for a batch, or for the items at `positions`; a blank for items that Pillow decodes."""
         route, encoded = read.route, read.encoded
         chosen = list(range(len(encoded)) if positions is None else positions)
@@ -340,7 +344,7 @@ class DaliDecoder:
         pixels = outputs[0].as_tensor()
         return self._xp.asarray(pixels)  # holds the tensor; with DLPack, DALI would free it in a thread that waits
 
-    def _finish(self, run: _Unfinished) -> Decoded:
+    def _finish(self, run: _PendingBatch) -> DecodedBatch:
         """The batch with Pillow's pixels in the rows that DALI left."""
         start = time.perf_counter()
         rows, rejects, decoded, images = run.rows, [], [], []
@@ -356,9 +360,9 @@ class DaliDecoder:
                 rows.pixels[self._xp.asarray(decoded)] = self._xp.asarray(np.stack(images))
             rows.done[decoded] = True
         seconds = {"read": 0.0, "decode": run.seconds + time.perf_counter() - start}
-        return Decoded(run.batch, rows.pixels, np.flatnonzero(rows.done), rows.source_bytes, rejects, seconds)
+        return DecodedBatch(run.batch, rows.pixels, np.flatnonzero(rows.done), rows.source_bytes, rejects, seconds)
 
-    def _by_pillow(self, read: _Read, position: int) -> tuple[int, NDArray[np.uint8] | Reject]:
+    def _by_pillow(self, read: _EncodedBatch, position: int) -> tuple[int, NDArray[np.uint8] | Reject]:
         """An item's encoded size, 0 if it cannot be read, and its pixels or the reject."""
         item, encoded, data = read.batch.items[position], read.encoded[position], b""
         frame = self._source.frame(item)
@@ -378,11 +382,11 @@ class DaliDecoder:
         except BadItem:
             return _array(b"")
 
-    def _salvage(self, read: _Read, failure: Exception) -> _DecodedRows:
+    def _salvage(self, read: _EncodedBatch, failure: Exception) -> _Rows:
         """The rows that DALI can decode of a batch on which it failed as a whole."""
         count = len(read.encoded)
         pixels = self._xp.empty((count, *self._row_shape), np.uint8)
-        rows = _DecodedRows(pixels, _sizes(read.encoded), np.zeros(count, np.bool_))
+        rows = _Rows(pixels, _sizes(read.encoded), np.zeros(count, np.bool_))
         positions = np.flatnonzero(read.route.usable).tolist()
         if _is_no_memory(failure):
             dali.backend.ReleaseUnusedMemory()
@@ -398,7 +402,7 @@ class DaliDecoder:
             self._decode_again(rows, read, group)
         return rows
 
-    def _decode_again(self, rows: _DecodedRows, read: _Read, positions: list[int]) -> None:
+    def _decode_again(self, rows: _Rows, read: _EncodedBatch, positions: list[int]) -> None:
         """Decodes these items with DALI; on failure, each half on its own.
 
         Raises:

@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.dicom_frames import require_pydicom
 from ..sources.rejects import BadItem, Reject, Stage
-from .base import DECODING_REVISION, Decoded, with_reads
+from .base import DECODING_REVISION, DecodedBatch, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .geometry import Geometry, Placement
 from .jpeg import read_header
@@ -86,7 +86,7 @@ class PillowDecoder:
         """The libraries whose versions decide the pixels."""
         return {"backend": "pillow", "device": "cpu", "decoding_revision": DECODING_REVISION, **versions()}
 
-    def decode(self, batches: Iterable[Batch]) -> Iterator[Decoded]:
+    def decode(self, batches: Iterable[Batch]) -> Iterator[DecodedBatch]:
         """See `Decoder.decode`."""
         assert self._source is not None
         shape = (self._geometry.height, self._geometry.width, self._config.channel_count)
@@ -107,7 +107,7 @@ class PillowDecoder:
                 except BadItem as bad:
                     rejects.append(bad.of(item.path, item.index))
             seconds = {"read": reading, "decode": time.perf_counter() - begin - reading}
-            yield Decoded(batch, pixels, np.array(kept, np.int64), source_bytes, rejects, seconds)
+            yield DecodedBatch(batch, pixels, np.array(kept, np.int64), source_bytes, rejects, seconds)
 
     def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
         """See `Decoder.bare`."""

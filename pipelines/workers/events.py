@@ -11,7 +11,7 @@ from ..machine.tuning import Tuning
 from ..sources.base import Source
 from ..sources.rejects import Code, Reject
 from ..storage.holders import Fence
-from .messages import Heard
+from .messages import DecoderMessages
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class WorkerEnded:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class CurrentItem:
     """In isolation mode: the index of the item that is about to be decoded; None once it is done.
 
     Engines do not pass it on.
@@ -97,7 +97,7 @@ class Pulse(NamedTuple):
     threads: int
 
 
-Event = Progress | Committed | WorkerEnded | Decoding | Pulse | Heard
+Event = Progress | Committed | WorkerEnded | CurrentItem | Pulse | DecoderMessages
 
 
 @dataclass(frozen=True)

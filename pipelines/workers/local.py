@@ -24,11 +24,11 @@ from ..errors import GpuNpzError, ShardError
 from ..sources.rejects import Code
 from ..storage import open_storage
 from . import subprocesses
-from .events import Committed, Decoding, Event, Progress, Task, taken_back
-from .message_files import AHEAD, Suspect, named
-from .messages import Heard, Output
+from .events import Committed, CurrentItem, Event, Progress, Task, taken_back
+from .message_files import AHEAD, Suspect, find_message_files
+from .messages import DecoderMessages, Output
 from .shard_queue import ShardQueue
-from .worker import asked, remove_leftovers, work
+from .worker import remove_leftovers, requested_shards, work
 
 log = logging.getLogger(__name__)
 _JOIN_S = 10.0
@@ -55,7 +55,7 @@ def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float
     """
     tasks = [dataclasses.replace(task, gpu=gpu) for gpu in gpus or (None,)]
     if task.tuning.workers == 0:
-        yield from (event for event in work(tasks[0], shards) if not isinstance(event, Decoding))
+        yield from (event for event in work(tasks[0], shards) if not isinstance(event, CurrentItem))
         return
     workers = _LocalWorkers(shards, timeout_s)
     try:
@@ -66,7 +66,7 @@ def run(task: Task, shards: Sequence[int], gpus: Sequence[int], timeout_s: float
         workers.stop()
     if workers.suspects:
         first_task = dataclasses.replace(tasks[0], skipped=workers.skipped)
-        yield named(first_task, workers.suspects, workers.built_items, timeout_s)
+        yield find_message_files(first_task, workers.suspects, workers.built_items, timeout_s)
 
 
 @dataclasses.dataclass
@@ -142,7 +142,7 @@ class _LocalWorkers:
                 # Before its next event is received: what a worker writes about a batch is in the pipe before the event.
                 if (talking in ready or worker.output.unread) and (counts := worker.output.known()):
                     worker.suspected = AHEAD + worker.task.tuning.batches_ahead
-                    yield Heard(counts)
+                    yield DecoderMessages(counts)
             for connection in ready:
                 assert isinstance(connection, Connection)
                 worker = self._workers[connection]
@@ -153,7 +153,7 @@ class _LocalWorkers:
                     connection.close()
                     code = worker.process.wait()
                     if counts := worker.output.close(died=code != 0):
-                        yield Heard(counts)
+                        yield DecoderMessages(counts)
                     if code or worker.progress or worker.dismissed is None:
                         yield from self._lost(worker, code)
                     elif not worker.dismissed and self._shards.left(isolated=worker.task.isolated):
@@ -165,7 +165,7 @@ class _LocalWorkers:
                 if message is None:
                     with contextlib.suppress(ConnectionError):  # it has died meanwhile, as the next recv will show
                         connection.send(self._next(worker))
-                elif isinstance(message, Decoding):
+                elif isinstance(message, CurrentItem):
                     worker.decoding = message.index
                 else:
                     if isinstance(message, Committed):
@@ -243,7 +243,7 @@ def serve(descriptor: int) -> None:
     subprocesses.end_with_parent(descriptor)
     try:
         task = connection.recv()
-        with contextlib.closing(_messages(task, asked(ask, task.tuning.open_shards))) as messages:
+        with contextlib.closing(_messages(task, requested_shards(ask, task.tuning.open_shards))) as messages:
             for message in messages:
                 connection.send(message)
     except (ConnectionError, EOFError):

@@ -19,7 +19,7 @@ from ..sources.base import Batch
 from ..storage import open_storage
 from . import subprocesses
 from .events import Task
-from .messages import Heard
+from .messages import DecoderMessages
 
 AHEAD = 4  # batches that a worker may be ahead of the one that it reports, besides those that DALI prefetches
 _SHARE = 20  # one of this many items may be decoded again, but at least _FEW items
@@ -28,7 +28,7 @@ _FEW = 5000
 Suspect = tuple[int, int, int]  # shard, first item in it, items
 
 
-def named(task: Task, suspects: Sequence[Suspect], built_items: int, timeout_s: float) -> Heard:
+def find_message_files(task: Task, suspects: Sequence[Suspect], built_items: int, timeout_s: float) -> DecoderMessages:
     """The paths of the items about which a decoder writes known messages.
 
     Args:
@@ -51,15 +51,15 @@ def named(task: Task, suspects: Sequence[Suspect], built_items: int, timeout_s: 
         for shard, first, count in sorted(set(suspects)):
             left -= count
             if left < 0:
-                return Heard(paths=paths)
+                return DecoderMessages(paths=paths)
             if decoded((shard, first, count))[1]:
                 left -= count
                 for position in range(first, first + count):
                     found, messages = decoded((shard, position, 1))
                     for text in messages:
                         paths[text] += found
-        return Heard(paths=paths, all_paths=True)
-    return Heard(paths=paths)  # the process died or hangs
+        return DecoderMessages(paths=paths, all_paths=True)
+    return DecoderMessages(paths=paths)  # the process died or hangs
 
 
 def serve(descriptor: int) -> None:

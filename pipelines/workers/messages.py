@@ -65,7 +65,7 @@ def known(line: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Heard:
+class DecoderMessages:
     """Known messages that decoders have newly written.
 
     Attributes:
@@ -104,7 +104,7 @@ class Messages:
         self._paths: defaultdict[str, list[str]] = defaultdict(list)
         self._all = False
 
-    def add(self, heard: Heard) -> None:
+    def add(self, heard: DecoderMessages) -> None:
         """Adds new messages."""
         self._counts.update(heard.counts)
         for text, paths in heard.paths.items():

@@ -39,7 +39,7 @@ from ..storage.local import LocalStorage
 from . import local
 from .events import Committed, Event, Progress, Task, WorkerEnded, taken_back
 from .shard_queue import ShardQueue
-from .worker import asked, remove_leftovers, work
+from .worker import remove_leftovers, requested_shards, work
 
 log = logging.getLogger(__name__)
 _FLUSH_S = 0.5
@@ -356,7 +356,7 @@ class _Actor:
 
     def _events(self, task: Task) -> Generator[Event, None, None]:
         if not self._isolated:
-            return work(task, asked(self._ask, task.tuning.open_shards))
+            return work(task, requested_shards(self._ask, task.tuning.open_shards))
         single = dataclasses.replace(task, tuning=dataclasses.replace(task.tuning, workers=1))
         gpus = () if task.gpu is None else (task.gpu,)
         return local.run(single, [shard for shard in [self._ask()] if shard is not None], gpus, self._timeout_s)

@@ -21,7 +21,7 @@ from ..dataset.layout import shard_name
 from ..dataset.plan import Plan
 from ..errors import MismatchError, RejectedError, ShardError
 from ..machine.tuning import Tuning
-from ..preprocess.base import Decoded, Decoder, Normalizer
+from ..preprocess.base import DecodedBatch, Decoder, Normalizer
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
 from ..preprocess.normalize import NumpyNormalizer
@@ -29,7 +29,7 @@ from ..preprocess.normalize_cuda import CudaNormalizer
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import BadItem, Reject, clean
 from ..storage import open_storage
-from .events import Committed, Decoding, Event, Progress, Pulse, Task, WorkerEnded
+from .events import Committed, CurrentItem, Event, Progress, Pulse, Task, WorkerEnded
 from .sink import Rows, ShardSink
 
 _PULSE_S = 1.0
@@ -75,9 +75,9 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         stack.enter_context(decoder)
         stack.enter_context(sink)
         pulse_s = 0.0
-        batches = interleaved(job.plan, shards, task.tuning)
+        batches = interleaved_batches(job.plan, shards, task.tuning)
         for decoded in _in_isolation(decoder, batches, task) if task.isolated else decoder.decode(batches):
-            if isinstance(decoded, Decoding):
+            if isinstance(decoded, CurrentItem):
                 yield decoded
                 continue
             if decoded.rejects and job.settings.on_reject == "fail":
@@ -115,7 +115,7 @@ def remove_leftovers(task: Task, shards: Iterable[int]) -> None:
         storage.remove_leftovers(shard_name(shard, count))
 
 
-def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
+def requested_shards(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
     """The shards of a worker, until none is left or the worker's process should be replaced by a fresh one.
 
     It should be replaced once it has grown by a gigabyte since it finished its first few shards. On macOS this is
@@ -136,7 +136,7 @@ def asked(ask: Callable[[], int | None], open_shards: int) -> Iterator[int]:
             allowed = _memory_bytes() + _MAX_GROWTH_BYTES
 
 
-def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[Batch]:
+def interleaved_batches(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[Batch]:
     """The batches of all shards; those of the open shards alternate, so that their threads write at the same time."""
     coming, turns = iter(shards), deque[Iterator[Batch]]()
     while True:
@@ -150,27 +150,27 @@ def interleaved(plan: Plan, shards: Iterable[int], tuning: Tuning) -> Iterator[B
             turns.append(batches)
 
 
-def _in_isolation(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Iterator[Decoded | Decoding]:
+def _in_isolation(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Iterator[DecodedBatch | CurrentItem]:
     """Decodes batches of one item each, in isolation mode.
 
-    Between the event Decoding with an index and the one without, nothing but the decoder runs. Each item is read before
-    that, so that a disk that does not respond is not blamed on the image.
+    Between the CurrentItem event with an index and the one without, nothing but the decoder runs. Each item is read
+    before that, so that a disk that does not respond is not blamed on the image.
     """
     for batch in batches:
         (item,) = batch.items
         if item.index in task.skipped:
             reject = Reject(item.path, item.index, "decode", *task.skipped[item.index])
-            yield Decoded(batch, None, np.empty(0, np.int64), np.zeros(1, np.int64), [reject], {})
+            yield DecodedBatch(batch, None, np.empty(0, np.int64), np.zeros(1, np.int64), [reject], {})
             continue
         with contextlib.suppress(BadItem):
             read_item(task.source, item)
-        yield Decoding(item.index)
+        yield CurrentItem(item.index)
         for decoded in decoder.decode([batch]):
-            yield Decoding(None)
+            yield CurrentItem(None)
             yield decoded
 
 
-def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer, *, blank: bool) -> Rows:
+def _rows(decoded: DecodedBatch, buffer: NDArray[Any], normalizer: Normalizer, *, blank: bool) -> Rows:
     batch, kept = decoded.batch, decoded.kept
     valid = np.ones(len(kept), bool)
     if blank:
@@ -198,7 +198,7 @@ def _rows(decoded: Decoded, buffer: NDArray[Any], normalizer: Normalizer, *, bla
     )
 
 
-def _changed_files(source: Source, decoded: Decoded, since_ns: int) -> int:
+def _changed_files(source: Source, decoded: DecodedBatch, since_ns: int) -> int:
     """How many files of a batch changed while the worker ran; see `_has_changed`."""
     if not source.file_per_item:
         return 0
