@@ -79,6 +79,8 @@ def summary(report: BuildReport) -> str:
         f"  with        {report.backend} on the {place}, {workers}, batches of {tuning.batch_size}",
         f"  memory      {format_bytes(report.worker_memory_bytes)} in a worker{gpu_memory}",
     ]
+    if report.decoded_by.get("dali"):
+        lines.append(f"  decoders    {_decoders(report)}")
     if report.bottleneck:
         lines.append(f"  bottleneck  {report.bottleneck}")
     lines += [f"  message     {_message(message)}" for message in report.messages]
@@ -93,6 +95,14 @@ def _message(message: Message) -> str:
     if not message.all_files:
         files.append("maybe others")
     return f"{message.count} x {message.text!r}: {', '.join(files)}"
+
+
+def _decoders(report: BuildReport) -> str:
+    """Which decoder decoded how many images, and how the spot checks went."""
+    decoders = f"DALI {report.decoded_by['dali']} images, Pillow {report.decoded_by.get('pillow', 0)}"
+    if not report.spot_checks:
+        return decoders
+    return f"{decoders}; {report.spot_checks} of DALI's compared with Pillow's, {report.spot_check_differences} differ"
 
 
 def _rejects(report: BuildReport) -> str:

@@ -285,9 +285,16 @@ class BuildConfig(BaseModel):
     hw_decoder_load: float | None = _setting(
         "operational",
         None,
-        "Share of JPEGs for a GPU's hardware JPEG engines, where it has any; DALI's own choice unless given.",
+        "Share of JPEGs for a GPU's hardware JPEG engines; unless given, DALI's own choice, but 0 on Hopper and newer "
+        "GPUs, where a known fault of these engines may give wrong pixels.",
         "0 to 1",
         "SHARE",
+    )
+    spot_check: bool = _setting(
+        "operational",
+        True,
+        "Compare a sample of the images that a GPU decodes (16 per worker, then 1 in 1,000) with Pillow's, and stop if "
+        "the GPU decodes an image differently in a batch and alone.",
     )
     worker_timeout: int = _setting(
         "operational",

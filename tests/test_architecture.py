@@ -57,7 +57,7 @@ ROOMS = {
             "pillow_files",
             "pillow",
             "pillow_16bit dali",
-            "decoders",
+            "decoders spot_check",
         ],
     ),
     "dataset": (
@@ -74,7 +74,8 @@ ROOMS = {
         "errors config storage machine npz sources preprocess dataset",
         [
             "workers messages shard_queue",
-            "events sink subprocesses",
+            "events subprocesses",
+            "sink",
             "worker counting",
             "message_files",
             "local",

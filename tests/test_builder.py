@@ -196,7 +196,7 @@ def test_the_report_says_what_was_built(mixed: Path, out: Path) -> None:
     assert (report.shards, report.built_shards, report.built_items, report.tuning.workers) == (6, 6, ITEMS, 0)
     assert report.tuning.batch_size == 3
     assert report.dataset_bytes == sum((out / shard).stat().st_size for shard in shards(out))
-    assert set(report.stage_seconds) == {"read", "decode", "normalize", "transfer", "write", "commit"}
+    assert set(report.stage_seconds) == {"read", "decode", "normalize", "transfer", "write", "check", "commit"}
     assert report.bottleneck in report.stage_seconds
     assert "--shuffle SEED" in report.hints[0]
     stored = json.loads((out / ".gpu-npz/report.json").read_text())

@@ -181,6 +181,11 @@ LIBCUDA = r"""
 #include <string.h>
 static int given(const char *name, int otherwise) { return getenv(name) ? atoi(getenv(name)) : otherwise; }
 int cuInit(unsigned flags) { return given("FAKE_INIT", 0); }
+int cuDeviceGetAttribute(int *value, int attribute, int gpu) {
+  *value = given(attribute == 75 ? "FAKE_MAJOR" : "FAKE_MINOR", attribute == 75 ? 9 : 0);
+  return 0;
+}
+int cuDevicePrimaryCtxSetFlags_v2(int gpu, unsigned flags) { return 0; }
 int cuDriverGetVersion(int *version) { *version = given("FAKE_CUDA", 13000); return 0; }
 int cuDeviceGetCount(int *count) { *count = given("FAKE_GPUS", 1); return 0; }
 int cuDeviceGet(int *device, int number) { *device = number; return 0; }

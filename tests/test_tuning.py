@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpu_npz.config import BuildConfig
-from gpu_npz.machine.environment import Choice
+from gpu_npz.machine.environment import Choice, Machine, choose
 from gpu_npz.machine.tuning import Tuning
 
 
@@ -42,3 +42,22 @@ def test_what_the_settings_say_is_taken() -> None:
     tuning = tuning_of(Choice("dali", (0, 1), cpus=16), **given)
     assert {name: getattr(tuning, name) for name in given} == given
     assert tuning_of(Choice("dali", (0,), cpus=16), reproducible=True).hw_decoder_load == 0.0
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [(None, None), ((8, 9), None), ((9, 0), 0.0), ((10, 0), 0.0), ((12, 1), 0.0)]
+)
+def test_hardware_engines_are_off_where_they_have_not_been_seen_to_be_correct(
+    capability: tuple[int, int] | None, expected: float | None
+) -> None:
+    choice = Choice("dali", (0,), cpus=16, capability=capability)
+    assert tuning_of(choice).hw_decoder_load == expected
+    assert tuning_of(choice, hw_decoder_load=0.5).hw_decoder_load == 0.5
+
+
+def test_the_highest_capability_of_the_chosen_gpus_decides() -> None:
+    machine = Machine(3, 13_000, None, None, None, capabilities=((8, 0), (9, 0), (8, 6)))
+    assert choose(BuildConfig(), machine).capability == (8, 0)
+    assert choose(BuildConfig(device="all"), machine).capability == (9, 0)
+    assert choose(BuildConfig(device="0,2"), machine).capability == (8, 6)
+    assert choose(BuildConfig(device="cpu"), machine).capability is None

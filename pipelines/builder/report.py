@@ -49,8 +49,9 @@ class BuildReport:
 
     `classes` is None where labels are not classes; `label_columns` then names their columns, of which there are none
     without labels. `timeline` shows how this run went: items done by then, and what a worker held. `changed_files` were
-    written to, or went, while this run read them; `messages` are what decoders wrote to stderr. `worker_memory_bytes`
-    and `gpu_memory_bytes` are the most that a worker of it has held (see `WorkerEnded`).
+    written to, or went, while this run read them; see `ShardCounts` for this, `decoded_by` and the spot checks.
+    `messages` are what decoders wrote to stderr. `worker_memory_bytes` and `gpu_memory_bytes` are the most that a
+    worker of it has held (see `WorkerEnded`).
     """
 
     out: str
@@ -77,6 +78,9 @@ class BuildReport:
     worker_memory_bytes: int
     gpu_memory_bytes: int
     changed_files: int
+    decoded_by: dict[str, int]
+    spot_checks: int
+    spot_check_differences: int
     messages: tuple[Message, ...]
     hints: tuple[str, ...]
     timeline: tuple[Moment, ...]
@@ -88,7 +92,7 @@ class BuildReport:
 
 def bottleneck(stages: Counter[str], tuning: Tuning) -> str | None:
     """The stage that the others wait for: the longest one of the busiest threads."""
-    threads = {("read", "decode", "normalize"): 1, ("transfer", "write"): tuning.open_shards, ("commit",): 1}
+    threads = {("read", "decode", "normalize"): 1, ("transfer", "write", "check"): tuning.open_shards, ("commit",): 1}
     if not stages:
         return None
     busiest = max(threads, key=lambda names: sum(stages[name] for name in names) / threads[names])

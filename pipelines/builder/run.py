@@ -22,7 +22,7 @@ from ..machine.tuning import Tuning
 from ..sources.base import Source
 from ..storage.base import Storage
 from ..workers import local, ray
-from ..workers.events import Committed, Event, Task, WorkerEnded
+from ..workers.events import Committed, Event, ShardCounts, Task, WorkerEnded
 from ..workers.messages import DecoderMessages, Messages
 from .parts import PLAN_WAIT_S, Part
 from .planning import backend, require_revision, require_room
@@ -50,6 +50,7 @@ class _RunState:
         watch: limits on rejects and disk space.
         built: the shards that this run has built.
         ended: what each worker that has ended reported.
+        counts: of the shards that this run has built.
         messages: what decoders wrote to stderr.
     """
 
@@ -57,6 +58,7 @@ class _RunState:
     watch: Watch
     built: set[int] = field(default_factory=set)
     ended: list[WorkerEnded] = field(default_factory=list)
+    counts: ShardCounts = field(default_factory=ShardCounts)
     messages: Messages = field(default_factory=Messages)
 
     def see(self, event: Event) -> None:
@@ -65,6 +67,7 @@ class _RunState:
         if isinstance(event, Committed):
             self.records[event.record.shard] = event.record
             self.built.add(event.record.shard)
+            self.counts.add(event.counts)
         elif isinstance(event, WorkerEnded):
             self.ended.append(event)
         elif isinstance(event, DecoderMessages):
@@ -212,9 +215,12 @@ def _report(
         bottleneck=bottleneck(stages, tuning),
         worker_memory_bytes=max((worker.memory_bytes for worker in state.ended), default=0),
         gpu_memory_bytes=max((worker.gpu_memory_bytes for worker in state.ended), default=0),
-        changed_files=state.watch.changed,
+        changed_files=state.counts.changed_files,
+        decoded_by=dict(state.counts.decoded_by),
+        spot_checks=state.counts.spot_checks,
+        spot_check_differences=state.counts.spot_check_differences,
         messages=state.messages.found(),
-        hints=hints_for(job, list(records.values()), state.watch.changed),
+        hints=hints_for(job, list(records.values()), state.counts.changed_files),
         timeline=state.watch.timeline,
     )
 

@@ -49,11 +49,10 @@ class Watch:
         items, rejects: of this run so far.
         reject: one of this run, None before there is any.
         codes: of the rejects of this run, by one of each batch: those of commit records are not all.
-        changed: files of SRC that were written to while this run read them.
     """
 
     def __init__(self, reject_limit: int, storage_root: str | None) -> None:
-        self.items = self.rejects = self.changed = 0
+        self.items = self.rejects = 0
         self.reject: Reject | None = None
         self.codes: Counter[str] = Counter()
         self._sixteen_bit = False
@@ -74,7 +73,6 @@ class Watch:
         if isinstance(event, Progress):
             self.items += event.items
             self.rejects += event.rejects
-            self.changed += event.changed
             if event.reject:
                 self.reject = self.reject or event.reject
                 self.codes[event.reject.code] += event.rejects

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -19,6 +20,8 @@ from ..errors import BackendError, UsageError
 BackendName = Literal["pillow", "dali"]
 _OLDEST_CUDA = 12_000  # CUDA 12.0 in the format of cuDriverGetVersion; DALI has no wheels for older drivers
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+_BLOCKING_SYNC = 4  # CU_CTX_SCHED_BLOCKING_SYNC
 _NVIDIA_VENDOR = "0x10de"
 
 
@@ -49,6 +52,7 @@ class Machine:
         cuda: the CUDA version of the driver, in the format of cuDriverGetVersion (12040 is 12.4); None if not known.
         driver, dali, cupy: what is wrong with each; None if nothing is.
         cpus: usable cores, which the workers share.
+        capabilities: the compute capability of each GPU, such as (9, 0); empty if the driver does not work.
     """
 
     gpus: int
@@ -57,6 +61,7 @@ class Machine:
     dali: Missing | None
     cupy: Missing | None
     cpus: int = field(default_factory=usable_cpus)
+    capabilities: tuple[tuple[int, int], ...] = ()
 
     @property
     def missing(self) -> list[Missing]:
@@ -66,12 +71,21 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a build runs on: its decoder, its GPUs (none for the CPU) and usable cores. `warning` is for the user."""
+    """What a build runs on.
+
+    Attributes:
+        backend: the decoder.
+        gpus: the numbers of the GPUs; none for the CPU.
+        warning: what the user should know about this choice.
+        cpus: usable cores.
+        capability: the highest compute capability of these GPUs; None if not known, or for the CPU.
+    """
 
     backend: BackendName
     gpus: tuple[int, ...] = ()
     warning: str | None = None
     cpus: int = field(default_factory=usable_cpus)
+    capability: tuple[int, int] | None = None
 
     @property
     def gpu(self) -> int | None:
@@ -91,9 +105,12 @@ def inspect(device: str = "auto") -> Machine:
         device: the value of `--device`; CuPy is tested on the first GPU that it names, or else on GPU 0.
     """
     gpus, cuda, driver = _driver()
+    capabilities = () if driver or cuda is None else tuple(map(_capability, range(gpus)))
     number = next(iter(gpu_numbers(device)), 0)
     gpu = number if number < gpus and driver is None else None
-    return Machine(gpus, cuda, driver, _trouble(_DALI, cuda, gpu), _trouble(_CUPY, cuda, gpu))
+    return Machine(
+        gpus, cuda, driver, _trouble(_DALI, cuda, gpu), _trouble(_CUPY, cuda, gpu), capabilities=capabilities
+    )
 
 
 def choose(config: BuildConfig, machine: Machine) -> Choice:
@@ -103,7 +120,19 @@ def choose(config: BuildConfig, machine: Machine) -> Choice:
         BackendError: a GPU or DALI was requested and cannot be used.
         UsageError: there is no such GPU, or the options contradict each other.
     """
-    return replace(_choose(config, machine), cpus=machine.cpus)
+    choice = _choose(config, machine)
+    known = [machine.capabilities[gpu] for gpu in choice.gpus if gpu < len(machine.capabilities)]
+    return replace(choice, cpus=machine.cpus, capability=max(known, default=None))
+
+
+def block_while_waiting(gpu: int) -> None:
+    """Lets threads sleep while they wait for a GPU; CUDA's default is to keep a core busy.
+
+    Has an effect if called before anything else in this process uses the GPU.
+    """
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuInit(0)
+        ctypes.CDLL("libcuda.so.1").cuDevicePrimaryCtxSetFlags_v2(gpu, _BLOCKING_SYNC)
 
 
 def dotted(cuda: int) -> str:
@@ -193,6 +222,16 @@ def _driver() -> tuple[int, int | None, Missing | None]:
     return count.value, version.value, None
 
 
+def _capability(gpu: int) -> tuple[int, int]:
+    """A GPU's compute capability, by cuDeviceGetAttribute."""
+    cuda, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    found = []
+    for attribute in _CAPABILITY:
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, gpu)
+        found.append(value.value)
+    return found[0], found[1]
+
+
 def _pci_gpus() -> int:
     """The number of NVIDIA display and 3D controllers on the PCI bus, which are found even without a driver."""
     found = 0
@@ -249,6 +288,7 @@ def _trouble(package: _Package, driver: int | None, gpu: int | None) -> Missing 
 
 def _try_cupy(gpu: int) -> None:
     """Tests what normalizing needs on the GPU: compiles a kernel, runs it, and allocates pinned memory."""
+    block_while_waiting(gpu)
     import cupy
 
     with cupy.cuda.Device(gpu):

@@ -15,6 +15,9 @@ _PREFETCH = {"cuda": 3, "cpu": 2}
 _PIPELINES = {"cuda": 2, "cpu": 1}
 _OTHER_CORES = 2  # of a GPU's: for Python, and for the threads that write
 _READING = 8  # one in so many of a GPU's threads reads files: 25 us an image, beside some 700 us to decode its share
+# Hardware JPEG engines of Hopper and later GPUs are off until they have been seen to decode correctly: a known fault
+# there gives wrong pixels without an error (https://github.com/pytorch/vision/issues/9606).
+_UNPROVEN_ENGINES = (9, 0)
 # One thread writes a shard, and on one file two of them gain nothing. A GPU gives more than one thread can write.
 _OPEN_SHARDS = {"cuda": 4, "cpu": 1}
 
@@ -31,6 +34,7 @@ class Tuning:
         prefetch: batches inside each of them at the same time.
         open_shards: shards that a worker writes at the same time.
         hw_decoder_load: the share of a batch's JPEGs for a GPU's hardware engines, 0 to 1; None leaves it to DALI.
+        spot_check: whether a sample of the images that a GPU decodes is compared with Pillow's.
     """
 
     workers: int
@@ -40,6 +44,7 @@ class Tuning:
     prefetch: int
     open_shards: int
     hw_decoder_load: float | None
+    spot_check: bool = True
 
     @classmethod
     def of(cls, config: BuildConfig, choice: Choice, *, row_bytes: int, shard_rows: int, shards: int) -> Tuning:
@@ -68,7 +73,8 @@ class Tuning:
             pipelines=_PIPELINES[device],
             prefetch=config.prefetch or _PREFETCH[device],
             open_shards=min(config.open_shards or _OPEN_SHARDS[device], max(1, shards // max(1, workers))),
-            hw_decoder_load=0.0 if config.reproducible else config.hw_decoder_load,
+            hw_decoder_load=_hw_decoder_load(config, choice),
+            spot_check=config.spot_check,
         )
 
     @property
@@ -85,3 +91,11 @@ class Tuning:
     def decoding_threads(self) -> int:
         """Threads of each pipeline that decodes."""
         return self.threads if self.pipelines == 1 else max(1, (self.threads - self.reading_threads) // self.pipelines)
+
+
+def _hw_decoder_load(config: BuildConfig, choice: Choice) -> float | None:
+    if config.reproducible:
+        return 0.0
+    if config.hw_decoder_load is None and (choice.capability or (0, 0)) >= _UNPROVEN_ENGINES:
+        return 0.0
+    return config.hw_decoder_load

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
@@ -30,6 +30,9 @@ class DecodedBatch:
         source_bytes: encoded size of each item, int64 (N,); 0 if it could not be read.
         rejects: the items without pixels, in order.
         seconds: time spent in each stage, by the stage's name.
+        by_dali: positions whose pixels DALI decoded, ascending, int64; the others of `kept` are Pillow's.
+        encoded: on a GPU, the N items' bytes, each uint8 (bytes,): the decoder may read them until the pixels are ready
+            in the order of its stream, so keep the batch until then. Empty on a CPU.
     """
 
     batch: Batch
@@ -38,6 +41,8 @@ class DecodedBatch:
     source_bytes: NDArray[np.int64]
     rejects: list[Reject]
     seconds: dict[str, float]
+    by_dali: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    encoded: Sequence[NDArray[np.uint8]] = ()
 
 
 def on_host(pixels: Any) -> NDArray[Any]:

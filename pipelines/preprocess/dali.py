@@ -19,6 +19,7 @@ import itertools
 import logging
 import re
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -38,7 +39,7 @@ from ..machine.tuning import Tuning
 from ..sources.access.local import is_plain
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, Stage, clean
-from .base import DECODING_REVISION, DecodedBatch
+from .base import DECODING_REVISION, DecodedBatch, on_host
 from .dali_pipelines import decode_images, input_names, read_files, without_opencv
 from .fed_pipeline import FedPipeline, run_in_turn
 from .geometry import Geometry
@@ -50,15 +51,28 @@ _NO_MEMORY = re.compile("bad_alloc|out.of.memory|MemoryAllocation|allocation fai
 _BROKEN_GPU = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
 _PENDING = 2  # batches that may wait for Pillow while DALI continues, so that a few slow files do not stop it
 
+_ONE_IMAGE_MEMORY = (
+    "no memory to decode one image; end what else uses it, or lower --workers or --open-shards, and run the command "
+    "again to resume (with a lower --max-pixels, it starts anew)"
+)
+
 _Encoded = list[NDArray[np.uint8]]
 
 
 @dataclass
 class _EncodedBatch:
-    """A batch whose files have been read: each item's bytes, empty if it cannot be read, and its route."""
+    """A batch whose files have been read.
+
+    Attributes:
+        batch: the batch.
+        encoded: each item's bytes, uint8 (bytes,); empty if it cannot be read.
+        inputs: the same bytes as DALI takes them at the least cost: its own list of tensors, or arrays and tensors.
+        route: how the items are decoded.
+    """
 
     batch: Batch
     encoded: _Encoded
+    inputs: Any
     route: Route
 
 
@@ -81,7 +95,7 @@ class _Rows:
 class _PendingBatch:
     """A batch that DALI has finished, and Pillow's results for the items at the positions `left`."""
 
-    batch: Batch
+    read: _EncodedBatch
     rows: _Rows
     left: NDArray[np.int64]
     results: list[Future[tuple[int, NDArray[np.uint8] | Reject]]]
@@ -129,15 +143,17 @@ class DaliDecoder:
         if stream is not None:
             self._on_stream = stream
         elif device is not None:
-            self._on_stream = self._xp.cuda.Device(device)
+            self._on_stream = self._device_context()
         self._main: list[FedPipeline[_EncodedBatch]] = []
         self._repair: FedPipeline[None] | None = None
+        self._single: FedPipeline[None] | None = None
+        self._single_lock = threading.Lock()
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> DaliDecoder:
         try:
             if self._source.file_per_item:
-                self._reader: FedPipeline[tuple[Batch, list[bool]]] = self._opened(
+                self._reader: FedPipeline[tuple[Batch, list[int]]] = self._opened(
                     read_files, None, self._tuning.prefetch, self._tuning.reading_threads
                 )
             self._main = self._decoding(self._names)
@@ -158,7 +174,7 @@ class DaliDecoder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._main, self._repair = [], None
+        self._main, self._repair, self._single = [], None, None
         self._open.close()
 
     def _try_blank(self) -> None:
@@ -168,9 +184,7 @@ class DaliDecoder:
         """
         count = 1 if self._device is None else self._tuning.batch_size
         encoded = [self._blank] * count
-        blanks = _EncodedBatch(
-            Batch(0, [], True), encoded, route([self._blank.data] * count, self._config, self._geometry)
-        )
+        blanks = self._routed(Batch(0, [], True), encoded, encoded)
         feed = [(blanks, self._inputs(blanks, self._names))] * len(self._main)
         results = [outputs for _, outputs in run_in_turn(self._main, feed, self._stream)]
         failure = next((outputs for outputs in results if isinstance(outputs, Exception)), None)
@@ -227,6 +241,17 @@ class DaliDecoder:
         return found
 
     @property
+    def name(self) -> str:
+        """The decoder's libraries and its device, for messages."""
+        place = "the CPU" if self._device is None else f"GPU {self._device}"
+        return f"DALI {dali.__version__} with nvImageCodec {nvimgcodec.__version__} on {place}"
+
+    @property
+    def hw_decoder_load(self) -> float | None:
+        """The share of the images that DALI gives to a GPU's hardware engines; None if DALI chooses it."""
+        return self._tuning.hw_decoder_load
+
+    @property
     def sixteen_bit(self) -> str | None:
         """See `PillowDecoder.sixteen_bit`; Pillow decodes all images with 16 bits per channel."""
         return self._pillow.sixteen_bit
@@ -279,45 +304,59 @@ class DaliDecoder:
                         rows = _Rows(self._pixels(outputs), _sizes(read.encoded), read.route.usable.copy())
                 left = np.flatnonzero(~rows.done)
                 results = [self._pool.submit(self._by_pillow, read, position) for position in left.tolist()]
-                yield _PendingBatch(read.batch, rows, left, results, time.perf_counter() - start)
+                yield _PendingBatch(read, rows, left, results, time.perf_counter() - start)
                 start = time.perf_counter()
 
     def _read(self, batches: Iterable[Batch]) -> Generator[_EncodedBatch, None, None]:
         """The batches with the bytes and the route of their items."""
         read = self._read_by_dali if self._source.file_per_item else self._read_by_source
         with contextlib.closing(read(batches)) as reads:
-            for batch, encoded in reads:
-                yield _EncodedBatch(
-                    batch, encoded, route([data.data for data in encoded], self._config, self._geometry)
-                )
+            yield from reads
 
-    def _read_by_source(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, _Encoded], None, None]:
+    def _read_by_source(self, batches: Iterable[Batch]) -> Generator[_EncodedBatch, None, None]:
         for batch in batches:
-            yield batch, list(self._pool.map(self._encoded, self._checked(batch).items))
+            yield self._read_here(self._checked(batch))
 
-    def _read_by_dali(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, _Encoded], None, None]:
+    def _read_here(self, batch: Batch) -> _EncodedBatch:
+        encoded = list(self._pool.map(self._encoded, batch.items))
+        return self._routed(batch, encoded, encoded)
+
+    def _read_by_dali(self, batches: Iterable[Batch]) -> Generator[_EncodedBatch, None, None]:
         """Reads regular files in DALI's threads.
 
         Python reads everything else, since DALI would wait for a named pipe and fill the memory from /proc/kcore. It
         also reads the batches on which DALI fails because a file cannot be read.
         """
-        with contextlib.closing(self._reader.run(map(self._named, batches))) as runs:
-            for (batch, plain), outputs in runs:
+        with contextlib.closing(self._reader.run(map(self._paths, batches))) as runs:
+            for (batch, others), outputs in runs:
                 if isinstance(outputs, Exception):
-                    yield batch, list(self._pool.map(self._encoded, batch.items))
-                else:
-                    read = zip(batch.items, plain, outputs[0], strict=True)
-                    yield batch, [np.asarray(data) if fits else self._encoded(item) for item, fits, data in read]
+                    yield self._read_here(batch)
+                    continue
+                encoded, inputs = list(map(np.asarray, outputs[0])), outputs[0]
+                if others:
+                    for position in others:
+                        encoded[position] = self._encoded(batch.items[position])
+                    inputs = encoded
+                yield self._routed(batch, encoded, inputs)
 
-    def _named(self, batch: Batch) -> tuple[tuple[Batch, list[bool]], list[Any]]:
-        """A batch, which of its items are plain files, and the paths for DALI: an empty file for all other items."""
+    def _device_context(self) -> Any:
+        return contextlib.nullcontext() if self._device is None else self._xp.cuda.Device(self._device)
+
+    def _routed(self, batch: Batch, encoded: _Encoded, inputs: Any) -> _EncodedBatch:
+        return _EncodedBatch(
+            batch, encoded, inputs, route([data.data for data in encoded], self._config, self._geometry)
+        )
+
+    def _paths(self, batch: Batch) -> tuple[tuple[Batch, list[int]], list[Any]]:
+        """A batch, which of its items are no plain files, and the paths for DALI: an empty file for those items."""
         paths = [self._source.local_path(item) for item in self._checked(batch).items]
-        plain = [is_plain(path) for path in paths]
-        taken = [path if fits else b"/dev/null" for path, fits in zip(paths, plain, strict=True)]
+        others = [position for position, path in enumerate(paths) if not is_plain(path)]
+        for position in others:
+            paths[position] = b"/dev/null"
         # One array costs DALI a seventh of what an array per path does. Slashes before an absolute path change nothing.
-        length = max(map(len, taken))
-        padded = _array(b"".join(path.rjust(length, b"/") for path in taken)).reshape(len(taken), length)
-        return (batch, plain), [padded]
+        length = max(map(len, paths))
+        padded = _array(b"".join([path.rjust(length, b"/") for path in paths])).reshape(len(paths), length)
+        return (batch, others), [padded]
 
     def _checked(self, batch: Batch) -> Batch:
         if not 1 <= len(batch.items) <= self._tuning.batch_size:
@@ -326,11 +365,13 @@ class DaliDecoder:
 
     def _inputs(self, read: _EncodedBatch, names: Sequence[str], positions: Sequence[int] | None = None) -> list[Any]:
         """The pipeline's inputs for a batch, or for the items at `positions`; a blank for items that Pillow decodes."""
-        route, encoded = read.route, read.encoded
-        chosen = list(range(len(encoded)) if positions is None else positions)
+        route = read.route
+        chosen = list(range(len(read.encoded)) if positions is None else positions)
         turns = route.turns[chosen]
         found = {
-            "encoded": [encoded[position] if route.usable[position] else self._blank for position in chosen],
+            "encoded": read.inputs
+            if positions is None and route.usable.all()
+            else [read.inputs[position] if route.usable[position] else self._blank for position in chosen],
             "shape": route.shapes[chosen],
             "size": route.sizes[chosen],
             "start": route.starts[chosen],
@@ -348,6 +389,7 @@ class DaliDecoder:
         """The batch with Pillow's pixels in the rows that DALI left."""
         start = time.perf_counter()
         rows, rejects, decoded, images = run.rows, [], [], []
+        by_dali = np.flatnonzero(rows.done)
         for position, future in zip(run.left.tolist(), run.results, strict=True):
             rows.source_bytes[position], result = future.result()
             if isinstance(result, Reject):
@@ -360,7 +402,33 @@ class DaliDecoder:
                 rows.pixels[self._xp.asarray(decoded)] = self._xp.asarray(np.stack(images))
             rows.done[decoded] = True
         seconds = {"read": 0.0, "decode": run.seconds + time.perf_counter() - start}
-        return DecodedBatch(run.batch, rows.pixels, np.flatnonzero(rows.done), rows.source_bytes, rejects, seconds)
+        return DecodedBatch(
+            run.read.batch,
+            rows.pixels,
+            np.flatnonzero(rows.done),
+            rows.source_bytes,
+            rejects,
+            seconds,
+            by_dali,
+            () if self._device is None else run.read.encoded,
+        )
+
+    def decode_with_pillow(self, encoded: NDArray[np.uint8], item: Item) -> NDArray[np.uint8]:
+        """An image as Pillow decodes it, (H, W, C); for any thread. Raises BadItem if Pillow rejects it."""
+        return self._pillow.decode_image(encoded.tobytes(), item.path, None)
+
+    def decode_alone(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        """An image as DALI decodes it in a batch of its own, (H, W, C); None if DALI fails on it; for any thread."""
+        with self._single_lock, self._device_context():
+            self._single = self._single or self._decoding(self._names, repairing=True)[0]
+            read = self._routed(Batch(0, [], True), [encoded], [encoded])
+            ((_, outputs),) = self._single.run([(None, self._inputs(read, self._names))])
+            if isinstance(outputs, Exception):
+                if _is_no_memory(outputs):
+                    raise ShardError(_ONE_IMAGE_MEMORY) from outputs
+                return None
+            image: NDArray[np.uint8] = on_host(self._pixels(outputs))[0]
+            return image
 
     def _by_pillow(self, read: _EncodedBatch, position: int) -> tuple[int, NDArray[np.uint8] | Reject]:
         """An item's encoded size, 0 if it cannot be read, and its pixels or the reject."""
@@ -429,10 +497,7 @@ class DaliDecoder:
             for half in _halves(positions):
                 self._decode_again(rows, read, half)
         elif no_memory:  # never fall back to Pillow for lack of memory: its pixels would differ
-            raise ShardError(
-                "no memory to decode one image; end what else uses it, or lower --workers or --open-shards, and "
-                "run the command again to resume (with a lower --max-pixels, it starts anew)"
-            ) from outputs
+            raise ShardError(_ONE_IMAGE_MEMORY) from outputs
 
 
 def _array(data: bytes) -> NDArray[np.uint8]:

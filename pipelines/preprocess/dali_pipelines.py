@@ -67,7 +67,7 @@ def decode_images(
     *inputs, number = fn.external_source(
         source,
         num_outputs=len(names) + 1,
-        no_copy=backend == "cpu",  # a GPU may still be reading when the batch is returned; not yet measured
+        no_copy=True,  # a GPU may still be reading when the batch is returned: see `DecodedBatch.encoded`
         dtype=[*(_INPUTS[name][0] for name in names), types.INT64],
         ndim=[*(_INPUTS[name][1] for name in names), 0],
     )

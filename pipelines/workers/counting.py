@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..config import BuildConfig
 from ..dataset.plan import Plan
 from ..errors import GpuNpzError, ShardError
-from ..machine.environment import Choice
+from ..machine.environment import Choice, block_while_waiting
 from ..machine.tuning import Tuning
 from ..preprocess.base import Decoder
 from ..preprocess.decoders import make_decoder
@@ -154,6 +154,7 @@ class _Work:
     def decoder(self) -> Decoder:
         gpu = self.choice.gpu
         if gpu is not None:
+            block_while_waiting(gpu)
             import cupy
 
             cupy.cuda.Device(gpu).use()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,8 +24,6 @@ class Progress:
         items: how many items the batch has.
         rejects: how many of them were rejected.
         source_bytes: the encoded size of all items.
-        changed: how many files were removed or written to since the worker started, so that they may have been read
-            only in part.
         reject: the first reject of the batch; None if there is none.
         sixteen_bit: the path of an image that was reduced from 16 to 8 bits per channel; None if there was none so far.
     """
@@ -33,7 +32,6 @@ class Progress:
     items: int
     rejects: int
     source_bytes: int
-    changed: int = 0
     reject: Reject | None = None
     sixteen_bit: str | None = None
 
@@ -48,11 +46,37 @@ def taken_back(shard: int, steps: Sequence[Progress]) -> Progress:
     )
 
 
+@dataclass
+class ShardCounts:
+    """What a worker counts while it builds a shard, for the report of the run.
+
+    Attributes:
+        changed_files: files that were removed or written to since the worker started, so that they may have been read
+            only in part.
+        decoded_by: how many images each decoder decoded, by its name: dali, pillow.
+        spot_checks: images that were decoded on a GPU and compared with Pillow's.
+        spot_check_differences: how many of them differ, also if they are decoded alone.
+    """
+
+    changed_files: int = 0
+    decoded_by: Counter[str] = field(default_factory=Counter)
+    spot_checks: int = 0
+    spot_check_differences: int = 0
+
+    def add(self, other: ShardCounts) -> None:
+        """Adds the counts of other images."""
+        self.changed_files += other.changed_files
+        self.decoded_by.update(other.decoded_by)
+        self.spot_checks += other.spot_checks
+        self.spot_check_differences += other.spot_check_differences
+
+
 @dataclass(frozen=True)
 class Committed:
     """A shard has been committed."""
 
     record: CommitRecord
+    counts: ShardCounts
 
 
 @dataclass(frozen=True)

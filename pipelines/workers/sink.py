@@ -9,7 +9,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,39 +26,55 @@ from ..npz.writer import NpzWriter
 from ..sources.base import Item
 from ..sources.rejects import Reject
 from ..storage.base import Storage
+from .events import Committed, ShardCounts
 
 _SPARE_BUFFERS = 2  # one that is being filled, one that is being copied
 _UNFLUSHED_SHARDS = 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rows:
-    """The rows of one batch, to be written.
+    """The rows of one batch, without their images. They are kept until the shard is committed.
 
     Attributes:
         shard: the number of the shard that they belong to.
-        images: (N, *row shape), the front of `buffer`; complete once `ready` has returned.
         items: the N items.
         source_bytes: the encoded size of each item, int64 (N,).
         valid: whether each row has an image, bool (N,).
         rejects: the rejects of the batch.
         last: whether this is the last batch of the shard.
-        ready: waits until the images are complete; called once, in the shard's thread.
-        buffer: the buffer that `ShardSink.buffer` returned.
     """
 
     shard: int
-    images: NDArray[Any]
     items: list[Item]
     source_bytes: NDArray[np.int64]
     valid: NDArray[np.bool_]
     rejects: list[Reject]
     last: bool
-    ready: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """The images of some rows. They are dropped once they have been written.
+
+    Attributes:
+        images: (N, *row shape), the front of `buffer`; complete once `ready` has returned.
+        buffer: the buffer that `ShardSink.buffer` returned.
+        ready: waits until the images are complete; called once, in the shard's thread.
+        count: the counts of the batch; called once, in the shard's thread, after the images have been written. It may
+            raise an error, which ends the build.
+        encoded: the files' bytes, which a GPU may read until `ready` has returned.
+    """
+
+    images: NDArray[Any]
     buffer: NDArray[Any]
+    ready: Callable[[], None]
+    count: Callable[[], ShardCounts]
+    encoded: Sequence[NDArray[np.uint8]]
 
 
-_RowQueue = queue.SimpleQueue["Rows | None"]  # the rows of one shard; None if no more will come
+# The rows of one shard as they arrive; None if no more will come.
+_RowQueue = queue.SimpleQueue["tuple[Rows, RowImages] | None"]
 
 
 class ShardSink:
@@ -86,7 +102,7 @@ class ShardSink:
         allocate: Callable[[tuple[int, ...]], NDArray[Any]],
         tuning: Tuning,
     ) -> None:
-        self.seconds = {"transfer": 0.0, "write": 0.0, "commit": 0.0}
+        self.seconds = {"transfer": 0.0, "write": 0.0, "check": 0.0, "commit": 0.0}
         self._storage = storage
         self._job = job
         self._provenance = provenance
@@ -94,7 +110,7 @@ class ShardSink:
         for _ in range(tuning.open_shards + _SPARE_BUFFERS):
             self._free.put(allocate((tuning.batch_size, *job.row_shape)))
         self._todo: dict[int, _RowQueue] = {}  # by shard, until its last rows
-        self._done: queue.SimpleQueue[CommitRecord] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Committed] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         shards = tuning.open_shards + _UNFLUSHED_SHARDS
@@ -121,18 +137,18 @@ class ShardSink:
         self._raise_failure()
         return buffer
 
-    def put(self, rows: Rows) -> None:
+    def put(self, rows: Rows, images: RowImages) -> None:
         """Adds the next rows of a shard, in order. Rows of other open shards may come in between."""
         todo = self._todo.get(rows.shard)
         if todo is None:
             self._room.acquire()
             todo = self._todo[rows.shard] = queue.SimpleQueue()
             self._threads.submit(self._build, rows.shard, todo)
-        todo.put(rows)
+        todo.put((rows, images))
         if rows.last:
             del self._todo[rows.shard]
 
-    def committed(self) -> Iterator[CommitRecord]:
+    def committed(self) -> Iterator[Committed]:
         """The shards that were committed since the last call."""
         with contextlib.suppress(queue.Empty):
             while True:
@@ -148,22 +164,24 @@ class ShardSink:
         temporary = self._storage.temporary(name)
         taken = self._taken(todo)
         parts: list[Rows] = []
+        counts = ShardCounts()
         try:
             with self._storage.explained(name), NpzWriter(temporary) as file:
                 level = self._job.settings.deflate_level
                 file.begin("images", self._job.dtype, self._job.row_shape, deflate_level=level)
-                for rows in taken:
+                for rows, images in taken:
                     if self._failure is not None:
                         break
                     with self._timed("transfer"):
-                        rows.ready()
+                        images.ready()
                     with self._timed("write"):
-                        file.append(rows.images)
-                    rows.images = rows.images[:0]  # the buffer is reused; the rest is kept until the shard ends
+                        file.append(images.images)
+                    with self._timed("check"):
+                        counts.add(images.count())
                     parts.append(rows)
                 if self._failure is None and parts and parts[-1].last:
                     with self._timed("commit"):
-                        self._done.put(self._commit(shard, temporary, file, parts))
+                        self._done.put(Committed(self._commit(shard, temporary, file, parts), counts))
         except BaseException as exc:  # the main thread raises it
             self._failure = self._failure or exc
         finally:
@@ -172,11 +190,12 @@ class ShardSink:
             self._storage.discard(temporary)
             self._room.release()
 
-    def _taken(self, todo: _RowQueue) -> Iterator[Rows]:
+    def _taken(self, todo: _RowQueue) -> Iterator[tuple[Rows, RowImages]]:
         """The rows of a shard as they arrive. A buffer is freed when the next rows are requested."""
-        while (rows := todo.get()) is not None:
-            yield rows
-            self._free.put(rows.buffer)
+        while (entry := todo.get()) is not None:
+            rows, images = entry
+            yield entry
+            self._free.put(images.buffer)
             if rows.last:
                 break
 

@@ -8,10 +8,11 @@ import os
 import resource
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +21,22 @@ from ..dataset.job import Job
 from ..dataset.layout import shard_name
 from ..dataset.plan import Plan
 from ..errors import MismatchError, RejectedError, ShardError
+from ..machine.environment import block_while_waiting
 from ..machine.tuning import Tuning
 from ..preprocess.base import DecodedBatch, Decoder, Normalizer
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
 from ..preprocess.normalize import NumpyNormalizer
 from ..preprocess.normalize_cuda import CudaNormalizer
+from ..preprocess.spot_check import SpotCheck
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import BadItem, Reject, clean
 from ..storage import open_storage
-from .events import Committed, CurrentItem, Event, Progress, Pulse, Task, WorkerEnded
-from .sink import Rows, ShardSink
+from .events import CurrentItem, Event, Progress, Pulse, ShardCounts, Task, WorkerEnded
+from .sink import RowImages, Rows, ShardSink
+
+if TYPE_CHECKING:
+    from ..preprocess.dali import DaliDecoder
 
 _PULSE_S = 1.0
 # How much a worker may grow before it is replaced, since libraries leak memory: libjpeg-turbo inside DALI keeps the
@@ -56,6 +62,8 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
     job = Job.open(storage)
     began_ns = time.time_ns()
     with _explained(task), contextlib.ExitStack() as stack:
+        if task.gpu is not None:
+            block_while_waiting(task.gpu)
         normalizer: Normalizer = (
             NumpyNormalizer(job.settings) if task.gpu is None else CudaNormalizer(job.settings, task.gpu)
         )
@@ -74,6 +82,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         sink = ShardSink(storage, job, provenance, normalizer.allocate, task.tuning)
         stack.enter_context(decoder)
         stack.enter_context(sink)
+        check = _spot_check(task, decoder)
         pulse_s = 0.0
         batches = interleaved_batches(job.plan, shards, task.tuning)
         for decoded in _in_isolation(decoder, batches, task) if task.isolated else decoder.decode(batches):
@@ -90,20 +99,17 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
                 seconds[name] += spent
             buffer = sink.buffer()
             start = time.perf_counter()
-            rows = _rows(decoded, buffer, normalizer, blank=job.settings.on_reject == "blank")
+            count = _counting(decoded, task.source, began_ns, check)
+            sink.put(*_rows(decoded, buffer, normalizer, count, blank=job.settings.on_reject == "blank"))
             seconds["normalize"] += time.perf_counter() - start
-            sink.put(rows)
             counts = len(decoded.batch.items), len(decoded.rejects), int(decoded.source_bytes.sum())
-            changed = _changed_files(task.source, decoded, began_ns)
-            yield Progress(
-                decoded.batch.shard, *counts, changed, next(iter(decoded.rejects), None), decoder.sixteen_bit
-            )
-            yield from map(Committed, sink.committed())
+            yield Progress(decoded.batch.shard, *counts, next(iter(decoded.rejects), None), decoder.sixteen_bit)
+            yield from sink.committed()
             if time.monotonic() >= pulse_s:
                 yield _pulse()
                 pulse_s = time.monotonic() + _PULSE_S
         gpu_memory_bytes = normalizer.device_bytes()
-    yield from map(Committed, sink.committed())
+    yield from sink.committed()
     yield WorkerEnded({**seconds, **sink.seconds}, _peak_bytes(), gpu_memory_bytes)
 
 
@@ -170,7 +176,15 @@ def _in_isolation(decoder: Decoder, batches: Iterable[Batch], task: Task) -> Ite
             yield decoded
 
 
-def _rows(decoded: DecodedBatch, buffer: NDArray[Any], normalizer: Normalizer, *, blank: bool) -> Rows:
+def _rows(
+    decoded: DecodedBatch,
+    buffer: NDArray[Any],
+    normalizer: Normalizer,
+    count: Callable[[], ShardCounts],
+    *,
+    blank: bool,
+) -> tuple[Rows, RowImages]:
+    """Starts to normalize a batch into `buffer`; with `blank`, its rejects get a row, too."""
     batch, kept = decoded.batch, decoded.kept
     valid = np.ones(len(kept), bool)
     if blank:
@@ -185,25 +199,49 @@ def _rows(decoded: DecodedBatch, buffer: NDArray[Any], normalizer: Normalizer, *
         if not valid.all():
             images[~valid] = 0
 
-    return Rows(
+    rows = Rows(
         shard=batch.shard,
-        images=images,
         items=[batch.items[position] for position in kept.tolist()],
         source_bytes=decoded.source_bytes[kept],
         valid=valid,
         rejects=decoded.rejects,
         last=batch.last,
-        ready=ready,
-        buffer=buffer,
     )
+    return rows, RowImages(images, buffer, ready, count, decoded.encoded)
 
 
-def _changed_files(source: Source, decoded: DecodedBatch, since_ns: int) -> int:
+def _counting(
+    decoded: DecodedBatch, source: Source, since_ns: int, check: SpotCheck | None
+) -> Callable[[], ShardCounts]:
+    """A function that counts a batch for the report; looking at its files may take long on a network filesystem."""
+    items, source_bytes = decoded.batch.items, decoded.source_bytes
+    by_dali = len(decoded.by_dali)
+    decoders = Counter({"dali": by_dali, "pillow": len(decoded.kept) - by_dali})
+    differences: Callable[[], int] | None = None
+    if check is not None and (positions := check.choose(decoded)):
+        differences = partial(check.differences, decoded, positions)
+
+    def count() -> ShardCounts:
+        changed = _changed_files(source, items, source_bytes, since_ns)
+        if differences is None:
+            return ShardCounts(changed, decoders)
+        return ShardCounts(changed, decoders, len(positions), differences())
+
+    return count
+
+
+def _spot_check(task: Task, decoder: Decoder) -> SpotCheck | None:
+    if task.gpu is None or not task.tuning.spot_check:
+        return None
+    return SpotCheck(cast("DaliDecoder", decoder))
+
+
+def _changed_files(source: Source, items: Sequence[Item], source_bytes: NDArray[np.int64], since_ns: int) -> int:
     """How many files of a batch changed while the worker ran; see `_has_changed`."""
     if not source.file_per_item:
         return 0
-    read = zip(decoded.batch.items, decoded.source_bytes.tolist(), strict=True)
-    # Of a file with several frames, only the first frame is checked.
+    read = zip(items, source_bytes.tolist(), strict=True)
+    # Only the first frame of a file with several frames is checked.
     return sum(_has_changed(source, item, size, since_ns) for item, size in read if not source.frame(item))
 
 
