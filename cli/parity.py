@@ -17,7 +17,7 @@ _SIDES = click.Choice(["pillow", "dali-cpu", "dali-gpu", "torchvision"])
 _TORCHVISION = "torchvision (where installed) is its pipeline on PIL images, which knows no EXIF orientation."
 _USED = (
     "device", "size", "resize_mode", "crop_pct", "pad_value", "interpolation", "reduced_decoding", "exif_orientation",
-    "channels", "source", "root", "follow_links", "image_column",
+    "channels", "source", "root", "follow_links", "image_column", "hw_decoder_load",
 )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import errno
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from support import opened
 
 import gpu_npz
 from gpu_npz.errors import ShardError, SourceError, UsageError
+from gpu_npz.sources.access.local import statuses
 from gpu_npz.sources.base import IMAGE_EXTENSIONS, Item, files_left_out, read_item
 from gpu_npz.sources.folders.folder import FolderSource
 from gpu_npz.sources.rejects import MAX_ENCODED_BYTES, BadItem
@@ -504,3 +507,31 @@ def test_a_source_that_vanished_is_an_error_and_its_files_are_no_rejects(tmp_pat
     root.mkdir()  # the folder that a disk was mounted on is still there without it
     with pytest.raises(SourceError, match="is gone"):
         read_item(source, Item(0, "a/1.jpg", None))
+
+
+# The status of files
+
+
+def test_the_status_of_files_comes_in_their_order_however_slow_the_filesystem_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{number:03d}.jpg" for number in range(100)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(b"x" * number)
+    paths = [os.fsencode(tmp_path / name) for name in [*names, "missing.jpg", "nul\0.jpg"]]
+    expected = [*range(100), None, None]
+    sizes = [status and status.st_size for status in statuses(paths)]
+    assert sizes == expected
+    real, threads = os.stat, set[int]()
+
+    def slow(path: bytes) -> os.stat_result:
+        threads.add(threading.get_ident())
+        time.sleep(0.002)
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpu_npz.sources.access.local.os.stat", slow)
+        found = statuses(paths)
+    assert [status and status.st_size for status in found] == expected
+    assert len(threads) > 8
+    assert statuses([]) == []

@@ -168,9 +168,10 @@ def parity(
     size = image_size(plan, source, config)
     row_bytes = math.prod(size) * config.channel_count
     tuning = Tuning.of(config, Choice("dali"), row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=1)
+    config = config.model_copy(update={"batch_size": tuning.batch_size})  # the same for both sides
     found = _Findings()
     with contextlib.ExitStack() as stack:
-        decoders = [stack.enter_context(_decoder(side, config, size, source, tuning)) for side in sides]
+        decoders = [stack.enter_context(_decoder(side, config, size, source)) for side in sides]
         described = dict(zip(sides, (decoder.provenance() for decoder in decoders), strict=True))
         first, second = (decoder.decode(plan.batches(0, tuning.batch_size)) for decoder in decoders)
         done = 0
@@ -182,7 +183,7 @@ def parity(
     return found.result(described)
 
 
-def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Source, tuning: Tuning) -> Decoder:
+def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Source) -> Decoder:
     if side == "torchvision":
         return _TorchvisionDecoder(config, Geometry.of(config, size), source)
     backend, _, place = side.partition("-")
@@ -191,6 +192,7 @@ def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Sou
     asked = {"backend": backend, "device": device, "require_gpu": place == "gpu"}
     settings = BuildConfig(**{**config.model_dump(), **asked})
     choice = choose(settings, inspect(settings.device))
+    tuning = Tuning.of(settings, choice, row_bytes=1, shard_rows=settings.batch_size or 1, shards=1)
     return make_decoder(choice.backend, settings, Geometry.of(settings, size), source, tuning=tuning, gpu=choice.gpu)
 
 

@@ -139,8 +139,8 @@ class Normalizer(Protocol):
     """Decoded pixels to stored rows."""
 
     @property
-    def stream(self) -> int | None:
-        """Handle of the CUDA stream on which `apply` reads the pixels; None on the CPU."""
+    def stream(self) -> Any:
+        """CuPy's Stream on which `apply` reads the pixels; None on the CPU."""
         ...
 
     def allocate(self, shape: tuple[int, ...]) -> NDArray[Any]:

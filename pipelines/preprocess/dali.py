@@ -26,7 +26,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ from PIL import Image
 from ..config import BuildConfig
 from ..errors import BackendError, ShardError
 from ..machine.tuning import Tuning
-from ..sources.access.local import is_plain
+from ..sources.access.local import is_plain, statuses
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, Stage, clean
 from .base import DECODING_REVISION, DecodedBatch, on_host
@@ -47,6 +47,7 @@ from .pillow import PillowDecoder, versions
 from .routing import Route, route
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 _NO_MEMORY = re.compile("bad_alloc|out.of.memory|MemoryAllocation|allocation failed|can't allocate", re.IGNORECASE)
 _BROKEN_GPU = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
 _PENDING = 2  # batches that may wait for Pillow while DALI continues, so that a few slow files do not stop it
@@ -327,7 +328,10 @@ class DaliDecoder:
         Python reads everything else, since DALI would wait for a named pipe and fill the memory from /proc/kcore. It
         also reads the batches on which DALI fails because a file cannot be read.
         """
-        with contextlib.closing(self._reader.run(map(self._paths, batches))) as runs:
+        with contextlib.ExitStack() as stack:
+            lookups = stack.enter_context(ThreadPoolExecutor(1, "gpu-npz-lookup"))
+            feed = _one_ahead(lookups.submit(self._paths, self._checked(batch)) for batch in batches)
+            runs = stack.enter_context(contextlib.closing(self._reader.run(future.result() for future in feed)))
             for (batch, others), outputs in runs:
                 if isinstance(outputs, Exception):
                     yield self._read_here(batch)
@@ -349,8 +353,8 @@ class DaliDecoder:
 
     def _paths(self, batch: Batch) -> tuple[tuple[Batch, list[int]], list[Any]]:
         """A batch, which of its items are no plain files, and the paths for DALI: an empty file for those items."""
-        paths = [self._source.local_path(item) for item in self._checked(batch).items]
-        others = [position for position, path in enumerate(paths) if not is_plain(path)]
+        paths = [self._source.local_path(item) for item in batch.items]
+        others = [position for position, status in enumerate(statuses(paths)) if not is_plain(status)]
         for position in others:
             paths[position] = b"/dev/null"
         # One array costs DALI a seventh of what an array per path does. Slashes before an absolute path change nothing.
@@ -498,6 +502,19 @@ class DaliDecoder:
                 self._decode_again(rows, read, half)
         elif no_memory:  # never fall back to Pillow for lack of memory: its pixels would differ
             raise ShardError(_ONE_IMAGE_MEMORY) from outputs
+
+
+def _one_ahead(entries: Iterable[T]) -> Generator[T, None, None]:
+    """The entries, each once the next one has been made. What `entries` raises comes after the entries before it."""
+    before: list[T] = []
+    try:
+        for entry in entries:
+            yield from before
+            before = [entry]
+    except Exception:
+        yield from before
+        raise
+    yield from before
 
 
 def _array(data: bytes) -> NDArray[np.uint8]:

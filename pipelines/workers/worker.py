@@ -29,6 +29,7 @@ from ..preprocess.geometry import Geometry
 from ..preprocess.normalize import NumpyNormalizer
 from ..preprocess.normalize_cuda import CudaNormalizer
 from ..preprocess.spot_check import SpotCheck
+from ..sources.access.local import statuses
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import BadItem, Reject, clean
 from ..storage import open_storage
@@ -240,28 +241,24 @@ def _changed_files(source: Source, items: Sequence[Item], source_bytes: NDArray[
     """How many files of a batch changed while the worker ran; see `_has_changed`."""
     if not source.file_per_item:
         return 0
-    read = zip(items, source_bytes.tolist(), strict=True)
     # Only the first frame of a file with several frames is checked.
-    return sum(_has_changed(source, item, size, since_ns) for item, size in read if not source.frame(item))
+    read = [(item, size) for item, size in zip(items, source_bytes.tolist(), strict=True) if not source.frame(item)]
+    found = statuses([source.local_path(item) for item, _ in read])
+    now_ns = time.time_ns()
+    return sum(_has_changed(status, size, since_ns, now_ns) for status, (_, size) in zip(found, read, strict=True))
 
 
-def _has_changed(source: Source, item: Item, size: int, since_ns: int) -> bool:
-    """Whether an item's file was removed or resized after it was read, or written to since a point in time.
+def _has_changed(status: os.stat_result | None, size: int, since_ns: int, now_ns: int) -> bool:
+    """Whether a file was removed or resized after it was read, or written to since a point in time.
 
     Args:
-        source: a source with one file per item.
-        item: one of its items.
+        status: the file's status; None if it cannot be had.
         size: how many bytes were read; 0 if the file could not be read.
-        since_ns: nanoseconds since the epoch.
+        since_ns, now_ns: nanoseconds since the epoch; later times of modification are those of a wrong clock.
     """
-    was_read = size > 0
-    try:
-        status = os.stat(source.local_path(item))
-    except (OSError, ValueError):  # ValueError: the name contains a NUL byte, for example
-        return was_read
-    if was_read and size != status.st_size:
-        return True
-    return since_ns < status.st_mtime_ns <= time.time_ns()
+    if status is None:
+        return size > 0
+    return (size > 0 and size != status.st_size) or since_ns < status.st_mtime_ns <= now_ns
 
 
 @contextlib.contextmanager
