@@ -144,7 +144,7 @@ class DaliDecoder:
         if stream is not None:
             self._on_stream = stream
         elif device is not None:
-            self._on_stream = self._device_context()
+            self._on_stream = self.device_context()
         self._main: list[FedPipeline[_EncodedBatch]] = []
         self._repair: FedPipeline[None] | None = None
         self._single: FedPipeline[None] | None = None
@@ -343,7 +343,8 @@ class DaliDecoder:
                     inputs = encoded
                 yield self._routed(batch, encoded, inputs)
 
-    def _device_context(self) -> Any:
+    def device_context(self) -> Any:
+        """Makes the decoder's GPU the current one of this thread."""
         return contextlib.nullcontext() if self._device is None else self._xp.cuda.Device(self._device)
 
     def _routed(self, batch: Batch, encoded: _Encoded, inputs: Any) -> _EncodedBatch:
@@ -423,7 +424,7 @@ class DaliDecoder:
 
     def decode_alone(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
         """An image as DALI decodes it in a batch of its own, (H, W, C); None if DALI fails on it; for any thread."""
-        with self._single_lock, self._device_context():
+        with self._single_lock, self.device_context():
             self._single = self._single or self._decoding(self._names, repairing=True)[0]
             read = self._routed(Batch(0, [], True), [encoded], [encoded])
             ((_, outputs),) = self._single.run([(None, self._inputs(read, self._names))])

@@ -62,7 +62,8 @@ class SpotCheck:
 
     def _differs(self, decoded: DecodedBatch, position: int) -> bool:
         item, encoded = decoded.batch.items[position], decoded.encoded[position]
-        pixels = on_host(decoded.pixels[position])
+        with self._decoder.device_context():
+            pixels = on_host(decoded.pixels[position])
         try:
             expected = self._decoder.decode_with_pillow(encoded, item)
         except BadItem:
