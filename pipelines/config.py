@@ -314,9 +314,10 @@ class BuildConfig(BaseModel):
     part: str | None = _setting(
         "operational",
         None,
-        "Build one of n parts of the shards, as one of n jobs: i of 1 to n; auto takes both from Slurm or torchrun.",
-        "i/n with i from 1 to n, or auto",
-        "I/N|auto",
+        "Build part i of n, with i from 1 to n, as one of n jobs. auto takes both from the cluster's scheduler; "
+        "auto/n is for schedulers that do not say how many jobs there are (Kubernetes, PBS).",
+        "i/n with i from 1 to n, auto or auto/n",
+        "I/N|auto[/N]",
     )
     preflight: bool = _setting("operational", True, "Refuse to start a build whose output does not fit on OUT's disk.")
     overwrite: bool = _setting("operational", False, "Delete what an earlier build left in OUT and start anew.")
@@ -401,9 +402,12 @@ class BuildConfig(BaseModel):
     @classmethod
     def _parse_part(cls, value: Any) -> str | None:
         text = str(value).strip().lower()
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
-        _require(text == "auto" or (match and 1 <= int(match[1]) <= int(match[2])), value)
-        return text if match is None else f"{int(match[1])}/{int(match[2])}"
+        match = re.fullmatch(r"(auto|\d{1,6})/(\d{1,6})", text, re.ASCII)
+        if text == "auto" or match is None:
+            return str(_require(text == "auto", value) and text)
+        number, count = match[1], int(match[2])
+        _require(count > 0 if number == "auto" else 1 <= int(number) <= count, value)
+        return f"{number if number == 'auto' else int(number)}/{count}"
 
     @field_validator("max_rejects", mode="before")
     @classmethod

@@ -1,0 +1,150 @@
+"""The environment variables in which cluster schedulers number their jobs, for `--part auto`.
+
+They are named in the documentation of each scheduler. Slurm, torchrun and Open MPI number the processes of one job;
+the others, and Slurm as well, number the jobs of an array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """The variables of one scheduler. A number instead of a variable's name is what the scheduler always uses.
+
+    Attributes:
+        name: the scheduler.
+        index: the variable with the number of the job, or of the process.
+        first: the lowest number of the array.
+        step: the distance between two numbers of the array.
+        count: the variable with how many there are; None if the scheduler provides none.
+        last: the variable with the highest number of the array, which stands in for `count`.
+        array: how to submit an array that numbers N jobs without gaps.
+    """
+
+    name: str
+    index: str
+    first: str | int = 0
+    step: str | int = 1
+    count: str | None = None
+    last: str | None = None
+    array: str | None = None
+
+
+ARRAYS = (
+    Scheduler(
+        "Slurm array",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_ARRAY_TASK_MIN",
+        "SLURM_ARRAY_TASK_STEP",
+        count="SLURM_ARRAY_TASK_COUNT",
+        array="--array=1-N",
+    ),
+    Scheduler("Kubernetes Indexed Job", "JOB_COMPLETION_INDEX", array="completions: N"),
+    Scheduler(
+        "AWS Batch array job", "AWS_BATCH_JOB_ARRAY_INDEX", count="AWS_BATCH_JOB_ARRAY_SIZE", array="--array-properties"
+    ),
+    Scheduler("PBS array", "PBS_ARRAY_INDEX", 1, array="-J 1-N"),
+    Scheduler("LSF array", "LSB_JOBINDEX", 1, last="LSB_JOBINDEX_END", array='-J "name[1-N]"'),
+    Scheduler(
+        "Grid Engine array", "SGE_TASK_ID", "SGE_TASK_FIRST", "SGE_TASK_STEPSIZE", last="SGE_TASK_LAST", array="-t 1-N"
+    ),
+)
+PROCESSES = (
+    Scheduler("Slurm", "SLURM_PROCID", count="SLURM_NTASKS"),
+    Scheduler("torchrun", "RANK", count="WORLD_SIZE"),
+    Scheduler("Open MPI", "OMPI_COMM_WORLD_RANK", count="OMPI_COMM_WORLD_SIZE"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of this job or process: `number` of `count`, from 0 on; `origin` names the variables."""
+
+    number: int
+    count: int
+    origin: str
+
+
+def place(environ: Mapping[str, str], count: int | None) -> Place:
+    """The place of this process among all processes of all jobs of an array.
+
+    Args:
+        environ: the environment variables.
+        count: how many jobs there are, which some schedulers do not provide; None if the user did not say.
+
+    Raises:
+        UsageError: no scheduler has numbered this job; its number is none of the array's; `count` is missing or wrong.
+    """
+    array = _array_place(environ, count)
+    if array:
+        # Only Slurm is sure to number the processes inside each job of an array: RANK may be the number of the job.
+        tasks = _process_place(environ, PROCESSES[0]) if array.origin.startswith("SLURM") else None
+        if tasks is None or tasks.count == 1:
+            return array
+        number, total = array.number * tasks.count + tasks.number, array.count * tasks.count
+        return Place(number, total, f"{array.origin}; {tasks.origin}")
+    process = next((found for each in PROCESSES if (found := _process_place(environ, each))), None)
+    if process is None:
+        known = ", ".join(each.index for each in (*ARRAYS, *PROCESSES))
+        raise UsageError(f"--part auto: none of {known} is set to a usable number; give --part i/n")
+    if count not in (None, process.count):
+        raise UsageError(f"--part auto/{count}: there are {process.count} processes ({process.origin})")
+    return process
+
+
+def _array_place(environ: Mapping[str, str], count: int | None) -> Place | None:
+    for each in ARRAYS:
+        index = _number(environ, each.index)
+        if index is None or (each.index == "LSB_JOBINDEX" and index == 0):  # LSF sets 0 outside of arrays
+            continue
+        first, step = (_value(environ, name) for name in (each.first, each.step))
+        jobs = _job_count(environ, each, first, step)
+        if jobs is None and count is None:
+            raise UsageError(
+                f"--part auto: {each.index}={index}, but a {each.name} does not say how many jobs it has; give the "
+                "number: --part auto/N"
+            )
+        if None not in (jobs, count) and jobs != count:
+            raise UsageError(f"--part auto/{count}: the {each.name} has {jobs} jobs ({each.index}={index})")
+        total = jobs or count or 0
+        number, rest = divmod(index - first, step)
+        if rest or not 0 <= number < total:
+            raise UsageError(
+                f"--part auto: {each.index}={index} is none of the {total} numbers from {first} in steps of {step} of "
+                f"a {each.name}; submit one without gaps ({each.array}), or give --part i/n"
+            )
+        return Place(number, total, f"{each.index}={index}, of {total}")
+    return None
+
+
+def _job_count(environ: Mapping[str, str], scheduler: Scheduler, first: int, step: int) -> int | None:
+    if scheduler.count is not None:
+        return _number(environ, scheduler.count)
+    last = None if scheduler.last is None else _number(environ, scheduler.last)
+    return None if last is None else (last - first) // step + 1
+
+
+def _process_place(environ: Mapping[str, str], scheduler: Scheduler) -> Place | None:
+    assert scheduler.count is not None
+    number, count = _number(environ, scheduler.index), _number(environ, scheduler.count)
+    if number is None or count is None or number >= count:
+        return None
+    return Place(number, count, f"{scheduler.index}={number}, {scheduler.count}={count}")
+
+
+def _value(environ: Mapping[str, str], name: str | int) -> int:
+    """The value of a variable, or a number that the scheduler always uses; the usual one if it is not set."""
+    if isinstance(name, int):
+        return name
+    found = _number(environ, name)
+    return found if found is not None else int(name.endswith(("STEP", "STEPSIZE")))
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    value = environ.get(name, "")
+    return int(value) if value.isascii() and value.isdigit() else None
