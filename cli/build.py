@@ -27,17 +27,20 @@ _SHOWN = 3  # of the files that a message is about
 @click.argument("src", metavar="SRC")
 @click.argument("out", metavar="OUT")
 @config_options(*BuildConfig.model_fields)
+@click.option("--preset", metavar="NAME|FILE.json", help="Take a published model's preprocessing; options given win.")
 @click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors.")
-def command(src: str, out: str, config_file: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+def command(
+    src: str, out: str, preset: str | None, config_file: str | None, as_json: bool, quiet: bool, **given: Any
+) -> None:
     """Build NPZ shards in OUT from the images in SRC.
 
     SRC is a folder of class folders, or a folder of images. The same command again goes on with a build that was
     stopped, and says so if there is nothing left to do.
     """
     show_warnings()
-    config = read_config(config_file, given)
+    config = read_config(config_file, given, preset)
     with Bar(hidden=quiet or as_json) as bar:
         try:
             if config.sides:

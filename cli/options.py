@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import click
 
+from gpu_npz.cli.console import errors
 from gpu_npz.config import BuildConfig, load_toml, settings_of
+from gpu_npz.presets import settings_of_preset
 
 # What may differ from the build when rejects are tried again or shards built anew.
 _NOT = {"classes_from", "part", "overwrite", "source", "root", "follow_links"}
@@ -54,7 +57,33 @@ def _default(name: str) -> str:
     return f"  [default: {','.join(map(str, default)) if isinstance(default, tuple) else default}]"
 
 
-def read_config(config_file: str | None, given: dict[str, Any]) -> BuildConfig:
-    """The settings from a TOML file and the command line, which wins."""
-    values = load_toml(config_file) if config_file else {}
-    return BuildConfig(**{**values, **{name: value for name, value in given.items() if value is not None}})
+def read_config(config_file: str | None, given: dict[str, Any], preset: str | None = None) -> BuildConfig:
+    """The settings from a preset, a TOML file, the environment and the command line; each wins over those before it.
+
+    Of the environment, only operational settings are read: GPU_NPZ_WORKERS, for example.
+    """
+    over = load_toml(config_file) if config_file else {}
+    over |= {
+        name: os.environ[variable]
+        for name in settings_of("operational")
+        if (variable := f"GPU_NPZ_{name.upper()}") in os.environ
+    }
+    over |= {name: value for name, value in given.items() if value is not None}
+    values = settings_of_preset(preset) if preset else {}
+    if preset:
+        errors.print(f"preset {preset}: {' '.join(map(_shown, values.items()))}", markup=False, soft_wrap=True)
+    if "normalize" in over:
+        values = {name: value for name, value in values.items() if name not in ("mean", "std")}
+    return BuildConfig(**{**values, **over})
+
+
+def _shown(setting: tuple[str, Any]) -> str:
+    """A setting as an option of the command line."""
+    name, value = setting
+    if name == "size":
+        value = "x".join(map(str, value))
+    elif isinstance(value, tuple):
+        value = ",".join(f"{number:.6g}" for number in value)
+    elif isinstance(value, float):
+        value = f"{value:.6g}"
+    return f"--{name.replace('_', '-')} {value}"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--no-measure", is_flag=True, help="Do not measure; the duration is then left out, as by --seconds 0.")
 @click.option("--folder", metavar="DIR", help="Where to measure; the system's temporary folder unless given.")
 @config_options(*BuildConfig.model_fields)
+@click.option("--preset", metavar="NAME|FILE.json", help="Take a published model's preprocessing; options given win.")
 @click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(
@@ -34,6 +35,7 @@ def command(
     seconds: float,
     no_measure: bool,
     folder: str | None,
+    preset: str | None,
     config_file: str | None,
     as_json: bool,
     **given: Any,
@@ -46,7 +48,7 @@ def command(
     from gpu_npz.builder.estimate import estimate
 
     show_warnings()
-    config = read_config(config_file, given)
+    config = read_config(config_file, given, preset)
     with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
         task = progress.add_task("", total=None)
         found = estimate(

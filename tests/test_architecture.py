@@ -19,6 +19,7 @@ MAX_LINES = 60  # of a function, its docstring aside
 ROOMS = {
     "errors": ("", ["errors"]),
     "config": ("errors", ["config"]),
+    "presets": ("errors", ["presets"]),
     "storage": (
         "errors",
         [
@@ -178,7 +179,7 @@ def test_each_module_has_one_place_and_each_place_a_module() -> None:
 
 def test_the_ground_floor_holds_nothing_but_the_rooms() -> None:
     files = {path.name for path in (ROOT / "pipelines").iterdir() if path.is_file()}
-    assert files == {"__init__.py", "__main__.py", "README.md", "config.py", "errors.py", "py.typed"}
+    assert files == {"__init__.py", "__main__.py", "README.md", "config.py", "errors.py", "presets.py", "py.typed"}
 
 
 def test_every_folder_with_modules_is_installed() -> None:

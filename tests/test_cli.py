@@ -361,7 +361,7 @@ def test_every_setting_is_an_option_of_the_same_name_and_nothing_else_is() -> No
     command = cli.get_command(click.Context(cli), "build")
     assert command is not None
     options = {option.name: option for option in command.params if isinstance(option, click.Option)}
-    own = {"config_file": "--config", "as_json": "--json", "quiet": "--quiet"}
+    own = {"preset": "--preset", "config_file": "--config", "as_json": "--json", "quiet": "--quiet"}
     assert set(options) == {*BuildConfig.model_fields, *own}
     for name, option in options.items():
         assert option.opts == [own.get(name, "--" + name.replace("_", "-"))]
