@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import itertools
 import json
 import os
@@ -459,6 +460,7 @@ def test_a_lock_file_that_says_nothing_and_that_nobody_holds_is_taken_over(
 def test_the_lock_is_let_go_of_at_the_end_also_after_an_error(
     storage: LocalStorage, error: type[BaseException] | None
 ) -> None:
+    gc.collect()  # or files that earlier tests left open would be closed meanwhile
     descriptors = len(os.listdir("/dev/fd"))
     try:
         with storage.lock():
