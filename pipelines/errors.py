@@ -92,3 +92,19 @@ class RejectLimitError(GpuNpzError):
     def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report
+
+
+def install_command(extra: str) -> str:
+    """The command that installs what an extra of this package needs, by the names of those packages.
+
+    It does not name the extra itself, since the package may have been installed from a checkout.
+    """
+    import importlib.metadata
+    import re
+
+    try:
+        lines = importlib.metadata.requires("gpu-npz") or []
+    except importlib.metadata.PackageNotFoundError:  # it is imported from a checkout
+        lines = []
+    needed = [line.partition(";")[0].strip() for line in lines if re.search(f"extra == ['\"]{extra}['\"]", line)]
+    return f"pip install {' '.join(map(repr, needed or [f'gpu-npz[{extra}]']))}"

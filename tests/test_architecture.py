@@ -179,7 +179,15 @@ def test_each_module_has_one_place_and_each_place_a_module() -> None:
 
 def test_the_ground_floor_holds_nothing_but_the_rooms() -> None:
     files = {path.name for path in (ROOT / "pipelines").iterdir() if path.is_file()}
-    assert files == {"__init__.py", "__main__.py", "README.md", "config.py", "errors.py", "presets.py", "py.typed"}
+    assert files == {
+        "__init__.py",
+        "__main__.py",
+        "README.md",
+        "config.py",
+        "errors.py",
+        "presets.py",
+        "py.typed",
+    }
 
 
 def test_every_folder_with_modules_is_installed() -> None:

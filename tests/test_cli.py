@@ -473,7 +473,7 @@ def test_doctor_tells_what_extras_are_for_and_recommends_no_gpu_packages_without
     found = {finding.what: finding for finding in doctor.diagnose()}
     wanted = "not installed; optional, for --bit-depth 16, and TIFF that Pillow does not read"
     assert (found["imagecodecs"].ok, found["imagecodecs"].found) == (False, wanted)
-    assert found["imagecodecs"].remedy == "pip install 'gpu-npz[bits16]'"
+    assert found["imagecodecs"].remedy == "pip install 'tifffile>=2024.8.30' 'imagecodecs>=2024.9.22'"
     assert (found["pydicom"].ok, found["pydicom"].found) == (True, "3.0, for DICOM files")
     assert (found["CuPy"].found, found["CuPy"].remedy) == ("not installed; of use on a machine with a GPU", "")
     extras = load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]

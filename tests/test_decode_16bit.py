@@ -255,7 +255,7 @@ def test_without_its_libraries_the_setting_is_refused_with_what_to_install(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    message = r"--bit-depth 16 needs tifffile and imagecodecs \(.*\); run: pip install 'gpu-npz\[bits16\]'"
+    message = r"--bit-depth 16 needs tifffile and imagecodecs \(.*\); run: pip install 'tifffile>=.*' 'imagecodecs>=.*'"
     with pytest.raises(BackendError, match=message):
         choose(BuildConfig(bit_depth=16), Machine(0, None, None, None, None))
     with pytest.raises(BackendError, match=message):

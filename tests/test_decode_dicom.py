@@ -472,7 +472,7 @@ def test_without_pydicom_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPa
     data = dicom(values("uint8"))
     monkeypatch.setitem(sys.modules, "pydicom", None)
     for attempt in (lambda: decoded(data), lambda: frame_count(data)):
-        with pytest.raises(BackendError, match=r"DICOM files need pydicom .*; run: pip install 'gpu-npz\[dicom\]'"):
+        with pytest.raises(BackendError, match=r"DICOM files need pydicom .*; run: pip install 'pydicom>=3'"):
             attempt()
 
 

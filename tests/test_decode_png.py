@@ -92,7 +92,7 @@ def test_a_transparent_colour_of_16_bits_needs_the_extra_in_8_bits_too(monkeypat
     code, detail = rejected(data)
     assert code == "undecodable"
     assert detail.startswith("a transparent colour of 16-bit samples needs tifffile and imagecodecs (")
-    assert detail.endswith("run: pip install 'gpu-npz[bits16]'")
+    assert detail.endswith("run: pip install 'tifffile>=2024.8.30' 'imagecodecs>=2024.9.22'")
     np.testing.assert_array_equal(decoded(png(samples, 16, RGB)), without)
 
 

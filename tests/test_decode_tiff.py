@@ -390,7 +390,7 @@ def test_without_the_extra_it_is_said_what_to_install_and_the_rest_is_as_before(
             code, detail = rejected(data)
             assert code == "undecodable"
             assert detail.startswith(f"{name} needs tifffile and imagecodecs (")
-            assert detail.endswith("; run: pip install 'gpu-npz[bits16]'")
+            assert detail.endswith("; run: pip install 'tifffile>=2024.8.30' 'imagecodecs>=2024.9.22'")
         report = gpu_npz.build(tmp_path / "src", tmp_path / "out", config)
         assert (report.rows, report.rejects_by_code) == (5, {"undecodable": 3})
         assert estimate(tmp_path / "src", config, seconds=0).sample.unreadable == {"undecodable": 3}

@@ -205,9 +205,9 @@ def test_a_place_is_a_folder_or_an_object_store_by_how_it_is_written(tmp_path: P
 
 def test_a_client_that_is_missing_is_named_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(StorageError, match=r"needs s3fs, .*run: pip install 'gpu-npz\[s3\]'"):
+    with pytest.raises(StorageError, match=r"needs s3fs, .*run: pip install 's3fs>=2024\.12'"):
         open_storage("s3://bucket/out")
-    with pytest.raises(StorageError, match=r"pip install 'gpu-npz\[gs\]'"):
+    with pytest.raises(StorageError, match=r"pip install 'gcsfs>=2024\.12'"):
         open_storage("gs://bucket/out")
 
 

@@ -175,4 +175,4 @@ def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shard
 def test_without_keras_the_error_says_what_to_install() -> None:
     result = python("-c", "import sys\nsys.modules['keras'] = None\nimport gpu_npz.readers.keras", status=1)
     assert "BackendError: gpu_npz.readers.keras needs Keras 3" in result.stderr
-    assert "run: pip install 'gpu-npz[keras]'" in result.stderr
+    assert "run: pip install 'keras>=3'" in result.stderr

@@ -164,4 +164,4 @@ def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shard
 def test_without_tensorflow_the_error_says_what_to_install() -> None:
     result = python("-c", "import sys\nsys.modules['tensorflow'] = None\nimport gpu_npz.readers.tensorflow", status=1)
     assert "BackendError: gpu_npz.readers.tensorflow needs TensorFlow" in result.stderr
-    assert "run: pip install 'gpu-npz[tensorflow]'" in result.stderr
+    assert "run: pip install 'tensorflow>=2.16'" in result.stderr

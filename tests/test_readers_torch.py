@@ -590,7 +590,7 @@ def test_all_images_of_2000_shards_are_read_with_300_file_descriptors(many_shard
 def test_without_torch_the_error_says_what_to_install() -> None:
     result = python("-c", "import sys\nsys.modules['torch'] = None\nimport gpu_npz.readers.torch", status=1)
     assert "BackendError: gpu_npz.readers.torch needs PyTorch" in result.stderr
-    assert "run: pip install 'gpu-npz[torch]'" in result.stderr
+    assert "run: pip install 'torch>=2.2'" in result.stderr
 
 
 def test_two_datasets_that_are_not_preprocessed_alike_are_told_once(

@@ -249,7 +249,7 @@ def test_what_cannot_be_listed_is_refused_with_advice(
         open_source("nonsense://host/images")
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "s3fs", None)
-        with pytest.raises(SourceError, match=r"run: pip install 'gpu-npz\[s3\]'"):
+        with pytest.raises(SourceError, match=r"run: pip install 's3fs>=2024\.12'"):
             open_source("s3a://bucket/images")
     with monkeypatch.context() as patched:
         patched.setitem(fsspec.config.conf, "s3", {"endpoint_url": "http://127.0.0.1:9"})

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import Any
 
+from ..errors import install_command
 from ..machine.environment import Machine, dotted, inspect, usable_cpus
 
 # Of a build's extras: what is imported, the extra that brings it, and what it is for.
@@ -132,7 +133,7 @@ def _extra(what: str, module: str, extra: str, use: str) -> Finding:
         found = importlib.import_module(module)
     except ImportError as exc:
         reason = "not installed" if getattr(exc, "name", None) == module else f"cannot be imported ({exc})"
-        return Finding(what, False, f"{reason}; optional, for {use}", f"pip install 'gpu-npz[{extra}]'")
+        return Finding(what, False, f"{reason}; optional, for {use}", install_command(extra))
     return Finding(what, True, f"{getattr(found, '__version__', 'installed')}, for {use}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..config import BuildConfig, gpu_numbers
-from ..errors import BackendError, UsageError
+from ..errors import BackendError, UsageError, install_command
 
 BackendName = Literal["pillow", "dali"]
 _OLDEST_CUDA = 12_000  # CUDA 12.0 in the format of cuDriverGetVersion; DALI has no wheels for older drivers
@@ -192,9 +192,7 @@ def require_bits16(what: str) -> Bits16:
     try:
         return Bits16(*map(importlib.import_module, Bits16._fields))
     except ImportError as exc:
-        raise BackendError(
-            f"{what} needs tifffile and imagecodecs ({exc}); run: pip install 'gpu-npz[bits16]'"
-        ) from exc
+        raise BackendError(f"{what} needs tifffile and imagecodecs ({exc}); run: {install_command('bits16')}") from exc
 
 
 def _driver() -> tuple[int, int | None, Missing | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BackendError
+from ..errors import BackendError, install_command
 from .contract import compare_with_others
 from .dataset import Dataset
 from .order import kept_rows, require_natural, shuffled
@@ -16,12 +16,12 @@ try:
     import keras
 except ImportError as exc:
     raise BackendError(
-        f"gpu_npz.readers.keras needs Keras 3 and a backend of it ({exc}); run: pip install 'gpu-npz[keras]', and "
+        f"gpu_npz.readers.keras needs Keras 3 and a backend of it ({exc}); run: {install_command('keras')}, and "
         "torch, tensorflow or jax"
     ) from exc
 if not hasattr(keras.utils, "PyDataset"):
     raise BackendError(
-        f"gpu_npz.readers.keras needs Keras 3, and this is {keras.__version__}; run: pip install 'gpu-npz[keras]'"
+        f"gpu_npz.readers.keras needs Keras 3, and this is {keras.__version__}; run: {install_command('keras')}"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendError
+from ..errors import BackendError, install_command
 from .contract import compare_with_others
 from .dataset import Dataset
 from .order import Places, kept_rows, require_natural, shuffled
@@ -17,7 +17,7 @@ try:
     import tensorflow as tf
 except ImportError as exc:
     raise BackendError(
-        f"gpu_npz.readers.tensorflow needs TensorFlow ({exc}); run: pip install 'gpu-npz[tensorflow]'"
+        f"gpu_npz.readers.tensorflow needs TensorFlow ({exc}); run: {install_command('tensorflow')}"
     ) from exc
 
 

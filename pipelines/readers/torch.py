@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import Layout
-from ..errors import BackendError, UsageError
+from ..errors import BackendError, UsageError, install_command
 from .contract import compare_with_others
 from .dataset import Dataset
 from .order import Places, kept_rows, part, require_natural, shuffled, windows
@@ -31,7 +31,7 @@ try:
     import torch.distributed
     import torch.utils.data
 except ImportError as exc:
-    raise BackendError(f"gpu_npz.readers.torch needs PyTorch ({exc}); run: pip install 'gpu-npz[torch]'") from exc
+    raise BackendError(f"gpu_npz.readers.torch needs PyTorch ({exc}); run: {install_command('torch')}") from exc
 
 Transform = Callable[[Any], Any]
 _CHUNK = 16  # rows that a stream reads at a time

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from ..errors import BackendError
+from ..errors import BackendError, install_command
 from .rejects import MAX_ENCODED_BYTES, BadItem
 
 EXTENSIONS = (b".dcm", b".dicom")
@@ -41,7 +41,7 @@ def require_pydicom() -> Any:
     try:
         return importlib.import_module("pydicom")
     except ImportError as exc:
-        raise BackendError(f"DICOM files need pydicom ({exc}); run: pip install 'gpu-npz[dicom]'") from exc
+        raise BackendError(f"DICOM files need pydicom ({exc}); run: {install_command('dicom')}") from exc
 
 
 def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) -> Any:

@@ -30,7 +30,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..errors import LockedError, StorageError
+from ..errors import LockedError, StorageError, install_command
 from .base import LOCK
 from .clients import EXTRAS, PACKAGES, client, code, decoded, digests, is_transient, write_advice
 from .holders import PRIVATE, Fence, fenced, require_held
@@ -76,7 +76,7 @@ class ObjectStorage:
         except ImportError as exc:
             raise StorageError(
                 f"OUT {root!r} needs {PACKAGES[protocol]}, which cannot be imported ({exc}); "
-                f"run: pip install 'gpu-npz[{EXTRAS.get(protocol, 's3')}]'"
+                f"run: {install_command(EXTRAS.get(protocol, 's3'))}"
             ) from exc
         self._key = self._files._strip_protocol(self.root).rstrip("/")
         self._s3 = PACKAGES[protocol] == "s3fs"

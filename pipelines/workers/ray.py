@@ -27,7 +27,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from ..dataset.job import Job
-from ..errors import BackendError, GpuNpzError, ShardError, SourceError, StorageError
+from ..errors import BackendError, GpuNpzError, ShardError, SourceError, StorageError, install_command
 from ..machine import environment
 from ..machine.environment import Machine
 from ..sources.base import Source
@@ -384,7 +384,7 @@ def cluster(address: str | None) -> Iterator[None]:
     try:
         import ray
     except ImportError as exc:
-        raise BackendError(f"--engine ray needs Ray ({exc}); run: pip install 'gpu-npz[ray]'") from exc
+        raise BackendError(f"--engine ray needs Ray ({exc}); run: {install_command('ray')}") from exc
     if ray.is_initialized():
         yield
         return

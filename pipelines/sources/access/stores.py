@@ -9,7 +9,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, cast
 
-from ...errors import SourceError
+from ...errors import SourceError, install_command
 from ...storage.clients import EXTRAS, client, read_advice
 from ...storage.retries import Answer, with_retries
 from .. import base
@@ -34,7 +34,7 @@ def store_of(url: str) -> Any:
         return client(protocol)
     except ImportError as exc:
         extra = EXTRAS.get(protocol, "http")
-        raise SourceError(f"{url!r} needs {exc.name or 'fsspec'}; run: pip install 'gpu-npz[{extra}]'") from exc
+        raise SourceError(f"{url!r} needs {exc.name or 'fsspec'}; run: {install_command(extra)}") from exc
     except ValueError as exc:
         raise SourceError(f"{url!r}: {exc}; give a path, s3://, gs:// or https://") from exc
 

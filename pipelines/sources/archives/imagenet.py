@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import BuildConfig
-from ...errors import SourceError, UsageError
+from ...errors import SourceError, UsageError, install_command
 from ..base import as_text, is_hidden, numbered
 from .base import Member, log
 from .tar import TarSource, members
@@ -139,7 +139,7 @@ def _mapping(folder: Path) -> dict[int, str]:
     try:
         from scipy.io import loadmat
     except ImportError as exc:
-        raise SourceError(f"{os.fspath(path)!r} needs scipy; run: pip install 'gpu-npz[imagenet]'") from exc
+        raise SourceError(f"{os.fspath(path)!r} needs scipy; run: {install_command('imagenet')}") from exc
     try:
         synsets: Any = loadmat(path, squeeze_me=True)["synsets"]
         # Fields: ILSVRC2012_ID, WNID, words, gloss, num_children, ... (the devkit's readme.txt, section 2.2).

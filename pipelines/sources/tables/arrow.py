@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...errors import SourceError
+from ...errors import SourceError, install_command
 from ..access.files import FileOf, Files
 from ..access.stores import BLOCK_BYTES
 
@@ -29,7 +29,7 @@ def open_parquet(files: Files, number: int) -> Any:
     try:
         from pyarrow import parquet
     except ImportError as exc:
-        raise SourceError(f"{files.path(number)!r} needs pyarrow; run: pip install 'gpu-npz[parquet]'") from exc
+        raise SourceError(f"{files.path(number)!r} needs pyarrow; run: {install_command('parquet')}") from exc
     buffer_bytes = _BUFFER_BYTES if files.reads_at_once == 1 else BLOCK_BYTES
     with explained(files.path(number)):
         file = parquet.ParquetFile(FileOf(files, number), buffer_size=buffer_bytes, pre_buffer=False)
