@@ -12,7 +12,7 @@ from gpu_npz.builder.build import build, build_split
 from gpu_npz.builder.planning import Measuring
 from gpu_npz.builder.report import BuildReport, Started
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
-from gpu_npz.cli.options import config_options, read_config
+from gpu_npz.cli.options import ConfigCommand, config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.layout import REPORT
 from gpu_npz.dataset.space import format_bytes
@@ -23,22 +23,38 @@ from gpu_npz.workers.messages import Message
 _SHOWN = 3  # of the files that a message is about
 
 
-@click.command("build")
+@click.command("build", cls=ConfigCommand)
 @click.argument("src", metavar="SRC")
 @click.argument("out", metavar="OUT")
 @config_options(*BuildConfig.model_fields)
 @click.option("--preset", metavar="NAME|FILE.json", help="Take a published model's preprocessing; options given win.")
 @click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
+@click.option("--dry-run", is_flag=True, help="Build nothing: show what `gpu-npz plan` shows.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors.")
+@click.pass_context
 def command(
-    src: str, out: str, preset: str | None, config_file: str | None, as_json: bool, quiet: bool, **given: Any
+    context: click.Context,
+    /,
+    src: str,
+    out: str,
+    preset: str | None,
+    config_file: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Build NPZ shards in OUT from the images in SRC.
 
     SRC is a folder of class folders, or a folder of images. The same command again goes on with a build that was
     stopped, and says so if there is nothing left to do.
     """
+    if dry_run:
+        from gpu_npz.cli import plan
+
+        context.invoke(plan.command, src=src, out=out, preset=preset, config_file=config_file, as_json=as_json, **given)
+        return
     show_warnings()
     config = read_config(config_file, given, preset)
     with Bar(hidden=quiet or as_json) as bar:

@@ -16,7 +16,32 @@ from gpu_npz.presets import settings_of_preset
 _NOT = {"classes_from", "part", "overwrite", "source", "root", "follow_links"}
 OPERATIONAL = [name for name in (*settings_of("environment"), *settings_of("operational")) if name not in _NOT]
 
+# How other tools call an option. Accepted, but not shown.
+_OTHER_NAMES = {
+    "--image-size": "--size",
+    "--img-size": "--size",
+    "--jobs": "--workers",
+    "--num-workers": "--workers",
+    "-j": "--workers",
+}
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ConfigCommand(click.Command):
+    """A command with settings as options, which may also be spelled as in other tools."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = {name for parameter in self.params for name in parameter.opts}
+        for position, argument in enumerate(args):
+            if argument == "--":
+                break
+            name, equals, value = argument.partition("=")
+            if _OTHER_NAMES.get(name) in known:
+                args[position] = _OTHER_NAMES[name] + equals + value
+            elif argument[:2] == "-j" and argument[2:].isdigit() and "--workers" in known:
+                args[position] = f"--workers={argument[2:]}"
+        return super().parse_args(ctx, args)
 
 
 def config_options(*names: str) -> Callable[[F], F]:

@@ -8,7 +8,7 @@ import click
 from rich.progress import Progress
 
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
-from gpu_npz.cli.options import config_options, read_config
+from gpu_npz.cli.options import ConfigCommand, config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.space import format_bytes
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gpu_npz.builder.headers import Sample
 
 
-@click.command("plan")
+@click.command("plan", cls=ConfigCommand)
 @click.argument("src", metavar="SRC")
 @click.argument("out", metavar="[OUT]", required=False)
 @click.option(

@@ -349,12 +349,24 @@ class BuildConfig(BaseModel):
         sides_fit = isinstance(value, (tuple, list)) and len(value) == 2
         return _require(sides_fit and all(type(side) is int and 1 <= side <= MAX_SIDE for side in value), value)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _parse_choice(cls, value: Any, info: Any) -> Any:
+        """A choice in any case, with `_` or `-` between its words, as other tools write it: nhwc, center_crop."""
+        choices = get_args(cls.model_fields[info.field_name].annotation)
+        if not isinstance(value, str) or not all(isinstance(choice, str) for choice in choices):
+            return value
+        spelled = value.strip().lower().replace("_", "-")
+        return next((choice for choice in choices if choice.lower() == spelled), value)
+
     @field_validator("device", mode="before")
     @classmethod
     def _parse_device(cls, value: Any) -> str:
-        text = str(value).strip().lower()
+        text = re.sub(r"(cuda|gpu):(?=\d)", "", str(value).strip().lower())
         if text in ("auto", "cpu", "all"):
             return text
+        if text in ("cuda", "gpu"):
+            return "0"
         numbers = re.findall(r"\d{1,4}", text) if re.fullmatch(r"\d{1,4}(\s*,\s*\d{1,4})*", text, re.ASCII) else []
         _require(numbers and len({*map(int, numbers)}) == len(numbers), text)
         return ",".join(str(int(number)) for number in numbers)
@@ -372,6 +384,7 @@ class BuildConfig(BaseModel):
     def _parse_shard_size(cls, value: Any) -> str:
         match = re.fullmatch(r"(\d{1,15})\s*([a-zA-Z]*)", str(value).strip())
         units = {unit.lower(): size for unit, size in SHARD_UNITS.items()}
+        units |= {unit.removesuffix("b"): size for unit, size in units.items() if unit != "b"}  # 500M is 500MB
         _require(match and int(match[1]) > 0 and (not match[2] or match[2].lower() in units), value)
         assert match
         return str(int(match[1])) if not match[2] else f"{int(match[1]) * units[match[2].lower()]}B"

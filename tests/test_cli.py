@@ -361,7 +361,13 @@ def test_every_setting_is_an_option_of_the_same_name_and_nothing_else_is() -> No
     command = cli.get_command(click.Context(cli), "build")
     assert command is not None
     options = {option.name: option for option in command.params if isinstance(option, click.Option)}
-    own = {"preset": "--preset", "config_file": "--config", "as_json": "--json", "quiet": "--quiet"}
+    own = {
+        "preset": "--preset",
+        "dry_run": "--dry-run",
+        "config_file": "--config",
+        "as_json": "--json",
+        "quiet": "--quiet",
+    }
     assert set(options) == {*BuildConfig.model_fields, *own}
     for name, option in options.items():
         assert option.opts == [own.get(name, "--" + name.replace("_", "-"))]
@@ -540,3 +546,41 @@ def test_the_help_of_all_commands_loads_no_gpu_and_no_image_library() -> None:
 def test_a_build_on_the_cpu_loads_no_gpu_library(src: str, out: str) -> None:
     modules = loaded(f"from gpu_npz.cli.main import run\nassert run({['build', src, out, *SMALL]!r}) == 0")
     assert not modules & {"torch", "cupy", "nvidia.dali", "ray"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-j", "1", "--img-size", "20"],
+        ["-j1", "--image-size=20"],
+        ["--jobs=1", "--image-size", "20"],
+        ["--num-workers=1"],
+    ],
+)
+def test_options_may_be_spelled_as_in_other_tools(
+    options: list[str], src: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*options, "--device", "cpu", "--max-rejects", "50%", "--json"]
+    assert run(["build", src, out, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["tuning"]["workers"] == 1
+    size = 20 if any("size" in option for option in options) else 224
+    assert gpu_npz.open_dataset(out).image_shape == (3, size, size)
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(src: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["build", src, out, "--dry-run", "--device", "cpu", "--size", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "10 items" in shown
+    assert "memory" in shown
+    assert not os.path.exists(out)
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [("biuld", "did you mean build"), ("verfy", "did you mean verify"), ("qqq", "the commands are build,")],
+)
+def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(
+    command: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, "x"]) == 2
+    assert f"No such command {command!r}; {hint}" in capsys.readouterr().err

@@ -62,6 +62,22 @@ def test_any_percentage_of_rejects_survives_json(percentage: str) -> None:
     assert float(config.max_rejects[:-1]) == float(percentage[:-1])
 
 
+@pytest.mark.parametrize(
+    ("name", "spelled", "meant"),
+    [
+        ("device", "cuda", "0"), ("device", "GPU", "0"), ("device", "cuda:1", "1"), ("device", "cuda:0,cuda:2", "0,2"),
+        ("resize_mode", "center_crop", "center-crop"), ("resize_mode", "Center-Crop", "center-crop"),
+        ("layout", "nhwc", "NHWC"), ("normalize", "mean_std", "mean-std"), ("dtype", "UINT8", "uint8"),
+        ("interpolation", " BILINEAR ", "bilinear"), ("on_reject", "Blank", "blank"),
+        ("shard_size", "500M", "500000000B"), ("shard_size", "2g", "2000000000B"), ("shard_size", "64k", "64000B"),
+        ("shard_size", "1 Gi", "1073741824B"),
+    ],
+)  # fmt: skip
+def test_familiar_spellings_mean_the_same(name: str, spelled: str, meant: str) -> None:
+    extra = {"mean": (0, 0, 0), "std": (1, 1, 1)} if name == "normalize" else {}
+    assert getattr(BuildConfig(**{name: spelled}, **extra), name) == meant
+
+
 def test_toml_gives_settings_under_the_names_of_the_options(tmp_path: Path) -> None:
     path = tmp_path / "build.toml"
     path.write_text('size = "64x96"\nresize-mode = "pad"\npad_value = 9\nmean = [0.1, 0.2, 0.3]\nstd = [1, 1, 1]\n')
@@ -105,7 +121,8 @@ def test_a_value_of_a_wrong_type_is_answered_with_what_is_allowed(name: str) -> 
 @pytest.mark.parametrize(
     ("name", "value", "got", "allowed"),
     [
-        ("device", "gpu", "'gpu'", "auto, cpu, all, or numbers of GPUs"),
+        ("device", "cuda:", "'cuda:'", "auto, cpu, all, or numbers of GPUs"),
+        ("device", "tpu", "'tpu'", "auto, cpu, all, or numbers of GPUs"),
         ("device", -1, "-1", "auto, cpu, all, or numbers of GPUs"),
         ("device", "0,0", "'0,0'", "auto, cpu, all, or numbers of GPUs"),
         ("device", "0,all", "'0,all'", "auto, cpu, all, or numbers of GPUs"),
