@@ -38,6 +38,8 @@ SourceKind = Literal[
 MAX_SIDE = 16_384
 BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache, a GPU batch should fill the decoders
 SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_AUTO_SHARD_ROWS = (1024, 512, 256, 128, 64)  # the first that makes at least so many shards
+_AUTO_SHARDS = 16
 DEFLATE_LEVEL = 1
 MIN_STD = 1e-9
 _MAX_TOML_BYTES = 1 << 20
@@ -198,10 +200,11 @@ class BuildConfig(BaseModel):
 
     shard_size: str = _setting(
         "identity",
-        "1024",
-        "Rows a shard, or its size in bytes with a unit.",
-        "rows (1024) or bytes with a unit (512MB; B, kB, MB, GB, KiB, MiB, GiB)",
-        "ROWS|BYTES",
+        "auto",
+        "Rows a shard, or its size in bytes with a unit; auto: 1024 rows, and for fewer than some 16,000 items a half, "
+        "a quarter and so on, down to 64, so that there are 16 shards for all cores.",
+        "auto, rows (1024) or bytes with a unit (512MB; B, kB, MB, GB, KiB, MiB, GiB)",
+        "auto|ROWS|BYTES",
     )
     compress: str = _setting(
         "identity",
@@ -382,6 +385,8 @@ class BuildConfig(BaseModel):
     @field_validator("shard_size", mode="before")
     @classmethod
     def _parse_shard_size(cls, value: Any) -> str:
+        if str(value).strip().lower() == "auto":
+            return "auto"
         match = re.fullmatch(r"(\d{1,15})\s*([a-zA-Z]*)", str(value).strip())
         units = {unit.lower(): size for unit, size in SHARD_UNITS.items()}
         units |= {unit.removesuffix("b"): size for unit, size in units.items() if unit != "b"}  # 500M is 500MB
@@ -492,8 +497,22 @@ class BuildConfig(BaseModel):
         """The settings that determine the output's bytes, as JSON values by name."""
         return self.model_dump(mode="json", include=set(settings_of("identity")))
 
+    def for_items(self, items: int) -> BuildConfig:
+        """The settings of a plan of `items` items: a `shard_size` of auto becomes a number of rows.
+
+        It depends on nothing else, so that every machine makes the same shards.
+        """
+        if self.shard_size != "auto":
+            return self
+        enough = (rows for rows in _AUTO_SHARD_ROWS if items > rows * (_AUTO_SHARDS - 1))
+        return self.model_copy(update={"shard_size": str(next(enough, _AUTO_SHARD_ROWS[-1]))})
+
     def shard_rows(self, row_bytes: int) -> int:
-        """The rows of a shard if an image takes `row_bytes` bytes. Raises UsageError if not even one row fits."""
+        """The rows of a shard if an image takes `row_bytes` bytes; a `shard_size` of auto must be resolved before.
+
+        Raises:
+            UsageError: not even one row fits.
+        """
         if not self.shard_size.endswith("B"):
             return int(self.shard_size)
         rows = int(self.shard_size[:-1]) // row_bytes

@@ -22,7 +22,8 @@ import pytest
 from support import FileBytes, MakeTree, contents, cpu_config, edit_json, progressed, reject_lines
 
 import gpu_npz
-from gpu_npz.builder.build import build
+from gpu_npz.builder.build import build, build_split
+from gpu_npz.builder.estimate import estimate
 from gpu_npz.builder.report import BuildReport, Started
 from gpu_npz.builder.watch import Moment
 from gpu_npz.config import BuildConfig, load_toml, settings_of
@@ -515,6 +516,33 @@ def test_a_resume_need_not_repeat_the_size_that_was_found(make_tree: MakeTree, o
     build(src, out, config)
     (out / "shard-00000.npz").unlink()
     assert build(src, out, config).built_shards == 1
+
+
+@pytest.mark.parametrize("begun_with", ["auto", "1024", "5", "10kB"])
+def test_shards_of_automatic_size_resume_whatever_size_the_build_began_with(
+    make_tree: MakeTree, out: Path, begun_with: str
+) -> None:
+    src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(6)})
+    build(src, out, settings(shard_size=begun_with))
+    before = contents(out)
+    stored = Job.open(LocalStorage(str(out))).settings.shard_size
+    assert stored == {"auto": "64", "10kB": "10000B"}.get(begun_with, begun_with)
+    (out / "shard-00000.npz").unlink()
+    assert build(src, out, settings(shard_size="auto")).built_shards == 1
+    assert {**contents(out), ".gpu-npz/report.json": b""} == {**before, ".gpu-npz/report.json": b""}
+
+
+def test_each_side_of_a_split_gets_shards_of_its_own_automatic_size(
+    make_tree: MakeTree, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_npz.config._AUTO_SHARD_ROWS", (8, 4, 2, 1))
+    monkeypatch.setattr("gpu_npz.config._AUTO_SHARDS", 3)
+    src = make_tree({f"a/{number}.jpg": "jpeg" for number in range(20)})
+    reports = build_split(src, out, settings(shard_size="auto", split="val=0.2"))
+    rows = {side: Job.open(LocalStorage(str(out / side))).record.shard_rows for side in reports}
+    assert rows == {"train": 4, "val": 1}
+    estimated = estimate(src, settings(shard_size="auto", split="val=0.2"), seconds=0)
+    assert estimated.shards == sum(report.shards for report in reports.values())
 
 
 def test_shards_of_another_environment_are_refused_unless_accepted(mixed: Path, copied: Path, whole: Path) -> None:

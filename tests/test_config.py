@@ -151,8 +151,8 @@ def test_a_value_of_a_wrong_type_is_answered_with_what_is_allowed(name: str) -> 
         ("mean", "a,0,0", "'a'", "as many numbers as channels"),
         ("dtype", "float64", "'float64'", "float32, float16, uint8, uint16"),
         ("layout", "CHW", "'CHW'", "NCHW, NHWC"),
-        ("shard_size", "0", "'0'", "rows (1024) or bytes with a unit"),
-        ("shard_size", "1TB", "'1TB'", "rows (1024) or bytes with a unit"),
+        ("shard_size", "0", "'0'", "auto, rows (1024) or bytes with a unit"),
+        ("shard_size", "1TB", "'1TB'", "auto, rows (1024) or bytes with a unit"),
         ("shuffle", -1, "-1", "0 or a positive number"),
         ("limit", 0, "0", "a positive number"),
         ("on_reject", "ignore", "'ignore'", "skip, blank, fail"),
@@ -298,12 +298,35 @@ def test_identity_tells_apart_what_changes_the_bytes(changed: dict[str, Any]) ->
 
 
 def test_shard_rows_are_given_or_what_fits_into_the_bytes() -> None:
-    assert BuildConfig(shard_size=7).shard_rows(10**9) == 7
+    assert BuildConfig(shard_size=7).for_items(1).shard_rows(10**9) == 7
     assert BuildConfig(shard_size="1MB").shard_rows(1000) == 1000
     assert BuildConfig(shard_size="1MB").shard_rows(1001) == 999
     assert BuildConfig(shard_size="1MB").shard_rows(10**6) == 1
     with pytest.raises(UsageError, match=r"shard-size: got 1000000B, but one image takes 1000001 bytes"):
         BuildConfig(shard_size="1MB").shard_rows(10**6 + 1)
+
+
+@pytest.mark.parametrize(
+    ("items", "rows"),
+    [
+        (1, 64),
+        (1920, 64),
+        (1921, 128),
+        (3840, 128),
+        (3841, 256),
+        (7681, 512),
+        (15_360, 512),
+        (15_361, 1024),
+        (10**9, 1024),
+    ],
+)
+def test_auto_shards_are_the_largest_of_which_there_are_sixteen(items: int, rows: int) -> None:
+    assert BuildConfig(shard_size=" AUTO ") == BuildConfig()
+    config = BuildConfig().for_items(items)
+    assert config.shard_size == str(rows)
+    assert config.shard_rows(10**9) == rows
+    assert rows == 64 or -(-items // rows) >= 16
+    assert rows == 1024 or -(-items // (2 * rows)) < 16
 
 
 def test_the_reject_limit_is_a_number_or_a_share_of_the_plan() -> None:

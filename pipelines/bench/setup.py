@@ -50,7 +50,8 @@ class Setup:
     def of(cls, config: BuildConfig, choice: Choice, source: Source, place: Path) -> Setup:
         """The parts of a build of `source` that writes below `place`."""
         row_bytes = math.prod(cls._shape(config)) * np.dtype(config.dtype).itemsize
-        plan = Plan(collect(source.groups()), config.shard_rows(row_bytes))
+        arrays = collect(source.groups())
+        plan = Plan(arrays, config.for_items(Plan(arrays, 1).item_count).shard_rows(row_bytes))
         shard_rows = min(plan.shard_rows, plan.item_count)
         tuning = Tuning.of(config, choice, row_bytes=row_bytes, shard_rows=shard_rows, shards=plan.shard_count)
         return cls(config, choice, source, plan, tuning, place)

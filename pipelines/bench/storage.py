@@ -225,7 +225,7 @@ def _built(
     pixels = levels(values, rows, config.layout)
     if config.layout == "NCHW":
         pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
-    return Images(rows, pixels, config, config.shard_rows(rows[0].nbytes))
+    return Images(rows, pixels, config, config.for_items(len(rows)).shard_rows(rows[0].nbytes))
 
 
 def _as_many_as_fit(images: int, config: BuildConfig, place: Path) -> int:

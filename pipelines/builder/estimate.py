@@ -154,11 +154,12 @@ def estimate(
     outs = {} if out is None else places(src, out, config)
     found = _inspect(source, config, progress)
     plan, tuning = found.plan, found.tuning
-    left, unfit = _left(outs, source, given, found.shards)
+    counts = found.shards
+    left, unfit = _left(outs, source, given, counts)
     measured, trouble = _try_measuring(found, left, seconds, folder, progress)
     needed = found.output_bytes(measured)
     held = sum(held_bytes(storage.root) for storage in outs.values())
-    shards = sum(found.shards.values())
+    shards = sum(counts.values())
     workers = max(1, tuning.workers)
     share = 1.0 if left is None else left / shards
     smallest, largest = _classes(plan, source)
@@ -230,8 +231,9 @@ class _Inspection:
     @property
     def shards(self) -> dict[str, int]:
         """How many shards each side of a split has; those of a single dataset under ""."""
-        rows = self.plan.shard_rows
-        return {side: -(-self.sides[side] // rows) for side in self.config.sides} or {"": self.plan.shard_count}
+        counts = {side: self.sides[side] for side in self.config.sides}
+        rows = {side: self.config.for_items(items).shard_rows(self.row_bytes) for side, items in counts.items()}
+        return {side: -(-items // rows[side]) for side, items in counts.items()} or {"": self.plan.shard_count}
 
     def output_bytes(self, measured: Measured | None) -> int:
         """The size of the dataset; of compressed images as measured, or at most."""
@@ -252,7 +254,8 @@ def _inspect(source: Source, config: BuildConfig, progress: OnStage) -> _Inspect
     sample = sample_headers(items, source, config, choice, lambda *done: progress("reading headers", *done))
     size = image_size(items, source, config)
     row_bytes = _row_bytes(config, size)
-    plan = Plan(arrays, config.shard_rows(row_bytes))
+    largest = max((sides[side] for side in config.sides), default=items.item_count)
+    plan = Plan(arrays, config.for_items(largest).shard_rows(row_bytes))
     if config.side is not None:
         sides[config.side] = plan.item_count
     tuning = Tuning.of(
@@ -281,7 +284,10 @@ def _classes(plan: Plan, source: Source) -> tuple[tuple[str, int] | None, tuple[
 def _left(
     outs: dict[str, Storage], source: Source, config: BuildConfig, shards: dict[str, int]
 ) -> tuple[int | None, list[str]]:
-    """How many shards a build that goes on would build, None if none would; and why one that was begun would not."""
+    """How many shards a build that goes on would build, None if none would; and why one that was begun would not.
+
+    `shards` gets the number of shards of each dataset that was begun.
+    """
     left, unfit, resumed = dict(shards), [], False
     for side, storage in outs.items():
         if storage.size(JOB) is None or config.overwrite:
@@ -294,7 +300,7 @@ def _left(
             if missing:
                 require_revision(records)
                 backend(job, mine)
-            left[side], resumed = missing, True
+            left[side], shards[side], resumed = missing, job.plan.shard_count, True
         except (MismatchError, BackendError) as exc:
             # A build replaces a plan of other settings that has no shard yet.
             if isinstance(exc, BackendError) or not is_unbuilt(storage) or storage.live_locks():

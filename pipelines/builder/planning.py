@@ -178,7 +178,9 @@ def _begin(
     arrays = listed(source, config)
     if beside is not None:
         _require_same_items(beside, arrays, source)
-    size = image_size(Plan(arrays, 1), source, config)
+    items = Plan(arrays, 1)
+    config = config.for_items(items.item_count)
+    size = image_size(items, source, config)
     row_bytes = math.prod(row_shape(config, *size)) * np.dtype(config.dtype).itemsize
     plan = Plan(arrays, config.shard_rows(row_bytes))
     shards = part.shards(plan.shard_count) if part else range(plan.shard_count)

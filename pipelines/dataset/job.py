@@ -182,6 +182,8 @@ class Job:
         asked, stored = config.identity(), self.settings.identity()
         if asked["size"] is None:
             asked["size"] = stored["size"]
+        if asked["shard_size"] == "auto":  # resolved when the job began
+            asked["shard_size"] = stored["shard_size"]
         if asked["normalize"] == "dataset" and asked["mean"] is None:  # measured when the job began
             asked |= {name: stored[name] for name in ("mean", "std")}
         differences = [
