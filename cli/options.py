@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from gpu_npz.cli.console import errors
-from gpu_npz.config import BuildConfig, load_toml, settings_of
+from gpu_npz.config import BuildConfig, Group, group_of, load_toml, settings_of
 from gpu_npz.presets import settings_of_preset
 
 # What may differ from the build when rejects are tried again or shards built anew.
@@ -42,6 +42,25 @@ class ConfigCommand(click.Command):
             elif argument[:2] == "-j" and argument[2:].isdigit() and "--workers" in known:
                 args[position] = f"--workers={argument[2:]}"
         return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options in groups: the common ones first."""
+        groups: dict[tuple[str, bool], list[tuple[str, str]]] = {(name, False): [] for name in get_args(Group)}
+        groups |= {(name, True): [] for name in get_args(Group)}
+        own: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                known = parameter.name in BuildConfig.model_fields
+                (groups[group_of(str(parameter.name))] if known else own).append(record)
+        sections = [
+            (f"{'Advanced ' * advanced}{name} options".capitalize(), found)
+            for (name, advanced), found in groups.items()
+        ]
+        for title, records in [*sections, ("Other options", own)]:
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
 def config_options(*names: str) -> Callable[[F], F]:

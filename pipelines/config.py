@@ -8,6 +8,7 @@ may change from one run to the next.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 import tomllib
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import UsageError
 
 Kind = Literal["identity", "environment", "operational"]
+Group = Literal["input", "pixels", "output", "speed", "run"]  # where the help lists a setting
 ResizeMode = Literal["stretch", "center-crop", "pad", "none"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 Normalization = Literal[
@@ -54,9 +56,23 @@ _RANGES = {
 }  # fmt: skip
 
 
-def _setting(kind: Kind, default: Any, description: str, allowed: str = "", metavar: str = "") -> Any:
-    extra: dict[str, Any] = {"kind": kind, "allowed": allowed, "metavar": metavar}
+def _setting(
+    kind: Kind,
+    group: Group,
+    default: Any,
+    description: str,
+    allowed: str = "",
+    metavar: str = "",
+    *,
+    advanced: bool = False,
+) -> Any:
+    extra: dict[str, Any] = {
+        "kind": kind, "group": group, "advanced": advanced, "allowed": allowed, "metavar": metavar,
+    }  # fmt: skip
     return Field(default, description=description, json_schema_extra=extra)
+
+
+_advanced = functools.partial(_setting, advanced=True)
 
 
 class BuildConfig(BaseModel):
@@ -70,21 +86,28 @@ class BuildConfig(BaseModel):
 
     device: str = _setting(
         "environment",
+        "speed",
         "auto",
         "Where to decode: a GPU when one is usable (auto), GPUs by number (0 or 0,1,2), all GPUs, or the CPU.",
         "auto, cpu, all, or numbers of GPUs: 0 or 0,1,2",
         "auto|cpu|all|N,...",
     )
-    backend: Literal["auto", "pillow", "dali"] = _setting(
-        "environment", "auto", "Decoder: dali on a GPU and pillow on a CPU (auto), or one by name."
+    backend: Literal["auto", "pillow", "dali"] = _advanced(
+        "environment", "speed", "auto", "Decoder: dali on a GPU and pillow on a CPU (auto), or one by name."
     )
-    require_gpu: bool = _setting("environment", False, "Fail where no GPU is usable, rather than take the CPU.")
-    reproducible: bool = _setting(
-        "identity", False, "On a GPU, decode every JPEG by the CUDA decoder, so that equal input gives equal bytes."
+    require_gpu: bool = _advanced(
+        "environment", "speed", False, "Fail where no GPU is usable, rather than take the CPU."
+    )
+    reproducible: bool = _advanced(
+        "identity",
+        "speed",
+        False,
+        "On a GPU, decode every JPEG by the CUDA decoder, so that equal input gives equal bytes.",
     )
 
     size: tuple[int, int] | None = _setting(
         "identity",
+        "pixels",
         None,
         "Height and width of every image; 224 unless --resize-mode none takes the first readable image's.",
         f"N or HxW, each side 1 to {MAX_SIDE}",
@@ -92,39 +115,52 @@ class BuildConfig(BaseModel):
     )
     resize_mode: ResizeMode = _setting(
         "identity",
+        "pixels",
         "stretch",
         "How an image gets its size: stretch; center-crop (cover, then cut the middle); pad (fit, then fill); none.",
     )
     crop_pct: float = _setting(
-        "identity", 0.875, "For center-crop: size divided by the covered size.", "0.001 to 1", "FRACTION"
+        "identity", "pixels", 0.875, "For center-crop: size divided by the covered size.", "0.001 to 1", "FRACTION"
     )
-    pad_value: int = _setting("identity", 0, "For pad: the level that fills the border.", "0 to 255", "LEVEL")
-    interpolation: Interpolation = _setting("identity", "bilinear", "Resampling filter; all but nearest antialias.")
-    reduced_decoding: bool = _setting(
+    pad_value: int = _advanced(
+        "identity", "pixels", 0, "For pad: the level that fills the border.", "0 to 255", "LEVEL"
+    )
+    interpolation: Interpolation = _advanced(
+        "identity", "pixels", "bilinear", "Resampling filter; all but nearest antialias."
+    )
+    reduced_decoding: bool = _advanced(
         "identity",
+        "pixels",
         True,
         "Decode JPEGs of four times the size and more at a half or less, which is faster (Pillow alone does); without "
         "it, Preprocess gives pixels the row that it gives their file.",
     )
-    exif_orientation: bool = _setting(
-        "identity", True, "Turn images as their EXIF orientation says, and a TIFF as its Orientation tag."
+    exif_orientation: bool = _advanced(
+        "identity", "pixels", True, "Turn images as their EXIF orientation says, and a TIFF as its Orientation tag."
     )
-    background: tuple[int, int, int] = _setting(
-        "identity", (0, 0, 0), "The colour under transparent pixels.", "R,G,B, each 0 to 255", "R,G,B"
+    background: tuple[int, int, int] = _advanced(
+        "identity", "pixels", (0, 0, 0), "The colour under transparent pixels.", "R,G,B, each 0 to 255", "R,G,B"
     )
-    dicom_window: tuple[float, float] | None = _setting(
-        "identity", None, "For DICOM: the values (rescaled, such as HU) that become black and white, for every file.",
+    dicom_window: tuple[float, float] | None = _advanced(
+        "identity", "pixels", None,
+        "For DICOM: the values (rescaled, such as HU) that become black and white, for every file.",
         "LO,HI with LO < HI", "LO,HI",
     )  # fmt: skip
-    max_pixels: int = _setting(
-        "identity", 89_478_485, "Reject images with more pixels than this.", "a positive number", "PIXELS"
+    max_pixels: int = _advanced(
+        "identity", "pixels", 89_478_485, "Reject images with more pixels than this.", "a positive number", "PIXELS"
     )
-    channels: Channels = _setting("identity", "rgb", "Channels of a stored image, in this order.")
-    bit_depth: int = _setting(
-        "identity", 8, "Bits a channel when pixels are decoded and resized; 16 decodes on the CPU.", "8, 16", "8|16"
+    channels: Channels = _setting("identity", "pixels", "rgb", "Channels of a stored image, in this order.")
+    bit_depth: int = _advanced(
+        "identity",
+        "pixels",
+        8,
+        "Bits a channel when pixels are decoded and resized; 16 decodes on the CPU.",
+        "8, 16",
+        "8|16",
     )
     normalize: Normalization = _setting(
         "identity",
+        "pixels",
         "imagenet",
         "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; dataset: by mean and std of "
         "SRC itself, which one more pass finds out first; log: log(1 + level) scaled to 0..1; window; "
@@ -133,6 +169,7 @@ class BuildConfig(BaseModel):
     )
     mean: tuple[float, ...] | None = _setting(
         "identity",
+        "pixels",
         None,
         "For mean-std: a mean for R,G,B (or gray), of pixels scaled to 0..1.",
         "as many numbers as channels, in the order R,G,B",
@@ -140,29 +177,34 @@ class BuildConfig(BaseModel):
     )
     std: tuple[float, ...] | None = _setting(
         "identity",
+        "pixels",
         None,
         "For mean-std: a standard deviation for R,G,B (or gray).",
         "as many positive numbers as channels, in the order R,G,B",
         "R,G,B",
     )
-    window: tuple[float, float] | None = _setting(
-        "identity", None, "For window: the levels, of 0 to 255 or 65535, that become 0 and 1; cut off beyond.",
+    window: tuple[float, float] | None = _advanced(
+        "identity", "pixels", None,
+        "For window: the levels, of 0 to 255 or 65535, that become 0 and 1; cut off beyond.",
         "LO,HI with LO < HI, and levels between them", "LO,HI",
     )  # fmt: skip
     dtype: DType = _setting(
         "identity",
+        "pixels",
         "float32",
         "Stored type; uint8, or uint16 with 16 bits, stores pixels and leaves the normalization to the reader.",
     )
-    clip: bool = _setting(
+    clip: bool = _advanced(
         "identity",
+        "pixels",
         False,
         "Store a value that float16 cannot hold as the nearest one that it can, rather than refuse it.",
     )
-    layout: Layout = _setting("identity", "NCHW", "Order of a stored batch's axes.")
+    layout: Layout = _setting("identity", "pixels", "NCHW", "Order of a stored batch's axes.")
 
     labels: str | None = _setting(
         "identity",
+        "input",
         None,
         "Where labels are: class-dir (the first folder), none, or a table FILE; csv:NAME, a table in every folder; "
         "columns of a table or Parquet (A,B or A:class, A:integer, A:float), behind FILE: or csv:NAME: for such a "
@@ -171,35 +213,44 @@ class BuildConfig(BaseModel):
         "class-dir, none, a table's path, csv:NAME, columns, cls, txt, json:FIELD, coarse, an array or FILE.npy",
         "WHERE",
     )
-    image_column: str | None = _setting(
+    image_column: str | None = _advanced(
         "identity",
+        "input",
         None,
         "The column of a table that has paths, or of a Parquet file that has images; found by its name unless given.",
         "the name of a column",
         "COLUMN",
     )
     per_class: int | None = _setting(
-        "identity", None, "Take only N items of each class (the first after the shuffle).", "a positive number", "N"
+        "identity",
+        "input",
+        None,
+        "Take only N items of each class (the first after the shuffle).",
+        "a positive number",
+        "N",
     )
     split: str | None = _setting(
         "identity",
+        "input",
         None,
         "Build OUT/train and OUT/NAME, which gets this share of the items (val=0.1, or several: val=0.1,test=0.1); "
         "val=0.1/val builds that side alone, in OUT.",
         "NAME=SHARE[,NAME=SHARE...], shares such as 0.1 that sum up to less than 1, /NAME behind it for one side alone",
         "NAME=SHARE",
     )
-    split_by: str | None = _setting(
+    split_by: str | None = _advanced(
         "identity",
+        "input",
         None,
         "What a split keeps: label (each class's share; default), random, or together: folder, or a table's column.",
         "label, random, folder, or the name of a table's column",
         "HOW",
     )
-    split_seed: int = _setting("identity", 0, "The seed of a split.", "0 or a positive number", "SEED")
+    split_seed: int = _advanced("identity", "input", 0, "The seed of a split.", "0 or a positive number", "SEED")
 
     shard_size: str = _setting(
         "identity",
+        "output",
         "auto",
         "Rows a shard, or its size in bytes with a unit; auto: 1024 rows, and for fewer than some 16,000 items a half, "
         "a quarter and so on, down to 64, so that there are 16 shards for all cores.",
@@ -208,42 +259,45 @@ class BuildConfig(BaseModel):
     )
     compress: str = _setting(
         "identity",
+        "output",
         "none",
         "Deflate stored images, by ISA-L at a level of 0 to 3 (1 unless given); any row is still read alone.",
         "none, deflate, or deflate:LEVEL with a level of 0 to 3",
         "none|deflate[:LEVEL]",
     )
     shuffle: int | None = _setting(
-        "identity", None, "Shuffle the items by this seed.", "0 or a positive number", "SEED"
+        "identity", "input", None, "Shuffle the items by this seed.", "0 or a positive number", "SEED"
     )
     limit: int | None = _setting(
-        "identity", None, "Take only the first N items (after the shuffle).", "a positive number", "N"
+        "identity", "input", None, "Take only the first N items (after the shuffle).", "a positive number", "N"
     )
     on_reject: Literal["skip", "blank", "fail"] = _setting(
-        "identity", "skip", "An item that cannot be decoded: no row; a zero row marked invalid; or stop."
+        "identity", "output", "skip", "An item that cannot be decoded: no row; a zero row marked invalid; or stop."
     )
 
-    classes_from: str | None = _setting(
-        "operational", None, "Number the classes as a finished dataset does, or a text file with a name a line.",
+    classes_from: str | None = _advanced(
+        "operational", "input", None,
+        "Number the classes as a finished dataset does, or a text file with a name a line.",
         "a finished dataset, or a text file",
         "OUT|FILE",
     )  # fmt: skip
     source: SourceKind = _setting(
-        "operational", "auto", "The form that SRC has; told by its name and content unless given."
+        "operational", "input", "auto", "The form that SRC has; told by its name and content unless given."
     )
-    root: str | None = _setting(
-        "operational", None,
+    root: str | None = _advanced(
+        "operational", "input", None,
         "What paths in a table are relative to, the table's own folder unless given; or the folder in a folder, tar or "
         "zip that is taken.",
         "a folder",
         "DIR",
     )  # fmt: skip
-    follow_links: bool | None = _setting(
-        "operational", None,
+    follow_links: bool | None = _advanced(
+        "operational", "input", None,
         "Follow symbolic links out of SRC: unless given, those in a folder are followed and a table's are refused.",
     )  # fmt: skip
     max_rejects: str = _setting(
         "operational",
+        "output",
         "1%",
         f"Fail with exit 3 if more items are rejected; a percentage never means fewer than {MIN_REJECT_LIMIT}, "
         "nor, below 100%, all of them.",
@@ -252,6 +306,7 @@ class BuildConfig(BaseModel):
     )
     batch_size: int | None = _setting(
         "operational",
+        "speed",
         None,
         f"Images decoded together; {BATCH_SIZE['cuda']} on a GPU, {BATCH_SIZE['cpu']} on a CPU unless given.",
         "1 to 4096",
@@ -259,73 +314,86 @@ class BuildConfig(BaseModel):
     )
     workers: int | None = _setting(
         "operational",
+        "speed",
         None,
         "Worker processes; as many as usable cores for pillow, one a GPU, unless given; 0: none but this process.",
         "0 to 1024",
         "N",
     )
-    threads: int | None = _setting(
+    threads: int | None = _advanced(
         "operational",
+        "speed",
         None,
         "Threads of a worker's DALI; unless given, the usable cores, and on a GPU all but two of them.",
         "1 to 1024",
         "N",
     )
-    prefetch: int | None = _setting(
+    prefetch: int | None = _advanced(
         "operational",
+        "speed",
         None,
         "Batches inside each of DALI's pipelines at the same time; 3 on a GPU, 2 on a CPU unless given.",
         "1 to 64",
         "N",
     )
-    open_shards: int | None = _setting(
+    open_shards: int | None = _advanced(
         "operational",
+        "speed",
         None,
         "Shards that a worker writes at the same time; 4 on a GPU, 1 on a CPU unless given.",
         "1 to 64",
         "N",
     )
-    hw_decoder_load: float | None = _setting(
+    hw_decoder_load: float | None = _advanced(
         "operational",
+        "speed",
         None,
         "Share of JPEGs for a GPU's hardware JPEG engines; unless given, DALI's own choice, but 0 on Hopper and newer "
         "GPUs, where a known fault of these engines may give wrong pixels.",
         "0 to 1",
         "SHARE",
     )
-    spot_check: bool = _setting(
+    spot_check: bool = _advanced(
         "operational",
+        "speed",
         True,
         "Compare a sample of the images that a GPU decodes (16 per worker, then 1 in 1,000) with Pillow's, and stop if "
         "the GPU decodes an image differently in a batch and alone.",
     )
-    worker_timeout: int = _setting(
+    worker_timeout: int = _advanced(
         "operational",
+        "run",
         300,
         "A worker that gives no sign of life for so many seconds is stopped, and its shards are built again.",
         "1 to 86400",
         "SECONDS",
     )
     engine: Literal["local", "ray"] = _setting(
-        "operational", "local", "Where workers run: in processes on this machine, or on a Ray cluster."
+        "operational", "run", "local", "Where workers run: in processes on this machine, or on a Ray cluster."
     )
-    ray_address: str | None = _setting(
-        "operational", None, "For --engine ray: the cluster's address; one that runs here, or a new one, unless given.",
+    ray_address: str | None = _advanced(
+        "operational", "run", None,
+        "For --engine ray: the cluster's address; one that runs here, or a new one, unless given.",
         "an address that ray.init takes",
         "ADDRESS",
     )  # fmt: skip
     part: str | None = _setting(
         "operational",
+        "run",
         None,
         "Build part i of n, with i from 1 to n, as one of n jobs. auto takes both from the cluster's scheduler; "
         "auto/n is for schedulers that do not say how many jobs there are (Kubernetes, PBS).",
         "i/n with i from 1 to n, auto or auto/n",
         "I/N|auto[/N]",
     )
-    preflight: bool = _setting("operational", True, "Refuse to start a build whose output does not fit on OUT's disk.")
-    overwrite: bool = _setting("operational", False, "Delete what an earlier build left in OUT and start anew.")
-    accept_environment: bool = _setting(
-        "operational", False, "Resume although the decoder, its version or the GPU model has changed."
+    preflight: bool = _advanced(
+        "operational", "output", True, "Refuse to start a build whose output does not fit on OUT's disk."
+    )
+    overwrite: bool = _setting(
+        "operational", "output", False, "Delete what an earlier build left in OUT and start anew."
+    )
+    accept_environment: bool = _advanced(
+        "operational", "run", False, "Resume although the decoder, its version or the GPU model has changed."
     )
 
     def __init__(self, /, **values: Any) -> None:
@@ -541,6 +609,11 @@ def settings_of(kind: Kind) -> list[str]:
     return [name for name in BuildConfig.model_fields if _extra(name)["kind"] == kind]
 
 
+def group_of(name: str) -> tuple[Group, bool]:
+    """Where the help lists a setting: its group, and whether it is one of the advanced settings."""
+    return _extra(name)["group"], _extra(name)["advanced"]
+
+
 def as_option(name: str, value: Any) -> str:
     """The value of a setting, other than None, as its option takes it: `0.485,0.456,0.406`, `224x224`, `true`."""
     if isinstance(value, (tuple, list)):
@@ -579,7 +652,7 @@ def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in filled.items() if value is not None or name in ("mean", "std")}
 
 
-def _extra(name: str) -> dict[str, str]:
+def _extra(name: str) -> dict[str, Any]:
     extra: Any = BuildConfig.model_fields[name].json_schema_extra
     return dict(extra)
 
@@ -588,7 +661,7 @@ def _allowed(name: str) -> str:
     choices = get_args(BuildConfig.model_fields[name].annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return ", ".join(choices)
-    return _extra(name)["allowed"] or "true, false"
+    return str(_extra(name)["allowed"]) or "true, false"
 
 
 def _require(condition: Any, value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import click
 import pytest
@@ -21,7 +23,7 @@ import gpu_npz
 from gpu_npz.audit import doctor
 from gpu_npz.builder.build import build
 from gpu_npz.cli.main import COMMANDS, cli, run
-from gpu_npz.config import BuildConfig, load_toml
+from gpu_npz.config import BuildConfig, Group, load_toml
 from gpu_npz.machine import environment
 from gpu_npz.machine.environment import Missing
 
@@ -584,3 +586,20 @@ def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(
 ) -> None:
     assert run([command, "x"]) == 2
     assert f"No such command {command!r}; {hint}" in capsys.readouterr().err
+
+
+def test_the_help_of_build_lists_every_option_once_in_groups_the_common_ones_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["build", "--help"]) == 0
+    text = capsys.readouterr().out
+    titles = re.findall(r"^(\S.* options):$", text, re.MULTILINE)
+    groups = [name.capitalize() for name in get_args(Group)]
+    assert titles == [f"{name} options" for name in groups] + [
+        f"Advanced {name.lower()} options" for name in groups
+    ] + ["Other options"]
+    for name in BuildConfig.model_fields:
+        option = "--" + name.replace("_", "-")
+        assert len(re.findall(rf"^  {option}\b(?!-)", text, re.MULTILINE)) == 1, name
+    sizes = [text.index(f"  {option} ") for option in ("--labels", "--size", "--workers", "--pad-value", "--preset")]
+    assert sizes == sorted(sizes)
