@@ -51,7 +51,7 @@ def command() -> None:
     "--images",
     type=click.IntRange(1),
     metavar="N",
-    help="Images that each line takes; 20,000 on a GPU, 2,000 on a CPU unless given.",
+    help="Images that each line takes; 100,000 on a GPU, 2,000 on a CPU unless given.",
 )
 @_rounds(5)
 @click.option("--seconds", default=60.0, show_default=True, type=float, help="How long a sweep may take, about.")
@@ -70,8 +70,8 @@ def pipeline(
 ) -> None:
     """Measure each stage of a build, whole builds, and the shard writer beside NumPy's.
 
-    Every line goes through the stages of the lines above it, too, so the first that falls behind is the bottleneck. The
-    time until the first batch is not counted. SRC is a folder as for build; pictures are made up if there is none.
+    Every line goes through the stages of the lines above it, too, so the first that falls behind is the bottleneck.
+    Rates count from the first batch to the last. SRC is a folder as for build; pictures are made up if there is none.
     """
     from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.pipeline import measure
@@ -205,11 +205,13 @@ def _storage_lines(result: StorageMeasurement) -> list[str]:
 
 def _lines(result: Measurement) -> list[str]:
     lines = [_named(result.machine), _named(result.settings), ""]
-    lines.append(f"{'':16} {'images/s':>10} {'lowest':>10} {'highest':>10} {'begins in':>10}   share of another's rate")
+    heads = "".join(f" {head:>10}" for head in ("images/s", "lowest", "highest", "begins in", "ends in"))
+    lines.append(f"{'':16}{heads}   share of another's rate")
     for row in result.rows:
         shares = ", ".join(f"{result.share(row, name):.2f} of {name}" for name in row.baselines)
         low, high = min(row.rates), max(row.rates)
-        lines.append(f"{row.name:16} {row.median:10.0f} {low:10.0f} {high:10.0f} {row.start_s:8.2f} s   {shares}")
+        rates = f"{row.median:10.0f} {low:10.0f} {high:10.0f}"
+        lines.append(f"{row.name:16} {rates} {row.start_s:8.2f} s {row.end_s:8.2f} s   {shares}")
     return lines
 
 

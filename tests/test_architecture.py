@@ -93,7 +93,7 @@ ROOMS = {
     ),
     "builder": (
         "errors config storage machine sources preprocess dataset workers audit",
-        ["builder schedulers headers watch", "parts", "planning", "report estimate", "run", "build maintenance"],
+        ["builder pace schedulers headers watch", "parts", "planning", "report estimate", "run", "build maintenance"],
     ),
     "bench": (
         "errors config storage machine npz sources preprocess dataset workers readers audit builder",

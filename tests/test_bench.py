@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 
 from gpu_npz.bench import pipeline, storage, sweep
 from gpu_npz.bench.formats import Images, Npy
-from gpu_npz.bench.rates import Row, Tick, in_turns
+from gpu_npz.bench.rates import Row, Tick, in_turns, linked, rate
+from gpu_npz.builder import pace
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import FormatError, UsageError
@@ -73,6 +76,7 @@ def test_bench_pipeline_measures_each_stage_and_whole_builds(
         assert before in rows[name]["shares"]
     assert "resize" in rows["build uint8"]["shares"]
     assert all(len(row["rates"]) == 2 and min(row["rates"]) > 0 for row in rows.values())
+    assert rows["build uint8"]["start_s"] > 0 < rows["build uint8"]["end_s"]
     assert (result["settings"]["images"], result["settings"]["batch_size"]) == (20, 8)
     assert {"processor", "cores", "numpy", "pillow", "libjpeg", "device"} <= result["machine"].keys()
     assert not list(tmp_path.iterdir())
@@ -106,7 +110,7 @@ def test_a_sweep_prints_the_options_that_were_plainly_faster(
 ) -> None:
     rates = iter([100.0] * 3 + [150.0, 120.0, 90.0] + [100.0, 150.0] * 3)
     monkeypatch.setattr(sweep, "_MAX_IMAGES", 64)
-    monkeypatch.setattr(sweep, "rate", lambda way: (next(rates), 0.0))
+    monkeypatch.setattr(sweep, "rate", lambda way: pace.Pace(next(rates), 0.0, 0.0))
     options = ["--sweep", "--device", "cpu", "--folder", str(tmp_path), "--open-shards", "1"]
     text = printed("bench", "pipeline", str(tree), *options)
     assert text.endswith("1.50 times as fast as a build's own choice:\n    --batch-size 16\n")
@@ -131,6 +135,44 @@ def test_the_first_round_and_the_first_batch_of_each_way_do_not_count() -> None:
 
     (row,) = in_turns({"way": ((), way)}, 2, lambda text: None)
     assert (len(rounds), len(row.rates)) == (3, 2)
+
+
+def test_a_rate_counts_from_the_first_step_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 11.0, 12.0, 17.0])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(times))
+
+    def way(tick: Tick) -> None:
+        for images in (100, 40, 0):
+            tick(images)
+
+    assert rate(way) == pace.Pace(20.0, 10.0, 5.0)
+
+
+def test_a_rate_of_a_single_step_includes_start_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(times))
+    assert rate(lambda tick: tick(100)) == pace.Pace(5.0, 0.0, 0.0)
+
+
+def test_benches_link_files_and_copy_them_where_a_link_is_refused(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    originals = {path.stat().st_ino for path in tree.rglob("*") if path.is_file()}
+    place = linked(tree, tmp_path / "links", len(originals) + 3)
+    assert {path.stat().st_ino for path in place.glob("*/*")} == originals
+    real, refused = os.link, []
+
+    def link(source: str, path: str) -> None:
+        if not Path(source).is_relative_to(tmp_path / "copies"):
+            refused.append(source)
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, path)
+
+    monkeypatch.setattr(os, "link", link)
+    copies = [path.stat() for path in linked(tree, tmp_path / "copies", len(originals) + 3).glob("*/*")]
+    assert len(copies) == len(originals) + 3
+    assert len({copy.st_ino for copy in copies}) == len(refused) == len(originals)
+    assert originals.isdisjoint(copy.st_ino for copy in copies)
 
 
 def test_resize_mode_none_is_refused(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,7 @@ def sweep(
                         progress=lambda event: tick(event.items) if isinstance(event, Progress) else None,
                     )
 
-            trials.append(Trial(options, rate(way)[0]))
+            trials.append(Trial(options, rate(way).images_per_second))
             return trials[-1].images_per_second
 
         tried({}, first)  # warms up
