@@ -91,38 +91,57 @@ def test_a_sweep_tries_options_of_the_backend_but_those_that_are_given(
 ) -> None:
     if "dali" in backend:
         pytest.importorskip("nvidia.dali")
-    monkeypatch.setattr(sweep, "_FIRST_IMAGES", {"cuda": 64, "cpu": 16})
-    monkeypatch.setattr(sweep, "_MAX_IMAGES", 64)
+    monkeypatch.setattr(sweep, "_FIRST_IMAGES", 16)
+    monkeypatch.setattr(sweep, "_IMAGES", {"cuda": 64, "cpu": 64})
+    monkeypatch.setattr(sweep.sweep, "__kwdefaults__", {**sweep.sweep.__kwdefaults__, "cell_s": 0.05})
     options = ["--sweep", "--size", "32", "--open-shards", "1", "--folder", str(tmp_path)]
     result = printed("bench", "pipeline", str(tree), *backend, *options, "--json")
     tried = {name for trial in result["trials"] for name in trial["options"]}
     assert "batch_size" in tried
     assert "open_shards" not in tried
     assert ("workers" in tried) == ("pillow" in backend)
-    assert ("prefetch" in tried) == ("pillow" not in backend)
+    assert ("prefetch" in tried) == ("pipelines" in tried) == ("pillow" not in backend)
     assert ("hw_decoder_load" in tried) == ("--require-gpu" in backend)
     assert result["default"]["open_shards"] == 1
+    assert [trial["images_per_second"] > 0 for trial in result["trials"]] == [True] * len(result["trials"])
+    assert result["builds"][0]["options"] == {}
+    assert result["share"] > 0
     assert not list(tmp_path.iterdir())
 
 
 def test_a_sweep_prints_the_options_that_were_plainly_faster(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Callable[..., Any]
 ) -> None:
-    rates = iter([100.0] * 3 + [150.0, 120.0, 90.0] + [100.0, 150.0] * 3)
-    monkeypatch.setattr(sweep, "_MAX_IMAGES", 64)
+    cells = [100.0, 150.0, 120.0, 90.0]
+    rates = iter([100.0] * 2 + cells + [100.0, 150.0])
+    monkeypatch.setattr(sweep, "_IMAGES", {"cuda": 64, "cpu": 64})
     monkeypatch.setattr(sweep, "rate", lambda way: pace.Pace(next(rates), 0.0, 0.0))
     options = ["--sweep", "--device", "cpu", "--folder", str(tmp_path), "--open-shards", "1"]
     text = printed("bench", "pipeline", str(tree), *options)
+    assert "reaches 1.00 of" in text
     assert text.endswith("1.50 times as fast as a build's own choice:\n    --batch-size 16\n")
-    rates = iter([100.0] * 3 + [150.0, 120.0, 90.0] + [100.0, 101.0] * 3)  # it was chance
+    rates = iter([100.0] * 2 + cells + [100.0, 101.0])  # it was chance
     assert "nothing was plainly faster" in printed("bench", "pipeline", str(tree), *options)
 
 
 def test_a_sweep_that_has_no_time_left_tries_nothing_more(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "_MAX_IMAGES", 64)
-    assert [trial.options for trial in sweep.sweep(tree, seconds=0, folder=str(tmp_path)).trials] == [{}, {}, {}]
+    monkeypatch.setattr(sweep, "_IMAGES", {"cuda": 64, "cpu": 64})
+    found = sweep.sweep(tree, seconds=0, cell_s=0.1, folder=str(tmp_path))
+    assert [trial.options for trial in (*found.trials, *found.builds)] == [{}, {}, {}]
+
+
+def test_bench_worker_measures_every_stage_and_leaves_headers_out(tmp_path: Path, printed: Callable[..., Any]) -> None:
+    pytest.importorskip("nvidia.dali")
+    options = ["--device", "cpu", "--images", "64", "--rounds", "2", "--batch-size", "16", "--folder", str(tmp_path)]
+    result = printed("bench", "worker", *options, "--json")
+    assert list(result["stages"]) == ["plan", "read", "decode", "worker"]
+    assert result["total"] == pytest.approx(sum(result["stages"].values()))
+    assert min(result["total"], result["headers"]) > 0
+    assert (result["settings"]["images"], result["settings"]["batch_size"]) == (64, 16)
+    assert not list(tmp_path.iterdir())
+    assert "us per image to parse headers" in printed("bench", "worker", *options)
 
 
 def test_the_first_round_and_the_first_batch_of_each_way_do_not_count() -> None:

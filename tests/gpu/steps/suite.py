@@ -1,0 +1,33 @@
+"""The tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from runner import Context
+
+_TESTS = Path(__file__).parents[2]
+_LINES = 60
+
+
+def tests(context: Context) -> dict[str, Any]:
+    """The tests marked `gpu`, except those of the benches; with any version of pytest's plugins and of NumPy."""
+    options = ["-m", "gpu", "-q", "-s", "-p", "no:cacheprovider", "-W", "default", "--continue-on-collection-errors"]
+    environment = {
+        **os.environ,
+        "GPU_NPZ_REQUIRE_GPU": "1" if context.on_gpu else "0",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    program = [sys.executable, "-m", "pytest", *options, "--deselect", str(_TESTS / "test_bench.py"), str(_TESTS)]
+    done = subprocess.run(
+        program, cwd=_TESTS.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", check=False,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    if done.returncode:
+        raise RuntimeError("\n".join([*lines[-_LINES:], f"exit status {done.returncode}"]))
+    return {"output": lines[-_LINES:], "summary": lines[-1:]}
