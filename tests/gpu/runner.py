@@ -93,7 +93,6 @@ class Runner:
         self._limit_s = limit_s
         self.results: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # stack traces are enough
 
     def run(self, steps: Sequence[Step]) -> None:
         """Runs the steps in order. One for which less than half of its time is left is not started."""
@@ -198,6 +197,7 @@ def workplace(room_bytes: int) -> Iterator[Path]:
 
 def _main(asked: str, result: str) -> None:
     """Runs a step in this process."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # stack traces are enough
     step = json.loads(Path(asked).read_text())
     module, _, function = step["call"].partition(":")
     found = getattr(importlib.import_module(module), function)(Context(**step["context"]), **step["options"])

@@ -116,7 +116,13 @@ def outputs_on_a_stream(context: Context) -> dict[str, Any]:
 
         stream = cupy.cuda.Stream(non_blocking=True)
     with folder_of(Path(context.place, "files")) as folder:
-        written(folder, {f"{number:03}.jpg": data for number, data in enumerate(jpegs(context, 4 * _INTACT))})
+        written(
+            folder,
+            {
+                f"{number:03}.jpg": data
+                for number, data in enumerate(jpegs(context, 4 * _INTACT if context.on_gpu else 40))
+            },
+        )
         for load in (0.0, 1.0):
             ours = decoded(context, folder, stream=stream, hw_decoder_load=load)
             waited = decoded(context, folder, hw_decoder_load=load)

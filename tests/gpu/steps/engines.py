@@ -84,14 +84,15 @@ def _decoded(context: Context, data: list[bytes], count: int, load: float, *, bu
     """`count` small images, (N, H, W, 3). A busy pipeline resizes each to a large image and back first."""
     from nvidia.dali import fn, pipeline_def, types
 
+    batch_size = min(_BATCH_SIZE, count)
     encoded = [np.frombuffer(each, np.uint8) for each in data]
     endless = itertools.cycle(encoded)
 
     def source() -> list[NDArray[np.uint8]]:
-        return list(itertools.islice(endless, _BATCH_SIZE))
+        return list(itertools.islice(endless, batch_size))
 
     @pipeline_def(
-        batch_size=_BATCH_SIZE,
+        batch_size=batch_size,
         num_threads=14 if context.on_gpu else 2,
         device_id=0 if context.on_gpu else None,
         prefetch_queue_depth=3 if busy else 1,
@@ -114,7 +115,7 @@ def _decoded(context: Context, data: list[bytes], count: int, load: float, *, bu
     pipeline = graph()
     pipeline.build()
     parts = []
-    for _ in range(-(-count // _BATCH_SIZE)):
+    for _ in range(-(-count // batch_size)):
         small = pipeline.run()[0]
         parts.append(np.asarray((small.as_cpu() if context.on_gpu else small).as_array()))
     return np.concatenate(parts)[:count]

@@ -23,7 +23,8 @@ from gpu_npz.bench.rates import folder_of, linked
 from gpu_npz.machine.environment import inspect, usable_cpus
 
 _LOGGED_IMAGES = 4096
-_TELLING = re.compile("hw|hardware|engine|prealloc|batch-single|nvjpeg|error|warn", re.IGNORECASE)
+_TELLING = re.compile("hw|hardware|engine|prealloc|batch-single|error|warn", re.IGNORECASE)
+_NOT_TELLING = re.compile(r"\x1b\[[0-9;]*m|0x[0-9a-f]+")  # colours and addresses
 _LINES = 40
 
 
@@ -73,7 +74,7 @@ def logged_build(context: Context, load: float | None) -> dict[str, Any]:
     log = (done.stdout + done.stderr).splitlines()
     if done.returncode:
         raise RuntimeError("\n".join([*log[-_LINES:], f"exit status {done.returncode}"]))
-    lines = Counter(re.sub(r"0x[0-9a-f]+|\[[0-9:. -]+\]", "", line) for line in log if _TELLING.search(line))
+    lines = Counter(_NOT_TELLING.sub("", line) for line in log if _TELLING.search(line))
     engines = re.findall(r"num_hw_engines=(\d+)", "\n".join(log))
     return {
         "log": [f"{count} x {line}" for line, count in lines.most_common(_LINES)],
