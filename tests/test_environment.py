@@ -105,7 +105,9 @@ def test_dali_on_the_cpu_needs_dali_and_nothing_else(node: Machine) -> None:
 def test_dali_on_the_cpu_that_is_too_old_is_an_error_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     dali = pytest.importorskip("nvidia.dali")
     monkeypatch.setattr(dali, "__version__", "1.99.0")
-    with pytest.raises(BackendError, match=r"--backend dali: DALI: 1\.99\.0 is installed; 2\.4 or newer is needed; pip i"):
+    with pytest.raises(
+        BackendError, match=r"--backend dali: DALI: 1\.99\.0 is installed; 2\.4 or newer is needed; pip i"
+    ):
         choose(BuildConfig(backend="dali", device="cpu"), GPU_NODE)
     monkeypatch.setattr(dali, "__version__", "10.0")
     assert choose(BuildConfig(backend="dali", device="cpu"), GPU_NODE) == Choice("dali")

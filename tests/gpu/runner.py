@@ -116,7 +116,7 @@ class Runner:
         bad = [each["step"] for each in self.results if each["outcome"] not in ("ok", "left out")]
         lines = [f"{self._context.device}: {total:.0f} s; failed: {', '.join(bad) or 'nothing'}"]
         for each in self.results:
-            shown = each.get("result", {}).get("summary") or [each.get("error", "").strip().rpartition("\n")[2]]
+            shown = each.get("result", {}).get("summary") or [each.get("error", "").rpartition("\n")[2]]
             head = f"{each['step']} ({each['seconds']:.0f} s, {each['outcome']}): "
             lines += [head + shown[0], *(f"    {line}" for line in shown[1:])]
         if len(lines) > SUMMARY_LINES:
@@ -152,7 +152,8 @@ class Runner:
                 found["result"] = json.loads((work / "result.json").read_text())
             else:
                 ended = f"more than {limit_s:.0f} s" if outcome == "hung" else f"exit status {process.returncode}"
-                found["error"] = f"{(work / 'log').read_text(errors='replace')[-_TAIL_CHARACTERS:]}\n{ended}"
+                log = (work / "log").read_text(errors="replace").strip()[-_TAIL_CHARACTERS:]
+                found["error"] = f"{ended}\n{log}".strip()
                 stacks = ((path.name, path.read_text(errors="replace")) for path in (work / "stacks").iterdir())
                 found["stacks"] = {process: text for process, text in stacks if text}
             return found

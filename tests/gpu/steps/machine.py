@@ -73,7 +73,7 @@ def logged_build(context: Context, load: float | None) -> dict[str, Any]:
         seconds = time.monotonic() - start
     log = (done.stdout + done.stderr).splitlines()
     if done.returncode:
-        raise RuntimeError("\n".join([*log[-_LINES:], f"exit status {done.returncode}"]))
+        raise RuntimeError("\n".join([*log, f"exit status {done.returncode}"][-_LINES:]))
     lines = Counter(_NOT_TELLING.sub("", line) for line in log if _TELLING.search(line))
     engines = re.findall(r"num_hw_engines=(\d+)", "\n".join(log))
     return {
