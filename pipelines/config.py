@@ -127,7 +127,7 @@ class BuildConfig(BaseModel):
         "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; dataset: by mean and std of "
         "SRC itself, which one more pass finds out first; log: log(1 + level) scaled to 0..1; window; "
         "or by the statistics of each image, over all channels: standardize to mean 0 and deviation 1, minmax to 0..1, "
-        "maxabs, l2.",
+        "maxabs, l2; with these four, a GPU waits for the host once per batch.",
     )
     mean: tuple[float, ...] | None = _setting(
         "identity",
