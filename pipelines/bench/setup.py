@@ -63,7 +63,7 @@ class Setup:
     def batches(self) -> Iterator[Batch]:
         return interleaved_batches(self.plan, range(self.plan.shard_count), self.tuning)
 
-    def decoder(self, stream: int | None = None) -> Decoder:
+    def decoder(self, stream: Any = None) -> Decoder:
         assert self.config.size is not None
         geometry = Geometry.of(self.config, self.config.size)
         return make_decoder(

@@ -50,6 +50,11 @@ class Context:
         return self.device != "cpu"
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of a build on the device; without them, it might run on the CPU with only a warning."""
+        return {"device": self.device, "backend": "dali", "require_gpu": self.on_gpu}
+
+    @property
     def many(self) -> Path:
         """The folder with `images` files."""
         return Path(self.place, "images")

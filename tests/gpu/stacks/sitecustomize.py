@@ -3,5 +3,6 @@
 import faulthandler
 import os
 
-file = open(os.path.join(os.environ["STEP_STACKS"], str(os.getpid())), "w")  # noqa: SIM115  # open until the end
-faulthandler.enable(file)
+if "STEP_STACKS" in os.environ:
+    file = open(os.path.join(os.environ["STEP_STACKS"], str(os.getpid())), "w")  # noqa: SIM115  # open until the end
+    faulthandler.enable(file)

@@ -64,6 +64,7 @@ def logged_build(context: Context, load: float | None) -> dict[str, Any]:
     """A build in a process that logs what nvImageCodec does, and how busy the JPEG engines are."""
     with folder_of(Path(context.place, "out")) as out, engine_use() as percents:
         options = ["--device", context.device, "--workers", "0", "--dtype", "uint8", "--max-rejects", "100%"]
+        options += ["--require-gpu"] if context.on_gpu else []
         options += ["--backend", "dali", "--limit", str(min(_LOGGED_IMAGES, context.images)), "--quiet"]
         options += [] if load is None else ["--hw-decoder-load", str(load)]
         program = [sys.executable, "-m", "gpu_npz", "build", str(context.many), str(out), *options]

@@ -65,7 +65,7 @@ def kernels(context: Context) -> dict[str, Any]:
 
 def worker(context: Context) -> dict[str, Any]:
     """What a worker's main thread costs per image beside the decoder."""
-    config = BuildConfig(device=context.device, backend="dali")
+    config = BuildConfig(**context.settings)
     found = worker_cost.measure(config, images=20_480 if context.on_gpu else 2048, rounds=3, folder=context.place)
     stages = ", ".join(f"{name} {cost:.2f}" for name, cost in found.stages.items())
     return {**found.to_json(), "summary": [f"{found.total:.2f} us per image ({stages})"]}
@@ -73,8 +73,8 @@ def worker(context: Context) -> dict[str, Any]:
 
 def sweep(context: Context) -> dict[str, Any]:
     """The fastest options for uint8."""
-    config = BuildConfig(device=context.device, backend="dali", dtype="uint8")
-    given = {"seconds": 100.0, "cell_s": 3.0} if context.on_gpu else {"seconds": 6.0, "cell_s": 0.1}
+    config = BuildConfig(**context.settings, dtype="uint8")
+    given = {"seconds": 90.0, "cell_s": 3.0} if context.on_gpu else {"seconds": 6.0, "cell_s": 0.1}
     found = bench.sweep(context.many, config, folder=context.place, **given)
     trials = [f"{trial.images_per_second:.0f} {_named(trial.options)}" for trial in found.trials]
     lines = [", ".join(trials[start : start + 6]) for start in range(0, len(trials), 6)]
@@ -94,7 +94,7 @@ def built(context: Context, dtype: str) -> dict[str, Any]:
     image_bytes = 224 * 224 * 3 * np.dtype(dtype).itemsize
     room = int(shutil.disk_usage(context.place).free * 0.6) // image_bytes
     limit = min(context.images, room, 40_000 if dtype == "float32" else context.images)
-    config = BuildConfig(device=context.device, backend="dali", dtype=dtype, limit=limit, max_rejects="100%")
+    config = BuildConfig(**context.settings, dtype=dtype, limit=limit, max_rejects="100%")
     with folder_of(Path(context.place, "out")) as out, engine_use() as percents:
         report = build(context.many, out, config)
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stage_seconds.items())
