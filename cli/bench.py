@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gpu_npz.bench.sweep import Sweep
     from gpu_npz.bench.worker import WorkerCost
 
-# Memory that the kernel turns into huge pages and back makes float32 rates swing; NumPy reads this when it is imported.
+# Float32 rates vary if the kernel turns memory into huge pages and back. NumPy reads this variable on import.
 os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
 
 _USED = ("device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "interpolation", "channels",

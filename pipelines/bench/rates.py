@@ -55,7 +55,7 @@ class Measurement:
     machine: dict[str, Any]
 
     def share(self, row: Row, baseline: str) -> float:
-        """The median over rounds of a row's rate to its baseline's in the same round."""
+        """A row's rate divided by its baseline's in the same round, median of all rounds."""
         other = next(other for other in self.rows if other.name == baseline)
         return statistics.median(a / b for a, b in zip(row.rates, other.rates, strict=True))
 
@@ -88,7 +88,7 @@ def rate(way: Way) -> Pace:
 def in_turns(
     ways: Mapping[str, tuple[tuple[str, ...], Way]], rounds: int, say: Callable[[str], None]
 ) -> tuple[Row, ...]:
-    """Measures ways, given by name with their baselines, in rounds in which they take turns; a first round warms up."""
+    """Measures ways, given with their baselines by name, in rounds in which they take turns. A first round warms up."""
     paces: dict[str, list[Pace]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, (_, way) in ways.items():
@@ -112,7 +112,7 @@ def linked(src: str | os.PathLike[str], place: Path, images: int) -> Path:
     """A tree of `images` hard links to the files of `src`, or to copies where the filesystem has no such links."""
     collection = FolderSource(src)
     plan = Plan(collect(collection.groups()), 1)
-    items = plan.items(0, plan.item_count)
+    items = plan.items(0, min(images, plan.item_count))
     originals = [os.path.realpath(os.fsdecode(collection.local_path(item))) for item in items]
     for number in range(images):
         position = number % len(items)

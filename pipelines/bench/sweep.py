@@ -147,7 +147,6 @@ def sweep(
     config = config or BuildConfig()
     choice = choose(config, inspect(config.device))
     trials: list[Trial] = []
-    begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as name:
         source = FolderSource(linked(src, Path(name) / "src", _IMAGES[choice.device]))
         bench = _Bench(config, choice, source, Path(name), cell_s)
@@ -165,7 +164,7 @@ def sweep(
 
         default = asdict(bench.setup({}, images).tuning)
         best: dict[str, Any] = {}
-        fastest = tried({})
+        begin, fastest = time.monotonic(), tried({})
         for option, candidates in _candidates(choice, config).items():
             for value in candidates:
                 if value == default[option] or time.monotonic() - begin > seconds:
