@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from gpu_npz.bench.rates import Measurement
     from gpu_npz.bench.storage import StorageMeasurement
     from gpu_npz.bench.sweep import Sweep
+    from gpu_npz.bench.worker import WorkerCost
 
-# Memory that the kernel turns into huge pages and back makes float32 rates swing; NumPy reads this when it is imported.
+# Float32 rates vary if the kernel turns memory into huge pages and back. NumPy reads this variable on import.
 os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
 
 _USED = ("device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "interpolation", "channels",
-         "normalize", "dtype", "layout", "shard_size", "batch_size", "threads", "prefetch", "open_shards",
-         "hw_decoder_load")  # fmt: skip
+         "normalize", "dtype", "layout", "shard_size", "batch_size", "threads", "prefetch", "pipelines",
+         "open_shards", "hw_decoder_load")  # fmt: skip
 _STORED = ("size", "resize_mode", "dtype", "layout", "shard_size")
 
 
@@ -51,10 +52,10 @@ def command() -> None:
     "--images",
     type=click.IntRange(1),
     metavar="N",
-    help="Images that each line takes; 20,000 on a GPU, 2,000 on a CPU unless given.",
+    help="Images that each line takes; 100,000 on a GPU, 2,000 on a CPU unless given.",
 )
 @_rounds(5)
-@click.option("--seconds", default=60.0, show_default=True, type=float, help="How long a sweep may take, about.")
+@click.option("--seconds", default=120.0, show_default=True, type=float, help="How long a sweep may take, about.")
 @_FOLDER
 @config_options(*_USED)
 @_JSON
@@ -70,8 +71,8 @@ def pipeline(
 ) -> None:
     """Measure each stage of a build, whole builds, and the shard writer beside NumPy's.
 
-    Every line goes through the stages of the lines above it, too, so the first that falls behind is the bottleneck. The
-    time until the first batch is not counted. SRC is a folder as for build; pictures are made up if there is none.
+    Every line goes through the stages of the lines above it, too, so the first that falls behind is the bottleneck.
+    Rates count from the first batch to the last. SRC is a folder as for build; pictures are made up if there is none.
     """
     from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.pipeline import measure
@@ -94,6 +95,32 @@ def pipeline(
         print_json(result.to_json())
     else:
         click.echo("\n".join(lines))
+
+
+@command.command("worker")
+@click.option(
+    "--images", default=20_480, show_default=True, type=click.IntRange(1), metavar="N", help="How many images."
+)
+@_rounds(5)
+@click.option("--folder", metavar="DIR", help="Where to write; in memory (/dev/shm) unless given, where that exists.")
+@config_options("device", "batch_size", "threads", "prefetch", "pipelines", "open_shards", "hw_decoder_load")
+@_JSON
+def worker(images: int, rounds: int, folder: str | None, as_json: bool, **given: Any) -> None:
+    """Measure what a worker's main thread costs per image beside DALI's decoding, by stage.
+
+    The images are tiny and lie in memory. Their number limits how many images a worker can process, however fast its
+    decoder is: 10 us per image are 100,000 images/s.
+    """
+    from gpu_npz.bench.worker import measure
+    from gpu_npz.cli.console import errors, print_json
+
+    config = read_config(None, given)
+    with errors.status("") as status:
+        result = measure(config, images=images, rounds=rounds, folder=folder, say=status.update)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo("\n".join(_worker_lines(result)))
 
 
 @command.command("sources")
@@ -205,20 +232,29 @@ def _storage_lines(result: StorageMeasurement) -> list[str]:
 
 def _lines(result: Measurement) -> list[str]:
     lines = [_named(result.machine), _named(result.settings), ""]
-    lines.append(f"{'':16} {'images/s':>10} {'lowest':>10} {'highest':>10} {'begins in':>10}   share of another's rate")
+    heads = "".join(f" {head:>10}" for head in ("images/s", "lowest", "highest", "begins in", "ends in"))
+    lines.append(f"{'':16}{heads}   share of another's rate")
     for row in result.rows:
         shares = ", ".join(f"{result.share(row, name):.2f} of {name}" for name in row.baselines)
         low, high = min(row.rates), max(row.rates)
-        lines.append(f"{row.name:16} {row.median:10.0f} {low:10.0f} {high:10.0f} {row.start_s:8.2f} s   {shares}")
+        rates = f"{row.median:10.0f} {low:10.0f} {high:10.0f}"
+        lines.append(f"{row.name:16} {rates} {row.start_s:8.2f} s {row.end_s:8.2f} s   {shares}")
     return lines
+
+
+def _worker_lines(result: WorkerCost) -> list[str]:
+    lines = [_named(result.machine), _named(result.settings), "", f"{'':10} {'us per image':>12}"]
+    lines += [f"{stage:10} {cost:12.2f}" for stage, cost in result.stages.items()]
+    lines.append(f"{'total':10} {result.total:12.2f}")
+    return [*lines, "", f"not included: {result.headers:.2f} us per image to parse headers"]
 
 
 def _sweep_lines(result: Sweep) -> list[str]:
     lines = [_named(result.machine), f"by itself, a build takes: {_named(result.default)}", ""]
-    lines.append(f"{'images/s':>10}   of {result.images} images a build, with")
-    lines += [
-        f"{tried.images_per_second:10.0f}   {_flags(tried.options) or '(its own choice)'}" for tried in result.trials
-    ]
+    for title, trials in (("tried", result.trials), (f"whole builds of {result.images} images", result.builds)):
+        lines.append(f"{'images/s':>10}   {title}, with")
+        lines += [f"{each.images_per_second:10.0f}   {_flags(each.options) or '(its own choice)'}" for each in trials]
+    lines.append(f"the second build reaches {result.share:.2f} of what was tried with the same options")
     if not result.options:
         return [*lines, "", "nothing was plainly faster than a build's own choice: leave the options out"]
     return [*lines, "", f"{result.gain:.2f} times as fast as a build's own choice:", f"    {_flags(result.options)}"]

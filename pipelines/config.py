@@ -51,7 +51,7 @@ MIN_REJECT_LIMIT = 10  # a percentage of a small plan still allows a few bad fil
 _RANGES = {
     "crop_pct": (1e-3, 1), "pad_value": (0, 255), "background": (0, 255), "max_pixels": (1, 2**40), "limit": (1, 2**40),
     "shuffle": (0, 2**63), "batch_size": (1, 4096), "workers": (0, 1024), "threads": (1, 1024), "prefetch": (1, 64),
-    "open_shards": (1, 64), "hw_decoder_load": (0, 1), "worker_timeout": (1, 86_400),
+    "pipelines": (1, 8), "open_shards": (1, 64), "hw_decoder_load": (0, 1), "worker_timeout": (1, 86_400),
     "per_class": (1, 2**40), "split_seed": (0, 2**63),
 }  # fmt: skip
 
@@ -165,7 +165,7 @@ class BuildConfig(BaseModel):
         "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; dataset: by mean and std of "
         "SRC itself, which one more pass finds out first; log: log(1 + level) scaled to 0..1; window; "
         "or by the statistics of each image, over all channels: standardize to mean 0 and deviation 1, minmax to 0..1, "
-        "maxabs, l2.",
+        "maxabs, l2; with these four, a GPU waits for the host once per batch.",
     )
     mean: tuple[float, ...] | None = _setting(
         "identity",
@@ -334,6 +334,14 @@ class BuildConfig(BaseModel):
         None,
         "Batches inside each of DALI's pipelines at the same time; 3 on a GPU, 2 on a CPU unless given.",
         "1 to 64",
+        "N",
+    )
+    pipelines: int | None = _advanced(
+        "operational",
+        "speed",
+        None,
+        "DALI pipelines of a worker that decode in turn; 2 on a GPU, 1 on a CPU unless given.",
+        "1 to 8",
         "N",
     )
     open_shards: int | None = _advanced(

@@ -93,11 +93,11 @@ ROOMS = {
     ),
     "builder": (
         "errors config storage machine sources preprocess dataset workers audit",
-        ["builder schedulers headers watch", "parts", "planning", "report estimate", "run", "build maintenance"],
+        ["builder pace schedulers headers watch", "parts", "planning", "report estimate", "run", "build maintenance"],
     ),
     "bench": (
         "errors config storage machine npz sources preprocess dataset workers readers audit builder",
-        ["bench pictures rates formats", "loading setup", "storage cores sources sweep", "plots pipeline"],
+        ["bench pictures rates formats", "loading setup", "storage cores sources sweep worker", "plots pipeline"],
     ),
 }
 

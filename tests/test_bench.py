@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 
 from gpu_npz.bench import pipeline, storage, sweep
 from gpu_npz.bench.formats import Images, Npy
-from gpu_npz.bench.rates import Row, Tick, in_turns
+from gpu_npz.bench.rates import Row, Tick, in_turns, linked, rate
+from gpu_npz.builder import pace
 from gpu_npz.cli.main import run
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import FormatError, UsageError
@@ -73,6 +76,7 @@ def test_bench_pipeline_measures_each_stage_and_whole_builds(
         assert before in rows[name]["shares"]
     assert "resize" in rows["build uint8"]["shares"]
     assert all(len(row["rates"]) == 2 and min(row["rates"]) > 0 for row in rows.values())
+    assert rows["build uint8"]["start_s"] > 0 < rows["build uint8"]["end_s"]
     assert (result["settings"]["images"], result["settings"]["batch_size"]) == (20, 8)
     assert {"processor", "cores", "numpy", "pillow", "libjpeg", "device"} <= result["machine"].keys()
     assert not list(tmp_path.iterdir())
@@ -87,38 +91,57 @@ def test_a_sweep_tries_options_of_the_backend_but_those_that_are_given(
 ) -> None:
     if "dali" in backend:
         pytest.importorskip("nvidia.dali")
-    monkeypatch.setattr(sweep, "_FIRST_IMAGES", {"cuda": 64, "cpu": 16})
-    monkeypatch.setattr(sweep, "_MAX_IMAGES", 64)
+    monkeypatch.setattr(sweep, "_FIRST_IMAGES", 16)
+    monkeypatch.setattr(sweep, "_IMAGES", {"cuda": 64, "cpu": 64})
+    monkeypatch.setattr(sweep.sweep, "__kwdefaults__", {**sweep.sweep.__kwdefaults__, "cell_s": 0.05})
     options = ["--sweep", "--size", "32", "--open-shards", "1", "--folder", str(tmp_path)]
     result = printed("bench", "pipeline", str(tree), *backend, *options, "--json")
     tried = {name for trial in result["trials"] for name in trial["options"]}
     assert "batch_size" in tried
     assert "open_shards" not in tried
     assert ("workers" in tried) == ("pillow" in backend)
-    assert ("prefetch" in tried) == ("pillow" not in backend)
+    assert ("prefetch" in tried) == ("pipelines" in tried) == ("pillow" not in backend)
     assert ("hw_decoder_load" in tried) == ("--require-gpu" in backend)
     assert result["default"]["open_shards"] == 1
+    assert [trial["images_per_second"] > 0 for trial in result["trials"]] == [True] * len(result["trials"])
+    assert result["builds"][0]["options"] == {}
+    assert result["share"] > 0
     assert not list(tmp_path.iterdir())
 
 
 def test_a_sweep_prints_the_options_that_were_plainly_faster(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Callable[..., Any]
 ) -> None:
-    rates = iter([100.0] * 3 + [150.0, 120.0, 90.0] + [100.0, 150.0] * 3)
-    monkeypatch.setattr(sweep, "_MAX_IMAGES", 64)
-    monkeypatch.setattr(sweep, "rate", lambda way: (next(rates), 0.0))
+    cells = [100.0, 150.0, 120.0, 90.0]
+    rates = iter([100.0] * 2 + cells + [100.0, 150.0])
+    monkeypatch.setattr(sweep, "_IMAGES", {"cuda": 64, "cpu": 64})
+    monkeypatch.setattr(sweep, "rate", lambda way: pace.Pace(next(rates), 0.0, 0.0))
     options = ["--sweep", "--device", "cpu", "--folder", str(tmp_path), "--open-shards", "1"]
     text = printed("bench", "pipeline", str(tree), *options)
+    assert "reaches 1.00 of" in text
     assert text.endswith("1.50 times as fast as a build's own choice:\n    --batch-size 16\n")
-    rates = iter([100.0] * 3 + [150.0, 120.0, 90.0] + [100.0, 101.0] * 3)  # it was chance
+    rates = iter([100.0] * 2 + cells + [100.0, 101.0])  # it was chance
     assert "nothing was plainly faster" in printed("bench", "pipeline", str(tree), *options)
 
 
 def test_a_sweep_that_has_no_time_left_tries_nothing_more(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "_MAX_IMAGES", 64)
-    assert [trial.options for trial in sweep.sweep(tree, seconds=0, folder=str(tmp_path)).trials] == [{}, {}, {}]
+    monkeypatch.setattr(sweep, "_IMAGES", {"cuda": 64, "cpu": 64})
+    found = sweep.sweep(tree, seconds=0, cell_s=0.1, folder=str(tmp_path))
+    assert [trial.options for trial in (*found.trials, *found.builds)] == [{}, {}, {}]
+
+
+def test_bench_worker_measures_every_stage_and_leaves_headers_out(tmp_path: Path, printed: Callable[..., Any]) -> None:
+    pytest.importorskip("nvidia.dali")
+    options = ["--device", "cpu", "--images", "64", "--rounds", "2", "--batch-size", "16", "--folder", str(tmp_path)]
+    result = printed("bench", "worker", *options, "--json")
+    assert list(result["stages"]) == ["plan", "read", "decode", "worker"]
+    assert result["total"] == pytest.approx(sum(result["stages"].values()))
+    assert min(result["total"], result["headers"]) > 0
+    assert (result["settings"]["images"], result["settings"]["batch_size"]) == (64, 16)
+    assert not list(tmp_path.iterdir())
+    assert "us per image to parse headers" in printed("bench", "worker", *options)
 
 
 def test_the_first_round_and_the_first_batch_of_each_way_do_not_count() -> None:
@@ -131,6 +154,44 @@ def test_the_first_round_and_the_first_batch_of_each_way_do_not_count() -> None:
 
     (row,) = in_turns({"way": ((), way)}, 2, lambda text: None)
     assert (len(rounds), len(row.rates)) == (3, 2)
+
+
+def test_a_rate_counts_from_the_first_step_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 11.0, 12.0, 17.0])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(times))
+
+    def way(tick: Tick) -> None:
+        for images in (100, 40, 0):
+            tick(images)
+
+    assert rate(way) == pace.Pace(20.0, 10.0, 5.0)
+
+
+def test_a_rate_of_a_single_step_includes_start_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(times))
+    assert rate(lambda tick: tick(100)) == pace.Pace(5.0, 0.0, 0.0)
+
+
+def test_benches_link_files_and_copy_them_where_a_link_is_refused(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    originals = {path.stat().st_ino for path in tree.rglob("*") if path.is_file()}
+    place = linked(tree, tmp_path / "links", len(originals) + 3)
+    assert {path.stat().st_ino for path in place.glob("*/*")} == originals
+    real, refused = os.link, []
+
+    def link(source: str, path: str) -> None:
+        if not Path(source).is_relative_to(tmp_path / "copies"):
+            refused.append(source)
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, path)
+
+    monkeypatch.setattr(os, "link", link)
+    copies = [path.stat() for path in linked(tree, tmp_path / "copies", len(originals) + 3).glob("*/*")]
+    assert len(copies) == len(originals) + 3
+    assert len({copy.st_ino for copy in copies}) == len(refused) == len(originals)
+    assert originals.isdisjoint(copy.st_ino for copy in copies)
 
 
 def test_resize_mode_none_is_refused(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,7 @@ def test_doctor_notices_that_a_container_hides_the_hardware_jpeg_engines(
     capabilities: str | None, hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "inspect", lambda *_: Machine(1, 13_000, None, None, None))
+    monkeypatch.setattr(doctor, "_VIDEO_LIBRARY", "libc.so.6")  # any that can be loaded
     if capabilities is None:
         monkeypatch.delenv("NVIDIA_DRIVER_CAPABILITIES", raising=False)
     else:
@@ -76,3 +77,11 @@ def test_doctor_notices_that_a_container_hides_the_hardware_jpeg_engines(
     found = {finding.what: finding for finding in doctor.diagnose()}
     assert ("JPEG engines" in found) == hidden
     assert not hidden or "video" in found["JPEG engines"].remedy
+
+
+def test_doctor_notices_that_the_drivers_video_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "inspect", lambda *_: Machine(1, 13_000, None, None, None))
+    monkeypatch.setattr(doctor, "_VIDEO_LIBRARY", "libnvcuvid-is-not-here.so.1")
+    (found,) = [finding for finding in doctor.diagnose() if finding.what == "JPEG engines"]
+    assert "libnvcuvid-is-not-here.so.1" in found.found
+    assert found.remedy.endswith("docker run -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,video ...")

@@ -98,7 +98,19 @@ def test_a_gpu_number_that_the_machine_does_not_have_is_a_usage_error(node: Mach
 
 @pytest.mark.parametrize("node", [GPU_NODE, machine(0), machine(1, driver=DRIVER, cupy=CUPY)])
 def test_dali_on_the_cpu_needs_dali_and_nothing_else(node: Machine) -> None:
+    pytest.importorskip("nvidia.dali")
     assert choose(BuildConfig(backend="dali", device="cpu"), node) == Choice("dali")
+
+
+def test_dali_on_the_cpu_that_is_too_old_is_an_error_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    dali = pytest.importorskip("nvidia.dali")
+    monkeypatch.setattr(dali, "__version__", "1.99.0")
+    with pytest.raises(
+        BackendError, match=r"--backend dali: DALI: 1\.99\.0 is installed; 2\.4 or newer is needed; pip i"
+    ):
+        choose(BuildConfig(backend="dali", device="cpu"), GPU_NODE)
+    monkeypatch.setattr(dali, "__version__", "10.0")
+    assert choose(BuildConfig(backend="dali", device="cpu"), GPU_NODE) == Choice("dali")
 
 
 @pytest.mark.parametrize("node", [LAPTOP, machine(1, dali=DALI)])
@@ -114,6 +126,7 @@ def test_dali_that_would_fall_back_to_the_cpu_still_needs_dali(node: Machine) ->
 
 
 def test_dali_without_a_gpu_goes_to_dalis_cpu_operators_with_a_warning() -> None:
+    pytest.importorskip("nvidia.dali")
     choice = choose(BuildConfig(backend="dali"), machine(0))
     assert (choice.backend, choice.device) == ("dali", "cpu")
     assert choice.warning
@@ -206,6 +219,7 @@ FAKE_DALI = """
 import os
 exec(os.environ.get("FAKE_DALI", ""))
 __cuda_version__ = int(os.environ.get("FAKE_DALI_CUDA", "13492"))
+__version__ = os.environ.get("FAKE_DALI_VERSION", "2.4.0")
 """
 FAKE_CUPY = """
 import contextlib, os, types
@@ -305,6 +319,14 @@ BAD = {
     "no CuPy": (
         {"FAKE_CUPY": "raise ModuleNotFoundError('cupy')", **OLD_DRIVER, **FOR_12},
         "  CuPy: not installed; pip install 'cupy-cuda12x[ctk]>=14'\n",
+    ),
+    "DALI that is too old": (
+        {"FAKE_DALI_VERSION": "1.51.2"},
+        "  DALI: 1.51.2 is installed; 2.4 or newer is needed; pip install 'nvidia-dali-cuda130>=2.4,<3'\n",
+    ),
+    "DALI for CUDA 12 that is too old, on a newer driver": (
+        {"FAKE_DALI_VERSION": "2.3.0.dev20260101", "FAKE_DALI_CUDA": "12986"},
+        "  DALI: 2.3.0.dev20260101 is installed; 2.4 or newer is needed; pip install 'nvidia-dali-cuda120>=2.4,<3'\n",
     ),
     "DALI that cannot be loaded": (
         {"FAKE_DALI": "raise OSError('libnvjpeg.so.13: cannot\\nopen')"},

@@ -38,7 +38,10 @@ def test_pillow_has_a_worker_per_core_and_never_more_than_shards() -> None:
 
 
 def test_what_the_settings_say_is_taken() -> None:
-    given = {"workers": 2, "threads": 5, "prefetch": 7, "open_shards": 3, "batch_size": 9, "hw_decoder_load": 0.25}
+    given = {
+        "workers": 2, "threads": 5, "prefetch": 7, "pipelines": 4, "open_shards": 3, "batch_size": 9,
+        "hw_decoder_load": 0.25,
+    }  # fmt: skip
     tuning = tuning_of(Choice("dali", (0, 1), cpus=16), **given)
     assert {name: getattr(tuning, name) for name in given} == given
     assert tuning_of(Choice("dali", (0,), cpus=16), reproducible=True).hw_decoder_load == 0.0

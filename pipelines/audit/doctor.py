@@ -1,4 +1,4 @@
-"""What of this machine gpu-npz can use, and the exact command for what it cannot."""
+"""Checks what gpu-npz can use on this machine, and gives the exact command to fix what it cannot use."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import install_command
-from ..machine.environment import Machine, dotted, inspect, usable_cpus
+from ..machine.environment import Machine, dali_trouble, dotted, inspect, usable_cpus
 
-# Of a build's extras: what is imported, the extra that brings it, and what it is for.
+# Optional libraries: the module to import, the extra that installs it, and its use.
 _EXTRAS = {
     "imagecodecs": ("imagecodecs", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
     "tifffile": ("tifffile", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
@@ -27,12 +27,20 @@ _EXTRAS = {
     "gcsfs": ("gcsfs", "gs", "gs://"),
     "Ray": ("ray", "ray", "--engine ray"),
 }
+_VIDEO_LIBRARY = "libnvcuvid.so.1"
 _SIMD_INSTALL = 'CC="cc -mavx2" pip install pillow-simd'
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: `ok`, what was found, and what to do if it is not ok or could be better."""
+    """The result of one check.
+
+    Attributes:
+        what: what was checked.
+        ok: whether it can be used.
+        found: what was found.
+        remedy: what to do if it cannot be used or could be better; may be empty.
+    """
 
     what: str
     ok: bool
@@ -45,7 +53,7 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Looks at the machine, the GPU path and the CPU path, without changing anything."""
+    """Checks the machine, the GPU path and the CPU path, without changing anything."""
     machine = inspect()
     cores = f"{usable_cpus()} usable of {os.cpu_count()}"
     return [
@@ -64,20 +72,33 @@ def _gpu(machine: Machine) -> list[Finding]:
     findings = [Finding("GPU", True, found) if machine.gpus else _no_gpu()]
     if not machine.driver:
         findings += [Finding(f"GPU {number}", True, _device(number)) for number in range(machine.gpus)]
-    for what, missing in {"driver": machine.driver, "DALI": machine.dali, "CuPy": machine.cupy}.items():
-        if missing and not machine.gpus:
+    dali = machine.dali or dali_trouble()
+    for what, missing in {"driver": machine.driver, "DALI": dali, "CuPy": machine.cupy}.items():
+        if missing and not machine.gpus and missing.reason == "not installed":
             findings.append(Finding(missing.what, False, f"{missing.reason}; of use on a machine with a GPU"))
         elif missing:
             findings.append(Finding(missing.what, False, missing.reason, missing.remedy))
         elif what != "driver":
             findings.append(Finding(what, True, _installed("nvidia-dali" if what == "DALI" else "cupy")))
-    # Set in containers only; what it leaves out, the container toolkit does not bring in.
-    capabilities = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "all")
-    if machine.gpus and not {"all", "video"} & set(capabilities.split(",")):
-        reason = f"hidden from this container: NVIDIA_DRIVER_CAPABILITIES is {capabilities!r}, without video"
-        remedy = "docker run -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,video ..."
-        findings.append(Finding("JPEG engines", False, reason, remedy))
+    if machine.gpus:
+        findings += _jpeg_engines()
     return findings
+
+
+def _jpeg_engines() -> list[Finding]:
+    """What keeps the hardware JPEG engines from being used; DALI does without them and reports nothing."""
+    # Only containers have this variable. The container toolkit brings in nothing that it does not name.
+    capabilities = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "all")
+    remedy = "docker run -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,video ..."
+    if not {"all", "video"} & set(capabilities.split(",")):
+        reason = f"hidden from this container: NVIDIA_DRIVER_CAPABILITIES is {capabilities!r}, without video"
+        return [Finding("JPEG engines", False, reason, remedy)]
+    try:
+        ctypes.CDLL(_VIDEO_LIBRARY)
+    except OSError as exc:
+        remedy = f"install the NVIDIA driver's video libraries; in a container: {remedy}"
+        return [Finding("JPEG engines", False, f"the driver's video library cannot be loaded ({exc})", remedy)]
+    return []
 
 
 def _no_gpu() -> Finding:
@@ -89,7 +110,7 @@ def _no_gpu() -> Finding:
 
 
 def _device(number: int) -> str:
-    """Name and memory of a GPU: from the driver and NVML, which tell without taking any of that memory."""
+    """Name and memory of a GPU, from the driver and NVML, which take no GPU memory themselves."""
     name, bus = ctypes.create_string_buffer(128), ctypes.create_string_buffer(32)
     device, size = ctypes.c_int(), ctypes.c_size_t()
     handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
@@ -105,7 +126,7 @@ def _device(number: int) -> str:
         failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(bus, ctypes.byref(handle))
         if not failed and not nvml.nvmlDeviceGetMemoryInfo(handle, memory):
             text += f", {memory[1] / 2**30:.1f} GiB free"
-    except (OSError, AttributeError):  # NVML comes with the driver, but a container may leave it out
+    except (OSError, AttributeError):  # NVML is part of the driver, but a container may lack it
         pass
     return text
 

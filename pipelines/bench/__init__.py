@@ -1,1 +1,1 @@
-"""Measuring: always as ratios within one run."""
+"""Benchmarks. Their results are ratios within one run, since rates of different runs cannot be compared."""

@@ -1,4 +1,4 @@
-"""All cores: whole builds beside as many reference loops at the same time, and beside the script that people write."""
+"""Builds that use all cores, compared with one reference loop per core and with the script that people write."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .setup import Setup
 
 _SHARDS_A_CORE = 4
 _SCRIPT_THREADS = 8
-_SCRIPT_IMAGES = 256  # it is slow, and its rate does not depend on their number
+_SCRIPT_IMAGES = 256  # the script is slow, and its rate does not depend on this number
 _MEAN, _STD = (np.array(values, np.float32) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 def ways(setup: Setup) -> dict[str, tuple[tuple[str, ...], Way]]:
-    """What is measured, by name and with baselines: builds by all cores of float32 and uint8."""
+    """Builds of float32 and uint8 that use all cores, and what to compare them with: baselines and way by name."""
     found: dict[str, tuple[tuple[str, ...], Way]] = {}
     for dtype in ("float32", "uint8"):
         shard_size = max(1, setup.plan.item_count // (_SHARDS_A_CORE * usable_cpus()))
@@ -41,7 +41,7 @@ def ways(setup: Setup) -> dict[str, tuple[tuple[str, ...], Way]]:
 
 
 def _loops(tick: Tick, setup: Setup) -> None:
-    """A reference loop in each of as many processes as there are cores, over a part of the images each."""
+    """One process per core, each of which runs the reference loop over its part of the images."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         pipes: list[Connection] = []
@@ -55,7 +55,7 @@ def _loops(tick: Tick, setup: Setup) -> None:
             stack.callback(process.join)
             pipes.append(here)
         for pipe in pipes:
-            pipe.recv()  # it is ready
+            pipe.recv()  # the process is ready
         tick(0)
         for pipe in pipes:
             pipe.send(None)
@@ -80,7 +80,7 @@ def _loop(pipe: Connection, src: str, place: str, config: BuildConfig, choice: C
 
 
 def _usual_script(tick: Tick, setup: Setup) -> None:
-    """Eight threads that decode and resize by Pillow, a list of float32 arrays, `np.stack`, `np.savez_compressed`."""
+    """Decodes and resizes with Pillow in eight threads, then calls `np.stack` and `np.savez_compressed`."""
     assert setup.config.size is not None
     height, width = setup.config.size
 

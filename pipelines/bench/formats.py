@@ -1,6 +1,6 @@
-"""The same images in the ways that people store them, one small class each. Libraries are loaded on first use.
+"""File formats in which people store images, one small class per format. Their libraries are imported on first use.
 
-Everything is written so that it is on the disk when `write` returns, and read so that a row is the reader's own copy.
+All of them write so that the data is on the disk when `write` returns, and read so that each row is a copy.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _LMDB_SLACK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Images:
-    """What is stored.
+    """The images to store.
 
     Attributes:
         rows: (N, C, H, W) or (N, H, W, C), as a build stores them.
-        pixels: the same before they were normalized, uint8 (N, H, W, 3) in R,G,B.
-        config: how the ones became the others.
-        shard_rows: rows of a shard, where a format has such a thing.
+        pixels: the same images before normalization, uint8 (N, H, W, 3), R,G,B.
+        config: the settings that turn the pixels into the rows.
+        shard_rows: the number of rows in a shard, for formats that have shards.
     """
 
     rows: Array
@@ -51,25 +51,25 @@ class Images:
         return len(self.rows)
 
     def first(self, count: int) -> Images:
-        """The first of them, views."""
+        """Views of the first `count` images."""
         return Images(self.rows[:count], self.pixels[:count], self.config, self.shard_rows)
 
     def shards(self) -> Iterator[tuple[int, Array]]:
-        """Number and rows of each shard."""
+        """The number and the rows of each shard."""
         for number, start in enumerate(range(0, len(self), self.shard_rows)):
             yield number, self.rows[start : start + self.shard_rows]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """An open store: a row by its number, and all of them in order, each a copy."""
+    """Reads one row by its number, or all rows in order; each row is a copy."""
 
     row: Callable[[int], Array]
     in_order: Callable[[], Iterator[Array]]
 
     @classmethod
     def by_rows(cls, count: int, row: Callable[[int], Array]) -> Reader:
-        """For stores of which the n-th row is read the same way, whichever was read before."""
+        """A reader that reads all rows in order by calling `row` for each."""
         return cls(row, lambda: map(row, range(count)))
 
 
@@ -77,9 +77,9 @@ class Format(abc.ABC):
     """One way to store images.
 
     Attributes:
-        name: as shown.
-        compressed: whether it makes rows smaller; such formats are compared with deflated shards.
-        library: what must be installed for it.
+        name: the name in the results.
+        compressed: whether rows are compressed; such formats are compared with deflated shards.
+        library: the library that it needs; None if it needs none.
     """
 
     name: str
@@ -88,14 +88,14 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def write(self, images: Images, place: Path) -> None:
-        """Stores images in the empty folder `place`."""
+        """Stores the images in the empty folder `place`."""
 
     @abc.abstractmethod
     def reading(self, images: Images, place: Path) -> AbstractContextManager[Reader]:
-        """Opens what was stored; `images` says what it was."""
+        """Opens the images that were stored in `place`."""
 
     def missing(self) -> str | None:
-        """What to install before this format can be used."""
+        """The missing library and how to install it; None if nothing is missing."""
         if self.library is None:
             return None
         try:
@@ -106,7 +106,7 @@ class Format(abc.ABC):
 
 
 class Png(Format):
-    """A file an image, of pixels, which are normalized when they are read."""
+    """One file per image. It contains the pixels, which are normalized when they are read."""
 
     name = "png files"
     compressed = True
@@ -134,7 +134,7 @@ class Png(Format):
 
 
 class Lmdb(Format):
-    """A key a row, the raw bytes as its value."""
+    """One key per row; its value is the raw bytes."""
 
     name = "lmdb"
     library = "lmdb"
@@ -170,7 +170,7 @@ class Lmdb(Format):
 
 
 class Hdf5(Format):
-    """One array, a chunk a row."""
+    """One array, with one chunk per row."""
 
     name = "hdf5"
     library = "h5py"
@@ -188,13 +188,13 @@ class Hdf5(Format):
     def reading(self, images: Images, place: Path) -> Iterator[Reader]:
         import h5py
 
-        # Without its cache of chunks, which would hold a small set inflated.
+        # Without a cache of chunks, which could keep all rows of a small set decompressed.
         with h5py.File(place / "images.h5", "r", rdcc_nbytes=0) as file:
             yield Reader.by_rows(len(images), file["images"].__getitem__)
 
 
 class Hdf5Gzip(Hdf5):
-    """The same, each chunk compressed."""
+    """As `Hdf5`, with compressed chunks."""
 
     name = "hdf5 gzip"
     compressed = True
@@ -202,7 +202,7 @@ class Hdf5Gzip(Hdf5):
 
 
 class Npy(Format):
-    """One array, read by memory map."""
+    """One array, which is read through a memory map."""
 
     name = "npy"
 
@@ -212,13 +212,13 @@ class Npy(Format):
 
     @contextlib.contextmanager
     def reading(self, images: Images, place: Path) -> Iterator[Reader]:
-        # As a plain array: np.memmap's own indexing is slow.
+        # A plain array, because indexing an np.memmap is slow.
         stored = np.load(place / "images.npy", mmap_mode="r").view(np.ndarray)
         yield Reader.by_rows(len(images), lambda number: np.array(stored[number]))
 
 
 class Npz(Format):
-    """`numpy.savez`, a file for as many rows as a shard has; `numpy.load` reads all of a file for each row of it."""
+    """`numpy.savez`, with one file per shard; for each row, `numpy.load` reads the whole file."""
 
     name = "npz"
 
@@ -247,14 +247,14 @@ class Npz(Format):
 
 
 class NpzCompressed(Npz):
-    """The same by `numpy.savez_compressed`."""
+    """As `Npz`, with `numpy.savez_compressed`."""
 
     name = "npz compressed"
     compressed = True
 
 
 class Shards(Format):
-    """This package's: shards by its writer; read as the dataset that a build makes."""
+    """Shards of this package, read as a dataset that a build has made."""
 
     name = "gpu-npz"
     _deflate_level: int | None = None
@@ -271,14 +271,14 @@ class Shards(Format):
     @contextlib.contextmanager
     def reading(self, images: Images, place: Path) -> Iterator[Reader]:
         stored = open_dataset(place)
-        if self.compressed:  # inflated for the caller alone
+        if self.compressed:  # each row is decompressed into an array of its own
             yield Reader(stored.__getitem__, stored.__iter__)
         else:
             yield Reader(lambda number: np.array(stored[number]), lambda: map(np.array, stored))
 
 
 class DeflatedShards(Shards):
-    """The same, with `--compress deflate`."""
+    """As `Shards`, with `--compress deflate`."""
 
     name = "gpu-npz deflate"
     compressed = True

@@ -1,4 +1,4 @@
-"""An epoch by PyTorch's DataLoader: image files, decoded anew each time, beside the shards made of them."""
+"""Epochs of PyTorch's DataLoader over image files, which are decoded each time, and over shards of the same images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH_SIZE = 64
 
 
 def missing() -> str | None:
-    """What to install, if PyTorch cannot be imported."""
+    """What to install if PyTorch cannot be imported; None if it can."""
     try:
         from ..readers import torch  # noqa: F401  # only whether it can be imported
     except BackendError as exc:
@@ -23,16 +23,16 @@ def missing() -> str | None:
 
 
 def ways(source: Path, out: Path, ours: str) -> dict[str, tuple[tuple[str, ...], Way]]:
-    """Both ways, in this process, shuffled, in batches of float32 images.
+    """Both ways by name; each runs in this process and loads shuffled batches of float32 images.
 
     Args:
-        source: the image files.
-        out: the dataset that was built of them.
-        ours: what to call it.
+        source: the folder of the image files.
+        out: the dataset that was built from them.
+        ours: the name of the way that reads the dataset.
     """
     from ..readers import torch as reader
 
-    loader = reader.torch.utils.data.DataLoader  # type: ignore[attr-defined]  # torch has one home here: that reader
+    loader = reader.torch.utils.data.DataLoader  # type: ignore[attr-defined]  # torch is imported only in that module
     shards = reader.ShardDataset(out)
 
     def epoch(dataset: Any) -> Way:
@@ -46,7 +46,7 @@ def ways(source: Path, out: Path, ours: str) -> dict[str, tuple[tuple[str, ...],
 
 
 class _Files:
-    """The images of a dataset from their files, as an ImageFolder gives them: decoded when they are asked for."""
+    """The images of a dataset, decoded from their files when they are requested, like an ImageFolder."""
 
     def __init__(self, source: Path, shards: Any) -> None:
         self._paths = [os.path.join(source, path) for path in shards.data.paths]

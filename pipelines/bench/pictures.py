@@ -1,4 +1,4 @@
-"""Pictures to try a build on: a few hundred of ImageNet-like sizes, and a handful of files that are broken."""
+"""Makes pictures to try a build on: a few hundred with the sizes of ImageNet, and a few broken files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw
 
-Field = NDArray[np.floating[Any]]  # a number for every pixel
+Field = NDArray[np.floating[Any]]  # a number per pixel
 Motif = Callable[[int, int, np.random.Generator], Image.Image]  # (height, width, random) -> a mask of mode L
 
-# (height, width), drawn at random: most have ImageNet's usual sizes.
+# (height, width) to choose from at random: mostly the usual sizes of ImageNet.
 _SIZES = (
     *[(375, 500)] * 7, *[(500, 375)] * 3, *[(333, 500)] * 3, *[(500, 333)] * 2, (500, 500), (281, 500), (400, 300),
     (480, 640), (120, 160), (64, 80),
 )  # fmt: skip
 _LARGE = (1200, 1600)
 _SUBSAMPLING = ("4:2:0", "4:2:0", "4:4:4", "4:2:0", "4:2:2")
-# Exif 2.32, tag 0x0112: how a picture is stored that the tag turns upright.
+# How a picture is stored if this orientation (Exif 2.32, tag 0x0112) turns it upright.
 _STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,18 +32,18 @@ _STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_NOISE_LEVELS = 9.0  # standard deviation; without it a JPEG would have next to nothing to hold
+_NOISE_LEVELS = 9.0  # standard deviation; without noise, a JPEG would have almost no data
 
 
 @dataclass(frozen=True)
 class DemoImages:
-    """What `make_images` has made.
+    """The result of `make_images`.
 
     Attributes:
-        folder: the tree, a folder a class.
+        folder: the tree, with one folder per class.
         class_names: the classes, sorted.
         images: how many pictures can be decoded.
-        bad: by what is wrong with it, the path of each file that cannot be, relative to `folder`.
+        bad: the path of each file that cannot be decoded, relative to `folder`, by what is wrong with it.
     """
 
     folder: Path
@@ -53,15 +53,15 @@ class DemoImages:
 
 
 def make_images(folder: Path, *, count: int = 300, seed: int = 0) -> DemoImages:
-    """Writes a tree of class folders: `count` pictures of all the kinds that a collection has, and four broken files.
+    """Writes a tree of class folders: `count` pictures of the kinds that collections contain, and four broken files.
 
-    Most are JPEGs of about 500 x 375 pixels, some of them progressive, gray or turned by EXIF; from a dozen pictures
-    on, one is CMYK and one a PNG under a JPEG's name.
+    Most are JPEGs of about 500 x 375 pixels; some of them are progressive, gray or rotated by EXIF. From a dozen
+    pictures on, one is CMYK and one is a PNG with the name of a JPEG.
 
     Args:
-        folder: where the classes' folders go; made if it is not there. What it holds already stays.
-        count: how many pictures, without the broken files.
-        seed: another one gives other pictures; equal ones give equal files where Pillow is the same.
+        folder: gets the class folders; created if missing. Its other content is kept.
+        count: the number of pictures, without the broken files.
+        seed: decides the pictures. With the same version of Pillow, the same seed gives the same files.
     """
     class_names = sorted(MOTIFS)
     for name in class_names:
@@ -82,13 +82,13 @@ def make_images(folder: Path, *, count: int = 300, seed: int = 0) -> DemoImages:
 
 
 def paint(height: int, width: int, seed: int, motif: str | None = None) -> NDArray[np.uint8]:
-    """A picture with smooth light, edges and some noise, as a photograph has: uint8 (height, width, 3) in R,G,B.
+    """A picture with gradients, edges and noise like a photograph: uint8 (height, width, 3), R,G,B.
 
     Args:
         height: in pixels.
         width: in pixels.
-        seed: another one gives another picture.
-        motif: what it shows, one of `MOTIFS`; the seed chooses if None.
+        seed: decides the picture.
+        motif: what it shows, one of `MOTIFS`; chosen by the seed if None.
     """
     random = np.random.default_rng([seed, height, width])
     draw = MOTIFS[motif or sorted(MOTIFS)[int(random.integers(len(MOTIFS)))]]
@@ -105,7 +105,7 @@ def paint(height: int, width: int, seed: int, motif: str | None = None) -> NDArr
 
 def _picture(number: int, motif: str, seed: int) -> bytes:
     random = np.random.default_rng([seed, number])
-    # The kinds come at periods that are prime to the number of classes, so that each class gets them all.
+    # The periods of the kinds and the number of classes have no common divisor, so every class gets every kind.
     size = _LARGE if number % 97 == 40 else _SIZES[int(random.integers(len(_SIZES)))]
     image = Image.fromarray(paint(*size, int(random.integers(2**31)), motif))
     options: dict[str, Any] = {"quality": int(random.integers(75, 96))}
@@ -121,7 +121,9 @@ def _picture(number: int, motif: str, seed: int) -> bytes:
         options["progressive"] = number % 13 == 3
         if number % 29 == 7:
             exif = Image.Exif()
-            exif[ExifTags.Base.Orientation] = orientation = 2 + (number // 29 + 4) % 7  # 6, the usual one, comes first
+            exif[ExifTags.Base.Orientation] = orientation = (
+                2 + (number // 29 + 4) % 7
+            )  # the first one is 6, the most common
             image = image.transpose(_STORED[orientation])
             options["exif"] = exif
     buffer = io.BytesIO()
@@ -134,7 +136,7 @@ def _smooth(colours: NDArray[np.int64], height: int, width: int) -> Image.Image:
 
 
 def _grid(height: int, width: int, random: np.random.Generator) -> tuple[Field, Field]:
-    """Coordinates of every pixel, turned by a random angle, in units of the shorter side around a random centre."""
+    """Coordinates of every pixel in units of the shorter side, rotated by a random angle around a random center."""
     angle = random.uniform(0, np.pi)
     y = (np.arange(height, dtype=np.float32) - random.uniform(0.3, 0.7) * height) / min(height, width)
     x = (np.arange(width, dtype=np.float32) - random.uniform(0.3, 0.7) * width) / min(height, width)
@@ -143,7 +145,7 @@ def _grid(height: int, width: int, random: np.random.Generator) -> tuple[Field, 
 
 
 def _edges(field: Field) -> Image.Image:
-    """A mask of where `field` is positive, with soft borders."""
+    """A mask with soft borders of the area in which `field` is positive."""
     field *= 900
     field += 128
     return Image.fromarray(np.clip(field, 0, 255, out=field).astype(np.uint8))
@@ -193,7 +195,7 @@ def _hills(height: int, width: int, random: np.random.Generator) -> Image.Image:
 
 
 def _drawn(shape: Callable[[ImageDraw.ImageDraw, float, float, float, np.random.Generator], None]) -> Motif:
-    """A motif of a dozen equal shapes, each given its centre and radius in pixels."""
+    """A motif of about a dozen such shapes; `shape` gets a center and a radius in pixels."""
 
     def draw(height: int, width: int, random: np.random.Generator) -> Image.Image:
         mask = Image.new("L", (width, height))

@@ -1,7 +1,7 @@
-"""How fast each stage of a build is, whole builds beside them, and the shard writer beside NumPy's and a bare write.
+"""The rates of each stage of a build and of whole builds, and of the shard writer beside NumPy's and a plain write.
 
-A stage's row goes through the stages before it, too, by the build's own functions with its batches and threads. All
-rows come from one run with interleaved rounds; only their ratios mean something on another machine.
+The row of a stage includes the stages before it, and uses the build's own functions, batches and threads. All rows are
+measured in one run, in interleaved rounds; only their ratios can be compared with those of another machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .rates import Measurement, Tick, Way, in_turns, linked, machine, on_one_cor
 from .setup import Setup, flushed, write_all
 
 ROUNDS = 5
-IMAGES = {"cuda": 20_000, "cpu": 2_000}
+IMAGES = {"cuda": 100_000, "cpu": 2_000}
 _DTYPES = ("float32", "float16", "uint8")
 _WRITER_BATCHES = 4
 _WRITER_BATCH_ROWS = 256
@@ -46,10 +46,10 @@ def measure(
     Args:
         src: a folder as for `build`; its files are linked until there are enough.
         config: the settings; the rows after `resize` have its dtype, and whole builds are made of every dtype.
-        images: how many images each row takes; 20,000 on a GPU and 2,000 on a CPU if None.
-        rounds: how often everything is measured; the ways take turns within a round.
-        folder: where to write; the system's temporary folder if None. It needs some 2.5 MB an image.
-        say: told what is being measured.
+        images: how many images each row processes; 100,000 on a GPU and 2,000 on a CPU if None.
+        rounds: how often everything is measured; the rows take turns within a round.
+        folder: where to write; the system's temporary folder if None. It needs some 2.5 MB per image.
+        say: called with the name of what is measured next.
 
     Raises:
         UsageError: `resize_mode` is `none`.
@@ -103,7 +103,7 @@ def _stages(setup: Setup) -> dict[str, tuple[tuple[str, ...], Way]]:
 
 
 def _writers(place: Path) -> dict[str, tuple[tuple[str, ...], Way]]:
-    """The same float32 rows by `write()` and `fsync()`, by `numpy.savez` and `fsync()`, and by a shard's writer."""
+    """The same float32 rows, written with `write()` and `fsync()`, `numpy.savez` and `fsync()`, and `NpzWriter`."""
     batch = np.random.default_rng(0).normal(size=(_WRITER_BATCH_ROWS, 3, 224, 224)).astype(np.float32)
     path = place / "file.npz"
 

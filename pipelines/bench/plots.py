@@ -1,4 +1,4 @@
-"""Draws what `storage` has measured, on linear and on logarithmic axes."""
+"""Plots the results of `storage` on linear and logarithmic axes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .storage import IN_ORDER, RANDOM, StorageMeasurement
 
 
 def draw(measured: StorageMeasurement, path: str | os.PathLike[str]) -> None:
-    """Writes a PNG: rates of writes over the number of images above, rates of reads below; linear left, log right.
+    """Writes a PNG: write rates by number of images at the top, read rates at the bottom; linear left, log right.
 
     Raises:
         UsageError: matplotlib is missing.
@@ -43,7 +43,7 @@ def draw(measured: StorageMeasurement, path: str | os.PathLike[str]) -> None:
 
 
 def require_matplotlib() -> None:
-    """Raises UsageError if there is none."""
+    """Raises UsageError if matplotlib cannot be imported."""
     try:
         import matplotlib.figure  # noqa: F401  # only whether it can be imported
     except ImportError as exc:

@@ -1,4 +1,4 @@
-"""What benches share: rates, rounds that take turns, the machine's name, and a folder of as many files as wanted."""
+"""What all benchmarks share: rates, rounds in which they take turns, the machine, and a folder of linked files."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ import os
 import platform
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..builder.pace import Pace, Stopwatch
 from ..dataset.plan import Plan, collect
 from ..machine.environment import usable_cpus
 from ..sources.folders.folder import FolderSource
 
 Tick = Callable[[int], None]
-Way = Callable[[Tick], None]  # does some work, and says after each step how many images it took
+Way = Callable[[Tick], None]  # does some work, and calls its argument after each step with the number of images
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured way: images a second in each round, and how long it took to begin in the median.
+    """One measured way.
 
-    `baselines` names the rows that it is compared with.
+    Attributes:
+        name: what was measured.
+        baselines: the names of the rows that it is compared with.
+        rates: images per second from the first to the last step, one for each round.
+        start_s: median of the seconds until the first step was done.
+        end_s: median of the seconds after the last step.
     """
 
     name: str
     baselines: tuple[str, ...]
     rates: tuple[float, ...]
     start_s: float
+    end_s: float = 0.0
 
     @property
     def median(self) -> float:
@@ -42,14 +48,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A whole run: its rows, what they were measured with, and the machine."""
+    """A whole run: its rows, the settings that were used, and the machine."""
 
     rows: tuple[Row, ...]
     settings: dict[str, Any]
     machine: dict[str, Any]
 
     def share(self, row: Row, baseline: str) -> float:
-        """The median over rounds of a row's rate to its baseline's in the same round."""
+        """A row's rate divided by its baseline's in the same round, median of all rounds."""
         other = next(other for other in self.rows if other.name == baseline)
         return statistics.median(a / b for a, b in zip(row.rates, other.rates, strict=True))
 
@@ -61,6 +67,7 @@ class Measurement:
                 "median": row.median,
                 "rates": row.rates,
                 "start_s": row.start_s,
+                "end_s": row.end_s,
                 "shares": {baseline: self.share(row, baseline) for baseline in row.baselines},
             }
             for row in self.rows
@@ -68,63 +75,61 @@ class Measurement:
         return {"rows": rows, "settings": self.settings, "machine": self.machine}
 
 
-def rate(way: Way) -> tuple[float, float]:
-    """Images a second, and the seconds until the first of them are done; these do not count for the rate.
+def rate(way: Way) -> Pace:
+    """Measures one run.
 
-    So a decoder's start, which is the same for a thousand images and for a million, does not blur what is measured. A
-    way of one step only is measured as a whole.
+    A decoder's start-up takes the same time for a thousand images as for a million, so it does not count for the rate.
     """
-    begin, first, images, started = time.perf_counter(), 0, 0, 0.0
-
-    def tick(count: int) -> None:
-        nonlocal first, images, started
-        if not started:
-            started, first = time.perf_counter(), count
-        else:
-            images += count
-
-    way(tick)
-    end = time.perf_counter()
-    if not images:
-        return first / (end - begin), 0.0
-    return images / (end - started), started - begin
+    watch = Stopwatch()
+    way(watch.tick)
+    return watch.stop()
 
 
 def in_turns(
     ways: Mapping[str, tuple[tuple[str, ...], Way]], rounds: int, say: Callable[[str], None]
 ) -> tuple[Row, ...]:
-    """Measures ways, given by name with their baselines, in rounds in which they take turns; a first round warms up."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    starts: dict[str, list[float]] = {name: [] for name in ways}
+    """Measures ways, given with their baselines by name, in rounds in which they take turns. A first round warms up."""
+    paces: dict[str, list[Pace]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, (_, way) in ways.items():
             say(f"round {number} of {rounds}: {name}")
-            found, start = rate(way)
+            pace = rate(way)
             if number:
-                rates[name].append(found)
-                starts[name].append(start)
+                paces[name].append(pace)
     return tuple(
-        Row(name, baselines, tuple(rates[name]), statistics.median(starts[name]))
+        Row(
+            name,
+            baselines,
+            tuple(pace.images_per_second for pace in paces[name]),
+            statistics.median(pace.startup_seconds for pace in paces[name]),
+            statistics.median(pace.teardown_seconds for pace in paces[name]),
+        )
         for name, (baselines, _) in ways.items()
     )
 
 
 def linked(src: str | os.PathLike[str], place: Path, images: int) -> Path:
-    """A tree of `images` links to the files of `src`."""
+    """A tree of `images` hard links to the files of `src`, or to copies where the filesystem has no such links."""
     collection = FolderSource(src)
     plan = Plan(collect(collection.groups()), 1)
-    items = plan.items(0, plan.item_count)
+    items = plan.items(0, min(images, plan.item_count))
+    originals = [os.path.realpath(os.fsdecode(collection.local_path(item))) for item in items]
     for number in range(images):
-        item = items[number % len(items)]
+        position = number % len(items)
         folder = place / f"class-{number * 100 // images:03}"
         folder.mkdir(parents=True, exist_ok=True)
-        os.symlink(os.fsdecode(collection.local_path(item)), folder / f"{number:08}{Path(item.path).suffix}")
+        path = os.fspath(folder / f"{number:08}{Path(items[position].path).suffix}")
+        try:
+            os.link(originals[position], path)
+        except OSError:  # another filesystem, too many links, or another user's file
+            shutil.copyfile(originals[position], path)
+            originals[position] = path
     return place
 
 
 @contextlib.contextmanager
 def folder_of(path: Path) -> Iterator[Path]:
-    """A new empty folder, deleted in the end."""
+    """A new empty folder, which is deleted at the end."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     try:
@@ -134,7 +139,7 @@ def folder_of(path: Path) -> Iterator[Path]:
 
 
 def machine(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The processor, how much of it may be used, versions, and what a decoder says of itself."""
+    """The processor, the number of usable cores, versions, and a decoder's provenance."""
     model = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""One build's parts, and what of it can be measured alone, by the build's own functions."""
+"""The parts of a build, and measurements of its stages, which use the build's own functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..dataset.job import Job
 from ..dataset.plan import Plan, collect
 from ..machine.environment import Choice
 from ..machine.tuning import Tuning
-from ..preprocess.base import Decoder, Normalizer
+from ..preprocess.base import DecodedBatch, Decoder, Normalizer
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry
 from ..preprocess.normalize import NumpyNormalizer, row_shape
@@ -28,7 +28,7 @@ from ..preprocess.normalize_cuda import CudaNormalizer
 from ..sources.base import Batch, Source
 from ..sources.rejects import Stage
 from ..storage.local import LocalStorage
-from ..workers.events import Progress, Task
+from ..workers.events import Committed, Progress, Task
 from ..workers.worker import interleaved_batches, work
 from .rates import Tick, folder_of
 
@@ -37,7 +37,7 @@ _BUFFERS = 3
 
 @dataclass(frozen=True)
 class Setup:
-    """One build's parts, as `build` would put them together."""
+    """The parts of one build, as `build` would combine them."""
 
     config: BuildConfig
     choice: Choice
@@ -48,7 +48,7 @@ class Setup:
 
     @classmethod
     def of(cls, config: BuildConfig, choice: Choice, source: Source, place: Path) -> Setup:
-        """The parts of a build of `source` that writes below `place`."""
+        """The parts of a build that reads `source` and writes below `place`."""
         row_bytes = math.prod(cls._shape(config)) * np.dtype(config.dtype).itemsize
         arrays = collect(source.groups())
         plan = Plan(arrays, config.for_items(Plan(arrays, 1).item_count).shard_rows(row_bytes))
@@ -64,7 +64,7 @@ class Setup:
     def batches(self) -> Iterator[Batch]:
         return interleaved_batches(self.plan, range(self.plan.shard_count), self.tuning)
 
-    def decoder(self, stream: int | None = None) -> Decoder:
+    def decoder(self, stream: Any = None) -> Decoder:
         assert self.config.size is not None
         geometry = Geometry.of(self.config, self.config.size)
         return make_decoder(
@@ -78,7 +78,7 @@ class Setup:
         )
 
     def bare(self, tick: Tick, last: Stage) -> None:
-        """The stages up to `last`, and nothing around them."""
+        """Only the stages up to `last`, without a worker."""
         with self.decoder() as decoder:
             for batch in decoder.bare(self.batches(), last):
                 tick(len(batch.items))
@@ -94,19 +94,20 @@ class Setup:
             step = on_gpu.apply if transfer else on_gpu.launch
         shape = (self.tuning.batch_size, *self._shape(self.config))
         buffers = [normalizer.allocate(shape) for _ in range(_BUFFERS)]
-        waits: deque[Callable[[], None]] = deque()
+        waits: deque[tuple[DecodedBatch, Callable[[], None]]] = deque()  # a GPU may be reading a batch until then
         with self.decoder(normalizer.stream) as decoder:
             for number, decoded in enumerate(decoder.decode(self.batches())):
                 out = buffers[number % _BUFFERS][: len(decoded.kept)]
-                waits.append(step(decoded.pixels, decoded.kept, out))
+                waits.append((decoded, step(decoded.pixels, decoded.kept, out)))
                 if len(waits) == _BUFFERS:
-                    waits.popleft()()
+                    waits.popleft()[1]()
                 tick(len(decoded.batch.items))
-            for wait in waits:
+            for _, wait in waits:
                 wait()
+            tick(0)
 
     def written(self, tick: Tick) -> None:
-        """What a worker does: all stages, and committed shards."""
+        """A worker's run: all stages, up to committed shards."""
         assert self.config.size is not None
         with folder_of(self.place / "out") as out:
             Job.create(
@@ -119,23 +120,19 @@ class Setup:
             )
             task = Task(os.fspath(out), self.source, self.choice.gpu, self.tuning, None)
             for event in work(task, range(self.plan.shard_count)):
-                if isinstance(event, Progress):
-                    tick(event.items)
+                _count(event, tick)
 
     def built(self, tick: Tick) -> None:
         """A whole build."""
         with folder_of(self.place / "out") as out:
-            build(
-                self.source.location,
-                out,
-                self.config,
-                progress=lambda event: tick(event.items) if isinstance(event, Progress) else None,
-            )
+            build(self.source.location, out, self.config, progress=lambda event: _count(event, tick))
 
     def looped(self, tick: Tick, shards: Iterable[int] | None = None) -> None:
-        """The steps of a build straight after one another: read, decode, resize, normalize, CRC, write, flush.
+        """The steps of a build one after the other: read, decode, resize, normalize, CRC, write, flush.
 
-        Of all shards, or of some.
+        Args:
+            tick: called after each batch.
+            shards: the numbers of the shards; all if None.
         """
         normalizer = NumpyNormalizer(self.config)
         buffer = normalizer.allocate((self.tuning.batch_size, *self._shape(self.config)))
@@ -149,11 +146,20 @@ class Setup:
                         crc = crc32(rows.reshape(-1).view(np.uint8).data, crc)
                         write_all(descriptor, rows)
                         tick(len(decoded.batch.items))
+                tick(0)
+
+
+def _count(event: object, tick: Tick) -> None:
+    """Counts the images of a batch when it is decoded; the last image is done when the last shard is committed."""
+    if isinstance(event, Progress):
+        tick(event.items)
+    elif isinstance(event, Committed):
+        tick(0)
 
 
 @contextlib.contextmanager
 def flushed(path: Path) -> Iterator[int]:
-    """A new file's descriptor; flushed to the disk in the end."""
+    """The descriptor of a new file, which is flushed to the disk at the end."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         yield descriptor
@@ -163,7 +169,7 @@ def flushed(path: Path) -> Iterator[int]:
 
 
 def write_all(descriptor: int, array: Any) -> None:
-    """Writes an array's bytes by `write()`."""
+    """Writes an array's bytes with `write()`."""
     data = array.reshape(-1).view(np.uint8).data
     while data:
         data = data[os.write(descriptor, data) :]

@@ -1,6 +1,6 @@
-"""The same files in every form that SRC can have: listed, read with a decoder that does nothing, and built.
+"""Measures every form that SRC can have, with the same files: listing, reading without decoding, and building.
 
-All rows come from one run with interleaved rounds, out of the page cache. Reading and building take one core.
+All rows are measured in one run with interleaved rounds, from the page cache. Reading and building use one core.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .setup import Setup
 
 IMAGES = 1_000
 ROUNDS = 5
-_LISTED = 100_000  # items at least that a listing's rate is measured over
+_LISTED = 100_000  # the least number of items over which the rate of a listing is measured
 _FOLDER = "folder"
 _PARQUET_ROWS = 256  # of a row group
 _SAMPLES_A_TAR = 500
@@ -43,10 +43,10 @@ def measure(
     Args:
         src: a folder as for `build`; its files are linked until there are enough.
         config: the settings of the builds.
-        images: how many.
+        images: how many images.
         rounds: how often everything is measured; the ways take turns within a round.
-        folder: where to write copies of the images, one a form; the system's temporary folder if None.
-        say: told what is being measured.
+        folder: where to write one copy of the images per form; the system's temporary folder if None.
+        say: called with the name of what is measured next.
 
     Raises:
         UsageError: `resize_mode` is `none`.
@@ -79,7 +79,7 @@ def measure(
 
 
 def _listing(location: str, config: BuildConfig) -> Way:
-    """Opening the source and listing it, until there are enough items."""
+    """Opens and lists the source again and again, until enough items have been listed."""
 
     def way(tick: Tick) -> None:
         done = 0
@@ -92,7 +92,7 @@ def _listing(location: str, config: BuildConfig) -> Way:
 
 
 def _reading(setup: Setup) -> Way:
-    """What a decoder that does nothing would take, in the order of the plan."""
+    """Reads all items in the order of the plan, without decoding them."""
 
     def way(tick: Tick) -> None:
         setup.bare(tick, "read")
@@ -101,7 +101,7 @@ def _reading(setup: Setup) -> Way:
 
 
 def _members(tree: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file, class by class."""
+    """The name and the content of each file, class by class."""
     for path in sorted(tree.glob("*/*")):
         yield path.relative_to(tree).as_posix(), path.read_bytes()
 

@@ -1,8 +1,8 @@
-"""Ways to store the same images beside one another: writing them, reading one at random, reading all in order, size.
+"""Compares file formats on the same images: writing, reading one at random, reading all in order, and size.
 
-All formats hold equal rows, which is checked bit for bit before anything is timed. What is written ends on the disk;
-what is read comes out of the page cache, and is copied out, so that a map that is never looked at wins nothing. One
-thread reads and one writes.
+All formats store equal rows, which is checked bit for bit before anything is timed. Writes end on the disk. Reads come
+from the page cache and are copied, so that a memory map that is never accessed has no advantage. One thread reads and
+one thread writes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _READS_S = 1.0  # of one way, one round
 _READS = 2_000
 _WRITES = 20  # stores of one image, and as many images as that in small stores
 _PLAINLY = 1.03
-_COPIES = len(FORMATS) + 2  # the images themselves, and what is being written
+_COPIES = len(FORMATS) + 2  # also of the images themselves, and of what is being written
 _MEMORY_SHARE = 0.8
 
 log = logging.getLogger(__name__)
@@ -51,12 +51,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing done with every format.
+    """One operation, measured with every format.
 
     Attributes:
-        name: what is done.
-        images: how many there are.
-        rows: images a second by each format; a row's baseline is our shards, deflated ones for what compresses.
+        name: the operation.
+        images: how many images are stored.
+        rows: one per format. Its baseline is our shards, or our deflated shards if the format is compressed.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Operation:
     rows: tuple[Row, ...]
 
     def share(self, row: Row) -> float:
-        """The median over rounds of a format's rate to its baseline's; 1 for the baseline itself."""
+        """A format's rate divided by its baseline's, median of all rounds; 1 for the baseline itself."""
         other = next((other for other in self.rows if other.name in row.baselines), row)
         return statistics.median(a / b for a, b in zip(row.rates, other.rates, strict=True))
 
@@ -74,10 +74,10 @@ class StorageMeasurement:
     """A whole run.
 
     Attributes:
-        operations: writes by their number of images, then reads.
-        stored_bytes: what each format takes for all images, by its name.
+        operations: writes of increasing numbers of images, then reads.
+        stored_bytes: the size of all images in each format, by its name.
         left_out: formats whose library is missing, and what to install.
-        settings: of what was stored: images, shape, dtype, image_bytes, and so on.
+        settings: the number of images, their shape, dtype, bytes, and so on.
         machine: what it was measured on.
     """
 
@@ -88,7 +88,7 @@ class StorageMeasurement:
     machine: dict[str, Any]
 
     def beaten(self) -> tuple[str, ...]:
-        """Where another format is plainly better than ours of its kind, a sentence each."""
+        """One sentence for each case in which another format is plainly better than ours."""
         found = [
             f"{operation.name}: {row.name} is {share:.2f} times as fast as {row.baselines[0]}"
             for operation in self.operations
@@ -138,20 +138,20 @@ def measure(
     folder: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> StorageMeasurement:
-    """Stores images in every format whose library is installed, and measures that.
+    """Stores images in every format whose library is installed, and measures writing, reading and size.
 
     Args:
         src: a folder as for `build`; its files are linked until there are enough. They are decoded by Pillow.
-        config: the settings; images are stored as a build with these stores them.
-        images: how many; fewer, with a warning, where disk or memory cannot hold them in all formats.
+        config: the settings of the build whose rows are stored.
+        images: how many images; fewer, with a warning, if disk or memory cannot hold them in all formats.
         rounds: how often everything is measured; the formats take turns within a round.
         folder: where to write; the system's temporary folder if None.
-        say: told what is being measured.
+        say: called with the name of what is measured next.
 
     Raises:
         UsageError: `resize_mode` is `none`, or not even one image fits.
         SourceError: as `build`.
-        FormatError: a format gave other rows back.
+        FormatError: a format returned different rows.
     """
     config = config or BuildConfig()
     if config.size is None:
@@ -196,7 +196,7 @@ def measure(
 
 
 def cifar_files(cifar: Cifar, place: Path, images: int) -> Path:
-    """A tree of class folders with the first images of CIFAR as PNG files, for `measure` to take."""
+    """Writes the first images of CIFAR to class folders, as PNG files for `measure`; returns `place`."""
     for number, (pixels, label) in enumerate(zip(cifar.pixels[:images], cifar.labels.tolist(), strict=False)):
         folder = place / f"{label:03}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def cifar_files(cifar: Cifar, place: Path, images: int) -> Path:
 def _built(
     src: str | os.PathLike[str], config: BuildConfig, images: int, place: Path, say: Callable[[str], None]
 ) -> Images:
-    """The images of a build, after a build of each of our two formats."""
+    """Builds our two formats, and returns the images that they contain."""
     values = table(config)
     if values is None or config.bit_depth != 8:
         raise UsageError(
@@ -229,7 +229,7 @@ def _built(
 
 
 def _as_many_as_fit(images: int, config: BuildConfig, place: Path) -> int:
-    """At most `images`: as many as the disk has room for in all formats, and the page cache beside them."""
+    """How many images fit on the disk in all formats and, at the same time, in the page cache; at most `images`."""
     assert config.size is not None
     image_bytes = int(np.prod(row_shape(config, *config.size))) * np.dtype(config.dtype).itemsize * _COPIES
     free_bytes, _ = free_space(os.fspath(place))
@@ -250,7 +250,7 @@ def _as_many_as_fit(images: int, config: BuildConfig, place: Path) -> int:
 
 
 def _free_memory() -> int | None:
-    """Memory that can be had, page cache that can be given up counted in; None where the system does not tell."""
+    """Available memory in bytes, including reclaimable page cache; None if the system does not provide it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -259,7 +259,7 @@ def _free_memory() -> int | None:
 
 
 def _counts(images: int) -> list[int]:
-    """1, 10, 100 and so on, the last of them all images."""
+    """1, 10, 100 and so on, and finally `images`."""
     return [*itertools.takewhile(lambda count: 2 * count <= images, (10**power for power in range(9))), images]
 
 
@@ -268,7 +268,7 @@ def _ways(ways: Mapping[str, Way]) -> dict[str, tuple[tuple[str, ...], Way]]:
 
 
 def _baseline(name: str) -> tuple[str, ...]:
-    """Ours of the same kind; nothing for ours."""
+    """The name of our format of the same kind; empty for our own formats."""
     if name in (OURS.name, OURS_DEFLATED.name):
         return ()
     compressed = next(each.compressed for each in FORMATS if each.name == name)
@@ -276,7 +276,7 @@ def _baseline(name: str) -> tuple[str, ...]:
 
 
 def _writing(each: Format, images: Images, place: Path) -> Way:
-    """New stores of these images; one, or several if it is small. What was there before goes first and is not timed."""
+    """Writes a new store of these images, or several if it is small. Deleting older stores first is not timed."""
 
     def way(tick: Tick) -> None:
         shutil.rmtree(place, ignore_errors=True)
@@ -292,7 +292,7 @@ def _writing(each: Format, images: Images, place: Path) -> Way:
 
 
 def _at_random(each: Format, images: Images, place: Path) -> Way:
-    """Rows in the order of a fixed seed, for a second at most; opening the store and the first row are not timed."""
+    """Reads random rows, with a fixed seed, for at most a second; opening the store and the first row are not timed."""
     numbers = np.random.default_rng(0).integers(len(images), size=_READS).tolist()
 
     def way(tick: Tick) -> None:
@@ -311,7 +311,7 @@ def _at_random(each: Format, images: Images, place: Path) -> Way:
 
 
 def _in_order(each: Format, images: Images, place: Path) -> Way:
-    """An epoch, from opening the store on."""
+    """Reads an epoch, including opening the store."""
 
     def way(tick: Tick) -> None:
         with each.reading(images, place) as reader:
@@ -321,7 +321,7 @@ def _in_order(each: Format, images: Images, place: Path) -> Way:
 
 
 def _require_equal(each: Format, images: Images, place: Path) -> None:
-    """Raises FormatError if a format does not give back every row to the bit, in order and one by one."""
+    """Raises FormatError if a format does not return every row bit for bit, in order and one by one."""
     with each.reading(images, place) as reader:
         found = 0
         for number, row in enumerate(reader.in_order()):

@@ -160,7 +160,6 @@ def estimate(
     needed = found.output_bytes(measured)
     held = sum(held_bytes(storage.root) for storage in outs.values())
     shards = sum(counts.values())
-    workers = max(1, tuning.workers)
     share = 1.0 if left is None else left / shards
     smallest, largest = _classes(plan, source)
     doubts = (
@@ -192,9 +191,11 @@ def estimate(
         device=found.choice.device,
         tuning=tuning,
         worker_memory_bytes=_memory(found),
-        memory_bytes=workers * _memory(found),
+        memory_bytes=max(1, tuning.workers) * _memory(found),
         measured=measured,
-        duration_s=share * plan.item_count / (measured.images_per_second * workers) if measured else None,
+        duration_s=share * plan.item_count / (measured.images_per_second * max(1, tuning.workers))
+        if measured
+        else None,
         warnings=tuple(doubt for doubt in doubts if doubt),
     )
 

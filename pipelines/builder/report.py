@@ -47,6 +47,9 @@ OnEvent = Callable[[Started | Measuring | Event], None]
 class BuildReport:
     """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset.
 
+    `images_per_second` is the rate from the first decoded batch to the last committed shard. `startup_seconds` come
+    before that, `teardown_seconds` after; both are 0 and included in the rate if there was only one batch.
+
     `classes` is None where labels are not classes; `label_columns` then names their columns, of which there are none
     without labels. `timeline` shows how this run went: items done by then, and what a worker held. `changed_files` were
     written to, or went, while this run read them; see `ShardCounts` for this, `decoded_by` and the spot checks.
@@ -73,6 +76,8 @@ class BuildReport:
     built_items: int
     seconds: float
     images_per_second: float
+    startup_seconds: float
+    teardown_seconds: float
     stage_seconds: dict[str, float]
     bottleneck: str | None
     worker_memory_bytes: int

@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..config import BuildConfig
@@ -22,8 +22,9 @@ from ..machine.tuning import Tuning
 from ..sources.base import Source
 from ..storage.base import Storage
 from ..workers import local, ray
-from ..workers.events import Committed, Event, ShardCounts, Task, WorkerEnded
+from ..workers.events import Committed, Event, Progress, ShardCounts, Task, WorkerEnded
 from ..workers.messages import DecoderMessages, Messages
+from .pace import Stopwatch
 from .parts import PLAN_WAIT_S, Part
 from .planning import backend, require_revision, require_room
 from .report import (
@@ -48,6 +49,7 @@ class _RunState:
     Attributes:
         records: the commit records of all shards that are built, by shard, whichever run built them.
         watch: limits on rejects and disk space.
+        stopwatch: measures the rate.
         built: the shards that this run has built.
         ended: what each worker that has ended reported.
         counts: of the shards that this run has built.
@@ -56,6 +58,7 @@ class _RunState:
 
     records: dict[int, CommitRecord]
     watch: Watch
+    stopwatch: Stopwatch
     built: set[int] = field(default_factory=set)
     ended: list[WorkerEnded] = field(default_factory=list)
     counts: ShardCounts = field(default_factory=ShardCounts)
@@ -68,6 +71,9 @@ class _RunState:
             self.records[event.record.shard] = event.record
             self.built.add(event.record.shard)
             self.counts.add(event.counts)
+            self.stopwatch.tick(0)
+        elif isinstance(event, Progress):
+            self.stopwatch.tick(event.items)
         elif isinstance(event, WorkerEnded):
             self.ended.append(event)
         elif isinstance(event, DecoderMessages):
@@ -109,7 +115,8 @@ def run(
         shards=len(missing),
     )
     progress(Started(items, items - missing_items, record.backend, record.device, tuning.workers))
-    state = _RunState(records, Watch(config.reject_limit(plan.item_count), storage.root if config.preflight else None))
+    watch = Watch(config.reject_limit(plan.item_count), storage.root if config.preflight else None)
+    state = _RunState(records, watch, Stopwatch(start))
     if missing:
         _require_resumable(storage, job, config, records, missing)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete until it is rebuilt
@@ -190,7 +197,7 @@ def _report(
     for worker in state.ended:
         stages.update(worker.stage_seconds)
     rejects = Counter(reject.code for commit in records.values() for reject in commit.rejects)
-    built_items = _item_count(job, state.built)
+    pace = state.stopwatch.stop()
     return BuildReport(
         out=storage.root,
         complete=complete,
@@ -208,9 +215,9 @@ def _report(
         device=record.device,
         tuning=tuning,
         built_shards=len(state.built),
-        built_items=built_items,
+        built_items=_item_count(job, state.built),
         seconds=seconds,
-        images_per_second=built_items / seconds,
+        **asdict(pace),
         stage_seconds=dict(stages),
         bottleneck=bottleneck(stages, tuning),
         worker_memory_bytes=max((worker.memory_bytes for worker in state.ended), default=0),

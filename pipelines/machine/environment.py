@@ -175,8 +175,8 @@ def _choose_16bit(config: BuildConfig) -> Choice:
 
 
 def _choose_cpu(backend: BackendName, machine: Machine, warning: str | None = None) -> Choice:
-    if backend == "dali" and machine.dali:
-        raise BackendError(f"--backend dali: {machine.dali}")
+    if backend == "dali" and (trouble := machine.dali or dali_trouble()):
+        raise BackendError(f"--backend dali: {trouble}")
     return Choice(backend, (), warning)
 
 
@@ -251,26 +251,41 @@ class _Package:
     wheel: str
     replaced: str
     made_for: Callable[[Any], int]
+    oldest: tuple[int, int] | None = None
     trial: Callable[[int], None] | None = None
 
 
-def _trouble(package: _Package, driver: int | None, gpu: int | None) -> Missing | None:
-    """What keeps a package from being used on GPU number `gpu`. If that is None, only checks that it is installed."""
+def dali_trouble() -> Missing | None:
+    """What keeps DALI's CPU operators from being used. Imports DALI."""
+    return _trouble(_DALI, None, None, on_cpu=True)
+
+
+def _trouble(package: _Package, driver: int | None, gpu: int | None, *, on_cpu: bool = False) -> Missing | None:
+    """What keeps a package from being used on GPU number `gpu`.
+
+    If that is None, only checks that the package is installed or, with `on_cpu`, that its version can be used.
+    """
     suits = 13 if driver is None or driver >= 13_000 else 12
     install = f"pip install '{package.wheel.format(suits)}'"
     try:
         if importlib.util.find_spec(package.module) is None:
             return Missing(package.what, "not installed", install)
-        if driver is None or gpu is None:
+        if not on_cpu and (driver is None or gpu is None):
             return None
-        made_for = package.made_for(importlib.import_module(package.module))
-        if made_for > driver // 1000:  # a newer minor version works: NVIDIA's minor-version compatibility
+        module = importlib.import_module(package.module)
+        made_for = package.made_for(module)
+        if (
+            driver is not None and made_for > driver // 1000
+        ):  # a newer minor version works: NVIDIA's minor-version compatibility
             reason = f"made for CUDA {made_for}, and the driver is made for CUDA {dotted(driver)}"
             uninstall = f"pip uninstall -y {package.replaced.format(made_for)}"
             return Missing(package.what, reason, f"{uninstall} && {install}, or install a newer NVIDIA driver")
         if made_for == 12:  # works with every driver; wheels for two CUDA versions break each other
             install = f"pip install '{package.wheel.format(12)}'"
-        if package.trial:
+        if package.oldest and tuple(map(int, re.findall(r"\d+", module.__version__)[:2])) < package.oldest:
+            needed = ".".join(map(str, package.oldest))
+            return Missing(package.what, f"{module.__version__} is installed; {needed} or newer is needed", install)
+        if package.trial and gpu is not None:
             package.trial(gpu)
     except ModuleNotFoundError:
         return Missing(package.what, "not installed", install)
@@ -306,6 +321,7 @@ _DALI = _Package(
     "nvidia-dali-cuda{}0>=2.4,<3",
     replaced="nvidia-dali-cuda{}0",
     made_for=lambda dali: int(str(dali.__cuda_version__)[:2]),
+    oldest=(2, 4),
 )
 # CuPy needs NVRTC, which [ctk], new in CuPy 14, installs. NVRTC for CUDA 13 is uninstalled too: CuPy for CUDA 12 would
 # prefer it to its own, and its code needs a newer driver.

@@ -70,7 +70,7 @@ class Tuning:
             workers=workers,
             batch_size=min(batch_size, shard_rows),
             threads=config.threads or threads,
-            pipelines=_PIPELINES[device],
+            pipelines=config.pipelines or _PIPELINES[device],
             prefetch=config.prefetch or _PREFETCH[device],
             open_shards=min(config.open_shards or _OPEN_SHARDS[device], max(1, shards // max(1, workers))),
             hw_decoder_load=_hw_decoder_load(config, choice),

@@ -39,8 +39,8 @@ class CudaNormalizer:
 
     The kernel and the copy run on separate streams, so that the next kernel need not wait for the copy. Each host
     buffer has a twin on the device that is allocated with it: a buffer that is free is free on both sides. For the
-    per-image kinds, sums over each image are copied to the host, which makes the tables; this waits for the decoder.
-    The per-image kinds have not been tried on a GPU yet.
+    per-image kinds, sums over each image are copied to the host, which makes the tables. This waits until the batch is
+    decoded, so while it is normalized, nothing new is enqueued. The per-image kinds have not been tried on a GPU yet.
     """
 
     def __init__(self, config: BuildConfig, device: int) -> None:

@@ -1,0 +1,1 @@
+"""What `tests/gpu/run` does, a module for each subject."""
