@@ -193,11 +193,13 @@ def estimate(
         worker_memory_bytes=_memory(found),
         memory_bytes=max(1, tuning.workers) * _memory(found),
         measured=measured,
-        duration_s=share * plan.item_count / (measured.images_per_second * max(1, tuning.workers))
-        if measured
-        else None,
+        duration_s=_duration(share * plan.item_count, measured, tuning),
         warnings=tuple(doubt for doubt in doubts if doubt),
     )
+
+
+def _duration(items: float, measured: Measured | None, tuning: Tuning) -> float | None:
+    return items / (measured.images_per_second * max(1, tuning.workers)) if measured else None
 
 
 # What a build would work on
