@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
+import numpy as np
 
 from gpu_npz.cli.console import print_json, printable
-from gpu_npz.config import as_option
+from gpu_npz.cli.datasets import datasets_in
+from gpu_npz.config import BuildConfig, as_option
 from gpu_npz.dataset.manifest import Manifest, so_far
-from gpu_npz.errors import IncompleteError
+from gpu_npz.dataset.space import format_bytes
+from gpu_npz.errors import FormatError, IncompleteError
+from gpu_npz.readers.dataset import open_index
 from gpu_npz.storage import open_storage
 
+_ALWAYS = {"size", "resize_mode", "normalize", "dtype", "layout"}
+_SHOWN_CLASSES = 8
 _LAST = {"shard_table_digest", "rejects_digest"}  # of what the end of a build writes
 
 
@@ -26,44 +34,88 @@ _LAST = {"shard_table_digest", "rejects_digest"}  # of what the end of a build w
 def command(out: str, as_json: bool) -> None:
     """Say what the dataset in OUT is: its images, classes, counts and settings.
 
-    Of a build that has not ended, what it is so far, and exit 1.
+    For a build that has not ended, show what it is so far, and exit 1. For a split, show all sides.
     """
-    try:
-        _show(Manifest.load(out), None, as_json)
-    except IncompleteError:
-        manifest, _, built = so_far(open_storage(out))
-        _show(manifest, len(built), as_json)
-        raise
+    storages = {side: open_storage(path) for side, path in datasets_in(out).items()}
+    shown: dict[str, dict[str, Any]] = {}
+    unfinished = None
+    for side, storage in storages.items():
+        if side and not as_json:
+            click.echo(f"{side}:")
+        try:
+            manifest = Manifest.load(storage.root)
+            index: Any = None
+            with contextlib.suppress(FormatError):  # `gpu-npz verify` says what is wrong with it
+                index = open_index(storage, manifest)
+            shown[side] = _show(manifest, index, None, as_json)
+        except IncompleteError as exc:
+            manifest, index, built = so_far(storage)
+            shown[side] = _show(manifest, index, len(built), as_json)
+            unfinished = unfinished or exc
+    if as_json:
+        print_json(shown if len(storages) > 1 or "" not in shown else shown[""])
+    if unfinished is not None:
+        raise unfinished
 
 
-def _show(manifest: Manifest, built: int | None, as_json: bool) -> None:
-    """Prints what a dataset is; one of which so many shards are built, what these are."""
+def _show(manifest: Manifest, index: Any, built: int | None, as_json: bool) -> dict[str, Any]:
+    """Prints what a dataset is, unless `as_json`; of an unfinished one, how many shards are built. Returns the JSON."""
     if as_json:
         unfinished = {**manifest.model_dump(exclude=_LAST), "built_shards": built}
-        print_json(manifest.model_dump() if built is None else unfinished)
-        return
+        return manifest.model_dump() if built is None else unfinished
     images, counts = manifest.images, manifest.counts
     codes = ", ".join(f"{count} {code}" for code, count in counts.rejects_by_code.items())
-    progress = "" if built is None else f", {built} are built"
-    made_with = (", ".join(f"{k} {v}" for k, v in made.items()) for made in manifest.environments)
-    settings = ((name, value) for name, value in manifest.settings.items() if value is not None)
-    rows: dict[str, Any] = {
+    progress = "" if built is None else f"; {built} are built"
+    size = "" if index is None else f", {format_bytes(int(index['shard_bytes'].sum()))}"
+    height, width = images.shape[-2:] if images.layout == "NCHW" else images.shape[:2]
+    rows = {
         "id": manifest.id,
-        "images": f"{counts.rows} of shape {images.shape}, {images.dtype}, {images.layout}, {images.channels}",
-        "shards": f"{counts.shards} of {manifest.shard_items} items{progress}",
+        "images": f"{counts.rows} of {height} x {width} pixels, {images.channels}, {images.dtype}, {images.layout}",
+        "shards": f"{counts.shards} of up to {manifest.shard_items} items{size}{progress}",
         "rejects": f"{counts.rejects} of {counts.items} items" + (f" ({codes})" if codes else ""),
-        "label columns" if manifest.columns else "classes": _labels(manifest),
-        "made with": "; ".join(made_with) or "nothing yet",
-        **{name.replace("_", "-"): as_option(name, value) for name, value in settings},
+        "label columns" if manifest.columns else "classes": _labels(manifest, index),
+        "made with": "; ".join(", ".join(f"{k} {v}" for k, v in made.items()) for made in manifest.environments)
+        or "nothing yet",
+        "settings": _settings(manifest.settings),
     }
-    width = max(map(len, rows))
-    click.echo("\n".join(f"{name:{width}}  {printable(str(value))}" for name, value in rows.items()))
+    if manifest.normalization is not None:
+        numbers = manifest.normalization
+        backwards = slice(None, None, -1 if images.channels == "bgr" else 1)  # options are in the order R,G,B
+        rows["normalized"] = f"--mean {_numbers(numbers.mean[backwards])} --std {_numbers(numbers.std[backwards])}"
+    length = max(map(len, rows))
+    for name, value in rows.items():
+        click.echo(f"{name:{length}}  {printable(value)}")
+    return {}
 
 
-def _labels(manifest: Manifest) -> str:
+def _settings(settings: Mapping[str, Any]) -> str:
+    """The settings that a build was given, and those that people ask for, as options."""
+    defaults = {name: field.default for name, field in BuildConfig.model_fields.items()}
+    found = [
+        f"--{name.replace('_', '-')} {as_option(name, value)}"
+        for name, value in settings.items()
+        if value is not None
+        and (name in _ALWAYS or as_option(name, value) != as_option(name, defaults.get(name)))
+        and name not in ("mean", "std")
+    ]
+    return " ".join(found)
+
+
+def _numbers(numbers: Sequence[float]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _labels(manifest: Manifest, index: Any) -> str:
     if manifest.columns:
         return ", ".join(map(str, manifest.columns))
     names = manifest.classes
     if names is None:
         return "no labels"
-    return f"{len(names)}: " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    shown = ", ".join(names[:_SHOWN_CLASSES]) + (", ..." if len(names) > _SHOWN_CLASSES else "")
+    if index is None:
+        return f"{len(names)}: {shown}"
+    labels = index["labels"] if index.get("valid") is None else index["labels"][index["valid"]]
+    counts = np.bincount(labels, minlength=len(names))
+    low, high = int(counts.argmin()), int(counts.argmax())
+    spread = f"{counts[low]} ({names[low]}) to {counts[high]} ({names[high]}) images in one"
+    return f"{len(names)}: {shown}; {spread if counts[low] != counts[high] else f'{counts[low]} images in each'}"

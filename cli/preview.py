@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import click
 
 from gpu_npz.cli.console import print_json, printable
+from gpu_npz.cli.datasets import datasets_in
 from gpu_npz.errors import UsageError
 
 
@@ -33,15 +35,26 @@ def command(
     tile: int,
     as_json: bool,
 ) -> None:
-    """Draw a contact sheet of the dataset in OUT: images as pixels again, with their classes."""
+    """Draw a contact sheet of the dataset in OUT: images as pixels again, with their classes.
+
+    For a split, draw one for each side: sheet-train.png and sheet-val.png for -o sheet.png.
+    """
     from gpu_npz.audit.preview import preview  # loads Pillow, which the help of this command does not need
 
     if rejects and by == "class":
         raise UsageError("--rejects and --by class: rejects are not sorted by class; leave one out")
-    sheet = preview(out, target, show="rejects" if rejects else by, count=count, seed=seed, source=source, tile=tile)
+    sheets = {}
+    for side, path in datasets_in(out).items():
+        root, extension = os.path.splitext(target)
+        place = f"{root}-{side}{extension}" if side else target
+        show = "rejects" if rejects else by
+        sheets[side] = preview(path, place, show=show, count=count, seed=seed, source=source, tile=tile)
     if as_json:
-        print_json(sheet.to_json())
+        shown = {side: sheet.to_json() for side, sheet in sheets.items()}
+        print_json(shown if "" not in shown else shown[""])
         return
-    left_out = f"; {sheet.left_out} more {'rejects' if rejects else 'classes'} left out" if sheet.left_out else ""
     what = "rejects" if rejects else "images"
-    click.echo(f"{printable(sheet.path)}: {len(sheet.tiles)} {what}, {sheet.width} x {sheet.height} pixels{left_out}")
+    for sheet in sheets.values():
+        left_out = f"; {sheet.left_out} more {'rejects' if rejects else 'classes'} left out" if sheet.left_out else ""
+        size = f"{sheet.width} x {sheet.height} pixels"
+        click.echo(f"{printable(sheet.path)}: {len(sheet.tiles)} {what}, {size}{left_out}")

@@ -9,9 +9,10 @@ import click
 from rich.progress import Progress
 
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
+from gpu_npz.cli.datasets import datasets_in
 from gpu_npz.cli.options import config_options
-from gpu_npz.config import TRAIN, BuildConfig, load_toml
-from gpu_npz.dataset.layout import JOB, MANIFEST
+from gpu_npz.config import BuildConfig, load_toml
+from gpu_npz.dataset.layout import JOB, MANIFEST, sides_of_split
 from gpu_npz.errors import StorageError, UsageError
 from gpu_npz.storage import open_storage
 
@@ -59,20 +60,20 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
             progress.update(task, completed=done, total=total)
 
         if is_dataset:
-            found = of_dataset(src, progress=counted)
+            found = {side: of_dataset(path, progress=counted) for side, path in datasets_in(src).items()}
         else:
-            found = of_source(src, BuildConfig(**values), progress=counted)
+            found = {"": of_source(src, BuildConfig(**values), progress=counted)}
     if as_json:
-        print_json(found.to_json())
+        shown = {side: each.to_json() for side, each in found.items()}
+        print_json(shown if "" not in shown else shown[""])
     else:
-        click.echo("\n".join(_lines(found)))
+        click.echo("\n".join(line for each in found.values() for line in _lines(each)))
 
 
 def _is_dataset(src: str) -> bool:
     with contextlib.suppress(StorageError):  # what cannot hold a dataset, or not be reached, is told of as a source
         storage = open_storage(src)
-        sides = (f"{TRAIN}/{MANIFEST}", f"{TRAIN}/{JOB}")  # of an OUT that a split made, which is told of as one
-        return any(storage.size(name) is not None for name in (MANIFEST, JOB, *sides))
+        return any(storage.size(name) is not None for name in (MANIFEST, JOB)) or bool(sides_of_split(storage))
     return False
 
 

@@ -9,10 +9,12 @@ import click
 from rich.progress import Progress
 
 from gpu_npz.audit.compare import MEAN_LEVELS, Comparison, compare
-from gpu_npz.audit.verify import Problem, verify
+from gpu_npz.audit.verify import Problem, Verification, verify
 from gpu_npz.builder.maintenance import repair
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
+from gpu_npz.cli.datasets import datasets_in
 from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
+from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.layout import INDEX
 from gpu_npz.dataset.space import format_bytes
 from gpu_npz.errors import FormatError, UsageError
@@ -43,7 +45,21 @@ def command(
         raise UsageError("the settings of a build go with --repair; add it, or leave them out")
     if source is not None and not repairing and deep is None:
         raise UsageError("--source goes with --repair and --deep; add one of them, or leave it out")
-    with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
+    found = {}
+    for side, path in datasets_in(out).items():
+        if side and not as_json:
+            click.echo(f"{side}:")
+        found[side] = _verify(path, config, repairing=repairing, deep=deep, seed=seed, source=source, quiet=as_json)
+    if as_json:
+        print_json(found if "" not in found else found[""])
+    return 0 if all(each["ok"] for each in found.values()) else 1
+
+
+def _verify(
+    out: str, config: BuildConfig, *, repairing: bool, deep: int | None, seed: int, source: str | None, quiet: bool
+) -> dict[str, Any]:
+    """Verifies a dataset, prints what was found unless `quiet`, and returns it as JSON values."""
+    with Progress(console=errors, transient=True, disable=quiet or not errors.is_terminal) as progress:
         task = progress.add_task("verifying", total=None)
 
         def checked(done: int, total: int) -> None:
@@ -60,25 +76,25 @@ def command(
                 faults.append(Problem(INDEX, f"--deep cannot read it: {exc}"))
         result = verify(out, progress=checked)
     result = dataclasses.replace(result, problems=tuple(dict.fromkeys([*result.problems, *faults])))
-    if as_json:
-        more: dict[str, Any] = {"repaired_shards": rebuilt.shards} if rebuilt else {}
-        more |= {"deep": again.to_json()} if again else {}
-        print_json({**result.to_json(), **more})
-    else:
-        if rebuilt is not None:
-            click.echo(f"{len(rebuilt.shards)} shard(s) built anew")
-        for problem in result.problems:
-            click.echo(f"{printable(problem.file)}: {printable(problem.what)}")
-        if not repairing and any(problem.file.rpartition("/")[2].startswith("shard-") for problem in result.problems):
-            click.echo("damaged and missing shards are built anew, where the images still are, by: verify OUT --repair")
-        if again is not None:
-            click.echo(_compared(again))
-        verdict = "whole" if result.ok else f"NOT whole, {len(result.problems)} problem(s)"
-        click.echo(
-            f"{printable(result.path)}: {result.rows} rows in {result.shards} shards, {format_bytes(result.bytes)}: "
-            f"{verdict}"
-        )
-    return 0 if result.ok else 1
+    if not quiet:
+        _show(result, again, None if rebuilt is None else len(rebuilt.shards))
+    more: dict[str, Any] = {"repaired_shards": rebuilt.shards} if rebuilt else {}
+    more |= {"deep": again.to_json()} if again else {}
+    return {**result.to_json(), **more}
+
+
+def _show(result: Verification, again: Comparison | None, rebuilt: int | None) -> None:
+    if rebuilt is not None:
+        click.echo(f"{rebuilt} shard(s) built anew")
+    for problem in result.problems:
+        click.echo(f"{printable(problem.file)}: {printable(problem.what)}")
+    if rebuilt is None and any(problem.file.rpartition("/")[2].startswith("shard-") for problem in result.problems):
+        click.echo("damaged and missing shards are built anew, where the images still are, by: verify OUT --repair")
+    if again is not None:
+        click.echo(_compared(again))
+    verdict = "whole" if result.ok else f"NOT whole, {len(result.problems)} problem(s)"
+    content = f"{result.rows} rows in {result.shards} shards, {format_bytes(result.bytes)}"
+    click.echo(f"{printable(result.path)}: {content}: {verdict}")
 
 
 def _compared(found: Comparison) -> str:

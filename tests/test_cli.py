@@ -403,10 +403,17 @@ def test_info_of_a_dataset_is_for_people(src: str, out: str, capsys: pytest.Capt
     assert run(["build", src, out, *SMALL, "--quiet"]) == 0
     assert run(["info", out]) == 0
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert rows["images"].strip() == "8 of shape (3, 16, 16), float32, NCHW, rgb"
+    assert rows["images"].strip() == "8 of 16 x 16 pixels, rgb, float32, NCHW"
+    assert re.fullmatch(r"5 of up to 2 items, \d+\.\d kB", rows["shards"].strip())
     assert rows["rejects"].strip() == "2 of 10 items (1 not-an-image, 1 truncated)"
-    assert rows["classes"].strip() == "2: a, b"
-    assert rows["resize-mode"].strip() == "stretch"
+    assert rows["classes"].strip() == "2: a, b; 4 images in each"
+    settings = "--size 16x16 --resize-mode stretch --normalize imagenet --dtype float32 --layout NCHW --shard-size 2"
+    assert rows["settings"].strip() == settings
+    assert rows["normalized"].strip() == "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
+    os.truncate(f"{out}/index.npz", 100)  # what needs it is left out
+    assert run(["info", out]) == 0
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert (rows["shards"].strip(), rows["classes"].strip()) == ("5 of up to 2 items", "2: a, b")
 
 
 def test_info_of_an_unfinished_build_says_how_far_it_is_and_what_to_do(
@@ -419,16 +426,16 @@ def test_info_of_an_unfinished_build_says_how_far_it_is_and_what_to_do(
     captured = capsys.readouterr()
     assert captured.err.endswith("is not complete: 4 of 5 shards; run the same gpu-npz build again\n")
     rows = dict(line.split("  ", 1) for line in captured.out.splitlines())
-    assert rows["shards"].strip() == "5 of 2 items, 4 are built"
-    assert rows["images"].strip() == "6 of shape (3, 16, 16), float32, NCHW, rgb"
-    assert (rows["size"].strip(), rows["resize-mode"].strip()) == ("16x16", "stretch")
+    assert re.fullmatch(r"5 of up to 2 items, \d+\.\d kB; 4 are built", rows["shards"].strip())
+    assert rows["images"].strip() == "6 of 16 x 16 pixels, rgb, float32, NCHW"
+    assert rows["settings"].strip().startswith("--size 16x16 --resize-mode stretch")
     assert run(["info", out, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["built_shards"], found["counts"]["rows"], found["settings"]["size"]) == (4, 6, [16, 16])
     shutil.rmtree(f"{out}/.gpu-npz/commits")
     assert run(["info", out]) == 1
     captured = capsys.readouterr()
-    assert "0 of shape" in captured.out
+    assert "0 of 16 x 16 pixels" in captured.out
     assert "0 of 5 shards" in captured.err
 
 
@@ -440,19 +447,57 @@ def test_info_of_a_killed_build_says_how_far_it_is(src: str, out: str, capsys: p
     assert "is not complete: 5 of 5 shards" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "command", [["info"], ["verify"], ["verify", "--repair"], ["stats"], ["preview", "-o", "x.png"], ["retry"]], ids=str
-)
-def test_commands_on_the_datasets_of_a_split_name_them_and_say_which_path_to_give(
-    src: str, out: str, capsys: pytest.CaptureFixture[str], command: list[str]
-) -> None:
+@pytest.fixture
+def split(src: str, out: str) -> str:
     assert run(["build", src, out, *SMALL, "--split", "val=0.5", "--quiet"]) == 0
-    assert run([*command, out]) == 1
-    expected = f"{out!r} is no dataset, but holds train, val; give one of these, such as {out + '/train'!r}"
+    return out
+
+
+def test_retry_on_the_datasets_of_a_split_names_them_and_says_which_path_to_give(
+    split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["retry", split]) == 1
+    expected = f"{split!r} is no dataset, but holds train, val; give one of these, such as {split + '/train'!r}"
     assert capsys.readouterr().err == f"gpu-npz: {expected}\n"
-    shutil.rmtree(f"{out}/train/.gpu-npz")
-    assert run([*command, out]) == 1
-    assert expected in capsys.readouterr().err
+
+
+def test_info_and_stats_show_all_sides_of_a_split(split: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("info", "stats"):
+        assert run([command, split, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert list(found) == ["train", "val"]
+        for side in found:
+            assert run([command, f"{split}/{side}", "--json"]) == 0
+            assert json.loads(capsys.readouterr().out) == found[side]
+    assert run(["info", split]) == 0
+    assert re.findall(r"^(\w+):$", capsys.readouterr().out, re.MULTILINE) == ["train", "val"]
+    os.unlink(f"{split}/val/dataset.json")
+    assert run(["info", split]) == 1
+    captured = capsys.readouterr()
+    assert re.findall(r"^(\w+):$", captured.out, re.MULTILINE) == ["train", "val"]
+    assert f"{split}/val' is not complete" in captured.err
+
+
+def test_verify_checks_and_repairs_all_sides_of_a_split(split: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", split, "--deep", "3"]) == 0
+    assert capsys.readouterr().out.count(": whole") == 2
+    os.unlink(f"{split}/val/shard-00000.npz")
+    assert run(["verify", split, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {side: each["ok"] for side, each in found.items()} == {"train": True, "val": False}
+    assert run(["verify", split, "--repair", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {side: each["repaired_shards"] for side, each in found.items()} == {"train": [], "val": [0]}
+
+
+def test_preview_draws_a_sheet_for_each_side_of_a_split(
+    split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["preview", split, "-o", str(tmp_path / "sheet.png")]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        str(tmp_path / f"sheet-{side}.png") for side in ("train", "val")
+    ]
+    assert (tmp_path / "sheet-train.png").stat().st_size > 0 < (tmp_path / "sheet-val.png").stat().st_size
 
 
 def test_doctor_tells_what_is_there_and_how_to_get_the_rest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -223,7 +224,9 @@ def test_options_that_statistics_and_info_print_are_taken_by_a_build(
     capsys.readouterr()
     assert run(["info", str(tmp_path / "b")]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "  " in line)
-    given = ["--mean", rows["mean"], "--std", rows["std"], "--size", rows["size"], "--background", rows["background"]]
+    given = [*rows["normalized"].split(), *re.findall(r"--(?:size|background) \S+", rows["settings"])]
+    given = [word for option in given for word in option.split()]
+    assert "--background" in given
     assert run(["build", str(tree), str(tmp_path / "c"), *options, *given]) == 0
     there, here = (gpu_npz.open_dataset(tmp_path / name) for name in "bc")
     np.testing.assert_array_equal(there[:], here[:])

@@ -69,16 +69,21 @@ def require_own(storage: Storage) -> None:
         )
 
 
-def refuse_several(storage: Storage) -> None:
-    """Raises FormatError if OUT contains the datasets of a split, each in its own folder."""
+def sides_of_split(storage: Storage) -> list[str]:
+    """The folders in OUT that contain the datasets of a split, train first; none if OUT is no split."""
 
     def begun(side: str) -> bool:
         return any(storage.size(f"{side}/{file}") is not None for file in (JOB, MANIFEST))
 
     # Checked before the names are listed, which is slow for a folder of a million images.
     if not begun(TRAIN):
-        return
-    if sides := [name for name in storage.names() if "." not in name and begun(name)]:
+        return []
+    return [TRAIN, *sorted(name for name in storage.names() if "." not in name and name != TRAIN and begun(name))]
+
+
+def refuse_several(storage: Storage) -> None:
+    """Raises FormatError if OUT contains the datasets of a split, each in its own folder."""
+    if sides := sides_of_split(storage):
         raise FormatError(
             f"{storage.root!r} is no dataset, but holds {', '.join(sides)}; give one of these, such as "
             f"{storage.path(sides[0])!r}"
