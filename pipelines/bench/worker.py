@@ -8,12 +8,13 @@ and lie in memory, so that these threads have next to nothing to do. Parsing hea
 from __future__ import annotations
 
 import io
+import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def measure(
     Args:
         config: device, batch size and so on; batches of 256 unless given.
         images: how many images each round processes.
-        rounds: how often everything is measured; the medians count.
+        rounds: how often everything is measured. The least value counts, since other processes only add to it.
         folder: where to write; in memory if None and the system has such a folder.
         say: called with the name of what is measured next.
 
@@ -88,8 +89,10 @@ def measure(
         BackendError: DALI cannot be used.
     """
     given = (config or BuildConfig()).model_dump()
-    own = {"backend": "dali", "size": _SIDE, "dtype": "uint8", "normalize": "none", "shard_size": _SHARD_ROWS}
-    settings = BuildConfig(**{**given, **own, "batch_size": given["batch_size"] or BATCH_SIZE})
+    own = {"backend": "dali", "size": _SIDE, "shard_size": _SHARD_ROWS, "batch_size": given["batch_size"] or BATCH_SIZE}
+    # As little work as possible for a CPU's normalizer, since a GPU normalizes without this thread.
+    own |= {"dtype": "uint8", "normalize": "none", "layout": "NHWC"}
+    settings = BuildConfig(**{**given, **own})
     choice = choose(settings, inspect(settings.device))
     if choice.backend != "dali":
         raise BackendError("bench worker measures DALI; see what `gpu-npz doctor` finds")
@@ -101,20 +104,18 @@ def measure(
         (place / "tiny" / "image.jpg").write_bytes(data)
         setup = Setup.of(settings, choice, FolderSource(linked(place / "tiny", place / "src", images)), place)
         ways = {"plan": _planned, "read": _read, "decode": _decoded, "worker": _worked}
-        costs: dict[str, list[float]] = {stage: [] for stage in ways}
-        headers = []
-        for number in range(rounds + 1):  # the first one warms up
-            headers.append(_headers(setup, data))
-            before = 0.0
+        headers, wholes = math.inf, dict.fromkeys(ways, math.inf)  # a stage's whole includes the stages before it
+        for number in range(rounds):
+            headers = min(headers, _headers(setup, data))
             for stage, way in ways.items():
-                say(f"round {number} of {rounds}: {stage}")
-                whole = way(setup) * 1e6 / images - (headers[-1] if stage in ("read", "decode", "worker") else 0.0)
-                costs[stage].append(whole - before)
-                before = whole
+                say(f"round {number + 1} of {rounds}: {stage}")
+                wholes[stage] = min(wholes[stage], way(setup) * 1e6 / images)
         provenance = setup.decoder().provenance()
-    medians = {stage: statistics.median(found[1:]) for stage, found in costs.items()}
-    used = {"images": images, **asdict(setup.tuning)}
-    return WorkerCost(medians, statistics.median(headers[1:]), used, machine(provenance))
+    costs = {
+        stage: after - before for stage, (before, after) in zip(ways, pairwise([0.0, *wholes.values()]), strict=True)
+    }
+    costs["read"] -= headers
+    return WorkerCost(costs, headers, {"images": images, **asdict(setup.tuning)}, machine(provenance))
 
 
 def _tiny() -> bytes:
@@ -128,7 +129,7 @@ def _headers(setup: Setup, data: bytes) -> float:
     assert setup.config.size is not None
     geometry = Geometry.of(setup.config, setup.config.size)
     count = setup.tuning.batch_size
-    encoded = [memoryview(data)] * count
+    encoded = [memoryview(bytearray(data)) for _ in range(count)]
     repeats = max(1, setup.plan.item_count // count)
     begin = time.thread_time()
     for _ in range(repeats):
