@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import tempfile
 import time
@@ -26,6 +27,7 @@ from ..sources.folders.folder import FolderSource
 from .rates import linked, machine, rate
 from .setup import Setup
 
+log = logging.getLogger(__name__)
 SECONDS = 120.0
 CELL_S = 3.0
 _PLAINLY = 1.03
@@ -159,6 +161,7 @@ def sweep(
         def tried(options: dict[str, Any]) -> float:
             say(_named(options))
             found = bench.built(options, images) if choice.backend == "pillow" else bench.bare(options)
+            log.info("%.0f images/s with %s", found, _named(options))
             trials.append(Trial(options, found))
             return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 import time
 from dataclasses import asdict
@@ -73,6 +74,7 @@ def worker(context: Context) -> dict[str, Any]:
 
 def sweep(context: Context) -> dict[str, Any]:
     """The fastest options for uint8."""
+    logging.basicConfig(level=logging.INFO)  # the rates so far, if it fails or hangs
     config = BuildConfig(**context.settings, dtype="uint8")
     given = {"seconds": 90.0, "cell_s": 3.0} if context.on_gpu else {"seconds": 6.0, "cell_s": 0.1}
     found = bench.sweep(context.many, config, folder=context.place, **given)
