@@ -11,10 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +21,7 @@ from ..config import Layout
 from ..errors import BackendError, UsageError
 from .contract import compare_with_others
 from .dataset import Dataset
-from .order import Places, kept_rows, part, require_natural, shuffled, windows
+from .order import Places, kept_rows, part, require_natural, windows
 
 try:
     import torch
@@ -32,6 +29,10 @@ try:
     import torch.utils.data
 except ImportError as exc:
     raise BackendError(f"gpu_npz.readers.torch needs PyTorch ({exc}); run: pip install 'gpu-npz[torch]'") from exc
+
+from .torch_loader import Loader, loader, look_up, ranks
+
+__all__ = ["Loader", "ShardDataset", "ShardIterable", "loader", "look_up"]
 
 Transform = Callable[[Any], Any]
 _CHUNK = 16  # rows that a stream reads at a time
@@ -174,7 +175,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
     ) -> None:
         require_natural(buffer=buffer)
         self.dataset = ShardDataset(path, transform, target_transform, normalize=normalize, keep_blank=keep_blank)
-        self.rank, self.world_size = _ranks(rank, world_size)
+        self.rank, self.world_size = ranks(rank, world_size)
         self._seed = seed if shuffle else None
         self._buffer = buffer
         self._drop_last = drop_last
@@ -253,170 +254,9 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         }
 
 
-def loader(
-    path: str | os.PathLike[str],
-    batch_size: int,
-    *,
-    device: str | torch.device = "cuda",
-    shuffle: bool = False,
-    seed: int = 0,
-    drop_last: bool = False,
-    rank: int | None = None,
-    world_size: int | None = None,
-    normalize: bool = True,
-    keep_blank: bool = False,
-    prefetch: int = 2,
-) -> Loader:
-    """Whole batches of OUT on a device, without a DataLoader or worker processes.
-
-    Threads read batches ahead from the mapped shards and copy them as stored, through pinned memory, to a GPU. Stored
-    uint8 pixels are normalized there, with exactly the values of a float32 build. This has not been tried on a GPU yet.
-
-    Args:
-        path: OUT.
-        batch_size: images per batch.
-        device: the device of the tensors.
-        shuffle: shuffle all images in each epoch.
-        seed: decides the order.
-        drop_last: omit the last batch if it is smaller, and the images that some ranks would have more than others.
-        rank: defaults to that of torch.distributed if it is initialized, else 0.
-        world_size: defaults to that of torch.distributed if it is initialized, else 1.
-        normalize: False gives the stored values.
-        keep_blank: keep the zero rows of `--on-reject blank`.
-        prefetch: how many batches are read ahead, each by its own thread.
-
-    Raises:
-        UsageError: a value that is not allowed.
-        BackendError: PyTorch finds no usable GPU.
-        IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
-    """
-    require_natural(batch_size=batch_size, prefetch=prefetch)
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device {str(place)!r}: PyTorch finds no usable GPU; give device='cpu'")
-    data = Dataset(path)
-    compare_with_others(data)
-    return Loader(
-        data=data,
-        rows=kept_rows(data, keep_blank),
-        batch_size=batch_size,
-        device=place,
-        seed=seed if shuffle else None,
-        drop_last=drop_last,
-        ranks=_ranks(rank, world_size),
-        normalize=normalize,
-        prefetch=prefetch,
-    )
-
-
-@dataclass
-class Loader:
-    """What `loader` returns: each iteration is an epoch of (images, labels), or of images if there are no labels.
-
-    Images are (N, C, H, W), labels int64 (N,), both on the device. `epoch` is the number of the next iteration; it is
-    incremented by each iteration and set by `set_epoch`. Every rank takes its part of the epoch's order: each image
-    comes once, and ranks differ by at most one image and one batch; with `drop_last`, they do not differ.
-    """
-
-    data: Dataset
-    rows: Places
-    batch_size: int
-    device: torch.device
-    seed: int | None
-    drop_last: bool
-    ranks: tuple[int, int]
-    normalize: bool
-    prefetch: int
-    epoch: int = 0
-
-    def __len__(self) -> int:
-        """Batches of this rank per epoch."""
-        start, stop = self._run()
-        return (stop - start) // self.batch_size if self.drop_last else -(-(stop - start) // self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        return self._batches(epoch)
-
-    def _batches(self, epoch: int) -> Iterator[Any]:
-        start, stop = self._run()
-        order = shuffled(self.rows, self.seed, epoch)[start:stop]
-        pool = ThreadPoolExecutor(self.prefetch, thread_name_prefix="gpu-npz-loader")
-        ahead: deque[Any] = deque()
-        try:
-            for number in range(len(self)):
-                ahead.append(pool.submit(self._gather, order[number * self.batch_size :][: self.batch_size]))
-                if len(ahead) > self.prefetch:
-                    yield self._placed(*ahead.popleft().result())
-            while ahead:
-                yield self._placed(*ahead.popleft().result())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _run(self) -> tuple[int, int]:
-        rank, world_size = self.ranks
-        count = len(self.rows)
-        if self.drop_last:
-            count -= count % world_size
-        return part(count, rank, world_size)
-
-    @property
-    def _looks_up(self) -> bool:
-        """Whether pixels are normalized on the device. For the CPU, the threads do it with NumPy, which is faster."""
-        return self.normalize and self.data.dtype.kind == "u" and self.device.type != "cpu"
-
-    def _gather(self, rows: Places) -> tuple[torch.Tensor, torch.Tensor | None, Places]:
-        """The images of a batch, the tables for normalizing them on the device (or None), and their rows."""
-        on_host = self.normalize and self.device.type == "cpu"
-        stored = self.data.normalized(rows) if on_host else self.data[rows]
-        values = torch.from_numpy(self.data.preprocess.tables(stored)) if self._looks_up else None
-        images = torch.from_numpy(stored)
-        return images.pin_memory() if self.device.type == "cuda" else images, values, rows
-
-    def _placed(self, images: torch.Tensor, values: torch.Tensor | None, rows: Places) -> Any:
-        images = images.to(self.device, non_blocking=True)
-        if self.data.manifest.images.layout == "NHWC":
-            images = images.movedim(-1, -3)
-        if values is not None:
-            images = look_up(values.to(self.device, non_blocking=True), images)
-            if self.data.valid is not None and not (valid := self.data.valid[rows]).all():
-                images[torch.from_numpy(~valid).to(self.device)] = 0
-        elif self.normalize:
-            images = images.float()
-        if self.data.labels is None:
-            return images
-        return images, torch.from_numpy(self.data.labels[rows]).to(self.device)
-
-
-def look_up(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Looks up `values[channel, level]`, or `values[image, 0, level]`, for each pixel: (N, C, H, W).
-
-    Args:
-        values: (C, levels), or (N, 1, levels) if each image has its own table.
-        images: uint8 or uint16 (N, C, H, W), on the same device.
-    """
-    first = torch.arange(0, values.numel(), values.shape[-1], dtype=torch.int32, device=values.device)
-    places = images.to(torch.int32) + first.view(*values.shape[:-1], 1, 1)
-    return values.flatten().index_select(0, places.flatten()).view(images.shape)
-
-
 def _tensor(images: NDArray[Any], layout: Layout) -> torch.Tensor:
     tensor = torch.from_numpy(images)
     return tensor.movedim(-1, -3) if layout == "NHWC" else tensor
-
-
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if rank is None and world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank}, world_size {world_size}: give both, the rank from 0 up to world_size - 1")
-    return rank, world_size
 
 
 def _worker() -> tuple[int, int]:
