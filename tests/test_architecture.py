@@ -83,7 +83,13 @@ ROOMS = {
     ),
     "readers": (
         "errors config storage machine npz sources preprocess dataset",
-        ["readers inference buffers", "dataset", "contract order", "torch_loader keras tensorflow", "torch"],
+        [
+            "readers inference buffers",
+            "dataset",
+            "contract order",
+            "torch_loader torch_workers keras tensorflow",
+            "torch",
+        ],
     ),
     "audit": (
         "errors config storage machine npz sources preprocess dataset readers workers.counting",

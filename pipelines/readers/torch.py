@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..config import Layout
 from ..errors import BackendError, UsageError
+from .buffers import Buffers
 from .contract import compare_with_others
 from .dataset import Dataset
 from .order import Places, kept_rows, part, require_natural, windows
@@ -31,8 +30,9 @@ except ImportError as exc:
     raise BackendError(f"gpu_npz.readers.torch needs PyTorch ({exc}); run: pip install 'gpu-npz[torch]'") from exc
 
 from .torch_loader import Loader, loader, look_up, ranks
+from .torch_workers import KEPT, Batch, collate, shared_buffers, tensor
 
-__all__ = ["Loader", "ShardDataset", "ShardIterable", "loader", "look_up"]
+__all__ = ["Loader", "ShardDataset", "ShardIterable", "collate", "loader", "look_up"]
 
 Transform = Callable[[Any], Any]
 _CHUNK = 16  # rows that a stream reads at a time
@@ -43,7 +43,8 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     If nothing has to be computed, an image is a view of the mapped shard, which is read on access. Changes to a view
     stay in this process, but are visible in later views of the image. A transform gets its own copy, so it may work in
-    place. A DataLoader reads each batch at once (`__getitems__`), which keeps no shard open.
+    place. A DataLoader reads each batch at once (`__getitems__`), which keeps no shard open; with `collate_fn=collate`,
+    it also passes it on as a whole.
 
     It may be used by threads, after a fork, and by DataLoader workers with any start method: fork, spawn or forkserver.
 
@@ -82,6 +83,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         self.transform = transform
         self.target_transform = target_transform
         self.normalize = normalize
+        self._buffers, self._shared = Buffers(KEPT), shared_buffers()
         names = self.data.class_names
         self.classes = None if names is None else list(names)
         self.class_to_idx = None if names is None else {name: label for label, name in enumerate(names)}
@@ -96,19 +98,22 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         row = int(self.rows[operator.index(index)])
-        image = self._read(row)
+        image = self.data.normalized(row) if self.normalize else self.data[row]
         if self.transform is not None and not image.flags.owndata:
             image = image.copy()
-        return self._sample(_tensor(image, self.data.manifest.images.layout), row)
+        return self._sample(tensor(image, self.data.manifest.images.layout), row)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The images of a batch, which are read at once."""
+        """The images of a batch, which are read at once, into memory that is used again when all of them are gone."""
         rows = self.rows[[operator.index(index) for index in indices]]
-        images = _tensor(self._read(rows), self.data.manifest.images.layout)
-        return [self._sample(image, row) for image, row in zip(images, rows.tolist(), strict=True)]
-
-    def _read(self, rows: int | Places) -> NDArray[Any]:
-        return self.data.normalized(rows) if self.normalize else self.data[rows]
+        buffers = self._buffers if torch.utils.data.get_worker_info() is None else self._shared
+        dtype = np.dtype(np.float32) if self.normalize else self.data.dtype
+        images = buffers.take((len(rows), *self.data.image_shape), dtype)
+        self.data.read(rows, images, normalize=self.normalize)
+        layout = self.data.manifest.images.layout
+        if self.transform is None and self.target_transform is None:
+            return Batch(images, None if self.data.labels is None else self.data.labels[rows], layout)
+        return [self._sample(image, row) for image, row in zip(tensor(images, layout), rows.tolist(), strict=True)]
 
     def _sample(self, image: torch.Tensor, row: int) -> Any:
         value = image if self.transform is None else self.transform(image)
@@ -252,11 +257,6 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
             "worker": worker,
             "workers": workers,
         }
-
-
-def _tensor(images: NDArray[Any], layout: Layout) -> torch.Tensor:
-    tensor = torch.from_numpy(images)
-    return tensor.movedim(-1, -3) if layout == "NHWC" else tensor
 
 
 def _worker() -> tuple[int, int]:
