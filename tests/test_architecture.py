@@ -85,7 +85,13 @@ ROOMS = {
     ),
     "readers": (
         "errors config storage machine npz sources preprocess dataset",
-        ["readers inference", "dataset", "contract order", "torch keras tensorflow"],
+        [
+            "readers inference buffers",
+            "dataset",
+            "contract order",
+            "torch_loader torch_workers keras tensorflow",
+            "torch",
+        ],
     ),
     "audit": (
         "errors config storage machine npz sources preprocess dataset readers workers.counting",
@@ -208,7 +214,7 @@ def test_readers_and_audit_never_import_what_writes() -> None:
 @pytest.mark.parametrize(
     ("library", "home"),
     [
-        ("torch", "readers/torch.py"),
+        ("torch", "readers/torch*.py"),
         ("keras", "readers/keras.py"),
         ("tensorflow", "readers/tensorflow.py"),
         ("nvidia", "preprocess/dali*.py"),

@@ -480,7 +480,7 @@ def test_a_model_trains_on_what_the_shards_hold(out: Path, pixels: Path, pairs: 
 
 
 def test_the_readme_s_example_runs(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = readme_example("from gpu_npz.readers.torch import ShardDataset, ShardIterable, loader")
+    code = readme_example("from gpu_npz.readers.torch import ShardDataset, ShardIterable, collate, loader")
     names: dict[str, Any] = {}
     exec(code.replace("/data/train-npz", str(out)).replace('"cuda"', '"cpu"'), names)
     assert capsys.readouterr().out == "torch.Size([40, 3, 12, 16]) torch.float32 cpu torch.Size([40])\n"

@@ -121,18 +121,19 @@ def image_table(config: BuildConfig, sums: Sums, dtype: str | None = None) -> Ar
     return values.astype(dtype or config.dtype)
 
 
-def tables(config: BuildConfig, stored: Array) -> NDArray[np.float32]:
-    """The float32 tables for stored pixels: (channels, 256), or (images, 1, 256) under a per-image kind.
+def tables(config: BuildConfig, stored: Array, dtype: str = "float32") -> Array:
+    """The tables for stored pixels: (channels, 256), or (images, 1, 256) under a per-image kind.
 
     Args:
         config: the settings with which the pixels were stored.
         stored: uint8 (..., C, H, W) or (..., H, W, C).
+        dtype: of the tables, float32 or float16.
     """
-    if (same := table(config, "float32")) is not None:
+    if (same := table(config, dtype)) is not None:
         return same
     images = stored.reshape(-1, *stored.shape[-3:])
-    own = [image_table(config, Sums.of(image), "float32") for image in images]
-    return np.array(own, np.float32).reshape(len(own), 1, config.max_level + 1)
+    own = [image_table(config, Sums.of(image), dtype) for image in images]
+    return np.array(own, dtype).reshape(len(own), 1, config.max_level + 1)
 
 
 def value_range(config: BuildConfig, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -244,7 +245,7 @@ def apply_table(values: Array, stored: Array, layout: Layout) -> Array:
     plane = np.empty(rows.shape[-2:], out.dtype)
     each = np.broadcast_to(values, (len(images), images.shape[1], values.shape[-1]))
     for image, own, row in zip(images, each, rows, strict=True):
-        _look_up(own, image, row, plane)
+        look_up(own, image, row, plane)
     return out
 
 
@@ -253,11 +254,12 @@ def _pixel_dtype(values: Array) -> np.dtype[Any]:
     return np.dtype(np.uint8 if values.shape[-1] == 256 else np.uint16)
 
 
-def _look_up(values: Array, source: Array, target: Array, plane: Array) -> None:
-    """Writes `values[channel, level]` of `source` (C, H, W) to `target`; `plane` (H, W) is a scratch buffer.
+def look_up(values: Array, source: Array, target: Array, plane: Array | None = None) -> None:
+    """Writes `values[channel, level]` of one image `source` (C, H, W) to `target` (C, H, W).
 
-    One contiguous plane at a time is twice as fast as whole batches with strides. mode="clip" avoids a bounds check,
-    and never clips, since the table has an entry for every level.
+    `plane` (H, W) is a scratch buffer, which is used if the planes of `target` are not contiguous. One contiguous plane
+    at a time is twice as fast as whole batches with strides. mode="clip" writes without a buffered copy, and never
+    clips, since the table has an entry for every level.
     """
     for row, pixels, out in zip(values, source, target, strict=True):
         if out.flags.c_contiguous:
@@ -332,7 +334,7 @@ class NumpyNormalizer:
             if self._dtype.kind == "u":
                 np.copyto(target, image)
             else:
-                _look_up(self._table_of(image), image, target, plane)
+                look_up(self._table_of(image), image, target, plane)
         return _done
 
     def _table_of(self, image: Array) -> Array:

@@ -179,6 +179,26 @@ class Dataset:
             values[~self.valid[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]] = 0
         return values
 
+    def read(self, rows: NDArray[np.int64], out: NDArray[Any], *, normalize: bool = False) -> None:
+        """Reads images into memory that exists already, as stored or normalized.
+
+        Args:
+            rows: row numbers from 0 up to N - 1, int64 (n,).
+            out: (n, C, H, W) or (n, H, W, C) as stored, with any strides. Its dtype is the stored one; with
+                `normalize`, it is float32, or float16, whose values are those of a float16 build if pixels are stored.
+            normalize: whether to normalize stored pixels, as `normalized` does; blank rows stay zero.
+        """
+        for place in np.argsort(rows, kind="stable").tolist():  # shard by shard
+            row = int(rows[place])
+            shard, at = self._find(row)
+            image = (self._shards.get(shard) or self.shard(shard)).rows("images")[at]
+            if not normalize:
+                np.copyto(out[place], image)
+            elif self.valid is None or self.valid[row]:
+                self.preprocess.write(image, out[place])
+            else:
+                out[place] = 0
+
     @functools.cached_property
     def preprocess(self) -> Preprocess:
         """The preprocessing of this dataset, to apply to other images at inference, or to compare with a dataset."""

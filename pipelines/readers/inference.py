@@ -15,7 +15,7 @@ from ..config import BuildConfig
 from ..dataset.manifest import Manifest
 from ..errors import ImageError
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import NumpyNormalizer, apply_table, row_shape, statistics, table, tables
+from ..preprocess.normalize import NumpyNormalizer, apply_table, look_up, row_shape, statistics, table, tables
 from ..sources.dicom_frames import split_frame
 from ..sources.rejects import BadItem
 
@@ -109,12 +109,32 @@ class Preprocess:
         values: NDArray[np.float32] = apply_table(self.tables(rows), rows, self.config.layout)
         return values
 
-    def tables(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """The value of every level of stored uint8 rows: float32 (channels, 256), in the stored order of channels.
+    def write(self, row: NDArray[Any], out: NDArray[Any]) -> None:
+        """Writes the values of one stored row to `out`, float32 or float16 of the same shape.
+
+        The values are those of `values`; in float16, those that a float16 build of the same pixels stores.
+        """
+        if row.dtype.kind != "u":
+            np.copyto(out, row, casting="same_kind")
+            return
+        values = self.tables(row, out.dtype.name)
+        if self.config.layout == "NHWC":
+            row, out = row.transpose(2, 0, 1), out.transpose(2, 0, 1)
+        look_up(values if values.ndim == 2 else np.broadcast_to(values[0], (len(row), values.shape[-1])), row, out)
+
+    def tables(self, rows: NDArray[Any], dtype: str = "float32") -> NDArray[Any]:
+        """The value of every level of stored uint8 rows: (channels, 256), in the stored order of channels.
 
         If each image is normalized by its own statistics, the shape is (images, 1, 256).
+
+        Args:
+            rows: (..., C, H, W) or (..., H, W, C), as stored.
+            dtype: of the values, float32 or float16.
         """
-        return tables(self.config, rows) if self._table is None else self._table
+        if dtype not in self._tables:
+            self._tables[dtype] = table(self.config, dtype)
+        same = self._tables[dtype]
+        return tables(self.config, rows, dtype) if same is None else same
 
     def describe(self) -> str:
         """The preprocessing in words, one step per line."""
@@ -207,8 +227,9 @@ class Preprocess:
         return NumpyNormalizer(self.config)
 
     @functools.cached_property
-    def _table(self) -> NDArray[np.float32] | None:
-        return table(self.config, "float32")
+    def _tables(self) -> dict[str, NDArray[Any] | None]:
+        """The tables that hold for all images, by dtype."""
+        return {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Preprocess, (self.config, self.image_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,13 +43,85 @@ def windows(bounds: Places, start: int, stop: int, size: int, seed: int | None, 
         seed: decides the order; None leaves shards and places in order.
         epoch: decides the order.
     """
+    places_at = _sequence(bounds, seed, epoch)
+    for begin in range(start, stop, size):
+        places = places_at(np.arange(begin, min(begin + size, stop)))
+        yield places if seed is None else np.random.default_rng((seed, epoch, begin)).permutation(places)
+
+
+def _sequence(bounds: Places, seed: int | None, epoch: int) -> Callable[[Places], Places]:
+    """What turns positions in the sequence of all shards, shuffled by seed and epoch, into places."""
     order = shuffled(np.arange(len(bounds) - 1), seed, epoch)
     ends = np.cumsum(np.diff(bounds)[order])
-    shift = bounds[1:][order] - ends
-    for begin in range(start, stop, size):
-        sequence = np.arange(begin, min(begin + size, stop))
-        places = sequence + shift[np.searchsorted(ends, sequence, side="right")]
-        yield places if seed is None else np.random.default_rng((seed, epoch, begin)).permutation(places)
+    shift: Places = bounds[1:][order] - ends
+
+    def places_at(positions: Places) -> Places:
+        found: Places = positions + shift[np.searchsorted(ends, positions, side="right")]
+        return found
+
+    return places_at
+
+
+class ElasticOrder:
+    """The global batches of one epoch, which do not depend on how many ranks and workers share them.
+
+    The sequence of all shards, shuffled by seed and epoch, is cut into lanes of equal length. In each lane, windows of
+    `buffer` consecutive places are shuffled. Each step takes the next `global_batch / lanes` places of every lane; the
+    places that are left form one smaller last step. Any step can be computed alone.
+
+    Args:
+        bounds: as for `windows`.
+        global_batch: places per step.
+        lanes: how many lanes; divides `global_batch`.
+        buffer: places per window.
+        seed: decides the order; None leaves shards and places in order.
+        epoch: decides the order.
+        drop_last: omit the last step if it is smaller.
+
+    Attributes:
+        steps: how many there are.
+    """
+
+    def __init__(
+        self,
+        bounds: Places,
+        global_batch: int,
+        lanes: int,
+        buffer: int,
+        seed: int | None,
+        epoch: int,
+        drop_last: bool = False,
+    ) -> None:
+        count = int(bounds[-1])
+        self._whole = count // global_batch
+        self.steps = self._whole if drop_last else -(-count // global_batch)
+        self._lanes = [part(count, lane, lanes) for lane in range(lanes)]
+        self._each = global_batch // lanes
+        self._buffer, self._seed, self._epoch = buffer, seed, epoch
+        self._places_at = _sequence(bounds, seed, epoch)
+        self._windows: dict[int, tuple[int, Places]] = {}  # the latest window of each lane
+
+    def step(self, number: int) -> Places:
+        """The places of a step, lane by lane."""
+        parts = []
+        for lane, (start, stop) in enumerate(self._lanes):
+            begin = number * self._each
+            end = begin + self._each if number < self._whole else stop - start
+            while begin < end:
+                window, skipped = divmod(begin, self._buffer)
+                parts.append(self._window(lane, window)[skipped:][: end - begin])
+                begin += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _window(self, lane: int, number: int) -> Places:
+        if self._windows.get(lane, (-1,))[0] != number:
+            start, stop = self._lanes[lane]
+            begin = start + number * self._buffer
+            places = self._places_at(np.arange(begin, min(begin + self._buffer, stop)))
+            if self._seed is not None:
+                places = np.random.default_rng((self._seed, self._epoch, lane, number)).permutation(places)
+            self._windows[lane] = number, places
+        return self._windows[lane][1]
 
 
 def require_natural(**values: int) -> None:

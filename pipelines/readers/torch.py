@@ -11,20 +11,16 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..config import Layout
 from ..errors import BackendError, UsageError, install_command
+from .buffers import Buffers
 from .contract import compare_with_others
 from .dataset import Dataset
-from .order import Places, kept_rows, part, require_natural, shuffled, windows
+from .order import ElasticOrder, Places, kept_rows, part, require_natural, windows
 
 try:
     import torch
@@ -32,6 +28,11 @@ try:
     import torch.utils.data
 except ImportError as exc:
     raise BackendError(f"gpu_npz.readers.torch needs PyTorch ({exc}); run: {install_command('torch')}") from exc
+
+from .torch_loader import Loader, loader, look_up, ranks
+from .torch_workers import KEPT, Batch, collate, shared_buffers, tensor
+
+__all__ = ["Loader", "ShardDataset", "ShardIterable", "collate", "loader", "look_up"]
 
 Transform = Callable[[Any], Any]
 _CHUNK = 16  # rows that a stream reads at a time
@@ -42,7 +43,8 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     If nothing has to be computed, an image is a view of the mapped shard, which is read on access. Changes to a view
     stay in this process, but are visible in later views of the image. A transform gets its own copy, so it may work in
-    place. A DataLoader reads each batch at once (`__getitems__`), which keeps no shard open.
+    place. A DataLoader reads each batch at once (`__getitems__`), which keeps no shard open; with `collate_fn=collate`,
+    it also passes it on as a whole.
 
     It may be used by threads, after a fork, and by DataLoader workers with any start method: fork, spawn or forkserver.
 
@@ -81,6 +83,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         self.transform = transform
         self.target_transform = target_transform
         self.normalize = normalize
+        self._buffers, self._shared = Buffers(KEPT), shared_buffers()
         names = self.data.class_names
         self.classes = None if names is None else list(names)
         self.class_to_idx = None if names is None else {name: label for label, name in enumerate(names)}
@@ -95,19 +98,22 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         row = int(self.rows[operator.index(index)])
-        image = self._read(row)
+        image = self.data.normalized(row) if self.normalize else self.data[row]
         if self.transform is not None and not image.flags.owndata:
             image = image.copy()
-        return self._sample(_tensor(image, self.data.manifest.images.layout), row)
+        return self._sample(tensor(image, self.data.manifest.images.layout), row)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The images of a batch, which are read at once."""
+        """The images of a batch, which are read at once, into memory that is used again when all of them are gone."""
         rows = self.rows[[operator.index(index) for index in indices]]
-        images = _tensor(self._read(rows), self.data.manifest.images.layout)
-        return [self._sample(image, row) for image, row in zip(images, rows.tolist(), strict=True)]
-
-    def _read(self, rows: int | Places) -> NDArray[Any]:
-        return self.data.normalized(rows) if self.normalize else self.data[rows]
+        buffers = self._buffers if torch.utils.data.get_worker_info() is None else self._shared
+        dtype = np.dtype(np.float32) if self.normalize else self.data.dtype
+        images = buffers.take((len(rows), *self.data.image_shape), dtype)
+        self.data.read(rows, images, normalize=self.normalize)
+        layout = self.data.manifest.images.layout
+        if self.transform is None and self.target_transform is None:
+            return Batch(images, None if self.data.labels is None else self.data.labels[rows], layout)
+        return [self._sample(image, row) for image, row in zip(tensor(images, layout), rows.tolist(), strict=True)]
 
     def _sample(self, image: torch.Tensor, row: int) -> Any:
         value = image if self.transform is None else self.transform(image)
@@ -134,6 +140,14 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
     The order is that of epoch 0 until `set_epoch` is called, which also reaches persistent workers. `state_dict` and
     `load_state_dict` let torchdata's StatefulDataLoader resume in the middle of an epoch.
 
+    With `global_batch`, the stream gives whole batches, (images, labels) or images, for a DataLoader with
+    `batch_size=None`. The images of each step are the same with any number of ranks, which share them, and of workers,
+    which take turns. So an epoch can be resumed with other numbers of both: `state_dict(step)` in the main process is
+    the state after so many steps of the epoch, and after `load_state_dict` there, that epoch begins at this step, until
+    `set_epoch` sets another epoch. The images that do not fill a step form a smaller last one, in which a rank may have
+    no batch; `drop_last`, recommended with DistributedDataParallel, omits it. A rank reads from few shards at a time
+    where the number of ranks divides `lanes`.
+
     Attributes:
         dataset: the same images by index.
         rank: the rank of this process.
@@ -148,12 +162,15 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         buffer: how many consecutive images are shuffled together.
         rank: defaults to that of torch.distributed if it is initialized, else 0.
         world_size: defaults to that of torch.distributed if it is initialized, else 1.
-        drop_last: give all ranks the same number of images.
+        drop_last: give all ranks the same number of images; with `global_batch`, omit the smaller last step.
         normalize: as for ShardDataset.
         keep_blank: as for ShardDataset.
+        global_batch: images per step of all ranks together; the stream gives single images unless set.
+        lanes: with `global_batch`, which it divides: the parts of the order from which each step takes equally many.
 
     Raises:
-        UsageError: a value that is not allowed; when an iteration begins, a state of another stream.
+        UsageError: a value that is not allowed; when an iteration begins, or, with `global_batch`, when a state is
+            loaded, a state of another stream.
         IncompleteError, FormatError, StorageError: as for ShardDataset.
     """
 
@@ -171,56 +188,100 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         drop_last: bool = False,
         normalize: bool = True,
         keep_blank: bool = False,
+        global_batch: int | None = None,
+        lanes: int = 8,
     ) -> None:
-        require_natural(buffer=buffer)
+        require_natural(buffer=buffer, lanes=lanes)
         self.dataset = ShardDataset(path, transform, target_transform, normalize=normalize, keep_blank=keep_blank)
-        self.rank, self.world_size = _ranks(rank, world_size)
+        self.rank, self.world_size = ranks(rank, world_size)
         self._seed = seed if shuffle else None
         self._buffer = buffer
         self._drop_last = drop_last
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # untyped in torch; workers see what set_epoch writes
+        self._keep_blank = keep_blank
+        self._global_batch, self._lanes = global_batch, lanes
+        if global_batch is not None:
+            require_natural(global_batch=global_batch)
+            if global_batch % lanes or global_batch < self.world_size:
+                raise UsageError(
+                    f"global_batch: got {global_batch}; needs a multiple of lanes ({lanes}), at least one image a rank"
+                )
+        self._loaded = torch.full((2,), -1)  # with global_batch: the epoch and the step of the state that was loaded
+        self._loaded.share_memory_()  # type: ignore[no-untyped-call]
         self._begun = 0, 0  # of the latest iteration: its epoch, and how many images it has given
         self._resumed: dict[str, Any] | None = None
 
     def __len__(self) -> int:
-        """Images of this rank per epoch, over all workers. Each worker makes its own last batch."""
+        """Images of this rank per epoch, over all workers. Each worker makes its own last batch.
+
+        With `global_batch`, the batches of this rank per epoch, also of one that is resumed.
+        """
+        if self._global_batch is not None:
+            return self._steps(self._elastic(int(self._epoch)))
         start, stop = self._run()
         return stop - start
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration, which starts at its beginning unless a state of it was loaded."""
         self._epoch.fill_(epoch)
+        if int(self._loaded[0]) != epoch:
+            self._loaded.fill_(-1)
         if self._resumed is not None and self._resumed["epoch"] != epoch:
             self._resumed = None
 
     def __iter__(self) -> Iterator[Any]:
+        if self._global_batch is not None:
+            return self._batches(*self._resumed_at())
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             epoch, done = int(self._epoch), 0
         else:
-            _require_same(resumed, self._identity())
+            _require_same(resumed, self._identity(), {"epoch", "done"})
             epoch, done = resumed["epoch"], resumed["done"]
         self._begun = epoch, done
         return self._samples(epoch, done)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position of the latest iteration in this process, for `load_state_dict`; it can be stored as JSON."""
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """The position of the latest iteration in this process, for `load_state_dict`; it can be stored as JSON.
+
+        Args:
+            step: with `global_batch`, how many steps of the epoch are done, counted by the caller; by default those of
+                the latest iteration in this process, which a DataLoader with workers does not have.
+
+        Raises:
+            UsageError: with `global_batch`, if a worker is asked.
+        """
+        if self._global_batch is not None:
+            if torch.utils.data.get_worker_info() is not None:
+                raise UsageError(
+                    "a stream with global_batch has one state, in the main process; use torch's DataLoader"
+                )
+            epoch, done = self._begun if step is None else (self._resumed_at()[0], step)
+            return {**self._elastic_identity(), "epoch": epoch, "step": done}
         if self._resumed is not None:
             return self._resumed
         epoch, done = self._begun
         return {**self._identity(), "epoch": epoch, "done": done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration resume at a state of the same rank and worker, with as many ranks and workers."""
+        """Makes the next iteration resume at a state of the same rank and worker, with as many ranks and workers.
+
+        With `global_batch`, ranks and workers do not matter.
+        """
+        if self._global_batch is not None:
+            _require_same(state, self._elastic_identity(), {"epoch", "step"})
+            self._epoch.fill_(state["epoch"])
+            self._loaded.copy_(torch.tensor([state["epoch"], state["step"]]))
+            self._begun = state["epoch"], state["step"]
+            return
         self._resumed = dict(state)
 
     def _samples(self, epoch: int, done: int) -> Iterator[Any]:
         start, stop = self._run()
         worker, workers = _worker()
         first, last = part(stop - start, worker, workers)
-        ends = np.cumsum(self.dataset.data.shard_rows)
-        bounds = np.searchsorted(self.dataset.rows, np.concatenate([[0], ends]))
+        bounds = self._bounds()
         skipped = done % self._buffer
         begin = start + first + done - skipped
         for places in windows(bounds, begin, start + last, self._buffer, self._seed, epoch):
@@ -230,6 +291,55 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
                     self._begun = epoch, done
                     yield sample
             skipped = 0
+
+    def _bounds(self) -> Places:
+        """Shard k has the images from bounds[k] up to bounds[k + 1]."""
+        ends = np.cumsum(self.dataset.data.shard_rows)
+        bounds: Places = np.searchsorted(self.dataset.rows, np.concatenate([[0], ends]))
+        return bounds
+
+    def _resumed_at(self) -> tuple[int, int]:
+        """The epoch and the step at which the next iteration begins."""
+        epoch, loaded = int(self._epoch), self._loaded.tolist()
+        return epoch, loaded[1] if loaded[0] == epoch else 0
+
+    def _elastic(self, epoch: int) -> ElasticOrder:
+        assert self._global_batch is not None
+        return ElasticOrder(
+            self._bounds(), self._global_batch, self._lanes, self._buffer, self._seed, epoch, self._drop_last
+        )
+
+    def _steps(self, order: ElasticOrder) -> int:
+        """The steps in which this rank has a batch."""
+        assert self._global_batch is not None
+        left = len(self.dataset) % self._global_batch
+        start, stop = part(left, self.rank, self.world_size)
+        return order.steps - (not self._drop_last and left > 0 and start == stop)
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Any]:
+        """This worker's share of the rank's batches from step `first` on."""
+        order = self._elastic(epoch)
+        worker, workers = _worker()
+        self._begun = epoch, first
+        for step in range(first + worker, self._steps(order), workers):
+            places = order.step(step)
+            start, stop = part(len(places), self.rank, self.world_size)
+            samples = self.dataset.__getitems__(places[start:stop].tolist())
+            self._begun = epoch, step + 1
+            yield collate(samples)
+
+    def _elastic_identity(self) -> dict[str, Any]:
+        """Everything that decides the images of each step."""
+        return {
+            "dataset": self.dataset.data.manifest.id,
+            "rows": len(self.dataset),
+            "seed": self._seed or 0,
+            "shuffle": self._seed is not None,
+            "global_batch": self._global_batch,
+            "lanes": self._lanes,
+            "buffer": self._buffer,
+            "keep_blank": self._keep_blank,
+        }
 
     def _run(self) -> tuple[int, int]:
         count = len(self.dataset)
@@ -253,180 +363,14 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         }
 
 
-def loader(
-    path: str | os.PathLike[str],
-    batch_size: int,
-    *,
-    device: str | torch.device = "cuda",
-    shuffle: bool = False,
-    seed: int = 0,
-    drop_last: bool = False,
-    rank: int | None = None,
-    world_size: int | None = None,
-    normalize: bool = True,
-    keep_blank: bool = False,
-    prefetch: int = 2,
-) -> Loader:
-    """Whole batches of OUT on a device, without a DataLoader or worker processes.
-
-    Threads read batches ahead from the mapped shards and copy them as stored, through pinned memory, to a GPU. Stored
-    uint8 pixels are normalized there, with exactly the values of a float32 build. This has not been tried on a GPU yet.
-
-    Args:
-        path: OUT.
-        batch_size: images per batch.
-        device: the device of the tensors.
-        shuffle: shuffle all images in each epoch.
-        seed: decides the order.
-        drop_last: omit the last batch if it is smaller, and the images that some ranks would have more than others.
-        rank: defaults to that of torch.distributed if it is initialized, else 0.
-        world_size: defaults to that of torch.distributed if it is initialized, else 1.
-        normalize: False gives the stored values.
-        keep_blank: keep the zero rows of `--on-reject blank`.
-        prefetch: how many batches are read ahead, each by its own thread.
-
-    Raises:
-        UsageError: a value that is not allowed.
-        BackendError: PyTorch finds no usable GPU.
-        IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
-    """
-    require_natural(batch_size=batch_size, prefetch=prefetch)
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device {str(place)!r}: PyTorch finds no usable GPU; give device='cpu'")
-    data = Dataset(path)
-    compare_with_others(data)
-    return Loader(
-        data=data,
-        rows=kept_rows(data, keep_blank),
-        batch_size=batch_size,
-        device=place,
-        seed=seed if shuffle else None,
-        drop_last=drop_last,
-        ranks=_ranks(rank, world_size),
-        normalize=normalize,
-        prefetch=prefetch,
-    )
-
-
-@dataclass
-class Loader:
-    """What `loader` returns: each iteration is an epoch of (images, labels), or of images if there are no labels.
-
-    Images are (N, C, H, W), labels int64 (N,), both on the device. `epoch` is the number of the next iteration; it is
-    incremented by each iteration and set by `set_epoch`. Every rank takes its part of the epoch's order: each image
-    comes once, and ranks differ by at most one image and one batch; with `drop_last`, they do not differ.
-    """
-
-    data: Dataset
-    rows: Places
-    batch_size: int
-    device: torch.device
-    seed: int | None
-    drop_last: bool
-    ranks: tuple[int, int]
-    normalize: bool
-    prefetch: int
-    epoch: int = 0
-
-    def __len__(self) -> int:
-        """Batches of this rank per epoch."""
-        start, stop = self._run()
-        return (stop - start) // self.batch_size if self.drop_last else -(-(stop - start) // self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        return self._batches(epoch)
-
-    def _batches(self, epoch: int) -> Iterator[Any]:
-        start, stop = self._run()
-        order = shuffled(self.rows, self.seed, epoch)[start:stop]
-        pool = ThreadPoolExecutor(self.prefetch, thread_name_prefix="gpu-npz-loader")
-        ahead: deque[Any] = deque()
-        try:
-            for number in range(len(self)):
-                ahead.append(pool.submit(self._gather, order[number * self.batch_size :][: self.batch_size]))
-                if len(ahead) > self.prefetch:
-                    yield self._placed(*ahead.popleft().result())
-            while ahead:
-                yield self._placed(*ahead.popleft().result())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _run(self) -> tuple[int, int]:
-        rank, world_size = self.ranks
-        count = len(self.rows)
-        if self.drop_last:
-            count -= count % world_size
-        return part(count, rank, world_size)
-
-    @property
-    def _looks_up(self) -> bool:
-        """Whether pixels are normalized on the device. For the CPU, the threads do it with NumPy, which is faster."""
-        return self.normalize and self.data.dtype.kind == "u" and self.device.type != "cpu"
-
-    def _gather(self, rows: Places) -> tuple[torch.Tensor, torch.Tensor | None, Places]:
-        """The images of a batch, the tables for normalizing them on the device (or None), and their rows."""
-        on_host = self.normalize and self.device.type == "cpu"
-        stored = self.data.normalized(rows) if on_host else self.data[rows]
-        values = torch.from_numpy(self.data.preprocess.tables(stored)) if self._looks_up else None
-        images = torch.from_numpy(stored)
-        return images.pin_memory() if self.device.type == "cuda" else images, values, rows
-
-    def _placed(self, images: torch.Tensor, values: torch.Tensor | None, rows: Places) -> Any:
-        images = images.to(self.device, non_blocking=True)
-        if self.data.manifest.images.layout == "NHWC":
-            images = images.movedim(-1, -3)
-        if values is not None:
-            images = look_up(values.to(self.device, non_blocking=True), images)
-            if self.data.valid is not None and not (valid := self.data.valid[rows]).all():
-                images[torch.from_numpy(~valid).to(self.device)] = 0
-        elif self.normalize:
-            images = images.float()
-        if self.data.labels is None:
-            return images
-        return images, torch.from_numpy(self.data.labels[rows]).to(self.device)
-
-
-def look_up(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Looks up `values[channel, level]`, or `values[image, 0, level]`, for each pixel: (N, C, H, W).
-
-    Args:
-        values: (C, levels), or (N, 1, levels) if each image has its own table.
-        images: uint8 or uint16 (N, C, H, W), on the same device.
-    """
-    first = torch.arange(0, values.numel(), values.shape[-1], dtype=torch.int32, device=values.device)
-    places = images.to(torch.int32) + first.view(*values.shape[:-1], 1, 1)
-    return values.flatten().index_select(0, places.flatten()).view(images.shape)
-
-
-def _tensor(images: NDArray[Any], layout: Layout) -> torch.Tensor:
-    tensor = torch.from_numpy(images)
-    return tensor.movedim(-1, -3) if layout == "NHWC" else tensor
-
-
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if rank is None and world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank}, world_size {world_size}: give both, the rank from 0 up to world_size - 1")
-    return rank, world_size
-
-
 def _worker() -> tuple[int, int]:
     info = torch.utils.data.get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
 
 
-def _require_same(state: dict[str, Any], own: dict[str, Any]) -> None:
+def _require_same(state: dict[str, Any], own: dict[str, Any], position: set[str]) -> None:
     others = [f"{name} {state.get(name)!r}, not {value!r}" for name, value in own.items() if state.get(name) != value]
-    if others or not {"epoch", "done"} <= state.keys():
+    if others or not position <= state.keys():
         raise UsageError(
             f"a state of another stream cannot be resumed: {'; '.join(others) or 'no epoch'}; make the dataset and its "
             "loader as they were, or begin the epoch anew"
