@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # Memory that the kernel turns into huge pages and back makes float32 rates swing; NumPy reads this when it is imported.
 os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
 
-_USED = ("device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "interpolation", "channels",
-         "normalize", "dtype", "layout", "shard_size", "batch_size", "threads", "prefetch", "open_shards",
+_USED = ("device", "backend", "resizer", "require_gpu", "reproducible", "size", "resize_mode", "interpolation",
+         "channels", "normalize", "dtype", "layout", "shard_size", "batch_size", "threads", "prefetch", "open_shards",
          "hw_decoder_load")  # fmt: skip
 _STORED = ("size", "resize_mode", "dtype", "layout", "shard_size")
 

@@ -6,18 +6,19 @@ import ctypes
 import importlib
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
+from ..config import BuildConfig
 from ..machine.environment import Machine, dotted, inspect, usable_cpus
 
 # Of a build's extras: what is imported, the extra that brings it, and what it is for.
 _EXTRAS = {
     "imagecodecs": ("imagecodecs", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
     "tifffile": ("tifffile", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
+    "cykooz-resizer": ("cykooz_resizer", "simd", "--resizer simd"),
     "pydicom": ("pydicom", "dicom", "DICOM files"),
     "PyArrow": ("pyarrow", "parquet", "Parquet files"),
     "SciPy": ("scipy", "imagenet", "the devkit of ILSVRC2012"),
@@ -112,7 +113,8 @@ def _device(number: int) -> str:
 def _pillow() -> list[Finding]:
     import PIL
 
-    from ..preprocess.pillow import is_simd, versions
+    from ..preprocess.pillow import versions
+    from ..preprocess.resize import advice, is_simd
 
     found = versions()
     owners = sorted({owner.lower() for owner in packages_distributions().get("PIL", [])})
@@ -122,9 +124,7 @@ def _pillow() -> list[Finding]:
     if len(owners) > 1:
         remedy = f"pip uninstall -y {' '.join(owners)} && {_SIMD_INSTALL}"
         return [Finding("PIL", False, f"{text}; {' and '.join(owners)} both claim it", remedy)]
-    if is_simd() or not _has_avx2():
-        return [Finding("PIL", True, text)]
-    return [Finding("PIL", True, text, f"faster on this processor: pip uninstall -y pillow && {_SIMD_INSTALL}")]
+    return [Finding("PIL", True, text, advice(BuildConfig()) or "")]
 
 
 def _extra(what: str, module: str, extra: str, use: str) -> Finding:
@@ -145,12 +145,3 @@ def _installed(prefix: str) -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(shown) or "installed"
-
-
-def _has_avx2() -> bool:
-    if sys.platform != "linux":
-        return False
-    try:
-        return " avx2 " in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
