@@ -69,9 +69,9 @@ def test_threads_that_share_a_decoder_get_the_same_pixels(file_bytes: FileBytes)
     resizer = resize.SimdResizer("bilinear")
     with Image.open(io.BytesIO(file_bytes("jpeg"))) as image:
         image.load()
-        expected = np.asarray(resizer.resize(image, (17, 31)))
+        expected = np.asarray(resizer.resize(image, 31, 17))
         with ThreadPoolExecutor(4) as pool:
-            for found in pool.map(lambda _: np.asarray(resizer.resize(image, (17, 31))), range(50)):
+            for found in pool.map(lambda _: np.asarray(resizer.resize(image, 31, 17)), range(50)):
                 np.testing.assert_array_equal(found, expected)
 
 

@@ -310,11 +310,18 @@ class PillowDecoder:
 
     def _place(self, image: Image.Image, place: Placement) -> NDArray[Any]:
         if image.size != (place.width, place.height):
-            size = (place.width, place.height)
-            image = self._simd.resize(image, size) if self._simd else image.resize(size, self._filter)
+            if self._simd and image.mode == self._mode:  # straight to an array, without a copy by Pillow
+                pixels = self._simd.resize(image, place.height, place.width)
+                return self._on_canvas(pixels.reshape(place.height, place.width, -1), place)
+            image = self._resized(image, place)
         if image.mode != self._mode:
             image = image.convert(self._mode)
         return self._on_canvas(np.asarray(image).reshape(place.height, place.width, -1), place)
+
+    def _resized(self, image: Image.Image, place: Placement) -> Image.Image:
+        if self._simd:
+            return Image.fromarray(self._simd.resize(image, place.height, place.width))
+        return image.resize((place.width, place.height), self._filter)
 
     def _on_canvas(self, pixels: NDArray[Any], place: Placement) -> NDArray[Any]:
         """Resized pixels (height, width, C), cropped or padded to the output size."""

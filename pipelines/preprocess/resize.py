@@ -16,6 +16,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..config import BuildConfig
 from ..errors import BackendError
@@ -74,9 +75,6 @@ class SimdResizer:
     """
 
     def __init__(self, interpolation: str) -> None:
-        from PIL import Image
-
-        self._image = Image
         self._library = _library()
         assert self._library is not None
         kind = getattr(self._library.FilterType, _FILTERS[interpolation])
@@ -88,8 +86,8 @@ class SimdResizer:
         """Name and version of the library, which decide the pixels."""
         return f"cykooz-resizer {importlib.metadata.version('cykooz-resizer')}"
 
-    def resize(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        """The image, which is L or RGB, resized to `size` (width, height). Raises MemoryError."""
+    def resize(self, image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+        """The image, which is L or RGB, resized: (height, width) or (height, width, 3). Raises MemoryError."""
         library = self._library
         if not hasattr(self._own, "resizer"):
             self._own.resizer = library.Resizer(), library.ResizeOptions(self._algorithm, use_alpha=False)
@@ -97,11 +95,12 @@ class SimdResizer:
         channels, pixel_type = len(image.mode), getattr(library.PixelType, _PIXEL_TYPES[image.mode])
         # Pixels are passed as bytes: `resize_pil` reads Pillow's C structures, whose layout depends on its version.
         # Where memory is short, Rust ends the process; NumPy raises MemoryError.
-        np.empty(2 * channels * (image.width * image.height + size[0] * size[1]), np.uint8)
+        np.empty(2 * channels * (image.width * image.height + width * height), np.uint8)
         source = library.ImageData(*image.size, pixel_type, image.tobytes())
-        target = library.ImageData(*size, pixel_type)
+        target = library.ImageData(width, height, pixel_type)
         resizer.resize(source, target, options)
-        return self._image.frombuffer(image.mode, size, target.get_buffer(), "raw", image.mode, 0, 1)
+        pixels = np.frombuffer(target.get_buffer(), np.uint8)
+        return pixels.reshape((height, width, channels) if channels > 1 else (height, width))
 
 
 def simd_resizer(config: BuildConfig) -> SimdResizer | None:
