@@ -7,10 +7,8 @@ may change from one run to the next.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -537,6 +535,8 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: the file cannot be read or is not TOML.
     """
+    import tomllib  # few builds need it, and every worker would load it
+
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_TOML_BYTES + 1)
@@ -590,6 +590,8 @@ def _field_faults(error: ValidationError) -> dict[str, str]:
         if name in BuildConfig.model_fields:
             faults[name] = f"{name.replace('_', '-')}: got {fault['input']!r}; allowed: {_allowed(name)}"
         elif fault["type"] == "extra_forbidden":
+            import difflib
+
             near = difflib.get_close_matches(name, BuildConfig.model_fields, n=1)
             hint = f"did you mean {near[0].replace('_', '-')!r}?" if near else "`gpu-npz build --help` lists them"
             faults[name] = f"unknown setting {name!r}; {hint}"

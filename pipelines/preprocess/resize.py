@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import logging
 import platform
 import sys
@@ -84,7 +83,9 @@ class SimdResizer:
     @property
     def version(self) -> str:
         """Name and version of the library, which decide the pixels."""
-        return f"cykooz-resizer {importlib.metadata.version('cykooz-resizer')}"
+        from importlib.metadata import version  # takes its time to load
+
+        return f"cykooz-resizer {version('cykooz-resizer')}"
 
     def resize(self, image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
         """The image, which is L or RGB, resized: (height, width) or (height, width, 3). Raises MemoryError."""

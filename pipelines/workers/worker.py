@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import resource
 import sys
@@ -247,8 +246,11 @@ def _explained(task: Task) -> Iterator[None]:
 
 def provenance_of(decoder: Decoder, job: Job) -> dict[str, Any]:
     """What decides the bytes of shards besides the settings: the decoder and the compression library."""
-    deflater = {} if job.settings.deflate_level is None else {"isal": importlib.metadata.version("isal")}
-    return {**decoder.provenance(), **deflater}
+    if job.settings.deflate_level is None:
+        return decoder.provenance()
+    from importlib.metadata import version  # takes its time to load
+
+    return {**decoder.provenance(), "isal": version("isal")}
 
 
 def _pulse() -> Pulse:
