@@ -319,6 +319,12 @@ class BuildConfig(BaseModel):
         "i/n with i from 1 to n, or auto",
         "I/N|auto",
     )
+    page_cache: Literal["auto", "keep", "drop"] = _setting(
+        "operational",
+        "auto",
+        "Keep written shards in the page cache, or drop them from it as they reach the disk (Linux 6.14 and later); "
+        "auto drops them if the dataset is larger than half the memory available.",
+    )
     preflight: bool = _setting("operational", True, "Refuse to start a build whose output does not fit on OUT's disk.")
     overwrite: bool = _setting("operational", False, "Delete what an earlier build left in OUT and start anew.")
     accept_environment: bool = _setting(

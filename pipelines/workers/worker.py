@@ -70,7 +70,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         provenance = provenance_of(decoder, job)
         require_provenance(task.provenance, provenance)
         seconds = {"read": 0.0, "decode": 0.0, "normalize": 0.0}
-        sink = ShardSink(storage, job, provenance, normalizer.allocate, task.tuning)
+        sink = ShardSink(storage, job, provenance, normalizer.allocate, task.tuning, drop_cache=task.drop_cache)
         stack.enter_context(decoder)
         stack.enter_context(sink)
         pulse_s = 0.0
