@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # Float32 rates vary if the kernel turns memory into huge pages and back. NumPy reads this variable on import.
 os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
 
-_USED = ("device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "interpolation", "channels",
-         "normalize", "dtype", "layout", "shard_size", "batch_size", "threads", "prefetch", "pipelines",
+_USED = ("device", "backend", "resizer", "require_gpu", "reproducible", "size", "resize_mode", "interpolation",
+         "channels", "normalize", "dtype", "layout", "shard_size", "batch_size", "threads", "prefetch", "pipelines",
          "open_shards", "hw_decoder_load")  # fmt: skip
 _STORED = ("size", "resize_mode", "dtype", "layout", "shard_size")
 

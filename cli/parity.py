@@ -13,7 +13,7 @@ from gpu_npz.cli.options import config_options, read_config
 if TYPE_CHECKING:
     from gpu_npz.audit.parity import Parity
 
-_SIDES = click.Choice(["pillow", "dali-cpu", "dali-gpu", "torchvision"])
+_SIDES = click.Choice(["pillow", "simd", "dali-cpu", "dali-gpu", "torchvision"])
 _TORCHVISION = "torchvision (where installed) is its pipeline on PIL images, which knows no EXIF orientation."
 _USED = (
     "device", "size", "resize_mode", "crop_pct", "pad_value", "interpolation", "reduced_decoding", "exif_orientation",

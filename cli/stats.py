@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gpu_npz.audit.stats import Statistics
 
 _USED = (
-    "device", "backend", "require_gpu", "reproducible", "size", "resize_mode", "crop_pct", "pad_value",
+    "device", "backend", "resizer", "require_gpu", "reproducible", "size", "resize_mode", "crop_pct", "pad_value",
     "interpolation", "reduced_decoding", "exif_orientation", "background", "dicom_window", "max_pixels", "channels",
     "bit_depth", "shuffle", "limit", "source", "root", "follow_links", "labels", "image_column", "per_class", "split",
     "split_by", "split_seed", "classes_from", "batch_size", "workers", "threads", "prefetch", "hw_decoder_load",

@@ -7,11 +7,9 @@ may change from one run to the next.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -25,6 +23,7 @@ from .errors import UsageError
 Kind = Literal["identity", "environment", "operational"]
 Group = Literal["input", "pixels", "output", "speed", "run"]  # where the help lists a setting
 ResizeMode = Literal["stretch", "center-crop", "pad", "none"]
+Resizer = Literal["auto", "pillow", "simd"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 Normalization = Literal[
     "imagenet", "unit", "signed", "none", "mean-std", "dataset", "log", "window",
@@ -94,6 +93,13 @@ class BuildConfig(BaseModel):
     )
     backend: Literal["auto", "pillow", "dali"] = _advanced(
         "environment", "speed", "auto", "Decoder: dali on a GPU and pillow on a CPU (auto), or one by name."
+    )
+    resizer: Resizer = _advanced(
+        "environment",
+        "speed",
+        "auto",
+        "What resizes on the CPU: pillow, or simd, several times as fast and different by a level or two; auto is simd "
+        "for bilinear where it is installed and Pillow-SIMD is not.",
     )
     require_gpu: bool = _advanced(
         "environment", "speed", False, "Fail where no GPU is usable, rather than take the CPU."
@@ -394,6 +400,13 @@ class BuildConfig(BaseModel):
         "i/n with i from 1 to n, auto or auto/n",
         "I/N|auto[/N]",
     )
+    page_cache: Literal["auto", "keep", "drop"] = _advanced(
+        "operational",
+        "output",
+        "auto",
+        "Keep written shards in the page cache, or drop them from it as they reach the disk (Linux 6.14 and later); "
+        "auto drops them if the dataset is larger than half the memory available.",
+    )
     preflight: bool = _advanced(
         "operational", "output", True, "Refuse to start a build whose output does not fit on OUT's disk."
     )
@@ -635,6 +648,8 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: the file cannot be read or is not TOML.
     """
+    import tomllib  # few builds need it, and every worker would load it
+
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_TOML_BYTES + 1)
@@ -688,6 +703,8 @@ def _field_faults(error: ValidationError) -> dict[str, str]:
         if name in BuildConfig.model_fields:
             faults[name] = f"{name.replace('_', '-')}: got {fault['input']!r}; allowed: {_allowed(name)}"
         elif fault["type"] == "extra_forbidden":
+            import difflib
+
             near = difflib.get_close_matches(name, BuildConfig.model_fields, n=1)
             hint = f"did you mean {near[0].replace('_', '-')!r}?" if near else "`gpu-npz build --help` lists them"
             faults[name] = f"unknown setting {name!r}; {hint}"
@@ -801,6 +818,14 @@ _RULES = (
         lambda config: (
             f"--bit-depth 16 decodes with Pillow on the CPU; got --backend {config.backend}, --device {config.device}"
             f"{', --require-gpu' if config.require_gpu else ''}; leave them out, or choose --bit-depth 8"
+        ),
+    ),
+    _Rule(
+        "resizer interpolation bit_depth",
+        lambda config: config.resizer == "simd" and (config.interpolation == "nearest" or config.bit_depth == 16),
+        lambda config: (
+            f"--resizer simd does not resize by {config.interpolation} with --bit-depth {config.bit_depth}; choose "
+            "--resizer pillow"
         ),
     ),
     _Rule(

@@ -169,7 +169,7 @@ def pillow_of(**settings: Any) -> PillowDecoder:
     """Pillow's decoder without a source. With `channels="gray"`, `normalize` is "unit" by default."""
     if settings.get("channels") == "gray":
         settings.setdefault("normalize", "unit")
-    config = BuildConfig(**settings)
+    config = BuildConfig(**{"resizer": "pillow", **settings})
     assert config.size is not None
     return pillow_decoder(config, Geometry.of(config, config.size), None)
 

@@ -52,7 +52,7 @@ ROOMS = {
     "preprocess": (
         "errors config machine sources",
         [
-            "preprocess exif fed_pipeline samples geometry normalize",
+            "preprocess exif fed_pipeline samples geometry normalize resize",
             "jpeg normalize_cuda dali_pipelines",
             "base dicom png routing tiff",
             "pillow_files",

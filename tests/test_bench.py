@@ -265,12 +265,12 @@ def test_bench_storage_takes_as_many_images_as_fit_and_cifar_at_its_own_size(
     pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
     cifar = Cifar(pixels, np.arange(6) % 2, ("a", "b"))
     place = storage.cifar_files(cifar, tmp_path / "cifar", 5)
-    monkeypatch.setattr(storage, "_free_memory", lambda: 4 * storage._COPIES * 3072 * 5 // 4)
+    monkeypatch.setattr(storage, "available_memory", lambda: 4 * storage._COPIES * 3072 * 5 // 4)
     config = BuildConfig(size=32, dtype="uint8", layout="NHWC")
     measured = storage.measure(place, config, images=100, rounds=1, folder=str(tmp_path))
     assert "100 images in all formats take 3.4 MB, and memory has" in caplog.text
     assert (measured.settings["images"], measured.settings["shape"]) == (4, [32, 32, 3])
-    monkeypatch.setattr(storage, "_free_memory", lambda: 100)
+    monkeypatch.setattr(storage, "available_memory", lambda: 100)
     with pytest.raises(UsageError, match="not one fits"):
         storage.measure(place, config, folder=str(tmp_path))
 

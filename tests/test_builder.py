@@ -41,6 +41,7 @@ from gpu_npz.errors import (
     UsageError,
 )
 from gpu_npz.machine.tuning import Tuning
+from gpu_npz.npz.writer import NpzWriter
 from gpu_npz.sources.access.local import LocalFiles
 from gpu_npz.sources.base import Item
 from gpu_npz.storage.local import LocalStorage
@@ -543,6 +544,25 @@ def test_each_side_of_a_split_gets_shards_of_its_own_automatic_size(
     assert rows == {"train": 4, "val": 1}
     estimated = estimate(src, settings(shard_size="auto", split="val=0.2"), seconds=0)
     assert estimated.shards == sum(report.shards for report in reports.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "memory", "dropped"),
+    [("auto", 10**9, False), ("auto", 1000, True), ("auto", None, False), ("keep", 1000, False), ("drop", 10**9, True)],
+)
+def test_the_page_cache_drops_what_would_fill_it(
+    mixed: Path, out: Path, monkeypatch: pytest.MonkeyPatch, given: str, memory: int | None, dropped: bool
+) -> None:
+    used = []
+
+    def writer(path: str, *, drop_cache: bool) -> NpzWriter:
+        used.append(drop_cache)
+        return NpzWriter(path, drop_cache=drop_cache)
+
+    monkeypatch.setattr("gpu_npz.builder.run.available_memory", lambda: memory)
+    monkeypatch.setattr("gpu_npz.workers.sink.NpzWriter", writer)
+    build(mixed, out, settings(page_cache=given, max_rejects="100%"))
+    assert set(used) == {dropped}
 
 
 def test_shards_of_another_environment_are_refused_unless_accepted(mixed: Path, copied: Path, whole: Path) -> None:

@@ -19,7 +19,7 @@ import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
 from gpu_npz.bench.pictures import paint
 from gpu_npz.dataset.manifest import Manifest
-from gpu_npz.preprocess.pillow import is_simd
+from gpu_npz.preprocess.resize import is_simd
 from gpu_npz.sources.rejects import BadItem
 
 Pixels = NDArray[Any]
@@ -94,7 +94,7 @@ def test_decoding_in_full_gives_pixels_the_row_of_their_file(tmp_path: Path, enc
 def test_a_dataset_from_before_the_setting_opens_and_resumes(tmp_path: Path, encode: Encode) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src/0.jpg").write_bytes(encode(paint(90, 90, 0)))
-    config = BuildConfig(device="cpu", workers=0, size=16)
+    config = BuildConfig(device="cpu", workers=0, size=16, shard_size=64)
     gpu_npz.build(tmp_path / "src", tmp_path / "out", config)
     content = json.loads((tmp_path / "out/dataset.json").read_text())
     assert content["settings"].pop("reduced_decoding") is True

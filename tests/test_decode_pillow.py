@@ -68,7 +68,7 @@ def oriented(orientation: int) -> Image.Exif:
 
 def decode_all(root: Path, batch_items: int = 100, **settings: Any) -> list[DecodedBatch]:
     """All images below `root`, as a worker has them decoded."""
-    config = BuildConfig(**settings)
+    config = BuildConfig(**{"resizer": "pillow", **settings})
     source = FolderSource(root)
     listed = [(os.fsdecode(group.folder + name), group.label) for group in source.groups() for name in group.names]
     items = [Item(index, path, label) for index, (path, label) in enumerate(listed)]
@@ -457,7 +457,7 @@ def test_good_neighbours_of_bad_files_are_untouched_and_in_order(
 
 
 def test_batches_come_in_order_and_one_at_a_time(tree: Path) -> None:
-    config = BuildConfig(size=16)
+    config = BuildConfig(size=16, resizer="pillow")
     source = FolderSource(tree)
     paths = [os.fsdecode(group.folder + name) for group in source.groups() for name in group.names]
     items = [Item(index, path, 0) for index, path in enumerate(paths)]

@@ -36,9 +36,9 @@ def test_the_cpu_image_installs_gpu_npz_with_pillow_simd(tmp_path: Path) -> None
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         source.mkdir(exist_ok=True)
         copy(ROOT / name, source / name)
-    command = install.replace("/opt/venv", str(tmp_path / "venv")).replace(" /src ", f" {source} ")
+    command = install.replace("/opt/venv", str(tmp_path / "venv")).replace("/src[simd]", f"{source}[simd]")
     subprocess.run(["bash", "-euc", command], check=True, cwd=tmp_path)
-    program = "from gpu_npz.preprocess.pillow import is_simd; assert is_simd()"
+    program = "from gpu_npz.preprocess.resize import is_simd; assert is_simd()"
     subprocess.run([tmp_path / "venv/bin/python", "-c", program], check=True, cwd=tmp_path)
     environment = {**os.environ, "PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}"}
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -9,6 +10,7 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 import tracemalloc
 import zipfile
 import zlib
@@ -685,3 +687,39 @@ def test_zip64_records_that_point_anywhere_are_refused(path: Path, position: int
     end = struct.pack("<4sHHHHLLH", b"PK\5\6", 0, 0, 1, 1, len(entry), 0xFFFFFFFF, 0)
     path.write_bytes(arrays + entry + end64 + locator + end)
     assert_refused_in_little_memory(path)
+
+
+# The page cache
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a flag of Linux")
+@pytest.mark.parametrize("fault", [None, errno.EOPNOTSUPP, errno.EINVAL, NotImplementedError])
+def test_dropping_the_page_cache_changes_no_byte_and_is_only_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    flags, rows = [], np.random.default_rng(0).integers(0, 256, (9, 300, 400), np.uint8)
+
+    def pwritev(descriptor: int, pieces: list[memoryview], position: int, flag: int) -> int:
+        flags.append(flag)
+        if fault is not None:
+            raise fault if fault is NotImplementedError else OSError(fault, os.strerror(fault))
+        return os.pwrite(descriptor, pieces[0][: max(1, len(pieces[0]) // 2)], position)  # a short count
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    for name, drop in (("kept", False), ("dropped", True)):
+        with NpzWriter(tmp_path / name, drop_cache=drop) as file:
+            file.add("images", rows)
+            file.close()
+    assert (tmp_path / "kept").read_bytes() == (tmp_path / "dropped").read_bytes()
+    assert set(flags) == {0x80}
+    assert (len(flags) == 1) == (fault is not None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a flag of Linux")
+def test_an_error_of_the_disk_is_not_taken_for_a_missing_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwritev(*values: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    with NpzWriter(tmp_path / "full", drop_cache=True) as file, pytest.raises(OSError, match="No space left"):
+        file.add("images", np.zeros(3, np.uint8))

@@ -109,7 +109,8 @@ def compare(
     with make_decoder(choice.backend, config, geometry, found.source, tuning=tuning, gpu=choice.gpu) as decoder:
         provenance = decoder.provenance()
         # On a GPU, which of DALI's decoders takes an image depends on its batch.
-        same = all(provenance.items() <= made.items() for made in manifest.environments)
+        known = {"resizer": None, **provenance}
+        same = all(known.items() <= {"resizer": None, **made}.items() for made in manifest.environments)
         exact = same and (not choice.gpus or config.reproducible)
         waiting: deque[_Stored] = deque()
         done = 0

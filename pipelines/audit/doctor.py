@@ -6,12 +6,12 @@ import ctypes
 import importlib
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
+from ..config import BuildConfig
 from ..errors import install_command
 from ..machine.environment import Machine, dali_trouble, dotted, inspect, usable_cpus
 
@@ -19,6 +19,7 @@ from ..machine.environment import Machine, dali_trouble, dotted, inspect, usable
 _EXTRAS = {
     "imagecodecs": ("imagecodecs", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
     "tifffile": ("tifffile", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
+    "cykooz-resizer": ("cykooz_resizer", "simd", "--resizer simd"),
     "pydicom": ("pydicom", "dicom", "DICOM files"),
     "PyArrow": ("pyarrow", "parquet", "Parquet files"),
     "SciPy": ("scipy", "imagenet", "the devkit of ILSVRC2012"),
@@ -134,7 +135,8 @@ def _device(number: int) -> str:
 def _pillow() -> list[Finding]:
     import PIL
 
-    from ..preprocess.pillow import is_simd, versions
+    from ..preprocess.pillow import versions
+    from ..preprocess.resize import advice, is_simd
 
     found = versions()
     owners = sorted({owner.lower() for owner in packages_distributions().get("PIL", [])})
@@ -144,9 +146,7 @@ def _pillow() -> list[Finding]:
     if len(owners) > 1:
         remedy = f"pip uninstall -y {' '.join(owners)} && {_SIMD_INSTALL}"
         return [Finding("PIL", False, f"{text}; {' and '.join(owners)} both claim it", remedy)]
-    if is_simd() or not _has_avx2():
-        return [Finding("PIL", True, text)]
-    return [Finding("PIL", True, text, f"faster on this processor: pip uninstall -y pillow && {_SIMD_INSTALL}")]
+    return [Finding("PIL", True, text, advice(BuildConfig()) or "")]
 
 
 def _extra(what: str, module: str, extra: str, use: str) -> Finding:
@@ -167,12 +167,3 @@ def _installed(prefix: str) -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(shown) or "installed"
-
-
-def _has_avx2() -> bool:
-    if sys.platform != "linux":
-        return False
-    try:
-        return " avx2 " in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False

@@ -35,11 +35,12 @@ from ..preprocess.base import DecodedBatch, Decoder, on_host
 from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry, Placement
 from ..preprocess.pillow import PillowDecoder, versions
+from ..preprocess.resize import resolved
 from ..sources import open_source
 from ..sources.base import Item, Source, read_item
 from ..sources.rejects import BadItem
 
-Side = Literal["pillow", "dali-cpu", "dali-gpu", "torchvision"]
+Side = Literal["pillow", "simd", "dali-cpu", "dali-gpu", "torchvision"]
 KINDS = ("4:4:4", "4:2:2", "4:2:0", "other subsampling", "gray", "CMYK", "progressive", "EXIF turned", "not JPEG")
 _SUBSAMPLING = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
 _WORST = 5
@@ -189,8 +190,10 @@ def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Sou
     backend, _, place = side.partition("-")
     gpu = next(iter(gpu_numbers(config.device)), 0)
     device = str(gpu) if place == "gpu" else "cpu"
-    asked = {"backend": backend, "device": device, "require_gpu": place == "gpu"}
-    settings = BuildConfig(**{**config.model_dump(), **asked})
+    asked: dict[str, Any] = {"backend": backend, "device": device, "require_gpu": place == "gpu"}
+    if not place:
+        asked |= {"backend": "pillow", "resizer": backend}  # one decoder, two resizers
+    settings = resolved(BuildConfig(**{**config.model_dump(), **asked}))
     choice = choose(settings, inspect(settings.device))
     tuning = Tuning.of(settings, choice, row_bytes=1, shard_rows=settings.batch_size or 1, shards=1)
     return make_decoder(choice.backend, settings, Geometry.of(settings, size), source, tuning=tuning, gpu=choice.gpu)

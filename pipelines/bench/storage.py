@@ -27,6 +27,7 @@ from ..builder.build import build
 from ..config import BuildConfig
 from ..dataset.space import format_bytes, free_space
 from ..errors import FormatError, SourceError, UsageError
+from ..machine.environment import available_memory
 from ..preprocess.normalize import levels, row_shape, table
 from ..preprocess.pillow import versions
 from ..readers.dataset import open_dataset
@@ -233,7 +234,7 @@ def _as_many_as_fit(images: int, config: BuildConfig, place: Path) -> int:
     assert config.size is not None
     image_bytes = int(np.prod(row_shape(config, *config.size))) * np.dtype(config.dtype).itemsize * _COPIES
     free_bytes, _ = free_space(os.fspath(place))
-    rooms = {"memory": _free_memory(), f"the disk of {os.fspath(place.parent)!r}": free_bytes}
+    rooms = {"memory": available_memory(), f"the disk of {os.fspath(place.parent)!r}": free_bytes}
     for what, room in rooms.items():
         if room is None or images * image_bytes <= room * _MEMORY_SHARE:
             continue
@@ -247,15 +248,6 @@ def _as_many_as_fit(images: int, config: BuildConfig, place: Path) -> int:
         log.warning("%s: %d are taken; --dtype uint8 or a smaller --size lets more fit", needs, fit)
         images = fit
     return images
-
-
-def _free_memory() -> int | None:
-    """Available memory in bytes, including reclaimable page cache; None if the system does not provide it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
 
 
 def _counts(images: int) -> list[int]:

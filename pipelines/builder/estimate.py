@@ -27,6 +27,7 @@ from ..machine import environment
 from ..machine.environment import Choice
 from ..machine.tuning import Tuning
 from ..preprocess.normalize import row_shape, table
+from ..preprocess.resize import resolved
 from ..sources import open_source
 from ..sources.base import Group, LabelColumn, Source, as_bytes
 from ..sources.rejects import Reject
@@ -154,8 +155,7 @@ def estimate(
     outs = {} if out is None else places(src, out, config)
     found = _inspect(source, config, progress)
     plan, tuning = found.plan, found.tuning
-    counts = found.shards
-    left, unfit = _left(outs, source, given, counts)
+    left, unfit = _left(outs, source, given, counts := found.shards)
     measured, trouble = _try_measuring(found, left, seconds, folder, progress)
     needed = found.output_bytes(measured)
     held = sum(held_bytes(storage.root) for storage in outs.values())
@@ -248,7 +248,7 @@ class _Inspection:
 
 def _inspect(source: Source, config: BuildConfig, progress: OnStage) -> _Inspection:
     """Lists the source, reads a sample of its headers, and plans the build."""
-    choice = environment.choose(config, inspect(config))
+    choice, config = environment.choose(config, inspect(config)), resolved(config)
     table(config)  # raises for a value that the dtype cannot hold
     progress("listing", 0, None)
     sides: dict[str, int] = {}

@@ -36,6 +36,7 @@ from ..machine import environment
 from ..machine.environment import Choice, Machine
 from ..preprocess.base import DECODING_REVISION
 from ..preprocess.normalize import row_shape, table
+from ..preprocess.resize import require_simd, resolved
 from ..sources.base import Source, location_of
 from ..storage import open_storage
 from ..storage.base import Storage, is_remote
@@ -170,7 +171,7 @@ def _begin(
         )
     for doubt in warnings(config):
         log.warning("%s", doubt)
-    choice = environment.choose(config, inspect(config))
+    choice, config = environment.choose(config, inspect(config)), resolved(config)
     if choice.warning:
         log.warning("%s", choice.warning)
     if config.normalize != "dataset":
@@ -353,6 +354,8 @@ def backend(job: Job, config: BuildConfig) -> Choice:
     same = {"backend": record.backend, "device": device, "require_gpu": record.device == "cuda"}
     config = config.model_copy(update=same)
     try:
+        if record.resizer == "simd" and config.engine == "local":
+            require_simd()
         return environment.choose(config, inspect(config))
     except BackendError as exc:
         raise BackendError(
@@ -363,6 +366,11 @@ def backend(job: Job, config: BuildConfig) -> Choice:
 
 def _require_same_backend(job: Job, config: BuildConfig) -> None:
     record = job.record
+    if config.resizer not in ("auto", record.resizer):
+        raise MismatchError(
+            f"OUT was begun with --resizer {record.resizer}; --resizer {config.resizer} asks for another; leave it out "
+            "to resume, or start anew with --overwrite"
+        )
     other = config.backend not in ("auto", record.backend)
     other |= config.device == "cpu" if record.device == "cuda" else config.require_gpu
     if other:

@@ -19,6 +19,7 @@ from ..dataset.job import Job
 from ..dataset.layout import REJECTS, REPORT
 from ..errors import LockedError, StorageError
 from ..machine.tuning import Tuning
+from ..preprocess.resize import advice
 from ..sources.base import Source
 from ..storage.base import Storage
 from ..workers.events import Event
@@ -112,6 +113,8 @@ def hints_for(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[
             f"{changed} files were written to, or went, while the build read them, so rows may be of parts of them; "
             f"when nothing writes to SRC any more, `gpu-npz verify OUT --deep {rows}` names those that differ"
         )
+    if job.record.backend == "pillow" and (faster := advice(job.settings)):
+        found.append(faster)
     total = sum(record.bytes for record in records)
     found += hints(job.settings, total, len(records), labelled=job.labelled)
     return tuple(found)

@@ -17,10 +17,10 @@ from ..dataset.job import Job
 from ..dataset.layout import MANIFEST, remove_temporaries
 from ..dataset.manifest import publish
 from ..errors import RejectLimitError, StorageError
-from ..machine.environment import Choice
+from ..machine.environment import Choice, available_memory
 from ..machine.tuning import Tuning
 from ..sources.base import Source
-from ..storage.base import Storage
+from ..storage.base import Storage, is_remote
 from ..workers import local, ray
 from ..workers.events import Committed, Event, Progress, ShardCounts, Task, WorkerEnded
 from ..workers.messages import DecoderMessages, Messages
@@ -120,7 +120,8 @@ def run(
     if missing:
         _require_resumable(storage, job, config, records, missing)
         storage.remove(MANIFEST)  # a dataset that lost a shard is not complete until it is rebuilt
-        task = Task(storage.root, source, None, tuning, _expected_provenance(records, config), fence=storage.fence)
+        provenance, drop_cache = _expected_provenance(records, config), _drops_cache(storage, job, config)
+        task = Task(storage.root, source, None, tuning, provenance, fence=storage.fence, drop_cache=drop_cache)
         with contextlib.ExitStack() as stack:
             stack.callback(_remove_leftovers, storage)  # once all workers have ended
             events = stack.enter_context(contextlib.closing(_run_workers(task, missing, choice, config)))
@@ -158,6 +159,15 @@ def _require_resumable(
     if records and job.record.device == "cpu" and config.device not in ("auto", "cpu"):
         log.warning("OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device)
     require_room(storage, job.plan, config, _row_bytes(job), missing)
+
+
+def _drops_cache(storage: Storage, job: Job, config: BuildConfig) -> bool:
+    """Whether the page cache drops shards: where they are kept, a small dataset is read from memory in training."""
+    if config.page_cache != "auto":
+        return config.page_cache == "drop"
+    memory = available_memory()
+    size = _row_bytes(job) * job.plan.item_count
+    return memory is not None and size > memory // 2 and not is_remote(storage.root)  # uploads read from the cache
 
 
 def _expected_provenance(records: Mapping[int, CommitRecord], config: BuildConfig) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..config import MAX_SIDE, BuildConfig
+from ..config import MAX_SIDE, BuildConfig, Resizer
 from ..errors import FormatError, MismatchError, SourceError
 from ..machine.environment import BackendName, Choice
 from ..preprocess.normalize import row_shape
@@ -32,6 +32,7 @@ class JobRecord(BaseModel):
     settings: dict[str, Any]
     backend: BackendName
     device: Literal["cpu", "cuda"]
+    resizer: Resizer = "pillow"  # older builds had no other
     source_kind: str
     source_location: str
     source_root: str | None = None
@@ -106,7 +107,7 @@ class Job:
         Args:
             storage: OUT.
             plan: the items.
-            config: its identity settings are stored.
+            config: its identity settings are stored, and its resizer.
             choice: the backend of the whole build.
             source: the images.
             image_size: height and width of every image.
@@ -118,6 +119,7 @@ class Job:
             settings=settings,
             backend=choice.backend,
             device=choice.device,
+            resizer=config.resizer,
             source_kind=source.kind,
             source_location=source.location,
             source_root=source.root,
@@ -167,7 +169,7 @@ class Job:
         plan = Plan({name: reader[name] for name in reader.directory.members}, record.shard_rows)
         if plan.item_count != record.items:
             raise FormatError(f"{storage.path(PLAN)!r} has {plan.item_count} items, job.json says {record.items}")
-        return cls(record, plan, BuildConfig(**record.settings))
+        return cls(record, plan, BuildConfig(**record.settings, resizer=record.resizer))
 
     def require_same(self, config: BuildConfig, source: Source) -> None:
         """Checks that a build with other settings or another source may resume this job.

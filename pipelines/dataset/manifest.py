@@ -134,9 +134,10 @@ class Manifest(BaseModel):
     @property
     def config(self) -> BuildConfig:
         """The settings of the build. Raises FormatError if they are not allowed."""
+        resizer = "simd" if any("resizer" in made for made in self.environments) else "pillow"
         known = {name: value for name, value in self.settings.items() if name in BuildConfig.model_fields}
         try:
-            return BuildConfig(**known)
+            return BuildConfig(**known, resizer=resizer)
         except UsageError as exc:
             raise FormatError(f"{MANIFEST}: settings: {'; '.join(str(exc).splitlines())}; it is damaged") from exc
 

@@ -349,3 +349,19 @@ def _cgroup_quota() -> float:
     except (OSError, ValueError):
         return math.inf
     return quota_us / period_us if quota_us > 0 else math.inf
+
+
+def available_memory() -> int | None:
+    """Main memory in bytes that is free or can be freed, within the limit of the control group; None if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        return free if limit == "max" else min(free, int(limit) - int(used) + int(cached[1] if cached else 0))
+    except (OSError, ValueError):
+        return free

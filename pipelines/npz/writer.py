@@ -5,9 +5,11 @@ Deflating is ISA-L's: its levels are 0 to 3, of which 1 and 2 are the useful one
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +21,7 @@ from .format import DEFLATE_END, Directory, Member, data_offset, directory_bytes
 
 # CRC and write take turns on pieces that stay in the cache.
 _PIECE_BYTES = 1 << 22
+_RWF_DONTCACHE = 0x80  # of pwritev2(2), since Linux 6.14
 _RAW = -15  # zlib's windowBits for a stream without header and checksum
 
 
@@ -33,12 +36,17 @@ class NpzWriter:
             file.add("labels", labels)
             directory = file.close("comment")
 
+    Args:
+        path: the file to write.
+        drop_cache: whether the page cache drops what is written as soon as it is on the disk; only a request.
+
     Raises:
         OSError: as the system says, no space left among others.
         ValueError: a name stands there already, or a dtype or shape is not the member's or cannot be stored.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, drop_cache: bool = False) -> None:
+        self._flags = _RWF_DONTCACHE if drop_cache and sys.platform == "linux" else 0
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._position = 0
         self._members: list[Member] = []
@@ -132,5 +140,15 @@ class NpzWriter:
 
     def _write(self, data: memoryview, position: int) -> None:
         while data:
-            count = os.pwrite(self._descriptor, data, position)
+            count = self._write_some(data, position)
             data, position = data[count:], position + count
+
+    def _write_some(self, data: memoryview, position: int) -> int:
+        if self._flags:
+            try:
+                return os.pwritev(self._descriptor, [data], position, self._flags)
+            except (OSError, NotImplementedError) as exc:
+                if isinstance(exc, OSError) and exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                self._flags = 0  # a kernel, filesystem or C library without it
+        return os.pwrite(self._descriptor, data, position)

@@ -43,7 +43,7 @@ from .base import DECODING_REVISION, DecodedBatch, on_host
 from .dali_pipelines import decode_images, input_names, read_files, without_opencv
 from .fed_pipeline import FedPipeline, run_in_turn
 from .geometry import Geometry
-from .pillow import PillowDecoder, versions
+from .pillow import PillowDecoder
 from .routing import Route, route
 
 log = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class DaliDecoder:
             "decoding_revision": DECODING_REVISION,
             "dali": dali.__version__,
             "nvimgcodec": nvimgcodec.__version__,
-            **versions(),
+            **self._pillow.libraries,
         }
         if self._device is not None:
             found["gpu"] = self._xp.cuda.runtime.getDeviceProperties(self._device)["name"].decode()

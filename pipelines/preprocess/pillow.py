@@ -25,6 +25,7 @@ from .geometry import Geometry, Placement
 from .jpeg import read_header
 from .pillow_files import as_bad_item, enough_memory, file_of, opened, orientation_of, pillow_settings
 from .png import is_png, samples16, without_extras
+from .resize import is_simd, simd_resizer
 from .samples import is_sixteen_bit, plain, sixteen_bit_samples, turned
 from .tiff import Tiff, is_tiff
 
@@ -69,6 +70,7 @@ class PillowDecoder:
         self._source = source
         self._mode = "L" if config.channels == "gray" else "RGB"
         self._filter = _FILTERS[config.interpolation]
+        self._simd = simd_resizer(config)
         self._may_draft = config.reduces_jpegs
         self.sixteen_bit: str | None = None
         self._frames = threading.local()
@@ -84,7 +86,12 @@ class PillowDecoder:
 
     def provenance(self) -> dict[str, Any]:
         """The libraries whose versions decide the pixels."""
-        return {"backend": "pillow", "device": "cpu", "decoding_revision": DECODING_REVISION, **versions()}
+        return {"backend": "pillow", "device": "cpu", "decoding_revision": DECODING_REVISION, **self.libraries}
+
+    @property
+    def libraries(self) -> dict[str, Any]:
+        """As `versions`, and the version of the resizer if it is not Pillow's."""
+        return versions() if self._simd is None else {**versions(), "resizer": self._simd.version}
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[DecodedBatch]:
         """See `Decoder.decode`."""
@@ -303,10 +310,18 @@ class PillowDecoder:
 
     def _place(self, image: Image.Image, place: Placement) -> NDArray[Any]:
         if image.size != (place.width, place.height):
-            image = image.resize((place.width, place.height), self._filter)
+            if self._simd and image.mode == self._mode:  # straight to an array, without a copy by Pillow
+                pixels = self._simd.resize(image, place.height, place.width)
+                return self._on_canvas(pixels.reshape(place.height, place.width, -1), place)
+            image = self._resized(image, place)
         if image.mode != self._mode:
             image = image.convert(self._mode)
         return self._on_canvas(np.asarray(image).reshape(place.height, place.width, -1), place)
+
+    def _resized(self, image: Image.Image, place: Placement) -> Image.Image:
+        if self._simd:
+            return Image.fromarray(self._simd.resize(image, place.height, place.width))
+        return image.resize((place.width, place.height), self._filter)
 
     def _on_canvas(self, pixels: NDArray[Any], place: Placement) -> NDArray[Any]:
         """Resized pixels (height, width, C), cropped or padded to the output size."""
@@ -337,11 +352,6 @@ def versions() -> dict[str, Any]:
         "pillow_simd": is_simd(),
         "libjpeg": f"{'libjpeg-turbo' if turbo else 'libjpeg'} {jpeg}",
     }
-
-
-def is_simd() -> bool:
-    """Whether the imported PIL is Pillow-SIMD, whose versions are those of Pillow with the suffix `.postN`."""
-    return ".post" in PIL.__version__
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

@@ -137,6 +137,7 @@ class Task:
         isolated: isolation mode: batches have one item each, and the worker reports each item before it decodes it.
         skipped: in isolation mode, items that are rejected without being decoded: code and detail by index.
         fence: the lock under which the worker writes.
+        drop_cache: whether the page cache drops shards as they reach the disk.
     """
 
     out: str
@@ -147,3 +148,4 @@ class Task:
     isolated: bool = False
     skipped: Mapping[int, tuple[Code, str]] = field(default_factory=dict)
     fence: Fence | None = None
+    drop_cache: bool = False

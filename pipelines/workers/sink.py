@@ -89,6 +89,7 @@ class ShardSink:
         provenance: stored in every commit record.
         allocate: allocates a row buffer of a given shape; a few buffers are allocated and reused.
         tuning: rows per buffer, and how many shards may be open.
+        drop_cache: whether the page cache drops shards as they reach the disk.
 
     Attributes:
         seconds: how long the threads were busy with each stage, by its name.
@@ -101,11 +102,14 @@ class ShardSink:
         provenance: dict[str, Any],
         allocate: Callable[[tuple[int, ...]], NDArray[Any]],
         tuning: Tuning,
+        *,
+        drop_cache: bool = False,
     ) -> None:
         self.seconds = {"transfer": 0.0, "write": 0.0, "check": 0.0, "commit": 0.0}
         self._storage = storage
         self._job = job
         self._provenance = provenance
+        self._drop_cache = drop_cache
         self._free: queue.SimpleQueue[NDArray[Any]] = queue.SimpleQueue()
         for _ in range(tuning.open_shards + _SPARE_BUFFERS):
             self._free.put(allocate((tuning.batch_size, *job.row_shape)))
@@ -166,7 +170,7 @@ class ShardSink:
         parts: list[Rows] = []
         counts = ShardCounts()
         try:
-            with self._storage.explained(name), NpzWriter(temporary) as file:
+            with self._storage.explained(name), NpzWriter(temporary, drop_cache=self._drop_cache) as file:
                 level = self._job.settings.deflate_level
                 file.begin("images", self._job.dtype, self._job.row_shape, deflate_level=level)
                 for rows, images in taken:

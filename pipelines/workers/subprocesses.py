@@ -39,6 +39,7 @@ def start(module: str) -> tuple[subprocess.Popen[bytes], Connection, Output]:
             stderr=subprocess.STDOUT,
             pass_fds=[there.fileno()],
             start_new_session=True,
+            env={"OPENBLAS_NUM_THREADS": "1", **os.environ},  # nothing here uses BLAS, and its threads start slowly
         )
     assert process.stdout is not None
     return process, here, Output(process.stdout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import resource
 import sys
@@ -80,7 +79,7 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
         provenance = provenance_of(decoder, job)
         require_provenance(task.provenance, provenance)
         seconds = {"read": 0.0, "decode": 0.0, "normalize": 0.0}
-        sink = ShardSink(storage, job, provenance, normalizer.allocate, task.tuning)
+        sink = ShardSink(storage, job, provenance, normalizer.allocate, task.tuning, drop_cache=task.drop_cache)
         stack.enter_context(decoder)
         stack.enter_context(sink)
         check = _spot_check(task, decoder)
@@ -282,8 +281,11 @@ def _explained(task: Task) -> Iterator[None]:
 
 def provenance_of(decoder: Decoder, job: Job) -> dict[str, Any]:
     """What decides the bytes of shards besides the settings: the decoder and the compression library."""
-    deflater = {} if job.settings.deflate_level is None else {"isal": importlib.metadata.version("isal")}
-    return {**decoder.provenance(), **deflater}
+    if job.settings.deflate_level is None:
+        return decoder.provenance()
+    from importlib.metadata import version  # takes its time to load
+
+    return {**decoder.provenance(), "isal": version("isal")}
 
 
 def _pulse() -> Pulse:

@@ -249,9 +249,9 @@ def power_loss(calls: list[dict[str, Any]], at: int) -> None:
     written: set[str] = set()
     for number, call in enumerate(calls):
         name, path = call["call"], call["path"]
-        if number == at and name not in ("write", "pwrite"):
+        if number == at and name not in ("write", "pwrite", "pwritev"):
             continue  # it was not made
-        if name in ("write", "pwrite", "ftruncate"):
+        if name in ("write", "pwrite", "pwritev", "ftruncate"):
             written.add(path)
         elif name == "fsync":
             written.discard(path)

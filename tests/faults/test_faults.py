@@ -52,7 +52,7 @@ def test_every_file_is_flushed_before_it_gets_its_name_and_its_folder_afterwards
     published = set()
     for call in calls:
         path, to = call["path"], call.get("to")
-        if call["call"] in ("write", "pwrite", "ftruncate"):
+        if call["call"] in ("write", "pwrite", "pwritev", "ftruncate"):
             unflushed.add(path)
         elif call["call"] == "fsync":
             unflushed.discard(path)

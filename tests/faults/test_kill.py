@@ -156,11 +156,13 @@ print(moment)
 
 
 @pytest.mark.parametrize("open_shards", [1, 3])
-@pytest.mark.parametrize(("call", "step"), [("link", 1), ("fsync", 5), ("pwrite", 13)])
+@pytest.mark.parametrize(("call", "step"), [("link", 1), ("fsync", 5), ("pwrite", 13), ("pwritev", 13)])
 def test_a_build_that_is_killed_before_a_system_call_goes_on_to_the_same_output(
     src: Path, tmp_path: Path, call: str, step: int, open_shards: int
 ) -> None:
-    config = SETTINGS.model_copy(update={"limit": 6, "open_shards": open_shards, "batch_size": 1})
+    page_cache = "drop" if call == "pwritev" else "keep"
+    update = {"limit": 6, "open_shards": open_shards, "batch_size": 1, "page_cache": page_cache}
+    config = SETTINGS.model_copy(update=update)
     last = int(
         python("-c", KILLED_AT_EACH, call, str(step), src, tmp_path, config.model_dump_json()).stdout
     )  # the moment that never came: this one is undisturbed

@@ -29,7 +29,7 @@ KEEP = os.environ.get("FAULTS_KEEP", "")
 AT, _, ABOUT = os.environ.get("FAULTS_AT", "-1").partition(" ")
 KIND = os.environ.get("FAULTS_KIND", "kill")
 HOST = os.environ.get("FAULTS_HOST", "")
-NAMES = ("open", "write", "pwrite", "fsync", "rename", "link", "unlink", "rmdir", "mkdir", "ftruncate")
+NAMES = ("open", "write", "pwrite", "pwritev", "fsync", "rename", "link", "unlink", "rmdir", "mkdir", "ftruncate")
 CALLS = os.environ.get("FAULTS_CALLS", "").split() or NAMES
 REQUESTS = ("put_object", "delete_object", "create_multipart_upload", "complete_multipart_upload")
 real_flock = fcntl.flock
@@ -102,9 +102,10 @@ def faulty(call: str):  # type: ignore[no-untyped-def]
         number = noted(call, path, **more)
         now = is_now(number, call, f"{path} {more.get('to', '')}")
         if now and KIND == "kill":
-            if call in ("write", "pwrite"):
-                data = memoryview(args[1]).cast("B")
-                real[call](args[0], data[: len(data) // 2], *args[2:])
+            if call in ("write", "pwrite", "pwritev"):
+                data = memoryview(args[1][0] if call == "pwritev" else args[1]).cast("B")
+                half = data[: len(data) // 2]
+                real[call](args[0], [half] if call == "pwritev" else half, *args[2:])
             signal_all(signal.SIGKILL)
         if now and KIND == "stop":
             signal_all(signal.SIGSTOP)
