@@ -99,7 +99,15 @@ ROOMS = {
     ),
     "builder": (
         "errors config storage machine sources preprocess dataset workers audit",
-        ["builder pace schedulers headers watch", "parts", "planning", "report estimate", "run", "build maintenance"],
+        [
+            "builder pace schedulers headers watch",
+            "parts",
+            "planning",
+            "inspection report",
+            "short_run",
+            "estimate run",
+            "build maintenance",
+        ],
     ),
     "bench": (
         "errors config storage machine npz sources preprocess dataset workers readers audit builder",

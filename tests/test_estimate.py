@@ -215,7 +215,7 @@ def test_a_measured_run_leaves_nothing_behind_and_takes_rejects_as_they_are(
 def test_a_measured_run_ends_when_its_time_is_over(
     tree: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.builder.estimate._MEASURED_SHARD_BYTES", 1)
+    monkeypatch.setattr("gpu_npz.builder.short_run._MEASURED_SHARD_BYTES", 1)
     found = estimate(tree, BuildConfig(**CPU, batch_size=2), seconds=1e-9)
     assert found.measured is not None
     assert found.measured.items == 2
@@ -225,7 +225,7 @@ def test_a_measured_run_ends_when_its_time_is_over(
 def test_a_measured_run_takes_room_for_a_few_shards_only(
     tree: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_npz.builder.estimate._MEASURED_SHARD_BYTES", 1)
+    monkeypatch.setattr("gpu_npz.builder.short_run._MEASURED_SHARD_BYTES", 1)
     most = 0
 
     def count(stage: str, done: float, total: float | None) -> None:
@@ -242,7 +242,7 @@ def test_a_run_that_cannot_be_measured_is_told_and_the_rest_stands(
     def full(*given: Any, **named: Any) -> None:
         raise StorageError("no space left on device")
 
-    monkeypatch.setattr("gpu_npz.builder.estimate.Job.create", full)
+    monkeypatch.setattr("gpu_npz.builder.short_run.Job.create", full)
     found = estimate(tree, BuildConfig(**CPU))
     assert (found.measured, found.duration_s, found.items) == (None, None, 40)
     assert "the duration is not known: no space left on device; --folder DIR measures elsewhere" in found.warnings

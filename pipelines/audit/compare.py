@@ -99,12 +99,12 @@ def compare(
     manifest = Manifest.load(storage.root)
     index = open_index(storage, manifest)
     found, config = originals(storage, manifest, source), manifest.config
-    choice = choose(_asked(manifest, storage), inspect())
+    choice = choose(_settings_of(manifest, storage), inspect())
     height, width = manifest.images.size
     row_bytes = height * width * config.channel_count
     tuning = Tuning.of(BuildConfig(), choice, row_bytes=row_bytes, shard_rows=count, shards=1)
     rows = _rows(index, count, seed)
-    seen = _Seen(manifest)
+    seen = _Findings(manifest)
     geometry = Geometry.of(config, (height, width))
     with make_decoder(choice.backend, config, geometry, found.source, tuning=tuning, gpu=choice.gpu) as decoder:
         provenance = decoder.provenance()
@@ -112,7 +112,7 @@ def compare(
         known = {"resizer": None, **provenance}
         same = all(known.items() <= {"resizer": None, **made}.items() for made in manifest.environments)
         exact = same and (not choice.gpus or config.reproducible)
-        waiting: deque[_Stored] = deque()
+        waiting: deque[_BatchRows] = deque()
         done = 0
         for decoded in decoder.decode(
             _batches(storage, manifest, found, index, rows, tuning.batch_size, waiting, seen)
@@ -133,7 +133,7 @@ def compare(
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _BatchRows:
     """Where the rows of a batch are: their shard, and their places in it and in the dataset."""
 
     reader: NpzReader
@@ -142,7 +142,7 @@ class _Stored:
     rows: list[int]
 
 
-class _Seen:
+class _Findings:
     """What the comparison has found so far."""
 
     def __init__(self, manifest: Manifest) -> None:
@@ -163,7 +163,7 @@ class _Seen:
         more = [Problem(MANIFEST, f"{self._more} more problems like these")] if self._more else []
         return (*self._problems, *more)
 
-    def add(self, decoded: DecodedBatch, stored: _Stored, *, exact: bool) -> None:
+    def add(self, decoded: DecodedBatch, stored: _BatchRows, *, exact: bool) -> None:
         """Compares a batch with its rows."""
         rejects = {reject.index: reject for reject in decoded.rejects}
         pixels = on_host(decoded.pixels)
@@ -205,7 +205,7 @@ class _Seen:
         return None
 
 
-def _asked(manifest: Manifest, storage: Storage) -> BuildConfig:
+def _settings_of(manifest: Manifest, storage: Storage) -> BuildConfig:
     """Settings that ask for the backend of the build."""
     made = next(iter(manifest.environments), {})
     if made.get("backend") not in ("pillow", "dali"):
@@ -233,8 +233,8 @@ def _batches(
     index: NpzReader,
     rows: NDArray[np.int64],
     batch_size: int,
-    waiting: deque[_Stored],
-    seen: _Seen,
+    waiting: deque[_BatchRows],
+    seen: _Findings,
 ) -> Iterator[Batch]:
     """The items of the rows, shard by shard; where each batch is stored goes to `waiting`."""
     ends = np.cumsum(index["shard_rows"])
@@ -257,5 +257,5 @@ def _batches(
             some = mine[at : at + batch_size].tolist()
             places = [row - start for row in some]
             items = [found.item(int(reader["index"][place]), str(reader["paths"][place])) for place in places]
-            waiting.append(_Stored(reader, name, places, some))
+            waiting.append(_BatchRows(reader, name, places, some))
             yield Batch(shard, items, at + batch_size >= len(mine))

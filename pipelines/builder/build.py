@@ -79,7 +79,7 @@ def _build(
             with contextlib.ExitStack() as planning:
                 planning.enter_context(storage.lock(wait_s=PLAN_WAIT_S if part else 0.0))
 
-                def told(event: Started | Measuring | Event) -> None:
+                def on_event(event: Started | Measuring | Event) -> None:
                     nonlocal untried
                     untried = untried and isinstance(event, Started)
                     if progress:
@@ -87,14 +87,14 @@ def _build(
 
                 if not part:
                     require_no_parts(storage)
-                job, untried = planned(storage, source, config, told, part=part, beside=beside)
+                job, untried = planned(storage, source, config, on_event, part=part, beside=beside)
                 if part:
                     log.warning("building part %s (%s)", part, part.origin)
                     stack.enter_context(storage.lock(part.lock))
                 else:
                     stack.push(planning.pop_all())
 
-            return run(storage, job, source, config, told, start=start, part=part)
+            return run(storage, job, source, config, on_event, start=start, part=part)
     except GpuNpzError:
         if untried:
             withdraw(storage)
@@ -130,8 +130,8 @@ def build_split(
     if (whole := open_storage(out)).size(JOB) is not None:
         withdraw(whole)  # a build without --split has got no further than its plan
     for side, storage in places(src, out, config).items():
-        told = functools.partial(progress, side) if progress else None
-        reports[side] = _build(src, storage.root, config.sides[side], told, first)
+        on_event = functools.partial(progress, side) if progress else None
+        reports[side] = _build(src, storage.root, config.sides[side], on_event, first)
         if first is None:
             first = Job.open(storage)
             if config.normalize == "dataset":

@@ -38,7 +38,7 @@ _DEADLY = ("crashed", "timed-out")  # what to try in a worker of its own
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class RepairResult:
     """What retry or repair did: the shards that were built again, and the build's report; None if there was nothing."""
 
     shards: tuple[int, ...]
@@ -89,7 +89,7 @@ def retry(
     *,
     source: str | os.PathLike[str] | None = None,
     progress: OnEvent | None = None,
-) -> Rebuilt:
+) -> RepairResult:
     """Tries the rejected items again, whose files may have been mended, and builds the shards anew that change.
 
     Args:
@@ -115,7 +115,7 @@ def retry(
         usable |= {*tried} - {reject.index for reject in _rejects(job, images, settings, tried)}
         shards = sorted({index // job.plan.shard_rows for index in usable})
         if not shards:
-            return Rebuilt((), None)
+            return RepairResult((), None)
         _require_rows(job, images, settings, [records[shard] for shard in shards], len(rejected) - len(usable))
         return _rebuild(storage, job, images, settings, shards, progress)
 
@@ -127,7 +127,7 @@ def repair(
     source: str | os.PathLike[str] | None = None,
     progress: OnEvent | None = None,
     checked: Callable[[int, int], None] | None = None,
-) -> Rebuilt:
+) -> RepairResult:
     """Verifies a dataset and builds the shards anew that are damaged or missing, and what is written at the end.
 
     Args:
@@ -147,7 +147,7 @@ def repair(
         except FormatError as exc:
             problems = (Problem(MANIFEST, str(exc)),)
         if not problems:
-            return Rebuilt((), None)
+            return RepairResult((), None)
         damaged = {problem.file for problem in problems}
         shards = job.plan.shard_count
         bad = [shard for shard in range(shards) if shard_name(shard, shards) in damaged]
@@ -253,7 +253,7 @@ def _rebuild(
     config: BuildConfig,
     shards: Sequence[int],
     progress: OnEvent | None,
-) -> Rebuilt:
+) -> RepairResult:
     start = time.perf_counter()
     _require_decoder(job, source, config, committed(storage, job))
     if storage.size(MANIFEST) is not None:  # its rejects were accepted once
@@ -262,4 +262,4 @@ def _rebuild(
         storage.remove(name)
     for shard in shards:
         storage.remove(commit_name(shard, job.plan.shard_count))
-    return Rebuilt(tuple(shards), run(storage, job, source, config, progress or (lambda _: None), start=start))
+    return RepairResult(tuple(shards), run(storage, job, source, config, progress or (lambda _: None), start=start))

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ..config import BuildConfig
-from ..sources.dicom_frames import FRAME_NAMES, blamed_on_its_end, frames_of, read_dicom, require_attributes
+from ..sources.dicom_frames import FRAME_NAMES, blamed_on_truncation, frames_of, read_dicom, require_attributes
 from ..sources.rejects import BadItem
 from .jpeg import read_header
 
@@ -62,7 +62,7 @@ def size_of(data: bytes) -> tuple[int, int]:
         Exception: whatever pydicom raises for a damaged file.
     """
     header = read_dicom(io.BytesIO(data), ["Rows", "Columns"])
-    with blamed_on_its_end(header):
+    with blamed_on_truncation(header):
         require_attributes(header, "Rows", "Columns")
         return int(header.Rows), int(header.Columns)
 
@@ -81,7 +81,7 @@ class DicomFile:
 
     def __init__(self, data: bytes) -> None:
         self._file = file = read_dicom(io.BytesIO(data), _NAMES, pixels=True)
-        with blamed_on_its_end(file):
+        with blamed_on_truncation(file):
             require_attributes(file, "Rows", "Columns", "PhotometricInterpretation")
             self.size = int(file.Rows), int(file.Columns)
             self.frames = frames_of(file, len(data))
@@ -101,7 +101,7 @@ class DicomFile:
         """
         if not any(name in self._file for name in _PIXELS[:3]):
             raise BadItem("decode", "truncated", "a DICOM file that ends before its PixelData")
-        with blamed_on_its_end(self._file):
+        with blamed_on_truncation(self._file):
             _check_frame(self._file, frame, self.frames)
             return _levels(self._file, frame, config)
 

@@ -89,7 +89,7 @@ def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) ->
 
 
 @contextlib.contextmanager
-def blamed_on_its_end(header: Any) -> Iterator[None]:
+def blamed_on_truncation(header: Any) -> Iterator[None]:
     """Raises errors from its body as a BadItem, if the file is truncated."""
     try:
         yield
@@ -131,7 +131,7 @@ def frame_count(file: bytes | str | os.PathLike[str] | BinaryIO) -> int:
             # pydicom warns of each odd value without naming the file; real problems become rejects.
             warnings.filterwarnings("ignore", module=r"pydicom\.")
             header = read_dicom(source, FRAME_NAMES)
-        with blamed_on_its_end(header):
+        with blamed_on_truncation(header):
             return frames_of(header, source.seek(0, os.SEEK_END))
     except (BackendError, BadItem, MemoryError):
         raise

@@ -96,14 +96,14 @@ class ObjectStorage:
     def size(self, name: str) -> int | None:
         """The size of a file in bytes; None if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
-            info = self._asked(name, lambda: self._files.info(self._at(name)))
+            info = self._ask(name, lambda: self._files.info(self._at(name)))
             return int(info["size"]) if info["type"] == "file" else None
         return None
 
     def read(self, name: str) -> bytes | None:
         """The content of a small file; None if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
-            return bytes(self._asked(name, lambda: self._files.cat_file(self._at(name))))
+            return bytes(self._ask(name, lambda: self._files.cat_file(self._at(name))))
         return None
 
     @contextlib.contextmanager
@@ -111,7 +111,7 @@ class ObjectStorage:
         """The path of a local copy of a file, valid in the body. Raises FileNotFoundError if it does not exist."""
         copy = self.temporary(name)
         try:
-            self._asked(name, lambda: self._files.get_file(self._at(name), copy))
+            self._ask(name, lambda: self._files.get_file(self._at(name), copy))
             yield copy
         except FileNotFoundError as exc:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path(name)) from exc
@@ -122,7 +122,7 @@ class ObjectStorage:
         """The names of files and folders in a folder, sorted; empty if the folder does not exist."""
         start = f"{self._at(folder)}/"
         with contextlib.suppress(FileNotFoundError):
-            found = self._asked(folder, lambda: self._files.ls(self._at(folder), detail=False))
+            found = self._ask(folder, lambda: self._files.ls(self._at(folder), detail=False))
             below = {name.rstrip("/").removeprefix(start) for name in found if name.startswith(start)}
             return sorted(below - {""})
         return []
@@ -190,7 +190,7 @@ class ObjectStorage:
         try:
             self.require_held()
         except LockedError:
-            self._asked(name, lambda: self._clear(name, lambda: self._is_ours(name)))
+            self._ask(name, lambda: self._clear(name, lambda: self._is_ours(name)))
             raise
 
     def discard(self, temporary: str) -> None:
@@ -201,7 +201,7 @@ class ObjectStorage:
     def remove(self, name: str) -> None:
         """Removes a file if it exists. A folder disappears with its last file."""
         if self._fences:
-            self._asked(name, lambda: self._displace(name))
+            self._ask(name, lambda: self._displace(name))
             self.require_held()
         else:
             self.delete(name)
@@ -360,9 +360,9 @@ class ObjectStorage:
         """Removes a file if it exists and, if given, has this content, without checking the locks."""
         if content is None:
             with contextlib.suppress(FileNotFoundError):
-                self._asked(name, lambda: self._files.rm_file(self._at(name)))
+                self._ask(name, lambda: self._files.rm_file(self._at(name)))
         else:
-            self._asked(name, lambda: self._clear(name, lambda: bool(self._files.cat_file(self._at(name)) == content)))
+            self._ask(name, lambda: self._clear(name, lambda: bool(self._files.cat_file(self._at(name)) == content)))
 
     def _at(self, name: str) -> str:
         return f"{self._key}/{name}" if name else self._key
@@ -383,11 +383,11 @@ class ObjectStorage:
 
     def _written(self, name: str, action: Callable[[], Answer]) -> Answer:
         try:
-            return self._asked(name, action)
+            return self._ask(name, action)
         except FileNotFoundError as exc:
             raise self._error(name, exc, "the bucket does not exist; make it, or give another OUT") from exc
 
-    def _asked(self, name: str, action: Callable[[], Answer]) -> Answer:
+    def _ask(self, name: str, action: Callable[[], Answer]) -> Answer:
         """The result of a request, with retries. FileNotFoundError counts as a result."""
         attempts = itertools.count(2)
 

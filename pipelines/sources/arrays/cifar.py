@@ -82,7 +82,7 @@ def read_cifar(folder: str | os.PathLike[str], part: Literal["train", "test"] = 
     """
     names = class_names(folder)
     found = [read_batch(folder, file, len(names)) for file in parts(folder)[part]]
-    pixels = np.concatenate([interleaved(batch.data) for batch in found])
+    pixels = np.concatenate([channels_last(batch.data) for batch in found])
     return Cifar(pixels, np.concatenate([batch.labels for batch in found]), names)
 
 
@@ -115,7 +115,7 @@ def read_batch(folder: str | os.PathLike[str], name: str, classes: int, *, coars
     return CifarBatch(name, data, raw.find(data), np.array(labels, np.int64))
 
 
-def interleaved(data: bytes) -> NDArray[np.uint8]:
+def channels_last(data: bytes) -> NDArray[np.uint8]:
     """`CifarBatch.data`, or the part of some images, as uint8 (N, 32, 32, 3), RGB."""
     planes = np.frombuffer(data, np.uint8).reshape(-1, 3, SIDE, SIDE)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
@@ -251,7 +251,7 @@ class CifarSource(LabelledSource[_CifarListing]):
     def read(self, item: Item) -> bytes:
         """The image as a PPM, 32 x 32. Raises OSError or BadItem as `read_piece`."""
         number, offset = place_of(item, 2)
-        return encoded(interleaved(read_piece(self._files, number, offset, ROW_BYTES))[0])
+        return encoded(channels_last(read_piece(self._files, number, offset, ROW_BYTES))[0])
 
     def check(self) -> None:
         """Raises SourceError if a file is gone or no longer readable."""

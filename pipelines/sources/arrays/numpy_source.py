@@ -67,7 +67,7 @@ class NumpySource(LabelledSource[Listing]):
     kind = "numpy"
 
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
-        self._asked, self._classes = _asked(config.labels), classes
+        self._asked, self._classes = _label_spec(config.labels), classes
         path, wanted = location, ""
         if match := re.fullmatch(r"(.+\.npz)/([^/]+)\.npy", location, re.IGNORECASE | re.DOTALL):
             path, wanted = match.groups()
@@ -232,7 +232,7 @@ class NumpySource(LabelledSource[Listing]):
         )
 
 
-def _asked(labels: str | None) -> tuple[str, Kind | None] | None:
+def _label_spec(labels: str | None) -> tuple[str, Kind | None] | None:
     """The array or file that `--labels` names, and the kind given with it."""
     if labels is None:
         return None

@@ -93,8 +93,8 @@ def _in_folders(
             listing, first = TableListing(location, asked, key), (folder, asked)
         if {*asked} != {*first[1]}:
             raise SourceError(
-                f"{location!r}: {name!r} has the labels {_named(first[1])} in {first[0] or '.'!r} and {_named(asked)} "
-                f"in {folder!r}; give all the same"
+                f"{location!r}: {name!r} has the labels {_names_of(first[1])} in {first[0] or '.'!r} and "
+                f"{_names_of(asked)} in {folder!r}; give all the same"
             )
         listing.add(table, column, functools.partial(_in_folder, folder=folder, root=root))
     if listing is None:
@@ -123,5 +123,5 @@ def _in_folder(text: str, folder: str, root: TableRoot) -> bytes:
     return root.path(folder + text) if text not in ("", ".", "..") else relative_path(text, root.root)
 
 
-def _named(columns: LabelSpec) -> str:
+def _names_of(columns: LabelSpec) -> str:
     return ", ".join(repr(name) for name, _ in columns) or "none"
