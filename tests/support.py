@@ -117,8 +117,9 @@ def growth_of(program: str, *arguments: Any) -> tuple[int, str]:
 
 
 def readme_example(line: str) -> str:
-    """The Python block of the README that contains this line."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (Path(__file__).parents[1] / "README.md").read_text(), re.M | re.S)
+    """The Python block of the pages that contains this line."""
+    pages = (Path(__file__).parents[1] / name for name in ("README.md", "pipelines/README.md"))
+    blocks = re.findall(r"^```python\n(.*?)^```", "\n".join(page.read_text() for page in pages), re.M | re.S)
     (block,) = (block for block in blocks if line in block.splitlines())
     return block
 

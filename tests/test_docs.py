@@ -1,4 +1,4 @@
-"""The README says what the program does: every command, every option, every exit code."""
+"""The pages say what the program does: every command and every option; and the README stays short."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import click
 from gpu_npz.cli.main import COMMANDS
 from gpu_npz.config import BuildConfig
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+OPTIONS = ROOT / "cli" / "README.md"
+PAGES = [README, OPTIONS, ROOT / "pipelines" / "README.md", ROOT / "docker" / "README.md"]
 
 
 def commands() -> dict[str, click.Command]:
@@ -26,7 +29,7 @@ def commands() -> dict[str, click.Command]:
 
 
 def table() -> list[str]:
-    """The rows of the README's table of commands and options."""
+    """The rows of the table of commands and options."""
     rows = []
     for name, command in commands().items():
         context = click.Context(command)
@@ -52,15 +55,15 @@ def row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def test_the_table_in_the_readme_lists_every_command_and_option_as_the_program_has_them() -> None:
-    lines = README.read_text().splitlines()
+def test_the_table_lists_every_command_and_option_as_the_program_has_them() -> None:
+    lines = OPTIONS.read_text().splitlines()
     start = lines.index("| command or option | what it does |") + 2
-    stop = next(number for number in range(start, len(lines)) if not lines[number].startswith("|"))
-    assert lines[start:stop] == table(), "replace the table's rows by:\n" + "\n".join(table())
+    assert [line for line in lines[start:] if line.startswith("|")] == table(), "replace the table's rows by:\n" + "\n".join(table())
 
 
-def test_every_command_that_the_readme_shows_exists() -> None:
-    shown = set(re.findall(r"(?:^ *|`|bin/|&& )gpu-npz ((?:bench )?[a-z]+)\b", README.read_text(), re.MULTILINE))
+def test_every_command_that_a_page_shows_exists() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    shown = set(re.findall(r"(?:^ *|`|bin/|&& )gpu-npz ((?:bench )?[a-z]+)\b", text, re.MULTILINE))
     assert shown
     assert shown <= set(commands())
 
@@ -69,3 +72,27 @@ def test_the_readme_has_the_two_commands_on_one_line_each() -> None:
     text = README.read_text()
     for ending in (r"gpu-npz demo", r"pytest"):
         assert re.search(rf"^python3 -m venv \.venv && \.venv/bin/pip install .*{ending}$", text, re.MULTILINE)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 180
+
+
+def test_every_link_from_one_page_to_another_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), f"{page}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+                assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], target
+
+
+def test_every_option_that_a_page_shows_exists() -> None:
+    known = set(re.findall(r"--[a-z][a-z-]+", "\n".join(table())))
+    ours = re.compile(r"^(?:    |\$ )?(?:\S*bin/)?gpu-npz .*$", re.MULTILINE)
+    others = {"--image-size", "--img-size", "--jobs", "--num-workers"}
+    for page in PAGES:
+        for line in ours.findall(page.read_text()):
+            assert set(re.findall(r"(?<= )--[a-z][a-z-]+", line.partition("#")[0])) <= known | others, line
