@@ -58,7 +58,8 @@ def row(*cells: str) -> str:
 def test_the_table_lists_every_command_and_option_as_the_program_has_them() -> None:
     lines = OPTIONS.read_text().splitlines()
     start = lines.index("| command or option | what it does |") + 2
-    assert [line for line in lines[start:] if line.startswith("|")] == table(), "replace the table's rows by:\n" + "\n".join(table())
+    rows = [line for line in lines[start:] if line.startswith("|")]
+    assert rows == table(), "replace the table's rows by:\n" + "\n".join(table())
 
 
 def test_every_command_that_a_page_shows_exists() -> None:
