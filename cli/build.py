@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from gpu_npz.builder.build import build, build_split
 from gpu_npz.builder.planning import Measuring
 from gpu_npz.builder.report import BuildReport, Started
-from gpu_npz.cli.console import errors, print_json, printable, show_warnings
+from gpu_npz.cli.console import counted, errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import ConfigCommand, config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.layout import REPORT
@@ -80,9 +80,9 @@ def summary(report: BuildReport) -> str:
     columns = report.label_columns
     labels = f"labels {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
     labels = f" ({printable(labels)})" if report.classes is None else f" of {report.classes} classes"
-    shards = f"{report.shards} shards, {format_bytes(report.dataset_bytes)}"
+    shards = f"{counted(report.shards, 'shard')}, {format_bytes(report.dataset_bytes)}"
     lines = [
-        f"{printable(report.out)}: {report.rows} images{labels} in {shards}",
+        f"{printable(report.out)}: {counted(report.rows, 'image')}{labels} in {shards}",
         f"  rejects     {_rejects(report)}",
     ]
     if report.missing_shards:
@@ -91,7 +91,7 @@ def summary(report: BuildReport) -> str:
     if not report.built_shards:
         return "\n".join([*lines, f"  {'complete; ' if report.complete else ''}nothing was left to build"])
     tuning, place = report.tuning, "GPU" if report.device == "cuda" else "CPU"
-    workers = f"{tuning.workers} worker(s)" if tuning.workers else "no worker but itself"
+    workers = counted(tuning.workers, "worker") if tuning.workers else "no worker but itself"
     gpu_memory = f", {format_bytes(report.gpu_memory_bytes)} on its GPU" if report.gpu_memory_bytes else ""
     around = f"(start-up {report.startup_seconds:.1f} s, teardown {report.teardown_seconds:.1f} s)"
     rate = f"{report.images_per_second:.0f} images/s {around}"

@@ -40,6 +40,11 @@ def print_json(value: dict[str, Any] | list[Any]) -> None:
     click.echo(json.dumps(value, indent=1))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: `1 shard`, `2 shards`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def printable(text: str, keep: str = "") -> str:
     """Text from files as a terminal may have it: control characters, and bytes that are no UTF-8, appear as escapes.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from gpu_npz.cli.build import summary
-from gpu_npz.cli.console import show_warnings
+from gpu_npz.cli.console import counted, show_warnings
 from gpu_npz.errors import UsageError
 
 _SETTINGS = {"dtype": "uint8", "shard_size": "128", "shuffle": 0, "max_rejects": "10%"}
@@ -50,7 +50,9 @@ def command(folder: str, images: int) -> int:
         click.echo(f"     {reject['path']}: {reject['code']} ({reject['detail']})")
     click.echo(f"3. gpu-npz verify {shlex.quote(str(out))}")
     result = verify(out)
-    click.echo(f"   {result.rows} rows in {result.shards} shards: {'whole' if result.ok else 'NOT whole'}")
+    click.echo(
+        f"   {counted(result.rows, 'row')} in {counted(result.shards, 'shard')}: {'OK' if result.ok else 'DAMAGED'}"
+    )
     data = open_dataset(out)
     assert data.labels is not None
     assert data.class_names is not None

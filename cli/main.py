@@ -13,13 +13,13 @@ from gpu_npz.errors import GpuNpzError
 
 # Kept here so that `--help` imports none of the commands.
 COMMANDS = {
-    "build": "Build NPZ shards from images, or go on with a build that was stopped.",
+    "build": "Build NPZ shards from images, or resume a build that was stopped.",
     "plan": "Say what a build would do and take, before a long job.",
     "info": "Say what a dataset is, or how far its build has come.",
     "verify": "Read a whole dataset and compare it with its manifest.",
     "stats": "Say what the pixels of images or of a dataset are like: mean, std, histograms, classes.",
     "preview": "Draw a contact sheet of a dataset, or of its rejects.",
-    "retry": "Try the rejects of a dataset again, after their files were mended.",
+    "retry": "Try the rejects of a dataset again, after their files were fixed.",
     "finalize": "Finish a dataset that was built in parts.",
     "parity": "Say how far two decoders differ on the same images.",
     "doctor": "Say what this machine can use, and how to get the rest.",
@@ -95,6 +95,6 @@ def _printable(error: Exception) -> str:
 
 def _stopped(code: int, arguments: list[str]) -> int:
     leave_at_once()
-    hint = "; what is committed stays, the same command goes on from there" if arguments[:1] == ["build"] else ""
+    hint = "; what is committed stays, the same command resumes" if arguments[:1] == ["build"] else ""
     click.echo(f"gpu-npz: stopped{hint}", err=True)
     return code

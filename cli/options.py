@@ -12,7 +12,7 @@ from gpu_npz.cli.console import errors
 from gpu_npz.config import BuildConfig, Group, group_of, load_toml, settings_of
 from gpu_npz.presets import settings_of_preset
 
-# What may differ from the build when rejects are tried again or shards built anew.
+# What may differ from the build when rejects are tried again or shards rebuilt.
 _NOT = {"classes_from", "part", "overwrite", "source", "root", "follow_links"}
 OPERATIONAL = [name for name in (*settings_of("environment"), *settings_of("operational")) if name not in _NOT]
 

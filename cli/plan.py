@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import Progress
 
-from gpu_npz.cli.console import errors, print_json, printable, show_warnings
+from gpu_npz.cli.console import counted, errors, print_json, printable, show_warnings
 from gpu_npz.cli.options import ConfigCommand, config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.space import format_bytes
@@ -68,9 +68,11 @@ def command(
 def _lines(found: Estimate) -> list[str]:
     tuning = found.tuning
     free = "" if found.free_bytes is None else f", {format_bytes(found.free_bytes)} free"
-    workers = f"{tuning.workers} worker(s)" if tuning.workers else "no worker but itself"
+    workers = counted(tuning.workers, "worker") if tuning.workers else "no worker but itself"
     shape = f"{found.image_size[0]} x {found.image_size[1]}"
-    shards = f"{found.shards} shard(s) of up to {found.shard_rows} rows, {format_bytes(found.output_bytes)}{free}"
+    shards = (
+        f"{counted(found.shards, 'shard')} of up to {found.shard_rows} rows, {format_bytes(found.output_bytes)}{free}"
+    )
     lines = [
         f"{printable(found.source)}: {found.items} items{_classes(found)}",
         *_labels(found),
@@ -78,8 +80,8 @@ def _lines(found: Estimate) -> list[str]:
         *_sampled(found.sample, found.items),
         f"  output      images of {shape}, {format_bytes(found.row_bytes)} each; {shards}",
         f"  with        {found.backend} on the {'GPU' if found.device == 'cuda' else 'CPU'}, {workers}, "
-        f"batches of {tuning.batch_size}, {tuning.open_shards} open shard(s) a worker",
-        f"  memory      about {format_bytes(found.worker_memory_bytes)} a worker, "
+        f"batches of {tuning.batch_size}, {counted(tuning.open_shards, 'open shard')} per worker",
+        f"  memory      about {format_bytes(found.worker_memory_bytes)} per worker, "
         f"{format_bytes(found.memory_bytes)} in all",
     ]
     if found.measured and found.measured.gpu_memory_bytes:

@@ -8,7 +8,7 @@ import click
 
 from gpu_npz.builder.maintenance import retry
 from gpu_npz.cli.build import Bar, summary
-from gpu_npz.cli.console import print_json, printable, show_warnings
+from gpu_npz.cli.console import counted, print_json, printable, show_warnings
 from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
 
 
@@ -18,7 +18,7 @@ from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
 @config_options(*OPERATIONAL)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(out: str, source: str | None, as_json: bool, **given: Any) -> None:
-    """Try the rejects of OUT again after their files were mended, and build only the shards anew that change."""
+    """Try the rejects of OUT again after their files were fixed, and rebuild only the shards that change."""
     show_warnings()
     with Bar(hidden=as_json) as bar:
         result = retry(out, read_config(None, given), source=source, progress=bar)
@@ -27,4 +27,4 @@ def command(out: str, source: str | None, as_json: bool, **given: Any) -> None:
     elif result.report is None:
         click.echo(f"{printable(out)}: no reject can be decoded now; nothing was changed")
     else:
-        click.echo(f"{len(result.shards)} shard(s) built anew\n{summary(result.report)}")
+        click.echo(f"{counted(len(result.shards), 'shard')} rebuilt\n{summary(result.report)}")

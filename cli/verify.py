@@ -11,7 +11,7 @@ from rich.progress import Progress
 from gpu_npz.audit.compare import MEAN_LEVELS, Comparison, compare
 from gpu_npz.audit.verify import Problem, Verification, verify
 from gpu_npz.builder.maintenance import repair
-from gpu_npz.cli.console import errors, print_json, printable, show_warnings
+from gpu_npz.cli.console import counted, errors, print_json, printable, show_warnings
 from gpu_npz.cli.datasets import datasets_in
 from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
 from gpu_npz.config import BuildConfig
@@ -22,9 +22,9 @@ from gpu_npz.errors import FormatError, UsageError
 
 @click.command("verify")
 @click.argument("out", metavar="OUT")
-@click.option("--repair", "repairing", is_flag=True, help="Build damaged and missing shards anew; verify again.")
+@click.option("--repair", "repairing", is_flag=True, help="Rebuild damaged and missing shards; verify again.")
 @click.option(
-    "--deep", type=click.IntRange(1), metavar="N", help="Decode N random rows anew from their files; compare."
+    "--deep", type=click.IntRange(1), metavar="N", help="Decode N random rows again from their files; compare."
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="SEED", help="For --deep: which rows.")
 @click.option("--source", metavar="SRC", help="For --repair and --deep: where the images are now, if they have moved.")
@@ -85,15 +85,15 @@ def _verify(
 
 def _show(result: Verification, again: Comparison | None, rebuilt: int | None) -> None:
     if rebuilt is not None:
-        click.echo(f"{rebuilt} shard(s) built anew")
+        click.echo(f"{counted(rebuilt, 'shard')} rebuilt")
     for problem in result.problems:
         click.echo(f"{printable(problem.file)}: {printable(problem.what)}")
     if rebuilt is None and any(problem.file.rpartition("/")[2].startswith("shard-") for problem in result.problems):
-        click.echo("damaged and missing shards are built anew, where the images still are, by: verify OUT --repair")
+        click.echo("damaged and missing shards are rebuilt, where the images still are, by: verify OUT --repair")
     if again is not None:
         click.echo(_compared(again))
-    verdict = "whole" if result.ok else f"NOT whole, {len(result.problems)} problem(s)"
-    content = f"{result.rows} rows in {result.shards} shards, {format_bytes(result.bytes)}"
+    verdict = "OK" if result.ok else f"DAMAGED, {counted(len(result.problems), 'problem')}"
+    content = f"{counted(result.rows, 'row')} in {counted(result.shards, 'shard')}, {format_bytes(result.bytes)}"
     click.echo(f"{printable(result.path)}: {content}: {verdict}")
 
 

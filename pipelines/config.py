@@ -288,7 +288,7 @@ class BuildConfig(BaseModel):
         "OUT|FILE",
     )  # fmt: skip
     source: SourceKind = _setting(
-        "operational", "input", "auto", "The form that SRC has; told by its name and content unless given."
+        "operational", "input", "auto", "The form that SRC has; detected by its name and content unless given."
     )
     root: str | None = _advanced(
         "operational", "input", None,
@@ -411,7 +411,7 @@ class BuildConfig(BaseModel):
         "operational", "output", True, "Refuse to start a build whose output does not fit on OUT's disk."
     )
     overwrite: bool = _setting(
-        "operational", "output", False, "Delete what an earlier build left in OUT and start anew."
+        "operational", "output", False, "Delete what an earlier build left in OUT and start over."
     )
     accept_environment: bool = _advanced(
         "operational", "run", False, "Resume although the decoder, its version or the GPU model has changed."

@@ -341,7 +341,7 @@ def test_under_on_reject_fail_the_first_reject_stops_the_build(pictures: Path, o
     good = (pictures / "b/3.jpg").read_bytes()
     (pictures / "b/3.jpg").write_bytes(good[:-100])
     config = settings(on_reject="fail", shard_size=2, workers=workers)
-    with pytest.raises(RejectedError, match=r"'b/3\.jpg' is rejected at decode: truncated \(.*mend the file") as caught:
+    with pytest.raises(RejectedError, match=r"'b/3\.jpg' is rejected at decode: truncated \(.*fix the file") as caught:
         build(pictures, out, config)
     assert caught.value.exit_code == 1
     assert "shard-00003.npz" not in shards(out)
@@ -502,7 +502,7 @@ def test_another_value_of_an_identity_setting_does_not_resume(mixed: Path, copie
     changed |= {"classes"} if name == "labels" else set()
     assert named == {each.replace("_", "-") for each in changed}
     assert all(re.fullmatch(r"  [a-z-]+: .+ there, .+ asked for", line) for line in lines[1:-1])
-    assert "--overwrite to start anew" in lines[-1]
+    assert "--overwrite to start over" in lines[-1]
     assert contents(copied) == before
 
 

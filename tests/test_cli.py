@@ -121,7 +121,7 @@ def test_a_gpu_that_is_not_there_is_warned_of_on_stderr(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert run(["build", src, out, *SMALL, "--device", "0", *more]) == 0
     captured = capsys.readouterr()
-    assert "gpu-npz: NO GPU IS VISIBLE: building on the CPU with pillow" in captured.err
+    assert "gpu-npz: no GPU found, using the CPU with pillow" in captured.err
     assert "NO GPU" not in captured.out
 
 
@@ -225,7 +225,7 @@ def test_too_many_rejects_are_3_and_a_higher_limit_ends_the_build(
 def test_a_damaged_dataset_is_1_and_named(src: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["build", src, out, *SMALL, "--quiet"]) == 0
     assert run(["verify", out]) == 0
-    assert capsys.readouterr().out.endswith(": whole\n")
+    assert capsys.readouterr().out.endswith(": OK\n")
     with open(f"{out}/shard-00001.npz", "r+b") as file:
         file.seek(5000)
         byte = file.read(1)
@@ -234,7 +234,7 @@ def test_a_damaged_dataset_is_1_and_named(src: str, out: str, capsys: pytest.Cap
     assert run(["verify", out]) == 1
     captured = capsys.readouterr()
     assert "shard-00001.npz: " in captured.out
-    assert "NOT whole, 1 problem(s)" in captured.out
+    assert "DAMAGED, 1 problem" in captured.out
 
 
 # Interruptions
@@ -284,7 +284,7 @@ def test_an_interrupted_build_says_how_to_go_on_and_then_makes_the_same_output(
         stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == code
     assert stdout == ""
-    assert stderr.strip() == "gpu-npz: stopped; what is committed stays, the same command goes on from there"
+    assert stderr.strip() == "gpu-npz: stopped; what is committed stays, the same command resumes"
     assert not [name for name in contents(out) if name.endswith((".tmp", "lock", "dataset.json"))]
     assert run([*command[:-1], "1", "--quiet"]) == 0
     build(src, tmp_path / "undisturbed", BuildConfig(size=16, shard_size=2, workers=0, device="cpu"))
@@ -480,7 +480,7 @@ def test_info_and_stats_show_all_sides_of_a_split(split: str, capsys: pytest.Cap
 
 def test_verify_checks_and_repairs_all_sides_of_a_split(split: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", split, "--deep", "3"]) == 0
-    assert capsys.readouterr().out.count(": whole") == 2
+    assert capsys.readouterr().out.count(": OK") == 2
     os.unlink(f"{split}/val/shard-00000.npz")
     assert run(["verify", split, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

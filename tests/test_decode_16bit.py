@@ -288,7 +288,7 @@ def test_a_gpu_is_left_alone_with_a_warning() -> None:
     machine = Machine(1, 13_000, None, None, None)
     choice = choose(BuildConfig(bit_depth=16), machine)
     assert (choice.backend, choice.device) == ("pillow", "cpu")
-    assert "16 BITS A CHANNEL: decoding on the CPU" in str(choice.warning)
+    assert "decoding on the CPU with pillow, because" in str(choice.warning)
     assert choose(BuildConfig(bit_depth=16, device="cpu"), machine).warning is None
 
 

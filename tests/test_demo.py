@@ -18,7 +18,7 @@ def test_the_demo_makes_builds_and_verifies_and_can_be_run_again(
     said = capsys.readouterr().out
     assert "40 pictures in 10 classes" in said
     assert "1 empty, 1 not-an-image, 2 truncated" in said
-    assert "1 shards: whole" in said
+    assert "1 shard: OK" in said
     assert len(gpu_npz.open_dataset(folder / "dataset")) == 40
     assert run(["demo", str(folder), "--images", "40"]) == 0
     assert "nothing was left to build" in capsys.readouterr().out

@@ -56,7 +56,7 @@ def test_without_a_gpu_a_build_goes_to_the_cpu_with_a_warning(device: str) -> No
     choice = choose(BuildConfig(device=device), LAPTOP)
     assert (choice.backend, choice.gpu, choice.device) == ("pillow", None, "cpu")
     assert choice.warning
-    assert "NO GPU IS VISIBLE: building on the CPU" in choice.warning
+    assert "no GPU found, using the CPU" in choice.warning
 
 
 @pytest.mark.parametrize("part", HALF_READY)
@@ -64,7 +64,7 @@ def test_auto_on_a_gpu_that_lacks_a_part_goes_to_the_cpu_and_says_what_to_instal
     choice = choose(BuildConfig(), HALF_READY[part])
     assert (choice.backend, choice.gpu) == ("pillow", None)
     assert choice.warning
-    assert "THE GPU CANNOT BE USED" in choice.warning
+    assert "the GPU cannot be used" in choice.warning
     assert all(missing.remedy in choice.warning for missing in HALF_READY[part].missing)
 
 
@@ -87,7 +87,7 @@ def test_require_gpu_without_a_gpu_is_an_error(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "known"), [(GPU_NODE, "1 usable GPU.*numbered 0$"), (machine(2), "2 usable GPU.*numbered 0 to 1$")]
+    ("node", "known"), [(GPU_NODE, "one usable GPU, number 0$"), (machine(2), "2 usable GPU.*numbered 0 to 1$")]
 )
 def test_a_gpu_number_that_the_machine_does_not_have_is_a_usage_error(node: Machine, known: str) -> None:
     for device in ("3", "0,3"):
@@ -130,7 +130,7 @@ def test_dali_without_a_gpu_goes_to_dalis_cpu_operators_with_a_warning() -> None
     choice = choose(BuildConfig(backend="dali"), machine(0))
     assert (choice.backend, choice.device) == ("dali", "cpu")
     assert choice.warning
-    assert "building on the CPU with dali" in choice.warning
+    assert "using the CPU with dali" in choice.warning
 
 
 def test_pillow_on_a_gpu_is_a_usage_error() -> None:
@@ -369,7 +369,7 @@ def test_a_gpu_in_bad_surroundings_sends_auto_to_the_cpu_with_a_warning_and_the_
     (fakes, message), out = BAD[bad], tmp_path / "out"
     result = run_with(fakes, "build", make_tree({"a/1.jpg": "jpeg"}), out, "--size", "16")
     assert result.returncode == 0, result.stderr
-    assert "THE GPU CANNOT BE USED: building on the CPU with pillow" in result.stderr
+    assert "the GPU cannot be used, using the CPU with pillow" in result.stderr
     assert message.rstrip() in result.stderr
     assert (out / "dataset.json").exists()
 
@@ -394,7 +394,7 @@ def test_a_gpu_number_beyond_the_last_is_a_usage_error_whatever_else_is_wrong(
 ) -> None:
     result = run_with(bad, "build", make_tree({"a/1.jpg": "jpeg"}), tmp_path / "out", "--device", "3")
     assert result.returncode == 2
-    assert "got 3; this machine has 1 usable GPU(s), numbered 0" in result.stderr
+    assert "got 3; this machine has one usable GPU, number 0" in result.stderr
 
 
 @pretending
@@ -405,7 +405,7 @@ def test_gpus_that_are_hidden_send_a_build_to_the_cpu_and_doctor_says_what_hides
     fakes, out = {"CUDA_VISIBLE_DEVICES": hidden}, tmp_path / "out"
     result = run_with(fakes, "build", make_tree({"a/1.jpg": "jpeg"}), out, "--size", "16", "--device", "0")
     assert result.returncode == 0, result.stderr
-    assert "NO GPU IS VISIBLE: building on the CPU with pillow" in result.stderr
+    assert "no GPU found, using the CPU with pillow" in result.stderr
     assert (out / "dataset.json").exists()
     shown = run_with(fakes, "doctor").stdout
     assert f"none visible, and CUDA_VISIBLE_DEVICES is {hidden!r}" in shown
@@ -523,7 +523,7 @@ def test_what_was_begun_on_the_cpu_goes_on_there_on_a_gpu_node_too(
     monkeypatch.setattr(environment, "inspect", lambda *_: FOUR_GPUS)
     report = build(src, out, asking(device=device))
     assert (report.complete, report.backend, report.device) == (True, "pillow", "cpu")
-    assert ("goes on there, not on GPU 0" in caplog.text) == (device == "0")
+    assert ("continues there, not on GPU 0" in caplog.text) == (device == "0")
 
 
 # Cores

@@ -410,7 +410,7 @@ def test_very_many_shards_are_warned_of(tree: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_missing_gpu_is_warned_of(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert warned(look(tree, device="0"), "NO GPU IS VISIBLE: building on the CPU with pillow")
+    assert warned(look(tree, device="0"), "no GPU found, using the CPU with pillow")
 
 
 # Before a build
@@ -481,7 +481,7 @@ def test_the_command_tells_people_what_matters(tree: Path, tmp_path: Path, capsy
     rows = dict(line.split(None, 1) for line in lines[1:])
     assert list(rows) == ["sample", "sizes", "kinds", "heaviest", "output", "with", "memory", "duration", "warning"]
     assert rows["sample"] == "40 headers, all can be read"
-    assert rows["output"].startswith("images of 32 x 32, 12.3 kB each; 3 shard(s) of up to 16 rows, ")
+    assert rows["output"].startswith("images of 32 x 32, 12.3 kB each; 3 shards of up to 16 rows, ")
     assert "images/s by one worker" in rows["duration"]
     assert not (tmp_path / "out").exists()
 

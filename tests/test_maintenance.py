@@ -1,4 +1,4 @@
-"""Rejects that are tried again and shards that are built anew: only what changes, and the bytes of a fresh build."""
+"""Rejects that are tried again and shards that are rebuilt: only what changes, and the bytes of a fresh build."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_rows_that_would_be_lost_are_kept_unless_so_many_rejects_are_allowed(
     assert repair(out, settings(max_rejects="5")).shards == (3,)
     assert gpu_npz.verify(out).rows == 20
     assert "'b/15.jpg' for one: missing, No such file or directory) could be built before" in caplog.text
-    assert "1 of the shards that were built anew are not what they were, shard-00003.npz for one" in caplog.text
+    assert "1 of the shards that were rebuilt are not what they were, shard-00003.npz for one" in caplog.text
 
 
 def test_the_commands_say_what_they_did(out: Path, src: Path, file_bytes: FileBytes, capsys: Any) -> None:
@@ -167,7 +167,7 @@ def test_the_commands_say_what_they_did(out: Path, src: Path, file_bytes: FileBy
     assert run(["verify", str(out), "--source", str(src)]) == 2
     capsys.readouterr()
     assert run(["verify", str(out), "--repair"]) == 0
-    assert "1 shard(s) built anew" in capsys.readouterr().out
+    assert "1 shard rebuilt" in capsys.readouterr().out
     assert run(["verify", str(out), "--repair", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["repaired_shards"] == []
 

@@ -120,7 +120,7 @@ def test_a_build_by_pillow_names_no_resizer_and_stays_with_pillow(src: Path, out
 
 
 def test_a_build_by_simd_does_not_go_on_without_it(src: Path, out: Path, without_simd: None) -> None:
-    with pytest.raises(BackendError, match=r"pip install 'gpu-npz\[simd\]'"):
+    with pytest.raises(BackendError, match=r"pip install 'cykooz-resizer.*'"):
         build(src, out, settings(resizer="simd"))
     assert not out.exists() or not list(out.iterdir())
 
@@ -129,7 +129,7 @@ def test_a_resume_without_simd_is_refused(src: Path, out: Path, monkeypatch: pyt
     build(src, out, settings())
     (out / "shard-00001.npz").unlink()
     monkeypatch.setattr(resize, "_library", lambda: None)
-    with pytest.raises(BackendError, match=r"(?s)OUT was begun with.*pip install 'gpu-npz\[simd\]'"):
+    with pytest.raises(BackendError, match=r"(?s)OUT was begun with.*pip install 'cykooz-resizer.*'"):
         build(src, out, settings())
 
 
@@ -174,9 +174,9 @@ def test_parity_compares_the_two_resizers(src: Path) -> None:
 def test_it_is_recommended_where_it_is_missing(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
-    assert not any("gpu-npz[simd]" in hint for hint in build(src, out, settings()).hints)
+    assert not any("cykooz-resizer" in hint for hint in build(src, out, settings()).hints)
     shutil.rmtree(out)
     monkeypatch.setattr(resize, "_library", lambda: None)
-    assert any("gpu-npz[simd]" in hint for hint in build(src, out, settings()).hints)
+    assert any("cykooz-resizer" in hint for hint in build(src, out, settings()).hints)
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     assert resize.advice(BuildConfig()) is None or sys.platform == "darwin"

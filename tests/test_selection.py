@@ -456,7 +456,7 @@ def test_sides_are_of_one_listing_or_of_none(tree: Path, tmp_path: Path) -> None
     shutil.rmtree(out / "val")  # as it is where the build was stopped between the two
     picture = next(src.glob("*/*.jpg"))
     more = Path(shutil.copy(picture, picture.with_name("0.jpg")))
-    with pytest.raises(MismatchError, match=r"changed since another side of this split was begun: .* all sides anew"):
+    with pytest.raises(MismatchError, match=r"changed since another side of this split was begun: .* all sides"):
         build_split(src, out, BuildConfig(**SETTINGS))
     assert not (out / "val/.gpu-npz/job.json").exists()
     more.unlink()

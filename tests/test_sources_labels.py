@@ -113,7 +113,7 @@ def test_images_without_a_row_are_counted_and_rows_without_an_image_are_rejects(
     path = table(tmp_path / "l.csv", "path,label", "gone.jpg,1", "2.jpg,2")
     message = refusal(root, labels=str(path))
     assert f"2 of 3 images have no row in '{path}', '1.jpg' for one, relative to SRC, and rows there " in message
-    assert "rows there begin with 'gone.jpg'; add or mend rows, or move the images away" in message
+    assert "rows there begin with 'gone.jpg'; add or fix rows, or move the images away" in message
     table(path, "path,label")
     message = refusal(root, labels=f"{path}:label")
     assert f"3 of 3 images have no row in '{path}', '1.jpg' for one, relative to SRC, and there are no rows" in message

@@ -268,7 +268,7 @@ def test_a_shuffle_over_large_row_groups_warns_once(
         assert not caplog.records
         items(opened(numbers, shuffle=1))
     (record,) = caplog.records
-    assert "--shuffle reads one of them anew for almost every image" in record.getMessage()
+    assert "--shuffle rereads one of them for almost every image" in record.getMessage()
 
 
 # What is refused
@@ -362,7 +362,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 def test_what_is_no_whole_parquet_file_is_refused(numbers: Path, damage: Callable[[bytes], bytes]) -> None:
     numbers.write_bytes(damage(numbers.read_bytes()))
     assert "n.parquet'" in (message := refusal(numbers, source="parquet"))
-    assert any(words in message for words in ("is no whole Parquet file", "it is damaged: get or write it anew"))
+    assert any(words in message for words in ("is no whole Parquet file", "it is damaged: get or write it again"))
 
 
 @pytest.mark.parametrize("seed", range(8))

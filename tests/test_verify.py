@@ -175,7 +175,7 @@ def test_a_build_that_has_not_ended_is_no_damage(out: Path) -> None:
 
 def test_the_command_ends_with_0_for_a_sound_dataset(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(built)]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("whole")
+    assert capsys.readouterr().out.rstrip().endswith("OK")
     assert run(["verify", "--json", str(built)]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(gpu_npz.verify(built).to_json()))
 
@@ -185,7 +185,7 @@ def test_the_command_ends_with_1_and_names_the_file(out: Path, capsys: pytest.Ca
     assert run(["verify", str(out)]) == 1
     shown = capsys.readouterr().out
     assert f"{SHARD}: damaged: the CRC-32 of images does not match" in shown
-    assert "NOT whole, 1 problem(s)" in shown
+    assert "DAMAGED, 1 problem" in shown
     assert run(["verify", "--json", str(out)]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["ok"] is False

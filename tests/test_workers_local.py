@@ -174,7 +174,7 @@ def test_the_last_lines_of_a_worker_that_dies_are_logged_with_the_file(
     last = "\nIt wrote last:\n  Corrupt JPEG data: bad Huffman code\n  terminate called"
     assert len(texts) == 3
     assert all(text.endswith(last) for text in texts)
-    assert "while it decoded 'b/last-words.jpg'; another takes over its 1 shard(s)" in texts[-1]
+    assert "while it decoded 'b/last-words.jpg'; another one takes over its 1 unfinished shards" in texts[-1]
     (message,) = report.messages
     assert (message.text, message.count) == ("Corrupt JPEG data: bad Huffman code", 3)
 

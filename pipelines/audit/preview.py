@@ -188,7 +188,7 @@ def _rejects(storage: Storage, count: int, seed: int) -> tuple[list[list[Tile]],
     """Some rejects, in the order of the plan; and how many more there are."""
     content = storage.read(REJECTS)
     if content is None:
-        raise FormatError(f"{storage.path(REJECTS)!r} is missing; gpu-npz verify --repair writes it anew")
+        raise FormatError(f"{storage.path(REJECTS)!r} is missing; gpu-npz verify --repair rewrites it")
     lines = content.splitlines()
     if not lines:
         raise UsageError(f"no item of {storage.root!r} was rejected; leave --rejects out")

@@ -214,7 +214,7 @@ def _advice(found: Inspection, needed_bytes: int) -> Iterator[str]:
     if expected > config.reject_limit(plan.item_count):
         yield (
             f"{rejects} of {sample.items} sampled items would be rejected, so some {expected} in all; --max-rejects "
-            f"{config.max_rejects} allows {config.reject_limit(plan.item_count)}: mend them, or raise it"
+            f"{config.max_rejects} allows {config.reject_limit(plan.item_count)}: fix them, or raise it"
         )
     if sample.over_max_pixels:
         yield (

@@ -159,7 +159,7 @@ def repair(
         others = [record.shard for record in before if records[record.shard].digest != record.digest]
         if others:
             log.warning(
-                "%d of the shards that were built anew are not what they were, %s for one: files of SRC, or the "
+                "%d of the shards that were rebuilt are not what they were, %s for one: files of SRC, or the "
                 "decoder, have changed since",
                 len(others),
                 shard_name(others[0], shards),
@@ -189,7 +189,7 @@ def _alone(storage: Storage) -> Iterator[None]:
 def _require_rows(
     job: Job, source: Source, config: BuildConfig, records: Sequence[CommitRecord], other_rejects: int
 ) -> None:
-    """Before shards are built anew: of the images that have a row in them, so many may be gone as settings allow.
+    """Before shards are rebuilt: of the images that have a row in them, so many may be gone as settings allow.
 
     Args:
         job, source: what they are built from.

@@ -167,7 +167,7 @@ def _begin(
     if storage.size(MANIFEST) is not None and not config.overwrite:
         raise StorageError(
             f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
-            "or --overwrite to build it anew"
+            "or --overwrite to rebuild it"
         )
     for doubt in warnings(config):
         log.warning("%s", doubt)
@@ -240,7 +240,7 @@ def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source:
         raise MismatchError(
             f"{source.location!r} has changed since another side of this split was begun: {len(there['name_ends'])} "
             f"items, {shown_classes(names)}, then; {len(arrays['name_ends'])} items, "
-            f"{shown_classes(source.class_names)}, now. Restore it and run the same command, or build all sides anew "
+            f"{shown_classes(source.class_names)}, now. Restore it and run the same command, or rebuild all sides "
             "with --overwrite"
         )
 
@@ -329,13 +329,13 @@ def resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
     job.require_same(config, source)
     job.require_source(source)
     if job.plan.digest() != job.record.plan_digest:
-        raise FormatError(f"{storage.path(PLAN)!r} is damaged; restore it, or build anew with --overwrite")
+        raise FormatError(f"{storage.path(PLAN)!r} is damaged; restore it, or rebuild with --overwrite")
     if source.location != job.record.source_location:
         require_moved(job, source)
     if job.record.source_listing is not None and source.listing != job.record.source_listing:
         log.warning(
             "the table of %r names other images or labels than when the build began; OUT keeps those of then, and "
-            "--overwrite starts anew with those of now",
+            "--overwrite starts over with those of now",
             source.location,
         )
     return job
@@ -360,7 +360,7 @@ def backend(job: Job, config: BuildConfig) -> Choice:
     except BackendError as exc:
         raise BackendError(
             f"OUT was begun with backend {record.backend} on {record.device}, which cannot be used here: {exc}\n"
-            "resume where it can, or start anew with --overwrite"
+            "resume where it can, or start over with --overwrite"
         ) from exc
 
 
@@ -369,14 +369,14 @@ def _require_same_backend(job: Job, config: BuildConfig) -> None:
     if config.resizer not in ("auto", record.resizer):
         raise MismatchError(
             f"OUT was begun with --resizer {record.resizer}; --resizer {config.resizer} asks for another; leave it out "
-            "to resume, or start anew with --overwrite"
+            "to resume, or start over with --overwrite"
         )
     other = config.backend not in ("auto", record.backend)
     other |= config.device == "cpu" if record.device == "cuda" else config.require_gpu
     if other:
         raise MismatchError(
             f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
-            f"{config.device} ask for another; leave them out to resume, or start anew with --overwrite"
+            f"{config.device} ask for another; leave them out to resume, or start over with --overwrite"
         )
 
 

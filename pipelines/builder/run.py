@@ -157,7 +157,9 @@ def _require_resumable(
     """
     require_revision(records)
     if records and job.record.device == "cpu" and config.device not in ("auto", "cpu"):
-        log.warning("OUT was begun on the CPU and goes on there, not on GPU %s; --overwrite starts anew", config.device)
+        log.warning(
+            "OUT was begun on the CPU and continues there, not on GPU %s; --overwrite starts over", config.device
+        )
     require_room(storage, job.plan, config, _row_bytes(job), missing)
 
 
@@ -252,7 +254,7 @@ def _require_few_rejects(
             f"stopped early: {watch.rejects} of the {watch.items} items of this run were rejected "
             f"({watch.reject.path!r} for one: {watch.reject.code}, {watch.reject.detail}); --max-rejects "
             f"{config.max_rejects} allows {config.reject_limit(report.items)} of {report.items}. "
-            f"{advice_on(source, watch.codes)}; run the same command with a higher --max-rejects to go on all the same",
+            f"{advice_on(source, watch.codes)}; run the same command with a higher --max-rejects to continue",
             report,
         )
     if not report.complete and not report.missing_shards:

@@ -84,7 +84,7 @@ class Job:
             sizes = [f"{size} bytes" if (size := files.get(name)) is not None else "missing" for files in (then, now)]
             raise MismatchError(
                 f"{name!r} of {source.location!r} has changed since the plan was made: {sizes[0]} then, {sizes[1]} "
-                "now; restore it, choose another OUT, or start anew with --overwrite"
+                "now; restore it, choose another OUT, or start over with --overwrite"
             )
 
     def comment(self, shard: int) -> str:
@@ -160,7 +160,7 @@ class Job:
         labels = record.class_names, record.columns
         if record.id != dataset_id(record.settings, *labels, record.image_size, record.plan_digest):
             raise FormatError(
-                f"{label}: its id is not that of its settings; the file was altered. --overwrite starts anew"
+                f"{label}: its id is not that of its settings; the file was altered. --overwrite starts over"
             )
         try:
             reader = open_npz(storage, PLAN)
@@ -206,7 +206,7 @@ class Job:
             there, asked_for = (", ".join(map(str, columns)) for columns in (record.columns, source.columns))
             differences.append(f"  labels: columns {there or 'none'} there, {asked_for or 'none'} asked for")
         if differences:
-            anew = "delete OUT and start all parts again" if config.part else "--overwrite to start anew"
+            anew = "delete OUT and start all parts again" if config.part else "--overwrite to start over"
             raise MismatchError(
                 "OUT was begun with other settings:\n" + "\n".join(differences) + "\n"
                 f"give the same settings to resume, another OUT, or {anew}"

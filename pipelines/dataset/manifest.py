@@ -223,7 +223,7 @@ def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], con
         raise MismatchError(
             "shards were made in several environments, whose pixels may differ:\n"
             + "\n".join(f"  shard {shard}, for one: {made}" for made, shard in made_with.items())
-            + "\nadd --accept-environment to mix them, or start anew with --overwrite"
+            + "\nadd --accept-environment to mix them, or start over with --overwrite"
         )
     rejects = sum(len(record.rejects) for record in ordered)
     if rejects > config.reject_limit(job.plan.item_count):

@@ -150,27 +150,27 @@ def _choose(config: BuildConfig, machine: Machine) -> Choice:
         return _choose_cpu(on_cpu, machine)
     if machine.gpus == 0:
         if config.require_gpu:
-            raise BackendError("a GPU is required, and no NVIDIA GPU is visible; `gpu-npz doctor` tells more")
+            raise BackendError("a GPU is required, and no NVIDIA GPU is visible; run `gpu-npz doctor` for the reason")
         return _choose_cpu(
-            on_cpu, machine, f"NO GPU IS VISIBLE: building on the CPU with {on_cpu} (`gpu-npz doctor` tells more)"
+            on_cpu, machine, f"no GPU found, using the CPU with {on_cpu} (run `gpu-npz doctor` for the reason)"
         )
     if any(number >= machine.gpus for number in gpu_numbers(config.device)):
-        known = "0" if machine.gpus == 1 else f"0 to {machine.gpus - 1}"
-        raise UsageError(
-            f"--device: got {config.device}; this machine has {machine.gpus} usable GPU(s), numbered {known}"
-        )
+        known = "one usable GPU, number 0"
+        if machine.gpus > 1:
+            known = f"{machine.gpus} usable GPUs, numbered 0 to {machine.gpus - 1}"
+        raise UsageError(f"--device: got {config.device}; this machine has {known}")
     if machine.missing:
         reasons = "\n".join(f"  {part}" for part in machine.missing)
         if config.device != "auto" or config.require_gpu:
             raise BackendError(f"the GPU cannot be used:\n{reasons}")
-        return _choose_cpu(on_cpu, machine, f"THE GPU CANNOT BE USED: building on the CPU with {on_cpu}\n{reasons}")
+        return _choose_cpu(on_cpu, machine, f"the GPU cannot be used, using the CPU with {on_cpu}:\n{reasons}")
     every = tuple(range(machine.gpus))
     return Choice("dali", every if config.device == "all" else gpu_numbers(config.device) or every[:1])
 
 
 def _choose_16bit(config: BuildConfig) -> Choice:
     require_bits16("--bit-depth 16")
-    warning = "16 BITS A CHANNEL: decoding on the CPU with pillow, for DALI decodes 8"
+    warning = "decoding on the CPU with pillow, because DALI decodes only 8 bits per channel"
     return Choice("pillow", (), warning if config.device == "auto" else None)
 
 

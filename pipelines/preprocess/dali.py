@@ -54,7 +54,7 @@ _PENDING = 2  # batches that may wait for Pillow while DALI continues, so that a
 
 _ONE_IMAGE_MEMORY = (
     "no memory to decode one image; end what else uses it, or lower --workers or --open-shards, and run the command "
-    "again to resume (with a lower --max-pixels, it starts anew)"
+    "again to resume (with a lower --max-pixels, it starts over)"
 )
 
 _Encoded = list[NDArray[np.uint8]]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import BuildConfig
-from ..errors import BackendError
+from ..errors import BackendError, install_command
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom", "lanczos": "lanczos3"}
 _PIXEL_TYPES = {"L": "U8", "RGB": "U8x3"}
-_INSTALL = "pip install 'gpu-npz[simd]'"
 
 
 def is_simd() -> bool:
@@ -54,7 +53,9 @@ def resolved(config: BuildConfig) -> BuildConfig:
 def require_simd() -> None:
     """Raises BackendError if cykooz-resizer cannot be imported."""
     if _library() is None:
-        raise BackendError(f"--resizer simd needs cykooz-resizer, which cannot be imported; run: {_INSTALL}")
+        raise BackendError(
+            f"--resizer simd needs cykooz-resizer, which cannot be imported; run: {install_command('simd')}"
+        )
 
 
 def advice(config: BuildConfig) -> str | None:
@@ -63,7 +64,8 @@ def advice(config: BuildConfig) -> str | None:
     fits = config.interpolation == "bilinear" and config.bit_depth == 8 and config.resize_mode != "none"
     if not has_wheel or not fits or is_simd() or _library() is not None:
         return None
-    return f"{_INSTALL} makes resizing on the CPU several times as fast, for datasets that are built from then on"
+    command = install_command("simd")
+    return f"{command} makes resizing on the CPU several times as fast, for datasets that are built from then on"
 
 
 class SimdResizer:
@@ -117,7 +119,7 @@ def _warn_once() -> None:
     log.warning(
         "the dataset was resized by cykooz-resizer, which is not installed here; Pillow resizes, by a level or two of "
         "255 differently in places. %s gives the same pixels",
-        _INSTALL,
+        install_command("simd"),
     )
 
 

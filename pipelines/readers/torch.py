@@ -373,5 +373,5 @@ def _require_same(state: dict[str, Any], own: dict[str, Any], position: set[str]
     if others or not position <= state.keys():
         raise UsageError(
             f"a state of another stream cannot be resumed: {'; '.join(others) or 'no epoch'}; make the dataset and its "
-            "loader as they were, or begin the epoch anew"
+            "loader as they were, or restart the epoch"
         )

@@ -218,7 +218,7 @@ class _LocalWorkers:
                 yield taken_back(shard, steps)
         while_decoding = "" if worker.decoding is None else f" while it decoded {_path(worker.task, worker.decoding)!r}"
         log.warning(
-            "a worker process %s%s; another takes over its %d shard(s)%s",
+            "a worker process %s%s; another one takes over its %d unfinished shards%s",
             cause, while_decoding, len(worker.progress), last,
         )  # fmt: skip
         if self._shards.left(isolated=True):

@@ -285,7 +285,7 @@ class _RayActors:
                 "command to resume, with fewer --workers if memory is short"
             )
         log.warning(
-            "%s was lost, its %d shard(s) go to others: %s (Ray's logs on that node have what it wrote last)",
+            "%s was lost, and its %d unfinished shards go to others: %s (Ray's logs on that node have its last lines)",
             place, len(worker.progress), cause.split("\n")[0],
         )  # fmt: skip
         remove_leftovers(self._task, worker.progress)

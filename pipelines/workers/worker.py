@@ -92,8 +92,8 @@ def work(task: Task, shards: Iterable[int]) -> Generator[Event, None, None]:
             if decoded.rejects and job.settings.on_reject == "fail":
                 reject = decoded.rejects[0]
                 raise RejectedError(
-                    f"{reject.path!r} is rejected at {reject.stage}: {reject.code} ({reject.detail}); mend the "
-                    "file and run the same command, or start anew with --overwrite and --on-reject skip or blank"
+                    f"{reject.path!r} is rejected at {reject.stage}: {reject.code} ({reject.detail}); fix the "
+                    "file and run the same command, or start over with --overwrite and --on-reject skip or blank"
                 )
             for name, spent in decoded.seconds.items():
                 seconds[name] += spent

@@ -39,10 +39,10 @@ def open_parquet(files: Files, number: int) -> Any:
     if min(rows, default=0) < 0 or sum(rows) != claimed or claimed > _MOST_ROWS * size:
         raise SourceError(
             f"{files.path(number)!r} says that it has {claimed} rows, {sum(rows)} in its row groups, in {size} bytes; "
-            "it is damaged: get or write it anew"
+            "it is damaged: get or write it again"
         )
     if len({*names}) < len(names):
-        raise SourceError(f"{files.path(number)!r} has two columns of one name, of {', '.join(names)}; write it anew")
+        raise SourceError(f"{files.path(number)!r} has two columns of one name, of {', '.join(names)}; write it again")
     return file
 
 
@@ -58,7 +58,7 @@ def explained(path: str) -> Iterator[None]:
         if isinstance(exc, OSError) and exc.errno is not None:
             raise SourceError(f"{path!r}: {exc.strerror or exc}; make it readable") from exc
         text = str(exc).splitlines()[0][:200] if str(exc) else type(exc).__name__
-        raise SourceError(f"{path!r}: {text}; it is no whole Parquet file: get or write it anew") from exc
+        raise SourceError(f"{path!r}: {text}; it is no whole Parquet file: get or write it again") from exc
 
 
 def rows(file: Any, path: str, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
@@ -88,7 +88,7 @@ def rows(file: Any, path: str, names: Sequence[str]) -> Iterator[tuple[Any, ...]
                     _require_short(batch.column(name), name, path)
                 yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
         if count != file.metadata.row_group(group).num_rows:
-            raise SourceError(f"{path!r}: row group {group} has {count} rows, not as many as it says; write it anew")
+            raise SourceError(f"{path!r}: row group {group} has {count} rows, not as many as it says; write it again")
 
 
 def _batch_rows(group: Any, names: Sequence[str]) -> int:

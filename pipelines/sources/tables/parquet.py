@@ -78,7 +78,7 @@ class ParquetSource(LabelledSource[_ParquetListing]):
         sizes = (first.metadata.row_group(group).total_byte_size for group in range(first.num_row_groups))
         if config.shuffle is not None and max(sizes, default=0) > _LARGE_GROUP_BYTES:
             log.warning(
-                "%r has row groups of more than %d MB, and --shuffle reads one of them anew for almost every image; "
+                "%r has row groups of more than %d MB, and --shuffle rereads one of them for almost every image; "
                 "write it with 100 rows a group, or leave --shuffle out and shuffle while training",
                 self.location,
                 _LARGE_GROUP_BYTES >> 20,

@@ -196,7 +196,7 @@ class Table:
                 yield row
         except csv.Error as exc:
             long = "field larger" in str(exc)
-            advice = f"leave long columns out; {_CONTENT_ADVICE}" if long else "fix it, or write the table anew"
+            advice = f"leave long columns out; {_CONTENT_ADVICE}" if long else "fix it, or write the table again"
             raise self._damaged(reader.line_num, f"is no CSV ({exc})", advice) from exc
 
     def _objects(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
@@ -206,7 +206,7 @@ class Table:
             try:
                 found = json.loads(line)
             except (ValueError, RecursionError) as exc:
-                raise self._damaged(number, f"is no JSON ({exc})", "it may be cut: write the table anew") from exc
+                raise self._damaged(number, f"is no JSON ({exc})", "it may be cut: write the table again") from exc
             if not isinstance(found, dict):
                 raise self._damaged(number, "is no JSON object", 'write lines such as {"path": "a.jpg", "label": 1}')
             yield found
@@ -336,7 +336,7 @@ class TableListing:
             rows = f"rows there begin with {os.fsdecode(self._name(0))!r}" if len(self) else "there are no rows"
             raise SourceError(
                 f"{lacking} of {images} images have no row in {self._tables[0][1]!r}{more}, {os.fsdecode(example)!r} "
-                f"for one, relative to SRC, and {rows}; add or mend rows, or move the images away"
+                f"for one, relative to SRC, and {rows}; add or fix rows, or move the images away"
             )
 
     def _by_hash(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
