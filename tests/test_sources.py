@@ -531,6 +531,7 @@ def test_the_status_of_files_comes_in_their_order_however_slow_the_filesystem_is
 
     with monkeypatch.context() as patch:
         patch.setattr("gpu_npz.sources.access.local.os.stat", slow)
+        patch.setattr("gpu_npz.sources.access.local._devices", lambda _: {real(tmp_path).st_dev})
         found = statuses(paths)
     assert [status and status.st_size for status in found] == expected
     assert len(threads) > 8

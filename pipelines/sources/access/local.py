@@ -9,8 +9,7 @@ import itertools
 import os
 import stat
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +28,8 @@ _VIRTUAL = frozenset(
     b"proc sysfs debugfs tracefs securityfs configfs cgroup cgroup2 bpf pstore efivarfs binfmt_misc fusectl selinuxfs "
     b"rpc_pipefs nfsd mqueue devpts".split()
 )
-_TIMED = 8  # files whose status shows how slow a filesystem is
-_SLOW_S = 100e-6  # for a file's status; a local disk takes 1 to 10 us, a network filesystem 200 us and more
+# Filesystems on which the status of a file takes a round trip; those named fuse.something, too.
+_NETWORK = frozenset(b"nfs nfs4 cifs smb3 smbfs ceph lustre gpfs beegfs afs 9p ocfs2 gfs2".split())
 _AT_ONCE = 16
 _statuses_lock = threading.Lock()
 _MAX_CANDIDATES = 1000  # files among which to look for others to probe
@@ -178,15 +177,14 @@ def statuses(paths: Sequence[bytes]) -> list[os.stat_result | None]:
     """The status of each file; None if it cannot be had, for example because the file is missing.
 
     One thread at a time asks for them, since threads that compete for Python's lock after every call slow each other,
-    and the main thread, down. If the filesystem is slow, such as a network filesystem, several threads ask.
+    and the main thread, down. On a network filesystem, where each call takes long, several threads ask.
     """
+    first = next(filter(None, map(_status, paths)), None)
+    if first is not None and first.st_dev in _devices(_is_network):
+        with ThreadPoolExecutor(_AT_ONCE, "gpu-npz-status") as pool:
+            return list(pool.map(_status, paths))
     with _statuses_lock:
-        start = time.perf_counter()
-        first = list(map(_status, paths[:_TIMED]))
-        if time.perf_counter() - start < len(first) * _SLOW_S:
-            return first + list(map(_status, paths[_TIMED:]))
-    with ThreadPoolExecutor(_AT_ONCE, "gpu-npz-status") as pool:
-        return first + list(pool.map(_status, paths[_TIMED:]))
+        return list(map(_status, paths))
 
 
 def _status(path: bytes) -> os.stat_result | None:
@@ -231,17 +229,25 @@ def _require_plain(status: os.stat_result) -> None:
 
 
 def _is_virtual(status: os.stat_result) -> bool:
-    return status.st_dev in _virtual_devices()
+    return status.st_dev in _devices(_is_made_up)
+
+
+def _is_made_up(kind: bytes) -> bool:
+    return kind in _VIRTUAL
+
+
+def _is_network(kind: bytes) -> bool:
+    return kind in _NETWORK or kind.startswith(b"fuse")
 
 
 @functools.cache
-def _virtual_devices() -> frozenset[int]:
-    """The device numbers of virtual filesystems, from proc_pid_mountinfo(5); empty on macOS."""
+def _devices(fits: Callable[[bytes], bool]) -> frozenset[int]:
+    """The device numbers of filesystems whose type fits, from proc_pid_mountinfo(5); empty on macOS."""
     found = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
             mount, _, source = line.partition(b" - ")
-            if source.split(b" ")[0] in _VIRTUAL:
+            if fits(source.split(b" ")[0]):
                 found.add(os.makedev(*map(int, mount.split()[2].split(b":"))))
     return frozenset(found)
 
