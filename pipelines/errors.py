@@ -2,13 +2,13 @@
 
     GpuNpzError                 exit 1
     ├── UsageError              exit 2   an option, setting or combination that is not allowed
-    ├── BackendError            exit 1   the device or decoder asked for cannot be used on this machine
+    ├── BackendError            exit 1   the requested device or decoder cannot be used on this machine
     ├── SourceError             exit 1   SRC cannot be listed or read
     ├── StorageError            exit 1   OUT cannot be used: in use, not ours, no permission, no space
     │   └── LockedError                  another build holds OUT
     ├── MismatchError           exit 1   OUT was started with other settings or another decoder
     ├── ImageError              exit 1   an image given to Preprocess cannot be decoded
-    ├── FormatError             exit 1   a file in OUT is not what the format says
+    ├── FormatError             exit 1   a file in OUT does not conform to the format
     ├── IncompleteError         exit 1   OUT has no manifest yet
     ├── ShardError              exit 1   a shard could not be built; the same command resumes
     │   └── RejectedError                an item was rejected under `--on-reject fail`
@@ -23,19 +23,23 @@ from typing import Any
 
 
 class GpuNpzError(Exception):
-    """The base of all errors of this package; `exit_code` is the exit status of the command line."""
+    """The base class of all errors of this package.
+
+    Attributes:
+        exit_code: the exit status of the command line.
+    """
 
     exit_code = 1
 
 
 class UsageError(GpuNpzError):
-    """An option, a setting or a combination of them that is not allowed."""
+    """An option, a setting or a combination of settings is not allowed."""
 
     exit_code = 2
 
 
 class BackendError(GpuNpzError):
-    """The device or the decoder that was asked for cannot be used on this machine."""
+    """The requested device or decoder cannot be used on this machine."""
 
 
 class SourceError(GpuNpzError):
@@ -59,11 +63,11 @@ class ImageError(GpuNpzError):
 
 
 class FormatError(GpuNpzError):
-    """A shard, a manifest or a record is not what the format says.
+    """A shard, a manifest or a record does not conform to the format.
 
     Attributes:
-        path: the file at fault, with which the message begins; None if `problem` is the whole message.
-        problem: what is wrong, and what to do.
+        problem: what is wrong, and what to do about it.
+        path: the file at fault, which the message starts with; None if `problem` is the whole message.
     """
 
     def __init__(self, problem: str, path: str | None = None) -> None:
@@ -73,11 +77,11 @@ class FormatError(GpuNpzError):
 
 
 class IncompleteError(GpuNpzError):
-    """OUT holds no finished dataset yet."""
+    """OUT does not contain a finished dataset yet."""
 
 
 class ShardError(GpuNpzError):
-    """A shard could not be built, for a reason other than its images."""
+    """A shard could not be built for a reason other than a bad image."""
 
 
 class RejectedError(ShardError):
@@ -85,7 +89,11 @@ class RejectedError(ShardError):
 
 
 class RejectLimitError(GpuNpzError):
-    """More items were rejected than `max_rejects` allows; the shards are kept. `report` is the BuildReport."""
+    """More items were rejected than `max_rejects` allows. The shards are kept.
+
+    Attributes:
+        report: the `BuildReport` of the build.
+    """
 
     exit_code = 3
 
@@ -95,16 +103,16 @@ class RejectLimitError(GpuNpzError):
 
 
 def install_command(extra: str) -> str:
-    """The command that installs what an extra of this package needs, by the names of those packages.
+    """Returns the pip command that installs the packages required by one of this package's extras.
 
-    It does not name the extra itself, since the package may have been installed from a checkout.
+    The command lists the packages instead of the extra, because gpu-npz may have been installed from a checkout.
     """
     import importlib.metadata
     import re
 
     try:
         lines = importlib.metadata.requires("gpu-npz") or []
-    except importlib.metadata.PackageNotFoundError:  # it is imported from a checkout
+    except importlib.metadata.PackageNotFoundError:  # imported from a checkout that is not installed
         lines = []
     needed = [line.partition(";")[0].strip() for line in lines if re.search(f"extra == ['\"]{extra}['\"]", line)]
     return f"pip install {' '.join(map(repr, needed or [f'gpu-npz[{extra}]']))}"

@@ -1,1 +1,1 @@
-"""Looking at what was built."""
+"""Checks on finished datasets and on this machine: verify, compare, preview, statistics, parity and doctor."""

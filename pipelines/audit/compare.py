@@ -1,8 +1,8 @@
-"""Whether rows are still what their source files give: some are decoded again and compared.
+"""Decodes the source files of some rows again and compares the result with the stored rows.
 
-With the decoder versions that built a dataset, a row must come out bit for bit. Other versions may round otherwise, in
-the inverse DCT, the upsampling of chroma or the resize (`parity.py` has the expectations): a mean of up to 1 level. The
-tolerance is twice that; another image, size, crop or order of channels differs by tens of levels.
+The decoder versions that built a dataset must reproduce each row bit for bit. Other versions may round differently in
+the inverse DCT, the chroma upsampling or the resize, by a mean of up to 1 level (`parity.py` explains the figures). The
+tolerance is twice that. A different image, size, crop or channel order causes a difference of tens of levels.
 """
 
 from __future__ import annotations
@@ -35,23 +35,25 @@ from ..storage import open_storage
 from ..storage.base import Storage
 from .verify import Problem
 
-MEAN_LEVELS = 2.0  # tolerance between versions of a decoder, of the mean of one image, of 255 levels
+MEAN_LEVELS = 2.0  # tolerated mean difference of an image between decoder versions, on a scale of 0 to 255
 _MOST_PROBLEMS = 1000
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows beside their source files, decoded again; differences in levels, of 0 to 255, or 65535 in 16 bits.
+    """The result of comparing stored rows with their source files, decoded again.
+
+    Differences are absolute and in levels: 0 to 255, or 0 to 65535 for 16-bit images.
 
     Attributes:
-        rows: how many were compared.
-        exact: whether they had to be equal bit for bit, since decoder and versions are those of the build.
-        environments: decoders and versions that built the dataset.
-        environment: those that decoded again.
-        mean: the mean difference over all pixels that were compared.
+        rows: the number of rows compared.
+        exact: whether the rows had to match bit for bit, because this decoder and its versions built the dataset.
+        environments: the decoders and versions that built the dataset.
+        environment: the decoder and versions that decoded the files again.
+        mean: the mean difference over all compared pixels.
         max: the largest difference.
-        problems: rows that are not what their files give, files that have changed or cannot be decoded any more; of
-            very many, the first.
+        problems: rows that do not match their source files, and files that have changed or can no longer be decoded.
+            If there are very many, only the first are kept, and a last entry gives the number of the others.
     """
 
     rows: int
@@ -63,7 +65,7 @@ class Comparison:
     problems: tuple[Problem, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The comparison as JSON values."""
+        """Returns the comparison as JSON values."""
         return asdict(self)
 
 
@@ -75,23 +77,23 @@ def compare(
     source: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Decodes the source files of some rows again, by the backend and the settings of the build, and compares.
+    """Decodes the source files of some rows again, with the build's backend and settings, and compares the results.
 
-    Where the build took a GPU and there is none, DALI's CPU operators decode, within the tolerance.
+    If the build used a GPU and this machine has none, DALI's CPU operators decode the files, and the tolerance applies.
 
     Args:
-        path: the dataset's folder, or its URL.
-        count: how many rows, at random; all if there are fewer.
-        seed: which ones.
-        source: where the images are now, if not where they were when the build began.
-        progress: called with rows done and rows in all.
+        path: the dataset's folder or URL.
+        count: the number of rows to choose at random; all rows are compared if there are fewer.
+        seed: the seed of the random choice.
+        source: the current location of the images; None if they have not moved since the build started.
+        progress: called with the number of rows done and the total number of rows.
 
     Raises:
         UsageError: `count` is less than 1.
-        IncompleteError: the build has not ended.
+        IncompleteError: the build has not finished.
         FormatError: the manifest or the index cannot be read.
-        SourceError: the images are not there.
-        BackendError: the build's backend cannot be used here.
+        SourceError: the images cannot be found.
+        BackendError: the build's backend cannot be used on this machine.
     """
     if count < 1:
         raise UsageError(f"--deep: got {count}; give how many rows to decode again, at least 1")
@@ -108,7 +110,7 @@ def compare(
     geometry = Geometry.of(config, (height, width))
     with make_decoder(choice.backend, config, geometry, found.source, tuning=tuning, gpu=choice.gpu) as decoder:
         provenance = decoder.provenance()
-        # On a GPU, which of DALI's decoders takes an image depends on its batch.
+        # On a GPU, the batch determines which of DALI's decoders decodes an image.
         known = {"resizer": None, **provenance}
         same = all(known.items() <= {"resizer": None, **made}.items() for made in manifest.environments)
         exact = same and (not choice.gpus or config.reproducible)
@@ -134,7 +136,14 @@ def compare(
 
 @dataclass(frozen=True)
 class _BatchRows:
-    """Where the rows of a batch are: their shard, and their places in it and in the dataset."""
+    """The location of a batch's rows.
+
+    Attributes:
+        reader: the open shard.
+        name: the shard's file name.
+        places: the position of each row within the shard.
+        rows: the position of each row within the dataset.
+    """
 
     reader: NpzReader
     name: str
@@ -143,7 +152,7 @@ class _BatchRows:
 
 
 class _Findings:
-    """What the comparison has found so far."""
+    """The running totals and problems of a comparison."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._config = manifest.config
@@ -164,7 +173,7 @@ class _Findings:
         return (*self._problems, *more)
 
     def add(self, decoded: DecodedBatch, stored: _BatchRows, *, exact: bool) -> None:
-        """Compares a batch with its rows."""
+        """Compares a decoded batch with its stored rows."""
         rejects = {reject.index: reject for reject in decoded.rejects}
         pixels = on_host(decoded.pixels)
         for position, item in enumerate(decoded.batch.items):
@@ -184,11 +193,20 @@ class _Findings:
                 self.problem(stored.name, f"{label}: {what}")
 
     def _fault(self, pixels: NDArray[Any], stored: NDArray[Any], *, exact: bool) -> str | None:
-        """What is wrong with a row."""
+        """Compares a row and returns what is wrong with it.
+
+        Args:
+            pixels: the image as decoded now, (H, W, C), uint8 or uint16.
+            stored: the stored row, in the dataset's dtype and layout.
+            exact: whether the two must match bit for bit.
+
+        Returns:
+            The difference in words; None if the row matches.
+        """
         expected = self._normalizer.allocate((1, *stored.shape))
         self._normalizer.apply(pixels[None], np.zeros(1, np.int64), expected)
         values = self._table
-        if values is None:  # by the statistics of the image as it is decoded now
+        if values is None:  # normalized by each image's own statistics: use those of the image as decoded now
             values = np.tile(image_table(self._config, Sums.of(pixels)), (self._config.channel_count, 1))
         one, other = (levels(values, image, self._config.layout) for image in (expected[0], stored))
         difference = np.maximum(one, other) - np.minimum(one, other)
@@ -206,7 +224,11 @@ class _Findings:
 
 
 def _settings_of(manifest: Manifest, storage: Storage) -> BuildConfig:
-    """Settings that ask for the backend of the build."""
+    """Returns settings that select the build's backend.
+
+    Raises:
+        FormatError: the manifest names an unknown backend, or none.
+    """
     made = next(iter(manifest.environments), {})
     if made.get("backend") not in ("pillow", "dali"):
         raise FormatError(f"{storage.path(MANIFEST)}: it names no decoder that is known here; the file is damaged")
@@ -218,7 +240,7 @@ def _settings_of(manifest: Manifest, storage: Storage) -> BuildConfig:
 
 
 def _rows(index: NpzReader, count: int, seed: int) -> NDArray[np.int64]:
-    """Rows at random, ascending; never blank ones, for which there is no image."""
+    """Returns up to `count` random rows in ascending order, (N,), int64; no blank rows, because they have no image."""
     valid = index.get("valid")
     rows = np.arange(len(index["index"])) if valid is None else np.flatnonzero(valid)
     if count < len(rows):
@@ -236,7 +258,18 @@ def _batches(
     waiting: deque[_BatchRows],
     seen: _Findings,
 ) -> Iterator[Batch]:
-    """The items of the rows, shard by shard; where each batch is stored goes to `waiting`."""
+    """Yields the items of `rows` in batches, shard by shard.
+
+    Args:
+        storage: the dataset's storage.
+        manifest: the dataset's manifest.
+        found: the source files of the build.
+        index: the dataset's index.
+        rows: positions within the dataset, (N,), ascending.
+        batch_size: the maximum number of items in a batch.
+        waiting: receives the location of each batch's rows, before the batch is yielded.
+        seen: receives the problems of shards that cannot be read.
+    """
     ends = np.cumsum(index["shard_rows"])
     numbers = np.searchsorted(ends, rows, side="right")
     shards, starts = np.unique(numbers, return_index=True)

@@ -1,4 +1,4 @@
-"""Checks what gpu-npz can use on this machine, and gives the exact command to fix what it cannot use."""
+"""Checks which parts of this machine gpu-npz can use, and gives the exact command that fixes each of the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..config import BuildConfig
 from ..errors import install_command
 from ..machine.environment import Machine, dali_trouble, dotted, inspect, usable_cpus
 
-# Optional libraries: the module to import, the extra that installs it, and its use.
+# Optional libraries by name: the module to import, the extra that installs it, and what needs it.
 _EXTRAS = {
     "imagecodecs": ("imagecodecs", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
     "tifffile": ("tifffile", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
@@ -37,10 +37,10 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        what: what was checked.
-        ok: whether it can be used.
-        found: what was found.
-        remedy: what to do if it cannot be used or could be better; may be empty.
+        what: the part that was checked.
+        ok: whether the part can be used.
+        found: a description of what was found, such as a version.
+        remedy: a command or an action that makes the part usable or faster; empty if there is none.
     """
 
     what: str
@@ -49,12 +49,12 @@ class Finding:
     remedy: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The finding as JSON values."""
+        """Returns the finding as JSON values."""
         return asdict(self)
 
 
 def diagnose() -> list[Finding]:
-    """Checks the machine, the GPU path and the CPU path, without changing anything."""
+    """Checks the machine, the GPU path and the CPU path without changing anything."""
     machine = inspect()
     cores = f"{usable_cpus()} usable of {os.cpu_count()}"
     return [
@@ -87,8 +87,8 @@ def _gpu(machine: Machine) -> list[Finding]:
 
 
 def _jpeg_engines() -> list[Finding]:
-    """What keeps the hardware JPEG engines from being used; DALI does without them and reports nothing."""
-    # Only containers have this variable. The container toolkit brings in nothing that it does not name.
+    """Returns what prevents the use of the hardware JPEG engines. DALI does not report that it runs without them."""
+    # Only containers set this variable. The container toolkit mounts only the driver libraries that it lists.
     capabilities = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "all")
     remedy = "docker run -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,video ..."
     if not {"all", "video"} & set(capabilities.split(",")):
@@ -111,7 +111,7 @@ def _no_gpu() -> Finding:
 
 
 def _device(number: int) -> str:
-    """Name and memory of a GPU, from the driver and NVML, which take no GPU memory themselves."""
+    """Returns a GPU's name and memory. It asks the driver and NVML, because neither of them allocates GPU memory."""
     name, bus = ctypes.create_string_buffer(128), ctypes.create_string_buffer(32)
     device, size = ctypes.c_int(), ctypes.c_size_t()
     handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used

@@ -1,12 +1,16 @@
-"""How far two decoders differ on the same images, in 8-bit levels, by kind of image.
+"""Measures how much two decoders differ on the same images, in 8-bit levels, by kind of image.
 
-Tolerances, and why they are not zero: decoders agree on the JPEG's coefficients, but the inverse DCT and the upsampling
-of chroma are theirs (ITU-T T.81 leaves both open), and resizing rounds once or twice. DALI's CPU operators share
-libjpeg-turbo's arithmetic with Pillow: what is left is the resize, a mean of some 0.2 levels. A GPU's decoders have
-arithmetic of their own: a mean within 1 level is the expectation. torchvision's transforms of PIL images are Pillow's
-own resize to the same sizes: equal to the last bit, but for what torchvision leaves out (see `_TorchvisionDecoder`) and
-for JPEGs of four times the size and more, which Pillow's side decodes at a half or less (`draft`): a mean of some
-1 level. Normalization is by table, and equal to the last bit.
+The expected differences are not zero. All decoders obtain the same coefficients from a JPEG, but each has its own
+inverse DCT and chroma upsampling (ITU-T T.81 specifies neither exactly), and resizing rounds once or twice.
+
+- DALI's CPU operators share libjpeg-turbo's arithmetic with Pillow. Only the resize differs, by a mean of about
+  0.2 levels.
+- The decoders of a GPU have their own arithmetic. A mean of up to 1 level is expected.
+- torchvision's transforms call Pillow's resize with the same sizes, so the results are bit-identical, with two
+  exceptions: what torchvision does not support (see `_TorchvisionDecoder`), and JPEGs of at least four times the target
+  size, which the Pillow side decodes at half the scale or less (`draft`). The latter differ by a mean of about 1 level.
+
+Normalization uses a lookup table and is bit-identical.
 """
 
 from __future__ import annotations
@@ -48,7 +52,15 @@ _WORST = 5
 
 @dataclass(frozen=True)
 class Difference:
-    """Absolute differences of one kind of images, in levels of 0 to 255."""
+    """The absolute differences of one kind of image, in levels of 0 to 255.
+
+    Attributes:
+        kind: one of `KINDS`, or `all`.
+        images: the number of images compared.
+        mean: the mean over all pixels and channels.
+        p99: the 99th percentile.
+        max: the largest difference.
+    """
 
     kind: str
     images: int
@@ -59,15 +71,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """What a comparison found.
+    """The result of comparing two decoders.
 
     Attributes:
-        sides: the two decoders, each with what decides its pixels.
-        images: how many both have decoded.
-        kinds: the differences by kind, and of all together as `all`.
-        missing_kinds: kinds of JPEG that no image had: nothing is known of them.
-        worst: path and mean difference of the images that differ most.
-        verdicts: items that one side decodes and the other rejects, each with what the two say.
+        sides: the provenance of each decoder, by name.
+        images: the number of images that both sides decoded.
+        kinds: the differences of each kind of image, and of all images as the kind `all`.
+        missing_kinds: the kinds of JPEG that were not tested, because no image was of that kind.
+        worst: the path and the mean difference of the images that differ most, largest first.
+        verdicts: the path of each item that one side decoded and the other rejected, with the verdict of each side:
+            `decoded` or a reject code.
     """
 
     sides: dict[str, dict[str, Any]]
@@ -79,11 +92,11 @@ class Parity:
 
     @property
     def mean(self) -> float:
-        """The mean difference over all images."""
+        """The mean difference over all images, in levels of 0 to 255."""
         return next((found.mean for found in self.kinds if found.kind == "all"), 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as JSON values."""
+        """Returns the result as JSON values."""
         return asdict(self)
 
 
@@ -104,7 +117,7 @@ class _Tally:
 
 
 class _Findings:
-    """What the comparison has found so far."""
+    """The running totals of a comparison."""
 
     def __init__(self) -> None:
         self._tallies = {kind: _Tally() for kind in ("all", *KINDS)}
@@ -112,7 +125,7 @@ class _Findings:
         self._verdicts: list[tuple[str, str, str]] = []
 
     def compare(self, source: Source, one: DecodedBatch, other: DecodedBatch) -> None:
-        """Compares a batch as two decoders have decoded it."""
+        """Compares the results of two decoders for the same batch."""
         first, second = ({item.index: row for item, row in _rows(decoded)} for decoded in (one, other))
         for item in one.batch.items:
             if (item.index in first) != (item.index in second):
@@ -146,30 +159,31 @@ def parity(
     images: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Parity:
-    """Decodes and resizes the same images twice.
+    """Decodes and resizes the same images with two decoders and compares the results.
 
     Args:
-        src: a folder as for `build`.
-        config: size, resize mode and so on; `device` says which GPU, `shuffle` which of many images are taken.
-        sides: the decoders to compare.
-        images: how many, the first of the plan.
-        progress: called with images done and images in all.
+        src: the images, in any form that `build` accepts.
+        config: the settings of the decoders, such as size and resize mode. `device` selects the GPU, and `shuffle`
+            selects which images are used if there are more than `images`.
+        sides: the two decoders to compare.
+        images: the number of images to use, from the start of the plan.
+        progress: called with the number of images done and the total number of images.
 
     Raises:
-        UsageError: the sides are the same, or torchvision has nothing like the resize mode.
-        BackendError: a side cannot be used here.
-        SourceError: SRC cannot be read, or holds no images.
+        UsageError: both sides are the same, or torchvision does not support the resize mode.
+        BackendError: a decoder cannot be used on this machine.
+        SourceError: SRC cannot be read or contains no images.
     """
     if sides[0] == sides[1]:
         raise UsageError(f"both sides are {sides[0]}; choose two different decoders")
-    config = config.model_copy(update={"limit": images, "labels": "none"})  # labels make no difference here
+    config = config.model_copy(update={"limit": images, "labels": "none"})  # labels do not affect pixels
     source = open_source(src, config)
     arrays = listed(source, config)
     plan = Plan(arrays, len(arrays["name_ends"]))
     size = image_size(plan, source, config)
     row_bytes = math.prod(size) * config.channel_count
     tuning = Tuning.of(config, Choice("dali"), row_bytes=row_bytes, shard_rows=plan.shard_rows, shards=1)
-    config = config.model_copy(update={"batch_size": tuning.batch_size})  # the same for both sides
+    config = config.model_copy(update={"batch_size": tuning.batch_size})  # both sides use the same batches
     found = _Findings()
     with contextlib.ExitStack() as stack:
         decoders = [stack.enter_context(_decoder(side, config, size, source)) for side in sides]
@@ -192,7 +206,7 @@ def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Sou
     device = str(gpu) if place == "gpu" else "cpu"
     asked: dict[str, Any] = {"backend": backend, "device": device, "require_gpu": place == "gpu"}
     if not place:
-        asked |= {"backend": "pillow", "resizer": backend}  # one decoder, two resizers
+        asked |= {"backend": "pillow", "resizer": backend}  # both sides decode with Pillow and resize differently
     settings = resolved(BuildConfig(**{**config.model_dump(), **asked}))
     choice = choose(settings, inspect(settings.device))
     tuning = Tuning.of(settings, choice, row_bytes=1, shard_rows=settings.batch_size or 1, shards=1)
@@ -200,14 +214,16 @@ def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Sou
 
 
 class _TorchvisionDecoder(PillowDecoder):
-    """What a training script that reads images itself gets: torchvision's folder loader, then its transforms.
+    """Decodes images as a typical training script does: with torchvision's folder loader and its transforms.
 
-    stretch is `Resize((H, W))`; center-crop is `Resize(Hc)` and `CenterCrop((H, W))`, for square outputs alone, since
-    `Resize` takes no two numbers to cover; gray is `Grayscale()` before them. The loader is `convert("RGB")`: no EXIF
-    orientation, no `draft`, alpha dropped, 16 bits saturated. Reading, limits and rejects are those of Pillow's side.
+    `stretch` becomes `Resize((H, W))`. `center-crop` becomes `Resize(Hc)` followed by `CenterCrop((H, W))`; it supports
+    only square outputs, because `Resize` cannot cover a rectangle. For gray, `Grayscale()` comes first.
+
+    The loader calls `convert("RGB")`, so it ignores the EXIF orientation, does not use `draft`, drops alpha and
+    saturates 16-bit samples. Reading, limits and rejects are the same as in `PillowDecoder`.
 
     Raises:
-        UsageError: torchvision has nothing like the resize mode.
+        UsageError: torchvision does not support the resize mode.
         BackendError: torchvision cannot be imported.
     """
 
@@ -223,7 +239,7 @@ class _TorchvisionDecoder(PillowDecoder):
             )
         try:
             self._torchvision: Any = importlib.import_module("torchvision")
-        except (ImportError, RuntimeError) as exc:  # RuntimeError: it was built for another torch than is installed
+        except (ImportError, RuntimeError) as exc:  # RuntimeError: it was built for another version of torch
             raise BackendError(
                 f"parity: torchvision cannot be imported ({exc}); "
                 "pip install torchvision, in the version that fits your torch"
@@ -238,7 +254,7 @@ class _TorchvisionDecoder(PillowDecoder):
         self._transform = transforms.Compose(steps)
 
     def provenance(self) -> dict[str, Any]:
-        """torchvision's version, and those of the Pillow below it."""
+        """Returns the versions of torchvision and of the Pillow that it uses."""
         return {"backend": "torchvision", "device": "cpu", "torchvision": self._torchvision.__version__, **versions()}
 
     def _upright(self, image: Image.Image) -> tuple[Image.Image, Placement]:
@@ -265,7 +281,7 @@ def _verdict(decoded: DecodedBatch, item: Item) -> str:
 
 
 def _kinds(source: Source, item: Item) -> Iterator[str]:
-    """What an image is that both sides have decoded."""
+    """Yields the kinds, out of `KINDS`, of an image that both sides decoded."""
     try:
         with Image.open(io.BytesIO(read_item(source, item))) as image:
             if not isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -280,4 +296,4 @@ def _kinds(source: Source, item: Item) -> Iterator[str]:
             if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 yield "EXIF turned"
     except (BadItem, OSError, SyntaxError, ValueError):
-        return  # it decoded a moment ago: a file that changes meanwhile is of no kind
+        return  # both sides decoded it, so the file has changed since; do not count it under any kind

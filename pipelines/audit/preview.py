@@ -1,4 +1,4 @@
-"""A contact sheet: images of a dataset as pixels again, or what was rejected, with a caption below each."""
+"""Draws a contact sheet: a dataset's images converted back to pixels, or its rejects, each with a caption."""
 
 from __future__ import annotations
 
@@ -33,23 +33,28 @@ Show = Literal["random", "class", "rejects"]
 COUNTS: dict[Show, int] = {"random": 64, "class": 8, "rejects": 64}
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 TILE_SIDES = (16, 1024)
-_SHEET_PIXELS = 1 << 25  # a sheet is held in memory, and somebody wants to look at it
-_THUMBNAIL_PIXELS = 1 << 25  # of a reject that are decoded for one
+_SHEET_PIXELS = 1 << 25  # a sheet is held in memory, and should remain viewable
+_THUMBNAIL_PIXELS = 1 << 25  # the most that are decoded for one reject
 _GAP = 6
-_LINE = 12  # of Pillow's default font
+_LINE = 12  # line height of Pillow's default font, in pixels
 _CAPTION = 2 * _LINE + 2
 _UNREADABLE = (160, 160, 160)
-_DEADLY = ("crashed", "timed-out")  # not to be decoded in this process
+_DEADLY = ("crashed", "timed-out")  # decoding these files could crash or hang this process
 
 Picture = Callable[["Tile"], "Image.Image | None"]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of a sheet: a row of the dataset, or a reject with its code.
+    """One image of a sheet: either a row of the dataset or a reject.
 
-    `path` is relative to the source, `index` a reject's place in the plan. A label that is a whole number, and no
-    class, has no `class_name`.
+    Attributes:
+        path: the path relative to the source.
+        row: the position within the dataset; None for a reject.
+        label: the label; None for a reject, and if the dataset has no single column of classes or integers.
+        class_name: the name of the class; None if the label is a plain integer.
+        code: the reject code; None for a row.
+        index: the position of a reject in the plan; None for a row.
     """
 
     path: str
@@ -60,7 +65,7 @@ class Tile:
     index: int | None = None
 
     def caption(self) -> tuple[str, str]:
-        """The two lines below the image; of a path, the end matters."""
+        """Returns the two lines of text below the image."""
         if self.row is None:
             return self.path, self.code or ""
         if self.label is None:
@@ -70,13 +75,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What was drawn, and where.
+    """A description of a contact sheet.
 
     Attributes:
-        path: the file.
-        width, height: in pixels.
-        tiles: line by line.
-        left_out: how many classes, or rejects, are not on it; 0 for a sheet of random images.
+        path: the file that was written.
+        width: the width in pixels.
+        height: the height in pixels.
+        tiles: the tiles, row by row.
+        left_out: the number of classes or rejects that did not fit on the sheet; 0 for a sheet of random images.
     """
 
     path: str
@@ -86,7 +92,7 @@ class Sheet:
     left_out: int
 
     def to_json(self) -> dict[str, Any]:
-        """The sheet as JSON values."""
+        """Returns the sheet as JSON values."""
         return asdict(self)
 
 
@@ -102,25 +108,26 @@ def preview(
 ) -> Sheet:
     """Draws a contact sheet of a finished dataset.
 
-    Values become the levels that they were made from; of values that were made by an image's own statistics, the lowest
-    becomes black and the highest white. Bgr and gray become RGB. A reject is drawn as far as Pillow
-    can decode it, and gray where it cannot.
+    Stored values are converted back to the levels that they came from. If the build normalized each image by its own
+    statistics, the image's lowest value becomes black and its highest becomes white. BGR and gray images are drawn as
+    RGB. A reject is drawn as far as Pillow can decode it; if Pillow cannot decode any of it, its tile is plain gray.
 
     Args:
         out: the dataset's folder.
-        target: the file to write, .png or .jpg; it is replaced if it is there.
-        show: random images; some of each class, or of each number where labels are whole numbers; or rejected items.
-        count: how many images, of each class with `class`; as `COUNTS` says if None.
-        seed: which of them are drawn.
-        source: where the images are now, for rejects; where they were when the build began if None.
-        tile: side of the square in which an image is drawn, in pixels.
+        target: the file to write, .png or .jpg; an existing file is replaced.
+        show: `random` for random images; `class` for some images of each class, or of each label value if labels are
+            integers; `rejects` for rejected items.
+        count: the number of images, per class with `class`; None for the value in `COUNTS`.
+        seed: the seed of the random choice.
+        source: the current location of the images, for rejects; None if they have not moved since the build started.
+        tile: the side of the square in which each image is drawn, in pixels.
 
     Raises:
-        UsageError: an argument is not allowed, or there is nothing of the kind to draw.
-        IncompleteError: the build has not ended.
-        FormatError: not a dataset, or damaged.
-        SourceError: the source of the rejects is not there.
-        StorageError: `target` cannot be written, or the dataset is not on a disk.
+        UsageError: an argument is not allowed, or there is nothing of the requested kind to draw.
+        IncompleteError: the build has not finished.
+        FormatError: `out` is not a dataset, or it is damaged.
+        SourceError: the source of the rejects cannot be found.
+        StorageError: `target` cannot be written, or the dataset is not on a local disk.
     """
     target = os.path.abspath(target)
     kind = FORMATS.get(os.path.splitext(target)[1].lower())
@@ -153,7 +160,7 @@ def preview(
     return Sheet(target, sheet.width, sheet.height, tuple(itertools.chain(*groups)), left_out)
 
 
-# Which
+# Choosing the tiles
 
 
 def _random(data: Dataset, count: int, seed: int) -> list[list[Tile]]:
@@ -164,7 +171,11 @@ def _random(data: Dataset, count: int, seed: int) -> list[list[Tile]]:
 
 
 def _by_class(data: Dataset, count: int, most: int, seed: int) -> tuple[list[list[Tile]], int]:
-    """Some images of each class that has any, up to `most` classes; and how many more there are."""
+    """Returns tiles of up to `count` images of each non-empty class, for up to `most` classes.
+
+    Returns:
+        The tiles, in one group per class, and the number of classes left out.
+    """
     if data.labels is None:
         raise UsageError(f"{data.path!r} has no labels; leave --by class out")
     if not countable(data.class_names, data.label_columns):
@@ -185,7 +196,7 @@ def _by_class(data: Dataset, count: int, most: int, seed: int) -> tuple[list[lis
 
 
 def _rejects(storage: Storage, count: int, seed: int) -> tuple[list[list[Tile]], int]:
-    """Some rejects, in the order of the plan; and how many more there are."""
+    """Returns tiles of up to `count` rejects in plan order, one per group, and the number of rejects left out."""
     content = storage.read(REJECTS)
     if content is None:
         raise FormatError(f"{storage.path(REJECTS)!r} is missing; gpu-npz verify --repair rewrites it")
@@ -212,11 +223,11 @@ def _tile(data: Dataset, row: int) -> Tile:
     return Tile(data.paths[row], row, label=label, class_name=None if names is None else names[label])
 
 
-# How it looks
+# Drawing
 
 
 class _StoredPixels:
-    """A dataset's rows as pictures."""
+    """Converts stored rows back to 8-bit images."""
 
     def __init__(self, data: Dataset) -> None:
         self._data = data
@@ -240,7 +251,7 @@ class _StoredPixels:
 
 
 class _Thumbnails:
-    """Rejected files as pictures, as far as Pillow can decode them; a context manager."""
+    """Decodes rejected files as far as Pillow can. A context manager: Pillow accepts truncated files inside it."""
 
     def __init__(self, found: Originals, manifest: Manifest, side: int) -> None:
         self._found = found
@@ -264,7 +275,7 @@ class _Thumbnails:
             data = read_item(self._found.source, item)
             with opened(self._decoder.prepared(data), tile.path) as image:
                 whole = image.width * image.height
-                image.draft("RGB", (self._side, self._side))  # a JPEG at an eighth, where that is enough
+                image.draft("RGB", (self._side, self._side))  # decodes a large JPEG at down to 1/8 scale
                 held = whole if image.info.get("progressive") else image.width * image.height
                 if held <= _THUMBNAIL_PIXELS:
                     return image.convert("RGB")
@@ -272,11 +283,18 @@ class _Thumbnails:
 
 
 def _drawn(groups: Sequence[Sequence[Tile]], places: int, side: int, picture: Picture) -> Image.Image:
-    """The sheet, in lines from left to right. A group has so many `places`, which stay empty where it is smaller."""
+    """Draws the sheet, row by row from left to right.
+
+    Args:
+        groups: the tiles.
+        places: the number of positions reserved for each group; a smaller group leaves the others empty.
+        side: the side of a tile's image, in pixels.
+        picture: returns the image of a tile; None if it cannot be decoded.
+    """
     total = len(groups) * places if len(groups) > 1 else len(groups[0])
     columns = math.ceil(math.sqrt(total))
     if places <= columns:
-        columns -= columns % places  # groups stand below each other
+        columns -= columns % places  # aligns the groups in columns
     width, height = side + _GAP, side + _CAPTION + _GAP
     sheet = Image.new("RGB", (_GAP + columns * width, _GAP + -(-total // columns) * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
@@ -297,7 +315,7 @@ def _drawn(groups: Sequence[Sequence[Tile]], places: int, side: int, picture: Pi
 
 
 def _scaled(image: Image.Image, side: int) -> Image.Image:
-    """The image in a square; enlarged pixels stay squares."""
+    """Scales an image so that its longer side is `side` pixels. Enlarging keeps sharp pixel edges."""
     longer = max(image.size)
     if longer == side:
         return image
@@ -306,7 +324,14 @@ def _scaled(image: Image.Image, side: int) -> Image.Image:
 
 
 def _fitted(text: str, width: int, font: Any, *, from_end: bool) -> str:
-    """A text in characters that every default font of Pillow has, cut to a width in pixels."""
+    """Limits a text to the characters in all of Pillow's default fonts and cuts it to `width` pixels.
+
+    Args:
+        text: the text.
+        width: the maximum width in pixels.
+        font: the Pillow font that measures the text.
+        from_end: whether to keep the end of the text instead of its start, as suits a path.
+    """
     shown = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
     shown = shown.encode("latin-1", "backslashreplace").decode("latin-1")
     fitted, kept = shown, min(len(shown), width)

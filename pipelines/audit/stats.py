@@ -1,6 +1,6 @@
-"""What the pixels of a collection are like: how often each level occurs, and mean and deviation from that, exactly.
+"""Computes the exact level histograms, means and standard deviations of an image collection or a dataset.
 
-Every pixel is one of 256 levels, or 65,536 in 16 bits, so counts of levels, which are integers, lose nothing.
+A pixel has one of 256 levels, or one of 65,536 with 16 bits, so integer counts of the levels lose no precision.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ _CHANNELS = {1: ("gray",), 3: ("red", "green", "blue")}
 
 @dataclass(frozen=True)
 class Statistics:
-    """Levels of all pixels of all images, by channel.
+    """The levels of all pixels of all images, by channel.
 
     Attributes:
         path: SRC or OUT.
-        side: of a split, whose items alone were taken; None for all.
-        images: how many were counted.
-        rejects_by_code: items that could not be.
-        channels: red, green, blue, or gray: the order of all that follows, which is that of `--mean` and `--std`, also
-            where a dataset stores bgr.
-        histograms: for each channel, how many pixels have each of the levels 0 to 255, or 65535.
-        class_counts: images of each class, by name in the order of labels; of each number that occurs, as text, where
-            labels are whole numbers; None where there are no labels, other numbers, or several columns.
+        images: the number of images counted.
+        rejects_by_code: the number of items that could not be decoded, by reject code.
+        channels: the names of the channels: red, green and blue, or gray. All other attributes and properties by
+            channel use this order, which is also the order of `--mean` and `--std`, even if a dataset stores BGR.
+        histograms: for each channel, the number of pixels at each level, 0 to 255 or 0 to 65535.
+        class_counts: the number of images of each class by name, in label order. If labels are integers, the number
+            of images of each value that occurs, by the value as text. None if there are no labels, labels of another
+            kind, or several label columns.
+        side: the side of a split that was counted; None if all items were counted.
     """
 
     path: str
@@ -64,12 +65,12 @@ class Statistics:
 
     @functools.cached_property
     def mean(self) -> tuple[float, ...]:
-        """The mean of each channel, of pixels scaled to 0..1."""
+        """The mean of each channel, for pixels scaled to 0..1."""
         return tuple(float(mean_of(counts)) for counts in self.histograms)
 
     @functools.cached_property
     def std(self) -> tuple[float, ...]:
-        """The standard deviation of each channel, of pixels scaled to 0..1, over all pixels of all images."""
+        """The standard deviation of each channel over all pixels of all images, for pixels scaled to 0..1."""
         return tuple(std_of(counts) for counts in self.histograms)
 
     @property
@@ -83,7 +84,7 @@ class Statistics:
         return tuple(max(level for level, count in enumerate(counts) if count) for counts in self.histograms)
 
     def to_json(self) -> dict[str, Any]:
-        """The statistics as JSON values."""
+        """Returns the statistics as JSON values."""
         names = ("mean", "std", "min", "max")
         columns = zip(self.channels, *(getattr(self, name) for name in names), self.histograms, strict=True)
         return {
@@ -102,18 +103,20 @@ def of_source(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
-    """Decodes and resizes the images of `src` as a build would, by all cores or the first GPU, and counts their levels.
+    """Decodes and resizes the images of `src` as a build would, on all cores or the first GPU, and counts their levels.
 
     Args:
-        src: a folder of class folders, or of images.
-        config: as for `build`; how values are normalized and stored makes no difference. Of a split train is taken,
-            whose statistics normalize all sides, unless one is named.
-        progress: called with items done and items in all.
+        src: a folder of class folders, or a folder of images.
+        config: the settings, as for `build`. Settings for normalization and storage have no effect. With a split, only
+            the items of train are counted unless the setting names another side, because the statistics of train
+            normalize all sides.
+        progress: called with the number of items done and the total number of items.
 
     Raises:
-        UsageError, BackendError: as `build`.
+        UsageError: as for `build`.
+        BackendError: as for `build`.
         SourceError: SRC cannot be read, or no image in it can be decoded.
-        ShardError: trouble that is not an image's, or a process died.
+        ShardError: a process died, or an error occurred that no image caused.
     """
     config = config or BuildConfig()
     config = config.sides.get(TRAIN, config)
@@ -139,15 +142,18 @@ def of_source(
 
 
 def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Statistics:
-    """Counts the levels of a finished dataset's images, which float values give back exactly; no image is decoded.
+    """Counts the levels of a finished dataset's images without decoding any image.
+
+    Stored float values are converted back to levels, exactly.
 
     Args:
-        out: the dataset's folder, or its URL.
-        progress: called with shards done and shards in all.
+        out: the dataset's folder or URL.
+        progress: called with the number of shards done and the total number of shards.
 
     Raises:
-        IncompleteError: the build has not ended.
-        FormatError: not a dataset, damaged, without images, or with values that do not tell levels apart.
+        IncompleteError: the build has not finished.
+        FormatError: `out` is not a dataset, is damaged or contains no images, or different levels cannot be
+            distinguished in its stored values.
     """
     storage = open_storage(out)
     manifest = Manifest.load(storage.root)

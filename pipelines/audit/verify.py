@@ -1,4 +1,4 @@
-"""Whether a dataset is what its manifest says: every byte, every shape, every value's range, every count."""
+"""Checks that a dataset matches its manifest: checksums, shapes, value ranges and counts."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ from ..storage import open_storage
 from ..storage.base import Storage, is_remote
 
 _ROWS_AT_ONCE = 64
-_FETCHED_SHARDS = 4  # of an object store, on the local disk at the same time
-_MISSING_SHARDS = 100_000  # more than these are not looked for one by one on the word of a damaged manifest
+_FETCHED_SHARDS = 4  # shards of an object store that are on the local disk at the same time
+_MISSING_SHARDS = 100_000  # do not look for more than this one by one: the manifest that names them is damaged
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be: in which file, and what."""
+    """A problem found in a dataset.
+
+    Attributes:
+        file: the file's name within the dataset.
+        what: a description of the problem.
+    """
 
     file: str
     what: str
@@ -41,7 +46,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and what was found; `ok` if that is nothing."""
+    """The result of verifying a dataset.
+
+    Attributes:
+        path: the dataset's folder or URL.
+        shards: the number of shards in the manifest.
+        rows: the number of rows in the manifest.
+        bytes: the total size of the shards that were read, in bytes.
+        problems: the problems found; empty if the dataset is intact.
+    """
 
     path: str
     shards: int
@@ -51,27 +64,28 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as it should be."""
+        """Whether no problem was found."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """The result as JSON values."""
+        """Returns the result as JSON values."""
         return {**asdict(self), "ok": self.ok}
 
 
 def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Verification:
     """Reads a whole dataset and compares it with its manifest and index.
 
-    Checked: every CRC-32; each shard's place, dataset, size and directory; shapes and dtypes; that values are finite
-    and within what the settings can give; label range; rows and rejects against the plan's items.
+    It checks every CRC-32; the position, dataset id, size and ZIP directory of each shard; shapes and dtypes; that
+    values are finite and within the range that the settings allow; that labels are in range; and that each item of the
+    plan is exactly one row or one reject.
 
     Args:
-        path: the dataset's folder.
-        progress: called with shards checked and shards in all.
+        path: the dataset's folder or URL.
+        progress: called with the number of shards checked and the total number of shards.
 
     Raises:
-        IncompleteError: the build has not ended.
-        FormatError: there is no manifest that can be read, or it contradicts itself.
+        IncompleteError: the build has not finished.
+        FormatError: the manifest is missing, cannot be read or contradicts itself.
     """
     storage = open_storage(path)
     manifest = Manifest.load(storage.root)
@@ -105,7 +119,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int], None]
 
 
 def shards_at_once(storage: Storage) -> int:
-    """How many shards to read at the same time where all are read."""
+    """Returns how many shards to read concurrently when reading all of them."""
     return min(usable_cpus(), _FETCHED_SHARDS) if is_remote(storage.root) else usable_cpus()
 
 
@@ -131,7 +145,7 @@ class _ShardChecker:
             return [exc.problem]
 
     def _table_faults(self, reader: NpzReader, shard: int) -> Iterator[str]:
-        """The shard against the index's entries for it."""
+        """Compares a shard with its entries in the index and yields the differences."""
         if self._index is None or self._ends is None:
             return
         rows, size = int(self._index["shard_rows"][shard]), int(self._index["shard_bytes"][shard])
@@ -158,7 +172,7 @@ class _ShardChecker:
                 yield from self._label_faults(reader[name].reshape(len(reader[name]), -1))
 
     def _label_faults(self, labels: NDArray[Any]) -> Iterator[str]:
-        """Of labels (N, K)."""
+        """Yields a message for each class column of `labels`, (N, K), that has values out of range."""
         columns = self._manifest.columns or (LabelColumn(name="", kind="class", classes=self._manifest.classes),)
         for column, values in zip(columns, labels.T, strict=True):
             if column.kind == "class" and (values.min() < 0 or values.max() >= len(column.classes or ())):
@@ -180,7 +194,7 @@ class _ShardChecker:
             planes = np.moveaxis(rows, axis, 0)
             for channel, plane in enumerate(planes if rows.size else ()):
                 low, high = float(plane.min()), float(plane.max())
-                if not (self._low[channel] <= low and high <= self._high[channel]):  # also where one is NaN
+                if not (self._low[channel] <= low and high <= self._high[channel]):  # also true if a value is NaN
                     yield (
                         f"channel {channel} of rows {start} to {start + len(rows) - 1} has values from {low:g} to "
                         f"{high:g}; the settings give {self._low[channel]:g} to {self._high[channel]:g}"
@@ -188,7 +202,15 @@ class _ShardChecker:
 
 
 def _require_consistent(manifest: Manifest, label: str) -> None:
-    """Raises FormatError where the manifest contradicts itself."""
+    """Checks the manifest for contradictions.
+
+    Args:
+        manifest: the manifest.
+        label: the manifest's path, for error messages.
+
+    Raises:
+        FormatError: the manifest contradicts itself.
+    """
     config = manifest.config
     try:
         table(config)
