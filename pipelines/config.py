@@ -1,8 +1,8 @@
-"""The settings of a build. Each has one name, one description, one check and one kind, and survives JSON unchanged.
+"""The settings of a build. Each has one name, one description, one check and one kind, and round-trips through JSON.
 
-An `identity` setting changes pixels, labels or their order, so a build cannot be resumed with another value. An
-`environment` setting says what the build runs on; it is decided once and stored with the plan. An `operational` setting
-may change from one run to the next.
+An `identity` setting affects pixels, labels or their order, so a build cannot be resumed with a different value. An
+`environment` setting selects what the build runs on; it is decided once and stored with the plan. An `operational`
+setting may change from one run to the next.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import UsageError
 
 Kind = Literal["identity", "environment", "operational"]
-Group = Literal["input", "pixels", "output", "speed", "run"]  # where the help lists a setting
+Group = Literal["input", "pixels", "output", "speed", "run"]  # the section of the help that lists a setting
 ResizeMode = Literal["stretch", "center-crop", "pad", "none"]
 Resizer = Literal["auto", "pillow", "simd"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
@@ -37,15 +37,15 @@ SourceKind = Literal[
 ]  # fmt: skip
 
 MAX_SIDE = 16_384
-BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should stay near the cache, a GPU batch should fill the decoders
+BATCH_SIZE = {"cuda": 256, "cpu": 32}  # a CPU batch should be close to the cache size, a GPU batch fill the decoders
 SHARD_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_AUTO_SHARD_ROWS = (1024, 512, 256, 128, 64)  # the first that makes at least so many shards
+_AUTO_SHARD_ROWS = (1024, 512, 256, 128, 64)  # use the first that results in at least _AUTO_SHARDS shards
 _AUTO_SHARDS = 16
 DEFLATE_LEVEL = 1
 MIN_STD = 1e-9
 _MAX_TOML_BYTES = 1 << 20
-TRAIN = "train"  # the side of a split that gets the items that no other side takes
-MIN_REJECT_LIMIT = 10  # a percentage of a small plan still allows a few bad files
+TRAIN = "train"  # the side of a split that gets all remaining items
+MIN_REJECT_LIMIT = 10  # so that a percentage of a small plan still allows a few bad files
 
 _RANGES = {
     "crop_pct": (1e-3, 1), "pad_value": (0, 255), "background": (0, 255), "max_pixels": (1, 2**40), "limit": (1, 2**40),
@@ -75,10 +75,10 @@ _advanced = functools.partial(_setting, advanced=True)
 
 
 class BuildConfig(BaseModel):
-    """The settings of `gpu-npz build`. Immutable and hashable; `model_dump_json` loses nothing.
+    """The settings of `gpu-npz build`. They are immutable and hashable, and `model_dump_json` is lossless.
 
     Raises:
-        UsageError: a value or a combination of values is not allowed; the message names every fault.
+        UsageError: a value or a combination of values is not allowed. The message lists every problem.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -425,7 +425,7 @@ class BuildConfig(BaseModel):
         except ValidationError as exc:
             faults = _field_faults(exc)
             valid = {name: value for name, value in values.items() if name not in faults}
-            super().__init__(**valid)  # the rules are still checked for the other settings
+            super().__init__(**valid)  # so that the rules can be checked for the other settings
         broken = [rule for rule in _RULES if faults.keys().isdisjoint(rule.settings.split()) and rule.is_broken(self)]
         if faults or broken:
             raise UsageError("\n".join([*faults.values(), *(rule.message(self) for rule in broken)]))
@@ -444,7 +444,7 @@ class BuildConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _parse_choice(cls, value: Any, info: Any) -> Any:
-        """A choice in any case, with `_` or `-` between its words, as other tools write it: nhwc, center_crop."""
+        """Accepts a choice in any case and with `_` for `-`, as other tools spell it: nhwc, center_crop."""
         choices = get_args(cls.model_fields[info.field_name].annotation)
         if not isinstance(value, str) or not all(isinstance(choice, str) for choice in choices):
             return value
@@ -468,7 +468,7 @@ class BuildConfig(BaseModel):
     def _split_numbers(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        inner = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)  # as Python and JSON write them
+        inner = re.fullmatch(r"\s*[\[(](.*)[\])]\s*", value)  # the notation of Python and JSON
         return [part.strip() for part in (inner[1] if inner else value).split(",")]
 
     @field_validator("shard_size", mode="before")
@@ -478,7 +478,7 @@ class BuildConfig(BaseModel):
             return "auto"
         match = re.fullmatch(r"(\d{1,15})\s*([a-zA-Z]*)", str(value).strip())
         units = {unit.lower(): size for unit, size in SHARD_UNITS.items()}
-        units |= {unit.removesuffix("b"): size for unit, size in units.items() if unit != "b"}  # 500M is 500MB
+        units |= {unit.removesuffix("b"): size for unit, size in units.items() if unit != "b"}  # 500M means 500MB
         _require(match and int(match[1]) > 0 and (not match[2] or match[2].lower() in units), value)
         assert match
         return str(int(match[1])) if not match[2] else f"{int(match[1]) * units[match[2].lower()]}B"
@@ -538,26 +538,26 @@ class BuildConfig(BaseModel):
 
     @property
     def channel_count(self) -> int:
-        """How many channels a stored image has: 1 or 3."""
+        """The number of channels of a stored image, 1 or 3."""
         return 1 if self.channels == "gray" else 3
 
     @property
     def reduces_jpegs(self) -> bool:
         """Whether Pillow decodes JPEGs that are much larger than `size` at half the scale or less.
 
-        Only with filters that would average those pixels anyway.
+        This is possible only with resampling filters that would average those pixels anyway.
         """
         return self.reduced_decoding and self.interpolation != "nearest" and self.resize_mode != "none"
 
     @property
     def shares(self) -> dict[str, Fraction]:
-        """The share of each side of a split except train, by name; empty without a split."""
+        """The share of each side of a split except train, by the side's name; empty without a split."""
         parts = (self.split or "").partition("/")[0].split(",")
         return {name: Fraction(share) for name, _, share in (part.partition("=") for part in parts) if name}
 
     @property
     def side(self) -> str | None:
-        """The only side of a split to build; None for all sides, or without a split."""
+        """The side of a split, if only one is to be built; None for all sides, or without a split."""
         return (self.split or "").partition("/")[2] or None
 
     @property
@@ -569,12 +569,12 @@ class BuildConfig(BaseModel):
 
     @property
     def max_level(self) -> int:
-        """The highest level of a pixel, which is white: 255 or 65535."""
+        """The highest level of a pixel, which means white: 255 or 65535."""
         return 255 if self.bit_depth == 8 else 65_535
 
     @property
     def pixel_dtype(self) -> Literal["uint8", "uint16"]:
-        """The dtype of pixels, which are stored unchanged if normalization is left to the reader."""
+        """The dtype of pixels before normalization, and of stored images if the reader normalizes them."""
         return "uint8" if self.bit_depth == 8 else "uint16"
 
     @property
@@ -583,13 +583,13 @@ class BuildConfig(BaseModel):
         return None if self.compress == "none" else int(self.compress.partition(":")[2])
 
     def identity(self) -> dict[str, Any]:
-        """The settings that determine the output's bytes, as JSON values by name."""
+        """Returns the settings that determine the output's bytes, as JSON values by name."""
         return self.model_dump(mode="json", include=set(settings_of("identity")))
 
     def for_items(self, items: int) -> BuildConfig:
-        """The settings of a plan of `items` items: a `shard_size` of auto becomes a number of rows.
+        """Returns the settings for a plan of `items` items, with a `shard_size` of auto replaced by a number of rows.
 
-        It depends on nothing else, so that every machine makes the same shards.
+        The number depends only on `items`, so that every machine builds the same shards.
         """
         if self.shard_size != "auto":
             return self
@@ -597,10 +597,13 @@ class BuildConfig(BaseModel):
         return self.model_copy(update={"shard_size": str(next(enough, _AUTO_SHARD_ROWS[-1]))})
 
     def shard_rows(self, row_bytes: int) -> int:
-        """The rows of a shard if an image takes `row_bytes` bytes; a `shard_size` of auto must be resolved before.
+        """Returns the number of rows in a shard. A `shard_size` of auto must be replaced first, with `for_items`.
+
+        Args:
+            row_bytes: the size of a stored image, in bytes.
 
         Raises:
-            UsageError: not even one row fits.
+            UsageError: a shard is too small for a single row.
         """
         if not self.shard_size.endswith("B"):
             return int(self.shard_size)
@@ -612,43 +615,43 @@ class BuildConfig(BaseModel):
         return rows
 
     def reject_limit(self, items: int) -> int:
-        """The largest number of rejects that a plan of `items` items may have."""
+        """Returns the maximum number of rejects allowed in a plan of `items` items."""
         if not self.max_rejects.endswith("%"):
             return int(self.max_rejects)
         share = Fraction(self.max_rejects[:-1]) / 100
-        # Below 100%, a percentage never allows all items to be rejected, however few there are.
+        # A percentage below 100% never allows all items to be rejected, even if there are only a few.
         return max(min(MIN_REJECT_LIMIT, items - 1), int(items * share))
 
 
 def gpu_numbers(device: str) -> tuple[int, ...]:
-    """The numbers of the GPUs that a `device` setting names; empty for `auto`, `cpu` and `all`."""
+    """Returns the GPU numbers in a `device` setting; empty for `auto`, `cpu` and `all`."""
     return () if device in ("auto", "cpu", "all") else tuple(map(int, device.split(",")))
 
 
 def settings_of(kind: Kind) -> list[str]:
-    """The names of the settings of one kind, in the order in which they are declared."""
+    """Returns the names of the settings of one kind, in declaration order."""
     return [name for name in BuildConfig.model_fields if _extra(name)["kind"] == kind]
 
 
 def group_of(name: str) -> tuple[Group, bool]:
-    """Where the help lists a setting: its group, and whether it is one of the advanced settings."""
+    """Returns the group in which the help lists a setting, and whether the setting is advanced."""
     return _extra(name)["group"], _extra(name)["advanced"]
 
 
 def as_option(name: str, value: Any) -> str:
-    """The value of a setting, other than None, as its option takes it: `0.485,0.456,0.406`, `224x224`, `true`."""
+    """Formats a setting's value, which must not be None, for its option: `0.485,0.456,0.406`, `224x224`, `true`."""
     if isinstance(value, (tuple, list)):
         return ("x" if name == "size" else ",").join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
-    """Reads settings from a TOML file, where they have the names of the options (`resize-mode = "pad"`).
+    """Reads settings from a TOML file. The keys are the names of the options (`resize-mode = "pad"`).
 
     Raises:
         UsageError: the file cannot be read or is not TOML.
     """
-    import tomllib  # few builds need it, and every worker would load it
+    import tomllib  # few builds need it, and otherwise every worker would import it
 
     try:
         with open(path, "rb") as file:
@@ -664,7 +667,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
 
 
 def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are given, and those that follow from them."""
+    """Adds the settings that follow from the given ones, and drops those that are None, except mean and std."""
     filled = dict(values)
     if filled.get("size") is None and filled.get("resize_mode", "stretch") != "none":
         filled["size"] = 224
@@ -694,11 +697,11 @@ def _require(condition: Any, value: Any) -> Any:
 
 
 def _field_faults(error: ValidationError) -> dict[str, str]:
-    """The message for each setting whose value is not allowed by itself, by name."""
+    """Returns a message for each setting whose value is not allowed by itself, by the setting's name."""
     faults: dict[str, str] = {}
     for fault in error.errors():
         name = str(fault["loc"][0]) if fault["loc"] else ""
-        if name in faults:  # one line is enough for a list in which every element is wrong
+        if name in faults:  # one message is enough, even if every element of a list is wrong
             continue
         if name in BuildConfig.model_fields:
             faults[name] = f"{name.replace('_', '-')}: got {fault['input']!r}; allowed: {_allowed(name)}"
@@ -714,7 +717,13 @@ def _field_faults(error: ValidationError) -> dict[str, str]:
 
 
 class _Rule(NamedTuple):
-    """A combination of settings that is not allowed; `settings` names those that it depends on, separated by spaces."""
+    """A rule that forbids a combination of settings.
+
+    Attributes:
+        settings: the names of the settings that the rule depends on, separated by spaces.
+        is_broken: whether a configuration breaks the rule.
+        message: returns the error message for a configuration.
+    """
 
     settings: str
     is_broken: Callable[[BuildConfig], bool]

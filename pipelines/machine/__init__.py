@@ -1,1 +1,1 @@
-"""What this machine can use: GPUs, decoders and cores, and the tuning that follows from them."""
+"""Detects the GPUs, decoders and cores of this machine, and derives the tuning of a build from them."""

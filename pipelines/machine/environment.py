@@ -1,4 +1,4 @@
-"""Detects which GPUs and libraries are usable, how to install those that are missing, and chooses a build's backend."""
+"""Detects usable GPUs and libraries, explains how to install missing ones, and chooses the backend of a build."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ _NVIDIA_VENDOR = "0x10de"
 
 @dataclass(frozen=True)
 class Missing:
-    """A part of the GPU path that cannot be used; `remedy` is a command or an action."""
+    """A part of the GPU path that cannot be used.
+
+    Attributes:
+        what: the name of the part, such as DALI.
+        reason: why it cannot be used.
+        remedy: a command or an action that fixes it.
+    """
 
     what: str
     reason: str
@@ -38,20 +44,22 @@ class Missing:
 
 
 def usable_cpus() -> int:
-    """The number of cores that this process may use, by its CPU affinity and the quota of its cgroup."""
+    """Returns the number of cores that this process may use, given its CPU affinity and its cgroup's quota."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(affinity, _cgroup_quota())))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found on this machine.
+    """The GPUs, libraries and cores of a machine.
 
     Attributes:
-        gpus: how many GPUs this process can see, whether or not their driver works.
-        cuda: the CUDA version of the driver, in the format of cuDriverGetVersion (12040 is 12.4); None if not known.
-        driver, dali, cupy: what is wrong with each; None if nothing is.
-        cpus: usable cores, which the workers share.
+        gpus: the number of GPUs that this process can see, whether or not their driver works.
+        cuda: the CUDA version of the driver, in the format of cuDriverGetVersion (12040 is 12.4); None if unknown.
+        driver: what is wrong with the driver; None if no problem was found.
+        dali: what is wrong with DALI; None if no problem was found.
+        cupy: what is wrong with CuPy; None if no problem was found.
+        cpus: the number of usable cores, which the workers share.
         capabilities: the compute capability of each GPU, such as (9, 0); empty if the driver does not work.
     """
 
@@ -65,20 +73,20 @@ class Machine:
 
     @property
     def missing(self) -> list[Missing]:
-        """What keeps a GPU from being used, driver first."""
+        """The parts that prevent the use of a GPU, driver first."""
         return [part for part in (self.driver, self.dali, self.cupy) if part]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a build runs on.
+    """The backend and the devices of a build.
 
     Attributes:
         backend: the decoder.
-        gpus: the numbers of the GPUs; none for the CPU.
-        warning: what the user should know about this choice.
-        cpus: usable cores.
-        capability: the highest compute capability of these GPUs; None if not known, or for the CPU.
+        gpus: the numbers of the GPUs; empty for the CPU.
+        warning: what the user should know about this choice; None if there is nothing to report.
+        cpus: the number of usable cores.
+        capability: the highest compute capability of these GPUs; None if unknown, or for the CPU.
     """
 
     backend: BackendName
@@ -99,10 +107,12 @@ class Choice:
 
 
 def inspect(device: str = "auto") -> Machine:
-    """Inspects this machine. Loads the NVIDIA driver if there is one, and DALI and CuPy only if a GPU could use them.
+    """Inspects this machine.
+
+    It loads the NVIDIA driver if there is one, and loads DALI and CuPy only if there is a GPU that could use them.
 
     Args:
-        device: the value of `--device`; CuPy is tested on the first GPU that it names, or else on GPU 0.
+        device: the value of `--device`. CuPy is tested on the first GPU in it, or on GPU 0 if it contains no number.
     """
     gpus, cuda, driver = _driver()
     capabilities = () if driver or cuda is None else tuple(map(_capability, range(gpus)))
@@ -126,9 +136,9 @@ def choose(config: BuildConfig, machine: Machine) -> Choice:
 
 
 def block_while_waiting(gpu: int) -> None:
-    """Lets threads sleep while they wait for a GPU; CUDA's default is to keep a core busy.
+    """Makes threads sleep while they wait for a GPU. By default, CUDA spins and keeps a core busy.
 
-    Has an effect if called before anything else in this process uses the GPU.
+    It has an effect only if it is called before anything else in this process uses the GPU.
     """
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuInit(0)
@@ -136,7 +146,7 @@ def block_while_waiting(gpu: int) -> None:
 
 
 def dotted(cuda: int) -> str:
-    """A CUDA version in the usual notation: 12040 is 12.4."""
+    """Formats a CUDA version in the usual notation: 12040 becomes 12.4."""
     return f"{cuda // 1000}.{cuda % 1000 // 10}"
 
 
@@ -181,14 +191,21 @@ def _choose_cpu(backend: BackendName, machine: Machine, warning: str | None = No
 
 
 class Bits16(NamedTuple):
-    """The libraries for images that Pillow cuts to 8 bits, reads wrongly, or cannot read."""
+    """The libraries for images that Pillow truncates to 8 bits, decodes incorrectly, or cannot read."""
 
     tifffile: Any
     imagecodecs: Any
 
 
 def require_bits16(what: str) -> Bits16:
-    """Imports the libraries of the extra `bits16` for `what`. Raises BackendError if they cannot be imported."""
+    """Imports the libraries of the extra `bits16`.
+
+    Args:
+        what: what needs them, for the error message.
+
+    Raises:
+        BackendError: they cannot be imported.
+    """
     try:
         return Bits16(*map(importlib.import_module, Bits16._fields))
     except ImportError as exc:
@@ -196,7 +213,7 @@ def require_bits16(what: str) -> Bits16:
 
 
 def _driver() -> tuple[int, int | None, Missing | None]:
-    """The number of visible GPUs, the CUDA version of the driver, and what is wrong with the driver."""
+    """Returns the number of visible GPUs, the CUDA version of the driver, and what is wrong with the driver."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return 0, None, None
     hardware = _pci_gpus()
@@ -221,7 +238,7 @@ def _driver() -> tuple[int, int | None, Missing | None]:
 
 
 def _capability(gpu: int) -> tuple[int, int]:
-    """A GPU's compute capability, by cuDeviceGetAttribute."""
+    """Returns a GPU's compute capability, such as (9, 0)."""
     cuda, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
     found = []
     for attribute in _CAPABILITY:
@@ -231,7 +248,7 @@ def _capability(gpu: int) -> tuple[int, int]:
 
 
 def _pci_gpus() -> int:
-    """The number of NVIDIA display and 3D controllers on the PCI bus, which are found even without a driver."""
+    """Counts the NVIDIA display and 3D controllers on the PCI bus, which are visible even without a driver."""
     found = 0
     for device in Path("/sys/bus/pci/devices").glob("*"):
         try:
@@ -244,7 +261,17 @@ def _pci_gpus() -> int:
 
 @dataclass(frozen=True)
 class _Package:
-    """A library with a wheel for each major version of CUDA; {} in a name stands for that version."""
+    """A library that has a separate wheel for each major version of CUDA.
+
+    Attributes:
+        what: the library's name.
+        module: the module to import.
+        wheel: the requirement to install; `{}` stands for the major version of CUDA.
+        replaced: the packages to uninstall first; `{}` stands for the major version of CUDA.
+        made_for: returns the major version of CUDA that the imported module was built for.
+        oldest: the oldest supported version, (major, minor); None if any version will do.
+        trial: tests the library on a GPU and raises an exception if it does not work; None if there is no test.
+    """
 
     what: str
     module: str
@@ -256,14 +283,18 @@ class _Package:
 
 
 def dali_trouble() -> Missing | None:
-    """What keeps DALI's CPU operators from being used. Imports DALI."""
+    """Imports DALI and returns what prevents the use of its CPU operators; None if they can be used."""
     return _trouble(_DALI, None, None, on_cpu=True)
 
 
 def _trouble(package: _Package, driver: int | None, gpu: int | None, *, on_cpu: bool = False) -> Missing | None:
-    """What keeps a package from being used on GPU number `gpu`.
+    """Returns what prevents the use of a package; None if it can be used.
 
-    If that is None, only checks that the package is installed or, with `on_cpu`, that its version can be used.
+    Args:
+        package: the package to check.
+        driver: the CUDA version of the driver, in the format of cuDriverGetVersion; None if unknown.
+        gpu: the number of the GPU to test the package on. If None, the package only needs to be installed.
+        on_cpu: whether to import the package and check its version even without a GPU.
     """
     suits = 13 if driver is None or driver >= 13_000 else 12
     install = f"pip install '{package.wheel.format(suits)}'"
@@ -276,11 +307,11 @@ def _trouble(package: _Package, driver: int | None, gpu: int | None, *, on_cpu: 
         made_for = package.made_for(module)
         if (
             driver is not None and made_for > driver // 1000
-        ):  # a newer minor version works: NVIDIA's minor-version compatibility
+        ):  # a newer minor version works, thanks to NVIDIA's minor-version compatibility
             reason = f"made for CUDA {made_for}, and the driver is made for CUDA {dotted(driver)}"
             uninstall = f"pip uninstall -y {package.replaced.format(made_for)}"
             return Missing(package.what, reason, f"{uninstall} && {install}, or install a newer NVIDIA driver")
-        if made_for == 12:  # works with every driver; wheels for two CUDA versions break each other
+        if made_for == 12:  # it works with every driver, and wheels for two CUDA versions conflict
             install = f"pip install '{package.wheel.format(12)}'"
         if package.oldest and tuple(map(int, re.findall(r"\d+", module.__version__)[:2])) < package.oldest:
             needed = ".".join(map(str, package.oldest))
@@ -289,7 +320,7 @@ def _trouble(package: _Package, driver: int | None, gpu: int | None, *, on_cpu: 
             package.trial(gpu)
     except ModuleNotFoundError:
         return Missing(package.what, "not installed", install)
-    except Exception as exc:  # native libraries fail to load in many ways, which all mean the same here
+    except Exception as exc:  # native libraries fail to load in many ways; all are handled alike
         text = " ".join(str(exc).split())[:200]
         if re.search("out of memory|busy or unavailable", text, re.IGNORECASE):
             remedy = "`nvidia-smi` shows which process holds it; end that process, or choose another GPU with --device"
@@ -300,7 +331,7 @@ def _trouble(package: _Package, driver: int | None, gpu: int | None, *, on_cpu: 
 
 
 def _try_cupy(gpu: int) -> None:
-    """Tests what normalizing needs on the GPU: compiles a kernel, runs it, and allocates pinned memory."""
+    """Tests everything that normalization needs on the GPU: compiling and running a kernel, and pinned memory."""
     block_while_waiting(gpu)
     import cupy
 
@@ -308,7 +339,7 @@ def _try_cupy(gpu: int) -> None:
         number = cupy.zeros(1, cupy.int32)
         kernel = cupy.RawKernel('extern "C" __global__ void trial(int* number) { *number = 42; }', "trial")
         kernel((1,), (1,), (number,))
-        number[cupy.asarray([0])] = cupy.asarray([42])  # runs a kernel of CuPy's own, which needs CUDA's headers
+        number[cupy.asarray([0])] = cupy.asarray([42])  # runs one of CuPy's own kernels, which need the CUDA headers
         cupy.cuda.alloc_pinned_memory(number.nbytes)
         if int(number.get()[0]) != 42:
             raise RuntimeError("a kernel ran and left no result")
@@ -323,8 +354,8 @@ _DALI = _Package(
     made_for=lambda dali: int(str(dali.__cuda_version__)[:2]),
     oldest=(2, 4),
 )
-# CuPy needs NVRTC, which [ctk], new in CuPy 14, installs. NVRTC for CUDA 13 is uninstalled too: CuPy for CUDA 12 would
-# prefer it to its own, and its code needs a newer driver.
+# CuPy needs NVRTC, which the extra [ctk] installs since CuPy 14. The remedy also uninstalls NVRTC for CUDA 13, because
+# CuPy for CUDA 12 would prefer it to its own, and the code that it generates needs a newer driver.
 _CUPY = _Package(
     "CuPy",
     "cupy",
@@ -336,7 +367,7 @@ _CUPY = _Package(
 
 
 def _cgroup_quota() -> float:
-    """CPU quota of the control group in cores; infinite if there is none (kernel docs: cgroup-v2, sched-bwc)."""
+    """Returns the cgroup's CPU quota in cores; infinity if there is none (kernel docs: cgroup-v2, sched-bwc)."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)
@@ -352,7 +383,7 @@ def _cgroup_quota() -> float:
 
 
 def available_memory() -> int | None:
-    """Main memory in bytes that is free or can be freed, within the limit of the control group; None if unknown."""
+    """Returns the main memory that is free or reclaimable, within the cgroup's limit, in bytes; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

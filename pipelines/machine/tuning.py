@@ -1,4 +1,4 @@
-"""Chooses workers, threads, batch size and so on, as far as the settings leave them open."""
+"""Chooses the number of workers and threads, the batch size and so on, unless the settings specify them."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ from dataclasses import dataclass
 from ..config import BATCH_SIZE, BuildConfig
 from .environment import Choice
 
-_BATCH_BYTES = 1 << 28  # a batch of huge images is smaller, unless asked for
-# Batches inside each of DALI's pipelines. On a GPU, one more keeps two in flight while Python works; on CPU operators 3
-# was no faster.
+_BATCH_BYTES = 1 << 28  # huge images get smaller batches, unless the settings specify the size
+# Batches in flight in each DALI pipeline. On a GPU, the third keeps two in flight while Python is busy. With the CPU
+# operators, three were no faster than two.
 _PREFETCH = {"cuda": 3, "cpu": 2}
-# A pipeline runs one operator of a kind at a time; with two, one does its work on the host while the other waits.
+# A pipeline runs one operator of each kind at a time. With two pipelines, one works on the host while the other waits.
 _PIPELINES = {"cuda": 2, "cpu": 1}
-_OTHER_CORES = 2  # of a GPU's: for Python, and for the threads that write
-_READING = 8  # one in so many of a GPU's threads reads files: 25 us an image, beside some 700 us to decode its share
-# Hardware JPEG engines of Hopper and later GPUs are off until they have been seen to decode correctly: a known fault
-# there gives wrong pixels without an error (https://github.com/pytorch/vision/issues/9606).
+_OTHER_CORES = 2  # cores reserved in a GPU build for Python and the writing threads
+_READING = 8  # 1 in 8 threads of a GPU worker reads files: 25 us an image; the host's share of decoding takes 700 us
+# The hardware JPEG engines of Hopper and later GPUs are off until they are known to decode correctly. A known bug
+# produces wrong pixels there without an error (https://github.com/pytorch/vision/issues/9606).
 _UNPROVEN_ENGINES = (9, 0)
-# One thread writes a shard, and on one file two of them gain nothing. A GPU gives more than one thread can write.
+# One thread writes each shard; two threads on the same file are no faster. A GPU produces more than one thread can
+# write.
 _OPEN_SHARDS = {"cuda": 4, "cpu": 1}
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What decides how fast a build runs. Nothing here changes the rows of a shard or their order.
+    """The parameters that determine the speed of a build. None of them changes the rows of a shard or their order.
 
     Attributes:
-        workers: processes; none where everything is done in the process that builds.
-        batch_size: images that are decoded together, at most.
-        threads: threads of a worker's DALI, shared by its pipelines on a GPU; pillow has none.
-        pipelines: of DALI, that decode in turn.
-        prefetch: batches inside each of them at the same time.
-        open_shards: shards that a worker writes at the same time.
-        hw_decoder_load: the share of a batch's JPEGs for a GPU's hardware engines, 0 to 1; None leaves it to DALI.
-        spot_check: whether a sample of the images that a GPU decodes is compared with Pillow's.
+        workers: the number of worker processes; 0 to do all work in the process that builds.
+        batch_size: the maximum number of images decoded together.
+        threads: the number of DALI threads in a worker, shared by its pipelines on a GPU; unused by Pillow.
+        pipelines: the number of DALI pipelines, which decode in turn.
+        prefetch: the number of batches in flight in each pipeline.
+        open_shards: the number of shards that a worker writes at the same time.
+        hw_decoder_load: the share of a batch's JPEGs that the GPU's hardware engines decode, 0 to 1; None for DALI's
+            default.
+        spot_check: whether to compare a sample of the images decoded by a GPU with Pillow's results.
     """
 
     workers: int
@@ -48,19 +50,19 @@ class Tuning:
 
     @classmethod
     def of(cls, config: BuildConfig, choice: Choice, *, row_bytes: int, shard_rows: int, shards: int) -> Tuning:
-        """The tuning of a build.
+        """Chooses the tuning of a build.
 
         Args:
-            config: values that are set here are used.
+            config: the settings; values that they specify take precedence.
             choice: the decoder, the GPUs and the cores.
-            row_bytes: size of a stored image in bytes.
-            shard_rows: the most items in a shard.
-            shards: how many shards are to be built.
+            row_bytes: the size of a stored image, in bytes.
+            shard_rows: the maximum number of items in a shard.
+            shards: the number of shards to build.
         """
         cores = choice.cpus
         device, workers = choice.device, config.workers
         if workers is None:
-            workers = cores if choice.backend == "pillow" else max(1, len(choice.gpus))  # DALI decodes in threads
+            workers = cores if choice.backend == "pillow" else max(1, len(choice.gpus))  # DALI has its own threads
         workers = min(workers, max(1, shards))
         batch_size = config.batch_size or max(1, min(BATCH_SIZE[device], _BATCH_BYTES // row_bytes))
         if device == "cuda":
@@ -79,17 +81,17 @@ class Tuning:
 
     @property
     def batches_ahead(self) -> int:
-        """Batches that a worker's decoding pipelines hold at the same time."""
+        """The number of batches in flight in all decoding pipelines of a worker."""
         return self.pipelines * self.prefetch
 
     @property
     def reading_threads(self) -> int:
-        """Threads of the pipeline that reads files."""
+        """The number of threads of the pipeline that reads files."""
         return self.threads if self.pipelines == 1 else max(1, self.threads // _READING)
 
     @property
     def decoding_threads(self) -> int:
-        """Threads of each pipeline that decodes."""
+        """The number of threads of each decoding pipeline."""
         return self.threads if self.pipelines == 1 else max(1, (self.threads - self.reading_threads) // self.pipelines)
 
 
