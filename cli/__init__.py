@@ -1,1 +1,1 @@
-"""The command line: options to settings, one library call, and printing."""
+"""The command line. Each command turns its options into settings, makes one library call and prints the result."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gpu_npz.bench.sweep import Sweep
     from gpu_npz.bench.worker import WorkerCost
 
-# Float32 rates vary if the kernel turns memory into huge pages and back. NumPy reads this variable on import.
+# Float32 rates vary while the kernel merges pages into huge pages and splits them. NumPy reads this variable on import.
 os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
 
 _USED = ("device", "backend", "resizer", "require_gpu", "reproducible", "size", "resize_mode", "interpolation",
@@ -193,7 +193,7 @@ def storage(
     if src is not None and cifar is not None:
         raise UsageError(f"got SRC {src!r} and --cifar {cifar!r}; give one of them")
     if plot is not None:
-        require_matplotlib()  # now, not after minutes of measuring
+        require_matplotlib()  # fail now rather than after minutes of measuring
     config = read_config(None, {**given, "size": given["size"] or (cifar and "32")})
     with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
         pictures = Path(place) / "pictures"

@@ -20,7 +20,7 @@ from gpu_npz.errors import RejectLimitError
 from gpu_npz.workers import events
 from gpu_npz.workers.messages import Message
 
-_SHOWN = 3  # of the files that a message is about
+_SHOWN = 3  # the number of files listed with a message
 
 
 @click.command("build", cls=ConfigCommand)
@@ -76,7 +76,7 @@ def command(
 
 
 def summary(report: BuildReport) -> str:
-    """What a build did, for people."""
+    """Summarizes a build for humans, in several lines."""
     columns = report.label_columns
     labels = f"labels {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
     labels = f" ({printable(labels)})" if report.classes is None else f" of {report.classes} classes"
@@ -109,7 +109,7 @@ def summary(report: BuildReport) -> str:
 
 
 def _message(message: Message) -> str:
-    """A decoder's message, how often it came, and some of the files that it is about."""
+    """Formats a decoder's message, the number of times it was logged, and some of the files it is about."""
     files = [*map(printable, message.files[:_SHOWN])]
     if len(message.files) > _SHOWN:
         files.append(f"{len(message.files) - _SHOWN} more in {REPORT}")
@@ -119,7 +119,7 @@ def _message(message: Message) -> str:
 
 
 def _decoders(report: BuildReport) -> str:
-    """Which decoder decoded how many images, and how the spot checks went."""
+    """Formats the number of images that each decoder decoded, and the results of the spot checks."""
     decoders = f"DALI {report.decoded_by['dali']} images, Pillow {report.decoded_by.get('pillow', 0)}"
     if not report.spot_checks:
         return decoders
@@ -134,7 +134,7 @@ def _rejects(report: BuildReport) -> str:
 
 
 class Bar:
-    """A progress bar on stderr that listens to a build's events."""
+    """A progress bar on stderr that shows a build's events. Calling it with an event updates it."""
 
     def __init__(self, *, hidden: bool) -> None:
         self._progress = Progress(

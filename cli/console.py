@@ -1,4 +1,4 @@
-"""Where the command line writes: results to stdout, everything else to stderr."""
+"""The command line's output: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _Warnings(logging.Handler):
-    """Says what is logged, each text once: both sides of a split have the same to say of SRC."""
+    """Prints log records, each text only once, because all sides of a split log the same warnings about SRC."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,26 +29,28 @@ class _Warnings(logging.Handler):
 
 
 def show_warnings() -> None:
-    """Lets the library's warnings appear on stderr."""
+    """Prints the library's warnings on stderr."""
     logger = logging.getLogger("gpu_npz")
     logger.handlers = [_Warnings()]
     logger.propagate = False
 
 
 def print_json(value: dict[str, Any] | list[Any]) -> None:
-    """Prints a result for machines, on stdout."""
+    """Prints a result as JSON on stdout."""
     click.echo(json.dumps(value, indent=1))
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and its noun: `1 shard`, `2 shards`."""
+    """Formats a number with its noun: `1 shard`, `2 shards`."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text from files as a terminal may have it: control characters, and bytes that are no UTF-8, appear as escapes.
+    """Makes text from files safe for a terminal: control characters and bytes that are not UTF-8 become escapes.
 
-    The characters in `keep` stay as they are.
+    Args:
+        text: the text.
+        keep: the characters that are not escaped.
     """
     return "".join(
         character if character.isprintable() or character in keep else repr(character)[1:-1] for character in text

@@ -1,4 +1,4 @@
-"""What the commands on a dataset do with a folder that contains the datasets of a split: all of them, one by one."""
+"""Finds the datasets of a split, so that commands can process each of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from gpu_npz.storage import open_storage
 
 
 def datasets_in(out: str) -> dict[str, str]:
-    """The datasets in OUT by side, such as train; a single one, or what is none, by the empty string."""
+    """Returns the paths of the datasets in OUT by side, such as `train`.
+
+    If OUT is not a split, the only entry is OUT itself, under the empty string, whether or not it is a dataset.
+    """
     storage = open_storage(out)
     return {side: storage.path(side) for side in sides_of_split(storage)} or {"": out}

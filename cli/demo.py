@@ -26,7 +26,7 @@ def command(folder: str, images: int) -> int:
 
     Everything lies in DIR (gpu-npz-demo unless given) and stays there to look at.
     """
-    # Imported here, so that the help of this command does not load NumPy and Pillow.
+    # Imported here so that this command's help does not load NumPy and Pillow.
     from gpu_npz import BuildConfig, build, open_dataset, verify
     from gpu_npz.bench.pictures import make_images
     from gpu_npz.dataset.layout import REJECTS

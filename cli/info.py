@@ -20,7 +20,7 @@ from gpu_npz.storage import open_storage
 
 _ALWAYS = {"size", "resize_mode", "normalize", "dtype", "layout"}
 _SHOWN_CLASSES = 8
-_LAST = {"shard_table_digest", "rejects_digest"}  # of what the end of a build writes
+_LAST = {"shard_table_digest", "rejects_digest"}  # manifest fields that are unknown until a build ends
 
 
 @click.command("info")
@@ -45,7 +45,7 @@ def command(out: str, as_json: bool) -> None:
         try:
             manifest = Manifest.load(storage.root)
             index: Any = None
-            with contextlib.suppress(FormatError):  # `gpu-npz verify` says what is wrong with it
+            with contextlib.suppress(FormatError):  # `gpu-npz verify` reports a damaged index
                 index = open_index(storage, manifest)
             shown[side] = _show(manifest, index, None, as_json)
         except IncompleteError as exc:
@@ -59,7 +59,17 @@ def command(out: str, as_json: bool) -> None:
 
 
 def _show(manifest: Manifest, index: Any, built: int | None, as_json: bool) -> dict[str, Any]:
-    """Prints what a dataset is, unless `as_json`; of an unfinished one, how many shards are built. Returns the JSON."""
+    """Prints a description of a dataset, or returns it as JSON values.
+
+    Args:
+        manifest: the dataset's manifest.
+        index: the dataset's index; None if it cannot be read.
+        built: the number of shards built so far; None if the build has finished.
+        as_json: whether to return the JSON values instead of printing.
+
+    Returns:
+        The JSON values; an empty dictionary if the description was printed.
+    """
     if as_json:
         unfinished = {**manifest.model_dump(exclude=_LAST), "built_shards": built}
         return manifest.model_dump() if built is None else unfinished
@@ -80,7 +90,7 @@ def _show(manifest: Manifest, index: Any, built: int | None, as_json: bool) -> d
     }
     if manifest.normalization is not None:
         numbers = manifest.normalization
-        backwards = slice(None, None, -1 if images.channels == "bgr" else 1)  # options are in the order R,G,B
+        backwards = slice(None, None, -1 if images.channels == "bgr" else 1)  # the options are in R,G,B order
         rows["normalized"] = f"--mean {_numbers(numbers.mean[backwards])} --std {_numbers(numbers.std[backwards])}"
     length = max(map(len, rows))
     for name, value in rows.items():
@@ -89,7 +99,7 @@ def _show(manifest: Manifest, index: Any, built: int | None, as_json: bool) -> d
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    """The settings that a build was given, and those that people ask for, as options."""
+    """Formats the settings that differ from their defaults, and the most important others, as options."""
     defaults = {name: field.default for name, field in BuildConfig.model_fields.items()}
     found = [
         f"--{name.replace('_', '-')} {as_option(name, value)}"

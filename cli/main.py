@@ -1,4 +1,4 @@
-"""The command `gpu-npz`: finds the subcommand, and turns errors into messages and exit codes."""
+"""The command `gpu-npz`: loads the subcommand and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from gpu_npz.cli.start import Terminated, leave_at_once, stop_in_order
 from gpu_npz.errors import GpuNpzError
 
-# Kept here so that `--help` imports none of the commands.
+# The short help is here so that `--help` does not import the commands.
 COMMANDS = {
     "build": "Build NPZ shards from images, or resume a build that was stopped.",
     "plan": "Say what a build would do and take, before a long job.",
@@ -47,7 +47,7 @@ class _Commands(click.Group):
             close = difflib.get_close_matches(args[0], COMMANDS, 3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"the commands are {', '.join(COMMANDS)}"
             ctx.fail(f"No such command {args[0]!r}; {hint}")
-        found = super().resolve_command(ctx, args)  # loads the command
+        found = super().resolve_command(ctx, args)  # imports the command
         stop_in_order()
         return found
 
@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
     except GpuNpzError as exc:
         click.echo(f"gpu-npz: {_printable(exc)}", err=True)
         return exc.exit_code
-    except BrokenPipeError:  # the reader of stdout has left, as `| head` does
+    except BrokenPipeError:  # the reader of stdout has exited, as `head` does
         sys.stderr.close()
         return 1
     except OSError as exc:
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _printable(error: Exception) -> str:
-    from gpu_npz.cli.console import printable  # rich takes a moment to load, and most commands do not fail
+    from gpu_npz.cli.console import printable  # rich is slow to import, and most commands succeed
 
     return printable(str(error), keep="\n")
 

@@ -1,4 +1,4 @@
-"""Options from the settings: every field of BuildConfig is an option of the same name."""
+"""Derives options from the settings: each field of BuildConfig becomes an option of the same name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gpu_npz.cli.console import errors
 from gpu_npz.config import BuildConfig, Group, group_of, load_toml, settings_of
 from gpu_npz.presets import settings_of_preset
 
-# What may differ from the build when rejects are tried again or shards rebuilt.
+# OPERATIONAL: the settings that may differ from those of the build when rejects are retried or shards are rebuilt.
 _NOT = {"classes_from", "part", "overwrite", "source", "root", "follow_links"}
 OPERATIONAL = [name for name in (*settings_of("environment"), *settings_of("operational")) if name not in _NOT]
 
-# How other tools call an option. Accepted, but not shown.
+# The names of options in other tools. They are accepted, but the help does not list them.
 _OTHER_NAMES = {
     "--image-size": "--size",
     "--img-size": "--size",
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ConfigCommand(click.Command):
-    """A command with settings as options, which may also be spelled as in other tools."""
+    """A command whose options are settings. It also accepts the option names of other tools."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = {name for parameter in self.params for name in parameter.opts}
@@ -44,7 +44,7 @@ class ConfigCommand(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options in groups: the common ones first."""
+        """Writes the options in groups, common options before advanced ones."""
         groups: dict[tuple[str, bool], list[tuple[str, str]]] = {(name, False): [] for name in get_args(Group)}
         groups |= {(name, True): [] for name in get_args(Group)}
         own: list[tuple[str, str]] = []
@@ -64,7 +64,10 @@ class ConfigCommand(click.Command):
 
 
 def config_options(*names: str) -> Callable[[F], F]:
-    """Adds an option for each of these settings. What is not given arrives as None; BuildConfig alone checks values."""
+    """Adds an option for each of these settings.
+
+    An option that is not given has the value None. Values are not checked here; BuildConfig checks them.
+    """
 
     def add(command: F) -> F:
         for name in reversed(names):
@@ -85,7 +88,7 @@ def _option(name: str) -> Callable[[F], F]:
 
 
 def metavar(name: str) -> str:
-    """What stands for a setting's value in the help: its choices, or a word."""
+    """Returns the placeholder for a setting's value in the help: its choices, or a word such as VALUE."""
     field = BuildConfig.model_fields[name]
     choices = get_args(field.annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
@@ -102,9 +105,17 @@ def _default(name: str) -> str:
 
 
 def read_config(config_file: str | None, given: dict[str, Any], preset: str | None = None) -> BuildConfig:
-    """The settings from a preset, a TOML file, the environment and the command line; each wins over those before it.
+    """Merges the settings of a preset, a TOML file, the environment and the command line; later ones take precedence.
 
-    Of the environment, only operational settings are read: GPU_NPZ_WORKERS, for example.
+    Only operational settings are read from the environment, for example GPU_NPZ_WORKERS.
+
+    Args:
+        config_file: the path of the TOML file; None if there is none.
+        given: the command line's settings by name; None for an option that was not given.
+        preset: the name or file of the preset; None if there is none.
+
+    Raises:
+        UsageError: a setting is not allowed, or the file or the preset cannot be read.
     """
     over = load_toml(config_file) if config_file else {}
     over |= {
@@ -122,7 +133,7 @@ def read_config(config_file: str | None, given: dict[str, Any], preset: str | No
 
 
 def _shown(setting: tuple[str, Any]) -> str:
-    """A setting as an option of the command line."""
+    """Formats a setting, a name and a value, as a command-line option."""
     name, value = setting
     if name == "size":
         value = "x".join(map(str, value))

@@ -31,10 +31,10 @@ _USED = (
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(src: str, one: Any, other: Any, images: int, max_mean: float | None, as_json: bool, **given: Any) -> int:
     """Decode the same images by two decoders and say how far they differ, in levels of 0 to 255, by kind of image."""
-    from gpu_npz.audit.parity import parity  # loads Pillow, which the help of this command does not need
+    from gpu_npz.audit.parity import parity  # loads Pillow, which this command's help does not need
 
     show_warnings()
-    config = read_config(None, given | {"normalize": "none"})  # lest gray ask for another normalization
+    config = read_config(None, given | {"normalize": "none"})  # the default, imagenet, is not allowed with gray
     with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
         task = progress.add_task("comparing", total=None)
         result = parity(

@@ -39,7 +39,7 @@ def command(
 
     For a split, draw one for each side: sheet-train.png and sheet-val.png for -o sheet.png.
     """
-    from gpu_npz.audit.preview import preview  # loads Pillow, which the help of this command does not need
+    from gpu_npz.audit.preview import preview  # loads Pillow, which this command's help does not need
 
     if rejects and by == "class":
         raise UsageError("--rejects and --by class: rejects are not sorted by class; leave one out")

@@ -1,18 +1,18 @@
-"""The first of the command line that runs: it takes signals before it loads anything that takes its time.
+"""The entry point of the command line. It installs signal handlers before it imports any slow module.
 
-Until a command begins, and after it has ended, there is nothing to tidy up: a signal ends the process at once. While a
-command runs, a signal is an exception, so that locks and temporary files are let go of in order.
+Before a command starts and after it has finished, there is nothing to clean up, so a signal ends the process at once.
+While a command runs, a signal raises an exception, so that locks are released and temporary files are deleted.
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # built in; `signal` makes enumerations of it, which takes its time
+import _signal  # type: ignore[import-not-found]  # built in; `signal` is slow to import, because it creates enums
 import atexit
 import os
 import sys
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # `typing` takes its time, too
+if TYPE_CHECKING:  # `typing` is slow to import, too
     from collections.abc import Callable
     from types import FrameType
     from typing import NoReturn
@@ -21,15 +21,19 @@ _SIGNALS = (_signal.SIGINT, _signal.SIGTERM)
 
 
 class Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+    """Raised on SIGTERM, just as KeyboardInterrupt is raised on SIGINT."""
 
 
 def main() -> NoReturn:
-    """Runs the command line and exits: 0 done, 1 failed, 2 usage, 3 too many rejects, 130 and 143 interrupted."""
+    """Runs the command line and exits.
+
+    The exit status is 0 for success, 1 for failure, 2 for wrong usage, 3 for too many rejects, and 130 or 143 after
+    SIGINT or SIGTERM.
+    """
     for number in _SIGNALS:
-        if _signal.getsignal(number) != _signal.SIG_IGN:  # as `nohup` and a shell's `&` leave it
+        if _signal.getsignal(number) != _signal.SIG_IGN:  # `nohup` and a shell's `&` leave a signal ignored
             _signal.signal(number, _leave)
-    atexit.register(_ignore)  # the first to be registered is the last to run
+    atexit.register(_ignore)  # registered first, so it runs last
     from gpu_npz.cli.main import run
 
     code = run(sys.argv[1:])
@@ -38,23 +42,23 @@ def main() -> NoReturn:
 
 
 def stop_in_order() -> None:
-    """A signal raises KeyboardInterrupt or Terminated from now on."""
+    """Makes signals raise KeyboardInterrupt or Terminated from now on."""
     _replace(_leave, _raise)
 
 
 def leave_at_once() -> None:
-    """A signal ends the process from now on."""
+    """Makes signals end the process at once from now on."""
     _replace(_raise, _leave)
 
 
 def _replace(old: object, new: Callable[[int, FrameType | None], NoReturn]) -> None:
     for number in _SIGNALS:
-        if _signal.getsignal(number) is old:  # where `main` has not run, signals are the host's
+        if _signal.getsignal(number) is old:  # if `main` has not run, the host program handles signals
             _signal.signal(number, new)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    try:  # noqa: SIM105  # contextlib takes its time
+    try:  # noqa: SIM105  # contextlib is slow to import
         os.write(2, b"gpu-npz: stopped\n")
     except OSError:
         pass
@@ -66,6 +70,6 @@ def _raise(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _ignore() -> None:
-    """While the interpreter takes itself apart, a signal has its default action, which would hide the exit code."""
+    """Ignores signals while the interpreter shuts down. Their default action would replace the exit status."""
     for number in _SIGNALS:
         _signal.signal(number, _signal.SIG_IGN)

@@ -26,7 +26,7 @@ _USED = (
     "split_by", "split_seed", "classes_from", "batch_size", "workers", "threads", "prefetch", "hw_decoder_load",
 )  # fmt: skip
 _NORMALIZING = ("normalize", "mean", "std", "window")
-_COLUMNS = 32  # of a drawn histogram
+_COLUMNS = 32  # the width of a drawn histogram, in characters
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -41,7 +41,7 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
     Exact, by counts of levels. The last line has the options that normalize a build by these statistics. With --split
     they are those of train, unless another side is named, as in val=0.2/val.
     """
-    from gpu_npz.audit.stats import of_dataset, of_source  # loads Pillow, which the help does not need
+    from gpu_npz.audit.stats import of_dataset, of_source  # loads Pillow, which this command's help does not need
 
     show_warnings()
     values = {name: value for name, value in given.items() if value is not None}
@@ -50,7 +50,7 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
         raise UsageError(f"{src!r} is a dataset, whose images are as they are; leave the settings out")
     if config_file:
         values = {**load_toml(config_file), **values}
-    # How values are normalized makes no difference, and imagenet is not allowed for gray.
+    # Normalization does not affect the statistics, and imagenet is not allowed with gray.
     values = {name: value for name, value in values.items() if name not in _NORMALIZING}
     values["normalize"] = "none"
     with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
@@ -71,7 +71,7 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
 
 
 def _is_dataset(src: str) -> bool:
-    with contextlib.suppress(StorageError):  # what cannot hold a dataset, or not be reached, is told of as a source
+    with contextlib.suppress(StorageError):  # if SRC cannot be opened, reading it as a source reports why
         storage = open_storage(src)
         return any(storage.size(name) is not None for name in (MANIFEST, JOB)) or bool(sides_of_split(storage))
     return False
@@ -99,7 +99,7 @@ def _lines(found: Statistics) -> list[str]:
 def _drawn(counts: tuple[int, ...]) -> str:
     step = len(counts) // _COLUMNS
     columns = [sum(counts[start : start + step]) for start in range(0, len(counts), step)]
-    # Rounded up, so that a blank means none at all.
+    # Round up, so that a blank means that the count is zero.
     return "|" + "".join(_BLOCKS[-(-column * (len(_BLOCKS) - 1) // max(columns))] for column in columns) + "|"
 
 

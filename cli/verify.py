@@ -58,7 +58,7 @@ def command(
 def _verify(
     out: str, config: BuildConfig, *, repairing: bool, deep: int | None, seed: int, source: str | None, quiet: bool
 ) -> dict[str, Any]:
-    """Verifies a dataset, prints what was found unless `quiet`, and returns it as JSON values."""
+    """Verifies a dataset, prints the result unless `quiet`, and returns it as JSON values."""
     with Progress(console=errors, transient=True, disable=quiet or not errors.is_terminal) as progress:
         task = progress.add_task("verifying", total=None)
 
@@ -72,7 +72,7 @@ def _verify(
             try:
                 again = compare(out, deep, seed=seed, source=source, progress=checked)
                 faults += again.problems
-            except FormatError as exc:  # the rest is verified all the same
+            except FormatError as exc:  # verify the rest anyway
                 faults.append(Problem(INDEX, f"--deep cannot read it: {exc}"))
         result = verify(out, progress=checked)
     result = dataclasses.replace(result, problems=tuple(dict.fromkeys([*result.problems, *faults])))
