@@ -1,7 +1,8 @@
-"""What tests share: settings, whole builds, contents of a dataset, other processes, decoders, sources and tars."""
+"""What tests share: settings, builds, contents of a dataset, processes, images, decoders, sources and tars."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -19,8 +20,10 @@ import numpy as np
 import pytest
 from harness import contents as contents  # it lives there because the fault scripts run without pytest
 from numpy.typing import NDArray
+from PIL import ExifTags, Image
 
 import gpu_npz
+from gpu_npz.bench.pictures import paint
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import LockedError, SourceError, UsageError
 from gpu_npz.preprocess.decoders import pillow_decoder
@@ -31,9 +34,8 @@ from gpu_npz.sources.base import Item, Source, read_item
 from gpu_npz.sources.rejects import BadItem
 from gpu_npz.workers.worker import Progress
 
+Pixels = NDArray[np.uint8]
 # The fixtures in conftest.py that are functions
-Encode = Callable[..., bytes]
-FileBytes = Callable[..., bytes]
 MakeTree = Callable[[Mapping[str, "str | bytes"]], Path]
 MakeDataset = Callable[..., Path]
 
@@ -161,6 +163,86 @@ def assert_a_worker_needs_its_parents_lock(storage: Any) -> None:
     with storage.lock(), pytest.raises(LockedError, match=f"taken over by process {os.getpid()} "):
         worker.remove("file")
     assert storage.read("file") == b"1"
+
+
+# Generated images
+
+
+def encode(pixels: Pixels | Image.Image, file_format: str = "JPEG", **options: object) -> bytes:
+    """Encodes an array, (H, W) or (H, W, C), or a Pillow image as a file; JPEG unless `file_format` says otherwise."""
+    buffer = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def _oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+def _claiming(data: bytes, height: int, width: int) -> bytes:
+    """A baseline JPEG whose frame header says another size than that of the data behind it."""
+    frame = data.index(b"\xff\xc0")
+    return data[: frame + 5] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[frame + 9 :]
+
+
+def _half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _alpha(pixels: Pixels) -> Pixels:
+    ramp = np.linspace(0, 255, pixels.shape[1], dtype=np.uint8)
+    return np.dstack([pixels, np.broadcast_to(ramp, pixels.shape[:2])])
+
+
+# What a collection has; every decoder path of ours must take these.
+GOOD: dict[str, Callable[[Pixels], bytes]] = {
+    "jpeg": lambda pixels: encode(pixels, quality=90),
+    "jpeg-444": lambda pixels: encode(pixels, quality=95, subsampling="4:4:4"),
+    "jpeg-422": lambda pixels: encode(pixels, quality=80, subsampling="4:2:2"),
+    "progressive": lambda pixels: encode(pixels, quality=85, progressive=True),
+    "gray": lambda pixels: encode(pixels[..., 1].copy(), quality=90),
+    "exif-6": lambda pixels: encode(pixels, quality=90, exif=_oriented(6)),
+    "cmyk": lambda pixels: encode(Image.fromarray(pixels).convert("CMYK"), quality=90),
+    "png-named-jpg": lambda pixels: encode(pixels, "PNG"),
+    "palette": lambda pixels: encode(Image.fromarray(pixels).quantize(32), "PNG"),
+    "alpha": lambda pixels: encode(_alpha(pixels), "PNG"),
+    "gray16": lambda pixels: encode(Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), "PNG"),
+    "bilevel": lambda pixels: encode(Image.fromarray(pixels).convert("1"), "PNG"),
+    "1x1": lambda pixels: encode(pixels[:1, :1], quality=90),
+}
+# What decodes although something is wrong with it: nobody can tell.
+DAMAGED: dict[str, Callable[[Pixels], bytes]] = {
+    "half-with-eoi": lambda pixels: _half(encode(pixels)) + b"\xff\xd9",
+    "broken-exif": lambda pixels: encode(pixels, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0"),
+    "zeros-behind": lambda pixels: encode(pixels) + bytes(1000),
+}
+# What no decoder takes, with the stage and the code of the reject that it becomes.
+BAD: dict[str, tuple[str, str, Callable[[Pixels], bytes]]] = {
+    "half": ("decode", "truncated", lambda pixels: _half(encode(pixels))),
+    "half-progressive": ("decode", "truncated", lambda pixels: _half(encode(pixels, progressive=True))),
+    "half-png": ("decode", "truncated", lambda pixels: _half(encode(pixels, "PNG"))),
+    "no-eoi": ("decode", "truncated", lambda pixels: encode(pixels)[:-2]),
+    "headers-only": ("decode", "truncated", lambda pixels: encode(pixels)[:100]),
+    "empty": ("read", "empty", lambda _: b""),
+    "text": ("decode", "not-an-image", lambda _: b"This is no image, whatever its name says.\n"),
+    "two-bytes": ("decode", "not-an-image", lambda _: b"\xff\xd8"),
+    "zeros": ("decode", "not-an-image", lambda _: bytes(5000)),
+    "postscript": ("decode", "not-an-image", lambda _: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    "claims-65500": ("decode", "too-large", lambda pixels: _claiming(encode(pixels), 65_500, 65_500)),
+    "broken-png": (
+        "decode", "undecodable", lambda pixels: encode(pixels, "PNG").replace(b"IDAT", b"IDAT\xff\xff\xff", 1)
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def file_bytes(kind: str, *, seed: int = 0, size: tuple[int, int] = (90, 120)) -> bytes:
+    """The content of a generated file. `kind` is a key of GOOD, DAMAGED or BAD; `size` is (height, width) in pixels."""
+    make = BAD[kind][2] if kind in BAD else {**GOOD, **DAMAGED}[kind]
+    return make(paint(*size, seed))
 
 
 # Decoding single images

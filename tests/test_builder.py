@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import FileBytes, MakeTree, contents, cpu_config, edit_json, progressed, reject_lines
+from support import MakeTree, contents, cpu_config, edit_json, file_bytes, progressed, reject_lines
 
 import gpu_npz
 from gpu_npz.builder.build import build, build_split
@@ -76,7 +76,7 @@ settings = functools.partial(cpu_config, shard_size=4)
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree with bad files in it. Read only: all tests share it."""
     root = tmp_path_factory.mktemp("mixed")
     for seed, (name, kind) in enumerate(FILES.items()):
@@ -285,7 +285,7 @@ def test_a_shard_smaller_than_an_image_is_a_usage_error_and_begins_nothing(mixed
     assert contents(out) == {}
 
 
-def test_above_ten_thousand_shards_they_lie_in_folders(tmp_path: Path, file_bytes: FileBytes, out: Path) -> None:
+def test_above_ten_thousand_shards_they_lie_in_folders(tmp_path: Path, out: Path) -> None:
     # The build is stopped after its first shards: what is looked at is where they lie.
     src = tmp_path / "images"
     (src / "a").mkdir(parents=True)
@@ -680,7 +680,7 @@ def test_a_finished_dataset_without_what_resuming_needs_is_not_built_over(mixed:
 
 
 @pytest.fixture
-def val(tmp_path: Path, file_bytes: FileBytes) -> Path:
+def val(tmp_path: Path) -> Path:
     """A second collection, with some of the classes of the first."""
     for name in ("b/1.jpg", "d/2.jpg"):
         (tmp_path / "val" / name).parent.mkdir(parents=True)
@@ -729,7 +729,7 @@ def test_a_list_of_classes_that_cannot_be_used_is_a_usage_error(
 
 
 def test_classes_do_not_come_from_a_dataset_that_has_none_or_is_not_finished(
-    val: Path, out: Path, tmp_path: Path, file_bytes: FileBytes
+    val: Path, out: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat/1.jpg").write_bytes(file_bytes("jpeg"))
@@ -753,9 +753,7 @@ def test_classes_do_not_come_from_a_dataset_that_has_none_or_is_not_finished(
 # Sizes
 
 
-def test_without_resizing_all_images_have_the_first_readable_ones_size(
-    tmp_path: Path, file_bytes: FileBytes, out: Path
-) -> None:
+def test_without_resizing_all_images_have_the_first_readable_ones_size(tmp_path: Path, out: Path) -> None:
     sizes = {"a/0.jpg": (10, 20), "a/1.jpg": (24, 32), "a/2.jpg": (24, 33), "b/3.jpg": (24, 32)}
     for seed, (name, size) in enumerate(sizes.items()):
         (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -809,7 +807,7 @@ def test_a_source_given_by_another_name_is_the_same(
     assert caplog.text == ""
 
 
-def test_other_images_are_refused(pictures: Path, out: Path, tmp_path: Path, file_bytes: FileBytes) -> None:
+def test_other_images_are_refused(pictures: Path, out: Path, tmp_path: Path) -> None:
     build(pictures, out, settings())
     other = tmp_path / "other"
     for name in "ab":
@@ -1042,8 +1040,8 @@ def test_progress_adds_up_to_the_plan(mixed: Path, out: Path, options: dict[str,
     seen = events(mixed, out, settings(**options))
     workers = options.get("workers", 0)
     assert seen[0] == Started(ITEMS, 0, "pillow", "cpu", workers)
-    file_bytes = sum(path.stat().st_size for path in mixed.rglob("*") if path.is_file())
-    assert progressed(seen) == (ITEMS, len(REJECTS), file_bytes)
+    source_bytes = sum(path.stat().st_size for path in mixed.rglob("*") if path.is_file())
+    assert progressed(seen) == (ITEMS, len(REJECTS), source_bytes)
     records = [event.record for event in seen if isinstance(event, Committed)]
     assert sorted(record.shard for record in records) == list(range(6))
     assert len([event for event in seen if isinstance(event, WorkerEnded)]) == max(1, workers)
@@ -1080,7 +1078,7 @@ def test_workers_are_never_more_than_shards(pictures: Path, out: Path) -> None:
 
 
 def test_a_build_that_is_plainly_going_wrong_stops_early_and_goes_on_when_told(
-    make_tree: MakeTree, file_bytes: FileBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpu_npz.builder.watch._EARLY_REJECTS", 12)
     good = file_bytes("jpeg")
@@ -1131,7 +1129,7 @@ def test_a_build_that_stops_before_any_commit_says_what_to_do(
 
 
 def test_a_build_with_some_rejects_over_the_limit_is_not_stopped_early(
-    make_tree: MakeTree, file_bytes: FileBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpu_npz.builder.watch._EARLY_REJECTS", 12)
     good = file_bytes("jpeg")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import FileBytes, build_cpu, pack
+from support import build_cpu, file_bytes, pack
 
 import gpu_npz
 from gpu_npz.audit.compare import MEAN_LEVELS, compare
@@ -23,7 +23,7 @@ from gpu_npz.npz.reader import NpzReader
 
 
 @pytest.fixture
-def src(tmp_path: Path, file_bytes: FileBytes) -> Path:
+def src(tmp_path: Path) -> Path:
     """12 files in two classes, one of which is bad."""
     for number in range(12):
         path = tmp_path / "images" / "ab"[number % 2] / f"{number:02}.jpg"
@@ -134,7 +134,7 @@ def test_the_tolerance_tells_other_settings_and_other_images_apart(src: Path, tm
     assert first == {path.name: path.read_bytes() for path in src.rglob("*.jpg")}
 
 
-def test_files_that_changed_or_are_gone_are_named(src: Path, tmp_path: Path, file_bytes: FileBytes) -> None:
+def test_files_that_changed_or_are_gone_are_named(src: Path, tmp_path: Path) -> None:
     out = build(src, tmp_path / "out")
     size = (src / "a/00.jpg").stat().st_size
     (src / "a/00.jpg").write_bytes(file_bytes("jpeg", seed=99))
@@ -183,9 +183,7 @@ def test_images_that_have_moved_are_named_and_found(src: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["c/1.jpg", "a/1.jpg", "1.jpg"], ids=["other classes", "other names", "no classes"])
-def test_a_source_that_is_not_the_dataset_s_is_said_to_be_something_else(
-    src: Path, tmp_path: Path, file_bytes: FileBytes, name: str
-) -> None:
+def test_a_source_that_is_not_the_dataset_s_is_said_to_be_something_else(src: Path, tmp_path: Path, name: str) -> None:
     out, other = build(src, tmp_path / "out"), tmp_path / "other"
     (other / name).parent.mkdir(parents=True)
     (other / name).write_bytes(file_bytes("jpeg"))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from support import FileBytes, pillow_of
+from support import file_bytes, pillow_of
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
@@ -107,7 +107,7 @@ def test_a_pnm_is_scaled_by_its_largest_value(channels: int, most: int) -> None:
     np.testing.assert_array_equal(decoded(pnm(samples, most)), np.broadcast_to(expected, (HEIGHT, WIDTH, 3)))
 
 
-def test_samples_of_8_bits_are_scaled_by_257(file_bytes: FileBytes, good_kinds: tuple[str, ...]) -> None:
+def test_samples_of_8_bits_are_scaled_by_257(good_kinds: tuple[str, ...]) -> None:
     size = (90, 120)
     for kind in good_kinds:
         if kind in ("exif-6", "gray16", "1x1"):
@@ -199,7 +199,7 @@ def test_resizing_keeps_16_bits(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
 @pytest.mark.parametrize("mode", ["stretch", "center-crop", "pad"])
-def test_places_and_filters_are_those_of_8_bits(file_bytes: FileBytes, mode: str, interpolation: str) -> None:
+def test_places_and_filters_are_those_of_8_bits(mode: str, interpolation: str) -> None:
     settings = {"size": (24, 32), "resize_mode": mode, "interpolation": interpolation, "pad_value": 77}
     for kind in ("jpeg", "exif-6", "palette", "gray16"):
         data = file_bytes(kind, size=(90, 70))
@@ -219,7 +219,7 @@ def test_what_overshoots_is_cut_off() -> None:
     assert found[:, : WIDTH - 4].max() < 5000 < 60000 < found[:, WIDTH + 4 :].min()  # nothing has gone round
 
 
-def test_bad_files_have_the_codes_of_8_bits(file_bytes: FileBytes, bad_kinds: dict[str, tuple[str, str]]) -> None:
+def test_bad_files_have_the_codes_of_8_bits(bad_kinds: dict[str, tuple[str, str]]) -> None:
     whole = {"png": png(noise(3)), "tiff": tiff(noise(3)), "pnm": pnm(noise(3))}
     files = {kind: file_bytes(kind) for kind in bad_kinds if kind != "empty"}
     files |= {f"half-{kind}": data[: len(data) // 2] for kind, data in whole.items()}
@@ -293,7 +293,7 @@ def test_a_gpu_is_left_alone_with_a_warning() -> None:
 
 
 @pytest.fixture(scope="module")
-def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("deep")
     files = {
         "a/0.png": png(noise(3, 0)), "a/1.tif": tiff(noise(1, 1)), "a/2.png": png(noise(4, 2)),
@@ -315,7 +315,6 @@ def build(src: Path, out: Path, **values: Any) -> gpu_npz.Dataset:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_build_in_8_bits_of_files_in_16_says_so_and_one_in_16_does_not(
     tmp_path: Path,
-    file_bytes: FileBytes,
     caplog: pytest.LogCaptureFixture,
     make: Callable[[Samples], bytes],
     channels: int,

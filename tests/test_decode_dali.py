@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
-from support import FileBytes
+from support import file_bytes
 
 from gpu_npz.bench.pictures import paint
 from gpu_npz.config import BuildConfig
@@ -204,7 +204,6 @@ def test_bad_images_become_pillows_rejects_and_leave_their_neighbours_alone(
     size: int,
     device: int | None,
     tmp_path: Path,
-    file_bytes: FileBytes,
     bad_kinds: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

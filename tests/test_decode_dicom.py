@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from support import Encode, FileBytes, decode, pack, pillow_of
+from support import decode, encode, file_bytes, pack, pillow_of
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
@@ -162,7 +162,7 @@ def test_colours_are_kept(syntax: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_jpeg_inside_has_the_pixels_that_pillow_gives_it(channels: int, encode: Encode) -> None:
+def test_a_jpeg_inside_has_the_pixels_that_pillow_gives_it(channels: int) -> None:
     if not pydicom.pixels.decoders.JPEGBaseline8BitDecoder.is_available:
         pytest.skip("pydicom knows no Pillow-SIMD")
     stored = paint(HEIGHT, WIDTH, 0) if channels == 3 else paint(HEIGHT, WIDTH, 0)[..., 0].copy()
@@ -406,7 +406,7 @@ def test_rle_data_for_more_pixels_than_the_header_has_are_not_decoded() -> None:
     np.testing.assert_array_equal(decoded(encapsulated(padded, RLE), dicom_window=(0, 255))[0, :8, 0], range(8))
 
 
-def test_a_jpeg_inside_is_of_the_header_s_size_and_of_few_scans(encode: Encode) -> None:
+def test_a_jpeg_inside_is_of_the_header_s_size_and_of_few_scans() -> None:
     jpeg = pydicom.uid.JPEGBaseline8Bit
     large = encode(np.zeros((HEIGHT, 40), np.uint8))
     with pytest.raises(BadItem, match="an image of 40 x 12 pixels, where the header has 10 x 12"):
@@ -476,7 +476,7 @@ def test_without_pydicom_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPa
             attempt()
 
 
-def test_a_build_takes_them_beside_other_images(tmp_path: Path, file_bytes: FileBytes) -> None:
+def test_a_build_takes_them_beside_other_images(tmp_path: Path) -> None:
     stored = values("int16")
     files = {"a/0.jpg": dicom(stored), "a/1.jpg": file_bytes("jpeg"), "b/2.jpg": half(dicom(stored))}
     for name, data in files.items():

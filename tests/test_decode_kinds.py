@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, features
-from support import Encode, decode, pillow_of, rejection
+from support import decode, encode, pillow_of, rejection
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
@@ -40,9 +40,7 @@ def lossless(pixels: Pixels) -> bytes:
 
 
 @pytest.mark.parametrize("backend", ["pillow", "dali"])
-def test_the_verdict_of_a_lossless_jpeg_does_not_depend_on_the_size(
-    backend: str, tmp_path: Path, encode: Encode
-) -> None:
+def test_the_verdict_of_a_lossless_jpeg_does_not_depend_on_the_size(backend: str, tmp_path: Path) -> None:
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     colours = paint(256, 320, 0)
@@ -65,7 +63,7 @@ def test_the_verdict_of_a_lossless_jpeg_does_not_depend_on_the_size(
         assert verdicts == {("gray.jpg", "rgb.jpg")}
 
 
-def test_decoding_in_full_gives_pixels_the_row_of_their_file(tmp_path: Path, encode: Encode) -> None:
+def test_decoding_in_full_gives_pixels_the_row_of_their_file(tmp_path: Path) -> None:
     src = tmp_path / "src"
     src.mkdir()
     for number, (height, width) in enumerate(((300, 400), (90, 70), (1000, 500))):
@@ -91,7 +89,7 @@ def test_decoding_in_full_gives_pixels_the_row_of_their_file(tmp_path: Path, enc
     assert train.differences(val) == ["reduced-decoding: True and False"]
 
 
-def test_a_dataset_from_before_the_setting_opens_and_resumes(tmp_path: Path, encode: Encode) -> None:
+def test_a_dataset_from_before_the_setting_opens_and_resumes(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src/0.jpg").write_bytes(encode(paint(90, 90, 0)))
     config = BuildConfig(device="cpu", workers=0, size=16, shard_size=64)
@@ -149,7 +147,7 @@ def rle_bmp() -> bytes:
 # What is cut, and what is of another kind
 
 
-def test_a_file_that_is_cut_is_truncated_wherever_that_is(encode: Encode) -> None:
+def test_a_file_that_is_cut_is_truncated_wherever_that_is() -> None:
     pixels = paint(20, 30, 0)
     wholes = {
         "BMP": encode(pixels, "BMP"), "BMP RLE": rle_bmp(), "GIF": encode(pixels, "GIF"), "PPM": encode(pixels, "PPM"),

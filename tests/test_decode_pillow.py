@@ -17,7 +17,7 @@ import PIL
 import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin
-from support import Encode, FileBytes, MakeTree, decode, pillow_of, rejection
+from support import MakeTree, decode, encode, file_bytes, pillow_of, rejection
 
 from gpu_npz.bench.pictures import paint
 from gpu_npz.config import BuildConfig
@@ -84,7 +84,7 @@ def decode_all(root: Path, batch_items: int = 100, **settings: Any) -> list[Deco
 
 @pytest.mark.parametrize("channels", ["rgb", "gray"])
 def test_every_good_kind_has_pixels(
-    file_bytes: FileBytes, good_kinds: tuple[str, ...], channels: str, recwarn: pytest.WarningsRecorder
+    good_kinds: tuple[str, ...], channels: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     for kind in good_kinds:
         pixels = decoded(file_bytes(kind), size="32x48", channels=channels)
@@ -95,25 +95,25 @@ def test_every_good_kind_has_pixels(
 
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-444", "jpeg-422", "progressive", "cmyk", "png-named-jpg", "palette"])
 @pytest.mark.parametrize(("channels", "mode"), [("rgb", "RGB"), ("gray", "L")])
-def test_pixels_are_those_that_pillow_gives(file_bytes: FileBytes, kind: str, channels: str, mode: str) -> None:
+def test_pixels_are_those_that_pillow_gives(kind: str, channels: str, mode: str) -> None:
     expected = np.asarray(by_pillow(file_bytes(kind), mode).resize((48, 32), FILTERS["bilinear"]))
     pixels = decoded(file_bytes(kind), size="32x48", channels=channels)
     np.testing.assert_array_equal(pixels, expected.reshape(pixels.shape))
 
 
 @pytest.mark.parametrize("kind", ["gray", "bilevel", "gray16"])
-def test_gray_images_have_three_equal_channels_or_one(file_bytes: FileBytes, kind: str) -> None:
+def test_gray_images_have_three_equal_channels_or_one(kind: str) -> None:
     colour = decoded(file_bytes(kind), size="32x48")
     gray = decoded(file_bytes(kind), size="32x48", channels="gray")
     np.testing.assert_array_equal(colour, np.repeat(gray, 3, axis=2))
 
 
-def test_bgr_is_left_to_the_normalization(file_bytes: FileBytes) -> None:
+def test_bgr_is_left_to_the_normalization() -> None:
     data = file_bytes("jpeg")
     np.testing.assert_array_equal(decoded(data, size=32, channels="bgr"), decoded(data, size=32))
 
 
-def test_black_and_white_stay_black_and_white(encode: Encode) -> None:
+def test_black_and_white_stay_black_and_white() -> None:
     drawn = np.arange(20 * 30).reshape(20, 30) % 7 < 3
     pixels = decoded(encode(Image.fromarray(drawn), "PNG"), size="20x30")
     np.testing.assert_array_equal(pixels[..., 0], drawn * np.uint8(255))
@@ -122,7 +122,7 @@ def test_black_and_white_stay_black_and_white(encode: Encode) -> None:
 @pytest.mark.parametrize(
     ("mode", "file_format"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF"), ("I;16", "PPM")]
 )
-def test_sixteen_bit_gray_is_scaled_and_not_saturated(encode: Encode, mode: str, file_format: str) -> None:
+def test_sixteen_bit_gray_is_scaled_and_not_saturated(mode: str, file_format: str) -> None:
     levels = np.arange(65_536).reshape(256, 256)
     stored = levels.astype(">u2" if mode.endswith("B") else "<u2")
     data = encode(Image.frombytes(mode, (256, 256), stored.tobytes()), file_format)
@@ -130,7 +130,7 @@ def test_sixteen_bit_gray_is_scaled_and_not_saturated(encode: Encode, mode: str,
     np.testing.assert_array_equal(decoded(data, size=256)[..., 0], expected)
 
 
-def test_samples_of_32_bits_are_rejected(encode: Encode) -> None:
+def test_samples_of_32_bits_are_rejected() -> None:
     wide = np.full((20, 20), 70_000)
     assert rejection(encode(Image.fromarray(wide.astype(np.int32)), "TIFF"))[:2] == ("decode", "undecodable")
     stage, code, detail = rejection(encode(Image.fromarray(wide.astype(np.float32)), "TIFF"))
@@ -141,7 +141,7 @@ def test_samples_of_32_bits_are_rejected(encode: Encode) -> None:
 
 @pytest.mark.parametrize("background", [(0, 0, 0), (255, 0, 200)])
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparent_pixels_show_the_background(encode: Encode, mode: str, background: tuple[int, int, int]) -> None:
+def test_transparent_pixels_show_the_background(mode: str, background: tuple[int, int, int]) -> None:
     colour = paint(40, 60, 0) if mode == "RGBA" else np.repeat(paint(40, 60, 0)[..., :1], 3, axis=2)
     alpha = np.broadcast_to(np.array([0, 255, 128, 40], np.uint8).repeat(15), (40, 60))
     image = Image.fromarray(np.dstack([colour, alpha])).convert(mode)
@@ -155,7 +155,7 @@ def test_transparent_pixels_show_the_background(encode: Encode, mode: str, backg
     assert difference <= 1  # Pillow blends in integers
 
 
-def test_one_transparent_colour_shows_the_background(encode: Encode) -> None:
+def test_one_transparent_colour_shows_the_background() -> None:
     colour = paint(20, 20, 0)
     colour[:10] = (10, 20, 30)
     images: dict[str, bytes] = {
@@ -175,7 +175,7 @@ def test_one_transparent_colour_shows_the_background(encode: Encode) -> None:
 
 @pytest.mark.parametrize("mode", ["stretch", "center-crop", "pad", "none"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_upright_before_anything_else(encode: Encode, orientation: int, mode: str) -> None:
+def test_every_orientation_is_turned_upright_before_anything_else(orientation: int, mode: str) -> None:
     upright = paint(50, 70, 0)
     size = "50x70" if mode == "none" else "32x48"
     turned = encode(np.ascontiguousarray(STORED[orientation](upright)), "PNG", exif=oriented(orientation))
@@ -185,7 +185,7 @@ def test_every_orientation_is_turned_upright_before_anything_else(encode: Encode
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_can_be_left_alone(encode: Encode, orientation: int) -> None:
+def test_orientation_can_be_left_alone(orientation: int) -> None:
     stored = np.ascontiguousarray(STORED[orientation](paint(50, 70, 0)))
     data = encode(stored, "PNG", exif=oriented(orientation))
     np.testing.assert_array_equal(decoded(data, size=stored.shape[:2], exif_orientation=False), stored)
@@ -193,13 +193,13 @@ def test_orientation_can_be_left_alone(encode: Encode, orientation: int) -> None
 
 @pytest.mark.parametrize("file_format", ["JPEG", "TIFF", "PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_each_file_format_is_turned_once(encode: Encode, file_format: str, orientation: int) -> None:
+def test_each_file_format_is_turned_once(file_format: str, orientation: int) -> None:
     data = encode(np.ascontiguousarray(STORED[orientation](paint(50, 70, 0))), file_format, exif=oriented(orientation))
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     np.testing.assert_array_equal(decoded(data, size="50x70"), expected)
 
 
-def test_sixteen_bit_gray_can_be_turned(encode: Encode) -> None:
+def test_sixteen_bit_gray_can_be_turned() -> None:
     upright = (np.arange(30 * 40).reshape(30, 40) * 54).astype(np.uint16)
     data = encode(np.ascontiguousarray(STORED[6](upright)), "PNG", exif=oriented(6))
     np.testing.assert_array_equal(decoded(data, size="30x40")[..., 0], np.round(upright / 257))
@@ -217,16 +217,14 @@ def test_sixteen_bit_gray_can_be_turned(encode: Encode) -> None:
     ],
     ids=["garbage", "nothing", "short", "offset", "ninety-nine", "text"],
 )
-def test_broken_exif_turns_nothing_and_says_nothing(
-    encode: Encode, exif: bytes, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_broken_exif_turns_nothing_and_says_nothing(exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
     pixels = paint(50, 70, 0)
     expected = np.asarray(by_pillow(encode(pixels)))
     np.testing.assert_array_equal(decoded(encode(pixels, exif=exif), size="50x70"), expected)
     assert not list(recwarn)
 
 
-def test_exif_behind_the_pixels_of_a_png_counts(encode: Encode) -> None:
+def test_exif_behind_the_pixels_of_a_png_counts() -> None:
     upright = paint(50, 70, 0)
     data = encode(np.ascontiguousarray(STORED[6](upright)), "PNG", exif=oriented(6))
     start = data.index(b"eXIf") - 4
@@ -242,7 +240,7 @@ def test_exif_behind_the_pixels_of_a_png_counts(encode: Encode) -> None:
 @pytest.mark.parametrize(
     "exif", [b"", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x0f\0\x02\0\0\0\x02a\0\0\0\0\0\0\0"], ids=["alone", "beside-exif"]
 )
-def test_what_xmp_says_of_the_orientation_turns_nothing(encode: Encode, exif: bytes) -> None:
+def test_what_xmp_says_of_the_orientation_turns_nothing(exif: bytes) -> None:
     said = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     whole = encode(paint(50, 70, 0), exif=exif)
     data = whole[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2, "big") + said + whole[2:]
@@ -254,14 +252,14 @@ def test_what_xmp_says_of_the_orientation_turns_nothing(encode: Encode, exif: by
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)
-def test_stretch_is_pillows_resize(file_bytes: FileBytes, interpolation: str) -> None:
+def test_stretch_is_pillows_resize(interpolation: str) -> None:
     expected = by_pillow(file_bytes("jpeg")).resize((40, 50), FILTERS[interpolation])
     pixels = decoded(file_bytes("jpeg"), size="50x40", interpolation=interpolation)
     np.testing.assert_array_equal(pixels, np.asarray(expected))
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)
-def test_center_crop_is_pillows_resize_and_crop(file_bytes: FileBytes, interpolation: str) -> None:
+def test_center_crop_is_pillows_resize_and_crop(interpolation: str) -> None:
     # 90 x 120 to cover 50 x 50: 50 x 66 (66.7 truncated); 5 and 13 pixels to the middle's corner.
     expected = by_pillow(file_bytes("jpeg")).resize((66, 50), FILTERS[interpolation]).crop((13, 5, 53, 45))
     pixels = decoded(file_bytes("jpeg"), size=40, resize_mode="center-crop", crop_pct=0.8, interpolation=interpolation)
@@ -269,7 +267,7 @@ def test_center_crop_is_pillows_resize_and_crop(file_bytes: FileBytes, interpola
 
 
 @pytest.mark.parametrize(("height", "width"), [(89, 88), (88, 89), (88, 88), (91, 88)])
-def test_center_crop_cuts_a_single_row_or_column(encode: Encode, height: int, width: int) -> None:
+def test_center_crop_cuts_a_single_row_or_column(height: int, width: int) -> None:
     image = paint(height, width, 0)
     top, left = round((height - 88) / 2), round((width - 88) / 2)
     pixels = decoded(encode(image, "PNG"), size=88, resize_mode="center-crop", crop_pct=1)
@@ -278,7 +276,7 @@ def test_center_crop_cuts_a_single_row_or_column(encode: Encode, height: int, wi
 
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("pad_value", [0, 114])
-def test_pad_is_pillows_resize_on_a_canvas(file_bytes: FileBytes, interpolation: str, pad_value: int) -> None:
+def test_pad_is_pillows_resize_on_a_canvas(interpolation: str, pad_value: int) -> None:
     # 90 x 120 to fit 40 x 40: 30 x 40, 5 rows below the top.
     expected = Image.new("RGB", (40, 40), (pad_value,) * 3)
     expected.paste(by_pillow(file_bytes("jpeg")).resize((40, 30), FILTERS[interpolation]), (0, 5))
@@ -286,13 +284,13 @@ def test_pad_is_pillows_resize_on_a_canvas(file_bytes: FileBytes, interpolation:
     np.testing.assert_array_equal(pixels, np.asarray(expected))
 
 
-def test_pad_keeps_a_line_of_an_image_that_is_one_pixel_wide(encode: Encode) -> None:
+def test_pad_keeps_a_line_of_an_image_that_is_one_pixel_wide() -> None:
     pixels = decoded(encode(np.full((3000, 1, 3), 200, np.uint8), "PNG"), size=50, resize_mode="pad")
     assert (pixels == 200).all(axis=(0, 2)).sum() == 1
     assert (pixels == 0).all(axis=(0, 2)).sum() == 49
 
 
-def test_none_takes_the_one_size_as_it_is_and_rejects_any_other(encode: Encode) -> None:
+def test_none_takes_the_one_size_as_it_is_and_rejects_any_other() -> None:
     image = paint(50, 70, 0)
     data = encode(image, "PNG")
     np.testing.assert_array_equal(decoded(data, size="50x70", resize_mode="none"), image)
@@ -320,9 +318,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("scale", "divisor"), [(1, 1), (3, 1), (4, 2), (7, 2), (8, 4), (15, 4), (16, 8), (40, 8)])
-def test_draft_leaves_at_least_twice_the_target(
-    encode: Encode, drafted: list[tuple[int, int]], scale: int, divisor: int
-) -> None:
+def test_draft_leaves_at_least_twice_the_target(drafted: list[tuple[int, int]], scale: int, divisor: int) -> None:
     data = encode(paint(24 * scale, 32 * scale, 0), quality=95)
     pixels = decoded(data, size="24x32")
     assert drafted == [(32 * scale // divisor, 24 * scale // divisor)]
@@ -332,13 +328,13 @@ def test_draft_leaves_at_least_twice_the_target(
     assert difference <= (0 if divisor == 1 else 2)  # two filters instead of one; 0.2 to 1.2 on these pictures
 
 
-def test_draft_looks_at_the_upright_image(encode: Encode, drafted: list[tuple[int, int]]) -> None:
+def test_draft_looks_at_the_upright_image(drafted: list[tuple[int, int]]) -> None:
     data = encode(np.ascontiguousarray(STORED[6](paint(800, 400, 0))), exif=oriented(6))
     decoded(data, size="100x50")
     assert drafted == [(200, 100)]  # stored lying: 800 wide, 400 high
 
 
-def test_draft_looks_at_what_is_covered_and_not_at_what_is_cut(encode: Encode, drafted: list[tuple[int, int]]) -> None:
+def test_draft_looks_at_what_is_covered_and_not_at_what_is_cut(drafted: list[tuple[int, int]]) -> None:
     decoded(encode(paint(400, 400, 0)), size=100, resize_mode="center-crop", crop_pct=0.5)
     assert drafted == [(400, 400)]
 
@@ -346,7 +342,7 @@ def test_draft_looks_at_what_is_covered_and_not_at_what_is_cut(encode: Encode, d
 @pytest.mark.parametrize(
     "settings", [{"interpolation": "nearest"}, {"resize_mode": "none", "size": "512x768"}], ids=["nearest", "none"]
 )
-def test_nearest_and_none_always_decode_in_full(encode: Encode, settings: dict[str, Any]) -> None:
+def test_nearest_and_none_always_decode_in_full(settings: dict[str, Any]) -> None:
     data = encode(paint(512, 768, 0))
     settings = {"size": "32x48", **settings}
     height, width = map(int, settings["size"].split("x"))
@@ -396,22 +392,20 @@ def test_details_lose_addresses_paths_and_control_characters(text: str, cleaned:
     assert clean(text) == cleaned
 
 
-def test_a_size_that_is_only_claimed_is_rejected_before_pixels_are_allocated(
-    file_bytes: FileBytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_size_that_is_only_claimed_is_rejected_before_pixels_are_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     stage, code, detail = rejection(file_bytes("claims-65500"))
     assert (stage, code) == ("decode", "too-large")
     assert detail == "65500 x 65500 pixels; at most 89478485"
 
 
-def test_max_pixels_is_the_largest_that_is_taken(encode: Encode) -> None:
+def test_max_pixels_is_the_largest_that_is_taken() -> None:
     data = encode(paint(50, 70, 0))
     decoded(data, size=16, max_pixels=3500)
     assert rejection(data, size=16, max_pixels=3499)[:2] == ("decode", "too-large")
 
 
-def test_an_extreme_aspect_that_would_grow_too_large_is_rejected_before_it_does(encode: Encode) -> None:
+def test_an_extreme_aspect_that_would_grow_too_large_is_rejected_before_it_does() -> None:
     data = encode(Image.new("1", (2, 20_000)), "PNG")
     stage, code, detail = rejection(data, resize_mode="center-crop")
     assert (stage, code) == ("resize", "too-large")
@@ -420,12 +414,12 @@ def test_an_extreme_aspect_that_would_grow_too_large_is_rejected_before_it_does(
     assert decoded(data, resize_mode="pad").shape == (224, 224, 3)
 
 
-def test_postscript_is_never_run(file_bytes: FileBytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postscript_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("run"))
     assert rejection(file_bytes("postscript"))[1] == "not-an-image"
 
 
-def test_running_out_of_memory_is_not_the_files_fault(file_bytes: FileBytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any) -> None:
         raise MemoryError
 
@@ -438,7 +432,7 @@ def test_running_out_of_memory_is_not_the_files_fault(file_bytes: FileBytes, mon
 
 
 def test_good_neighbours_of_bad_files_are_untouched_and_in_order(
-    make_tree: MakeTree, file_bytes: FileBytes, bad_kinds: dict[str, tuple[str, str]]
+    make_tree: MakeTree, bad_kinds: dict[str, tuple[str, str]]
 ) -> None:
     files = {}
     for number, kind in enumerate(bad_kinds):
@@ -502,7 +496,7 @@ def test_the_first_size_is_that_of_the_first_image_that_can_be_decoded(
     assert first_size(source, items[:-2], BuildConfig(resize_mode="none")) is None
 
 
-def test_the_first_size_of_a_turned_tiff_is_the_upright_one(make_tree: MakeTree, encode: Encode) -> None:
+def test_the_first_size_of_a_turned_tiff_is_the_upright_one(make_tree: MakeTree) -> None:
     root = make_tree({"a/1.tif": encode(paint(50, 70, 0), "TIFF", exif=oriented(6))})
     assert first_size(FolderSource(root), [Item(0, "a/1.tif", 0)], BuildConfig(resize_mode="none")) == (70, 50)
 
@@ -510,9 +504,7 @@ def test_the_first_size_of_a_turned_tiff_is_the_upright_one(make_tree: MakeTree,
 # The process around it
 
 
-def test_pillows_limit_and_warnings_are_as_before_afterwards(
-    file_bytes: FileBytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pillows_limit_and_warnings_are_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # fewer than the files have
     filters = list(warnings.filters)
     for kind in ("jpeg", "half", "broken-exif"):
@@ -522,7 +514,7 @@ def test_pillows_limit_and_warnings_are_as_before_afterwards(
         assert list(warnings.filters) == filters
 
 
-def test_a_decoder_can_be_opened_again(file_bytes: FileBytes) -> None:
+def test_a_decoder_can_be_opened_again() -> None:
     decoder, found = pillow_of(size=16), []
     for _ in range(2):
         with decoder:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, features
-from support import Encode, decode, pillow_of, rejection
+from support import decode, encode, pillow_of, rejection
 
 import gpu_npz
 from gpu_npz import BuildConfig, Preprocess
@@ -363,7 +363,7 @@ def test_data_of_too_few_samples_is_no_picture() -> None:
 
 
 def test_without_the_extra_it_is_said_what_to_install_and_the_rest_is_as_before(
-    monkeypatch: pytest.MonkeyPatch, encode: Encode, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plain = {
         "8": tiff(noise(8, 3), 8, RGB), "16": tiff(noise(16, 3), 16, RGB), "gray16": tiff(noise(16, 1), 16, GRAY),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support import FileBytes, build_cpu
+from support import build_cpu, file_bytes
 
 import gpu_npz
 from gpu_npz.audit.compare import compare
@@ -233,7 +233,7 @@ def test_more_than_4_gib_inflated_in_few_bytes(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 pictures and a bad one."""
     root = tmp_path_factory.mktemp("images")
     for number in range(13):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, features
-from support import Encode, MakeTree, edit_json, reject_lines
+from support import MakeTree, edit_json, encode, reject_lines
 
 import gpu_npz
 from gpu_npz import BuildConfig
@@ -35,9 +35,7 @@ def pixels(height: int, width: int) -> NDArray[np.uint8]:
 
 
 @pytest.mark.skipif(not features.check("webp"), reason="this Pillow has no WebP")
-def test_a_webp_is_judged_by_its_header_before_its_canvas_is_allocated(
-    make_tree: MakeTree, encode: Encode, tmp_path: Path
-) -> None:
+def test_a_webp_is_judged_by_its_header_before_its_canvas_is_allocated(make_tree: MakeTree, tmp_path: Path) -> None:
     good = encode(pixels(40, 60), "WEBP", quality=80)
     lossless = encode(pixels(40, 60), "WEBP", lossless=True)
     canvas = b"\xff\xff\x00" * 2  # 65,536 x 65,536, in 24 bits each
@@ -52,9 +50,7 @@ def test_a_webp_is_judged_by_its_header_before_its_canvas_is_allocated(
     assert "65536 x 65536" in rejects[0]["detail"]
 
 
-def test_a_progressive_jpeg_with_thousands_of_scans_is_not_decoded(
-    make_tree: MakeTree, encode: Encode, tmp_path: Path
-) -> None:
+def test_a_progressive_jpeg_with_thousands_of_scans_is_not_decoded(make_tree: MakeTree, tmp_path: Path) -> None:
     data = encode(pixels(40, 60), progressive=True)
     start = data.rindex(b"\xff\xda")
     src = make_tree({"a/1.jpg": data[:-2] + data[start:-2] * 300 + data[-2:], "a/2.jpg": data})
@@ -63,7 +59,7 @@ def test_a_progressive_jpeg_with_thousands_of_scans_is_not_decoded(
     assert "more than 256 scans" in reject["detail"]
 
 
-def test_what_is_appended_to_a_jpeg_is_not_taken_for_scans(make_tree: MakeTree, encode: Encode, tmp_path: Path) -> None:
+def test_what_is_appended_to_a_jpeg_is_not_taken_for_scans(make_tree: MakeTree, tmp_path: Path) -> None:
     film = np.random.default_rng(0).integers(0, 256, 25_000_000, np.uint8).tobytes()  # as phones append one
     assert film.count(b"\xff\xda") > 256
     src = make_tree(
@@ -72,9 +68,7 @@ def test_what_is_appended_to_a_jpeg_is_not_taken_for_scans(make_tree: MakeTree, 
     assert build(src, tmp_path / "out") == []
 
 
-def test_a_large_sixteen_bit_image_is_scaled_as_a_small_one(
-    make_tree: MakeTree, encode: Encode, tmp_path: Path
-) -> None:
+def test_a_large_sixteen_bit_image_is_scaled_as_a_small_one(make_tree: MakeTree, tmp_path: Path) -> None:
     levels = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
     src = make_tree({"a/1.png": encode(Image.fromarray(levels), "PNG")})
     build(src, tmp_path / "out", size=(256, 256), dtype="uint8")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FileBytes, contents, cpu_config, edit_json, flip_bit
+from support import contents, cpu_config, edit_json, file_bytes, flip_bit
 
 import gpu_npz
 from gpu_npz.builder.build import build
@@ -27,7 +27,7 @@ settings = functools.partial(cpu_config, shard_size=5, max_rejects="50%")
 
 
 @pytest.fixture
-def src(tmp_path: Path, file_bytes: FileBytes) -> Path:
+def src(tmp_path: Path) -> Path:
     """24 files in 5 shards; one of the second shard and two of the fourth are bad."""
     root = tmp_path / "images"
     for number in range(24):
@@ -50,9 +50,7 @@ def fresh(src: Path, tmp_path: Path, **values: Any) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_mended_file_becomes_a_row_and_only_its_shard_is_built_anew(
-    backend: str, src: Path, tmp_path: Path, file_bytes: FileBytes
-) -> None:
+def test_a_mended_file_becomes_a_row_and_only_its_shard_is_built_anew(backend: str, src: Path, tmp_path: Path) -> None:
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     out = tmp_path / "out"
@@ -68,7 +66,7 @@ def test_a_mended_file_becomes_a_row_and_only_its_shard_is_built_anew(
     assert contents(out) == fresh(src, tmp_path, backend=backend)
 
 
-def test_retry_finishes_a_build_that_had_too_many_rejects(src: Path, tmp_path: Path, file_bytes: FileBytes) -> None:
+def test_retry_finishes_a_build_that_had_too_many_rejects(src: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(RejectLimitError):
         build(src, out, settings(max_rejects="1"))
@@ -91,7 +89,7 @@ def test_retry_of_a_build_that_has_not_ended_says_so(out: Path, src: Path) -> No
         retry(out)
 
 
-def test_images_that_have_moved_are_named(out: Path, src: Path, tmp_path: Path, file_bytes: FileBytes) -> None:
+def test_images_that_have_moved_are_named(out: Path, src: Path, tmp_path: Path) -> None:
     (src / "a/07.jpg").write_bytes(file_bytes("jpeg", seed=7))
     src.rename(tmp_path / "moved")
     with pytest.raises(SourceError, match="give --source SRC"):
@@ -125,7 +123,7 @@ def test_repair_builds_what_is_damaged_anew_and_nothing_else(damage: str, out: P
     assert repair(out).report is None
 
 
-def test_a_source_that_has_changed_shows_in_the_repaired_dataset(out: Path, src: Path, file_bytes: FileBytes) -> None:
+def test_a_source_that_has_changed_shows_in_the_repaired_dataset(out: Path, src: Path) -> None:
     (src / "a/01.jpg").write_bytes(file_bytes("text"))
     (out / "shard-00000.npz").unlink()
     result = repair(out)
@@ -135,7 +133,7 @@ def test_a_source_that_has_changed_shows_in_the_repaired_dataset(out: Path, src:
 
 
 def test_rows_that_would_be_lost_are_kept_unless_so_many_rejects_are_allowed(
-    out: Path, src: Path, file_bytes: FileBytes, caplog: pytest.LogCaptureFixture
+    out: Path, src: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = contents(out)
     for name in ("b/15.jpg", "b/18.jpg"):
@@ -156,7 +154,7 @@ def test_rows_that_would_be_lost_are_kept_unless_so_many_rejects_are_allowed(
     assert "1 of the shards that were rebuilt are not what they were, shard-00003.npz for one" in caplog.text
 
 
-def test_the_commands_say_what_they_did(out: Path, src: Path, file_bytes: FileBytes, capsys: Any) -> None:
+def test_the_commands_say_what_they_did(out: Path, src: Path, capsys: Any) -> None:
     assert run(["retry", str(out)]) == 0
     assert "nothing was changed" in capsys.readouterr().out
     (src / "a/07.jpg").write_bytes(file_bytes("jpeg", seed=7))
@@ -173,9 +171,7 @@ def test_the_commands_say_what_they_did(out: Path, src: Path, file_bytes: FileBy
 
 
 @pytest.mark.parametrize(("name", "value"), [("decoding_revision", 1), ("pillow", "1.0")])
-def test_a_dataset_that_another_decoder_made_is_left_whole(
-    name: str, value: object, out: Path, src: Path, file_bytes: FileBytes
-) -> None:
+def test_a_dataset_that_another_decoder_made_is_left_whole(name: str, value: object, out: Path, src: Path) -> None:
     for path in (out / ".gpu-npz/commits").iterdir():
         edit_json(path, lambda record: record["environment"].update({name: value}))
     before = contents(out)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import FileBytes
+from support import file_bytes
 
 from gpu_npz import BuildConfig
 from gpu_npz.audit import parity as module
@@ -164,7 +164,7 @@ def test_torchvision_differs_where_it_does_not_turn_and_does_not_see_alpha(
 
 
 def test_torchvision_decodes_large_jpegs_whole_and_pillow_does_not(
-    make_tree: Callable[[Mapping[str, bytes]], Path], file_bytes: FileBytes
+    make_tree: Callable[[Mapping[str, bytes]], Path],
 ) -> None:
     pytest.importorskip("torchvision")
     src = make_tree({"a/1.jpg": file_bytes("jpeg", size=(400, 500))})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FileBytes, contents, cpu_config
+from support import contents, cpu_config, file_bytes
 
 import gpu_npz
 from gpu_npz.builder.build import build
@@ -30,7 +30,7 @@ settings = functools.partial(cpu_config, shard_size=4, max_rejects="50%", shuffl
 
 
 @pytest.fixture(scope="module")
-def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 files in 8 shards, some of them bad."""
     root = tmp_path_factory.mktemp("images")
     for number in range(30):

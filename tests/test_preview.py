@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageFont
-from support import FileBytes, MakeTree, build_cpu
+from support import MakeTree, build_cpu, file_bytes
 
 import gpu_npz
 from gpu_npz.audit.preview import _CAPTION, _GAP, Sheet, Tile, _fitted, preview
@@ -154,7 +154,7 @@ def test_an_item_that_ended_its_decoder_is_not_opened(rejecting: Path, tmp_path:
 
 @pytest.mark.parametrize("freetype", [True, False], ids=["FreeType", "Pillow's own font"])
 def test_names_that_no_font_has_are_written_all_the_same(
-    tmp_path: Path, file_bytes: FileBytes, monkeypatch: pytest.MonkeyPatch, freetype: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freetype: bool
 ) -> None:
     names = ["猫", "naïve", "x" * 200, os.fsdecode(b"caf\xe9"), "two\nlines"]
     for number, name in enumerate(names):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import FileBytes, MakeDataset, MakeTree, build_cpu, edit_json, python, read_shards
+from support import MakeDataset, MakeTree, build_cpu, edit_json, file_bytes, python, read_shards
 
 import gpu_npz
 from gpu_npz.audit.compare import compare
@@ -311,7 +311,7 @@ def test_a_flat_folder_gives_images_without_labels(make_tree: MakeTree, tmp_path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names on macOS are always UTF-8")
-def test_paths_of_every_length_and_alphabet_come_back(file_bytes: FileBytes, tmp_path: Path) -> None:
+def test_paths_of_every_length_and_alphabet_come_back(tmp_path: Path) -> None:
     names = [b"a.jpg", b"b" * 200 + b".jpg", "\u65e5\u672c.jpg".encode(), b"\xff\xfe\x80.jpg"]
     folder = os.fsencode(tmp_path / "images")
     os.mkdir(folder)

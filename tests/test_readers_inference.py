@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import FileBytes, cpu_config, python
+from support import cpu_config, file_bytes, python
 
 import gpu_npz
 from gpu_npz import Preprocess
@@ -141,7 +141,7 @@ def test_an_image_whose_file_was_closed_is_an_error(tmp_path: Path, suffix: str)
 
 
 @pytest.mark.parametrize(("kind", "code"), [("half", "truncated"), ("text", "not-an-image"), ("empty", "not-an-image")])
-def test_what_a_build_would_reject_is_an_error(tmp_path: Path, file_bytes: FileBytes, kind: str, code: str) -> None:
+def test_what_a_build_would_reject_is_an_error(tmp_path: Path, kind: str, code: str) -> None:
     content = {"half": lambda: file_bytes("half"), "text": lambda: b"hello", "empty": lambda: b""}[kind]()
     path = tmp_path / "image.jpg"
     path.write_bytes(content)

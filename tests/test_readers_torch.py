@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import FileBytes, MakeDataset, MakeTree, python, read_shards, readme_example
+from support import MakeDataset, MakeTree, file_bytes, python, read_shards, readme_example
 
 import gpu_npz
 from gpu_npz.errors import BackendError, FormatError, UsageError
@@ -51,7 +51,7 @@ def blank(make_tree_once: Path, make_dataset: MakeDataset) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make_tree_once(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
+def make_tree_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("some-bad")
     for number in range(20):
         folder = root / "abcd"[number // 5]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import FileBytes, MakeTree, contents, cpu_config, decode
+from support import MakeTree, contents, cpu_config, decode, file_bytes
 
 import gpu_npz
 from gpu_npz.audit.compare import compare
@@ -54,9 +54,7 @@ def src(make_tree: MakeTree) -> Path:
 
 @pytest.mark.parametrize("mode", ["stretch", "center-crop", "pad"])
 @pytest.mark.parametrize("channels", ["rgb", "gray"])
-def test_pixels_are_within_two_levels_of_pillows(
-    file_bytes: FileBytes, good_kinds: tuple[str, ...], mode: str, channels: str
-) -> None:
+def test_pixels_are_within_two_levels_of_pillows(good_kinds: tuple[str, ...], mode: str, channels: str) -> None:
     for kind in good_kinds:
         given: dict[str, Any] = {"size": "24x36", "resize_mode": mode, "channels": channels}
         ours, pillows = (decode(file_bytes(kind), resizer=each, **given) for each in ("simd", "pillow"))
@@ -65,7 +63,7 @@ def test_pixels_are_within_two_levels_of_pillows(
         assert difference.mean() < 0.5, kind
 
 
-def test_threads_that_share_a_decoder_get_the_same_pixels(file_bytes: FileBytes) -> None:
+def test_threads_that_share_a_decoder_get_the_same_pixels() -> None:
     resizer = resize.SimdResizer("bilinear")
     with Image.open(io.BytesIO(file_bytes("jpeg"))) as image:
         image.load()

@@ -22,7 +22,7 @@ import fsspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support import FileBytes, MakeDataset, growth_of, items, labelled, opened, read_shards, refusal
+from support import MakeDataset, file_bytes, growth_of, items, labelled, opened, read_shards, refusal
 
 import gpu_npz
 from gpu_npz.audit.compare import compare
@@ -683,7 +683,7 @@ def test_a_whole_number_that_float64_cannot_hold_is_refused_beside_floats(tmp_pa
     assert labelled(opened(as_csv(path, columns), labels="id,score"))[1] == ("2.jpg", [-(2.0**53), 1.0])
 
 
-def test_a_root_that_is_far_away_is_kept_as_it_is(tmp_path: Path, file_bytes: FileBytes) -> None:
+def test_a_root_that_is_far_away_is_kept_as_it_is(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/kept/1.jpg", file_bytes("jpeg"))
     written = as_csv(tmp_path / "t.csv", {"path": ["1.jpg"]})
     config = BuildConfig(root="memory://kept", device="cpu", workers=0, size=8)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import Encode, MakeTree, cpu_config
+from support import MakeTree, cpu_config, encode
 
 import gpu_npz
 from gpu_npz.audit.stats import Statistics, of_dataset, of_source
@@ -178,7 +178,7 @@ def test_the_last_line_normalizes_a_build(tree: Path, tmp_path: Path, capsys: py
 
 
 def test_a_collection_of_one_level_has_no_line_for_a_build(
-    make_tree: MakeTree, encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_tree: MakeTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     src = make_tree({"0.png": encode(np.full((4, 4), 9, np.uint8), "PNG")})
     config = tmp_path / "settings.toml"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support import FileBytes, arrays_of, build_cpu, edit_json, flip_bit
+from support import arrays_of, build_cpu, edit_json, file_bytes, flip_bit
 
 import gpu_npz
 from gpu_npz.cli.main import run
@@ -44,7 +44,7 @@ SHARD = "shard-00001.npz"  # its items are 4 to 7, its rows those of 4 and 6
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """10 files in three classes, 7 of which can be decoded."""
     root = tmp_path_factory.mktemp("verification") / "images"
     for seed, (path, kind) in enumerate(KINDS.items()):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Encode, MakeTree, cpu_config
+from support import MakeTree, cpu_config, encode
 
 import gpu_npz
 from gpu_npz import Measuring, Preprocess
@@ -56,7 +56,7 @@ def test_it_is_measured_once_and_resumed_with_the_same_command(make_tree: MakeTr
         settings(mean=(0.5, 0.5, 0.5))
 
 
-def test_what_cannot_be_normalized_is_told(make_tree: MakeTree, tmp_path: Path, encode: Encode) -> None:
+def test_what_cannot_be_normalized_is_told(make_tree: MakeTree, tmp_path: Path) -> None:
     black = make_tree({"a/1.png": encode(np.zeros((20, 20, 3), np.uint8), "PNG")})
     with pytest.raises(UsageError, match=r"has one level alone .*choose another --normalize"):
         build(black, tmp_path / "black", settings())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import FileBytes, cpu_config, progressed
+from support import cpu_config, file_bytes, progressed
 
 import gpu_npz
 from gpu_npz.builder.build import build
@@ -94,7 +94,7 @@ def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def src(tmp_path: Path, file_bytes: FileBytes) -> Callable[..., Path]:
+def src(tmp_path: Path) -> Callable[..., Path]:
     """Makes a tree of 24 good pictures, one bad one, and those that are named."""
 
     def make(*names: str) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FileBytes, MakeTree, cpu_config
+from support import MakeTree, cpu_config, file_bytes
 
 from gpu_npz.builder.build import build
 from gpu_npz.builder.report import BuildReport
@@ -159,7 +159,7 @@ settings = functools.partial(cpu_config, workers=1, shard_size=16, max_rejects="
 
 
 @pytest.fixture
-def noisy(make_tree: MakeTree, file_bytes: FileBytes) -> Path:
+def noisy(make_tree: MakeTree) -> Path:
     """40 pictures, 4 of which libjpeg writes messages about."""
     pytest.importorskip("nvidia.dali")
     files: dict[str, str | bytes] = {f"{'ab'[number % 2]}/{number:02}.jpg": "jpeg" for number in range(36)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import FileBytes, contents, progressed
+from support import contents, file_bytes, progressed
 
 from gpu_npz import open_dataset
 from gpu_npz.builder import build
@@ -69,7 +69,7 @@ class TrappedSource(FolderSource):
 
 
 @pytest.fixture(scope="module")
-def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pictures, the second of every four a bad one. Read only."""
     root = tmp_path_factory.mktemp("ray") / "images"
     for number in range(ITEMS):

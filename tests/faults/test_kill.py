@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import FileBytes, contents, python
+from support import contents, file_bytes, python
 
 from gpu_npz.audit.verify import verify
 from gpu_npz.builder.build import build
@@ -25,7 +25,7 @@ BAD = ("half", "empty", "text")
 
 
 @pytest.fixture(scope="module")
-def src(tmp_path_factory: pytest.TempPathFactory, file_bytes: FileBytes) -> Path:
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 files in 30 shards, every seventh of them bad."""
     root = tmp_path_factory.mktemp("images")
     for number in range(60):
