@@ -581,6 +581,13 @@ def test_shards_of_another_environment_are_refused_unless_accepted(mixed: Path, 
     assert (copied / "shard-00000.npz").read_bytes() == (whole / "shard-00000.npz").read_bytes()
 
 
+def test_a_commit_record_without_the_key_environment_is_damaged(mixed: Path, copied: Path) -> None:
+    path = min((copied / ".gpu-npz/commits").iterdir())
+    edit_json(path, lambda record: record.update(provenance=record.pop("environment")))
+    with pytest.raises(FormatError, match=rf"{path.name}.*environment; +Field required.*damaged"):
+        build(mixed, copied, settings())
+
+
 @pytest.mark.parametrize("backend", ["pillow", "dali"])
 def test_a_build_that_another_revision_of_the_decoding_code_began_is_not_continued(
     backend: str, mixed: Path, out: Path

@@ -25,7 +25,7 @@ class CommitRecord(BaseModel):
     of the file. `provenance` says which decoder made the shard, in which versions; its key in JSON is `environment`.
     """
 
-    model_config = ConfigDict(frozen=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True)
 
     version: Literal[1] = 1
     id: str
@@ -33,7 +33,7 @@ class CommitRecord(BaseModel):
     rows: int
     bytes: int
     digest: str = Field(pattern="^[0-9a-f]{64}$")
-    provenance: dict[str, Any] = Field(validation_alias="environment", serialization_alias="environment")
+    provenance: dict[str, Any] = Field(alias="environment")
     rejects: tuple[Reject, ...]
 
 

@@ -215,7 +215,7 @@ class ShardSink:
             rows=directory.members["images"].shape[0],
             bytes=directory.file_bytes,
             digest=directory.digest,
-            provenance=self._provenance,
+            environment=self._provenance,
             rejects=tuple(reject for rows in parts for reject in rows.rejects),
         )
         commit(self._storage, record, self._job.plan.shard_count)
