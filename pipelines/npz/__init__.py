@@ -1,1 +1,1 @@
-"""The shard file: an NPZ that streams out in one pass and reads back row by row."""
+"""The shard file: an NPZ that is written in one pass and can be read row by row."""

@@ -1,25 +1,26 @@
-"""The bytes of a shard: a ZIP of NPY members, stored or deflated, each array's data at a multiple of 4096 bytes.
+"""The bytes of a shard: a ZIP of NPY members, stored or deflated, with the data of each array aligned to 4096 bytes.
 
 ZIP records follow PKWARE's APPNOTE 6.3.10 (4.3.7 local header, 4.3.12 central directory, 4.3.14 to 4.3.16 end records,
 4.5.3 zip64 extra field), written as `numpy.savez` writes them: version 45, a zip64 field in every local header. The
-padding is an extra field with the id 0xD935, Android's for alignment. NPY headers are version 1.0 and always 128 bytes
-(numpy.lib.format), so that one can be written over when the number of rows is known.
+padding is an extra field with the id 0xD935, which Android uses for alignment. NPY headers have version 1.0 and always
+128 bytes (numpy.lib.format), so that a header can be overwritten once the number of rows is known.
 
     | local header, name, zip64 field, padding | NPY header, 128 bytes | data ... | next member ... | directory | end |
     0                                                                  4096
 
-A deflated member (RFC 1951) keeps its NPY header as one stored block of 5 + 128 bytes, so that it can be written over,
-too. Its data is a run of blocks for each row, which ends with a full flush and so can be inflated alone, and an empty
-final block of two bytes. The array `<name>.rowindex`, int64 (N + 1,), holds where each run begins, counted from the
-first, and where the last one ends.
+A deflated member (RFC 1951) keeps its NPY header in one stored block of 5 + 128 bytes, so that it can be overwritten as
+well. Its data consists of one run of blocks per row and an empty final block of two bytes. Each run ends with a full
+flush, so it can be inflated on its own. The array `<name>.rowindex`, int64 (N + 1,), holds the byte offset of each run,
+relative to the first one, and the offset at which the last run ends.
 
     | ... padding | 00 80 00 7F FF, NPY header | run of row 0 | run of row 1 | ... | 03 00 | next member ...
     0                                          4096
 
-The directory holds the CRC-32 of every member, so its SHA-256 (`Directory.digest`) stands for the whole file: every
-other byte follows from it, and a file in which one does not is refused. So is what `numpy.savez` itself writes, whose
-data lies anywhere. Deflate may write the same data in many ways, and who reads a row checks no CRC-32: its run must
-give exactly the row's bytes and end with a flush, the rest is for `NpzReader.crc_matches`.
+The directory holds the CRC-32 of every member, so its SHA-256 (`Directory.digest`) identifies the whole file: every
+other byte follows from the directory, and the reader rejects a file in which one does not. It also rejects files that
+`numpy.savez` itself writes, because their data is not aligned. Deflate can encode the same data in many ways, and
+reading a row does not check any CRC-32. The run of a row must inflate to exactly the row's bytes and end with a flush;
+`NpzReader.crc_matches` checks the rest.
 """
 
 from __future__ import annotations
@@ -46,17 +47,17 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _ZIP64_FIELD = struct.Struct("<HHQQ")
 DEFLATE_END = b"\3\0"
 _DEFLATED = 8
-_MAX_RATIO = 1032  # zlib's technical notes: more than this deflate cannot make of a byte
+_MAX_RATIO = 1032  # deflate's highest compression ratio, from zlib's technical notes
 _STORED_BLOCK = struct.pack("<BHH", 0, NPY_HEADER_BYTES, NPY_HEADER_BYTES ^ 0xFFFF)
 _NPY_PREFIX = b"\x93NUMPY\x01\x00"
-# Read by pattern: NumPy's own reader hands the text to Python's parser, which raises a dozen kinds of errors.
+# A pattern parses the header, because NumPy's reader uses Python's parser, which raises a dozen kinds of errors.
 _NPY_FIELDS = re.compile(rb"\{'descr': '([<|][biufU]\d{1,6})', 'fortran_order': False, 'shape': \(([\d, ]*)\), \} *\n")
 _VERSION = 45  # 4.5: zip64
 _UNIX = 3 << 8
-_DOS_DATE = 0x21  # 1980-01-01: files carry no time, so that equal data makes equal bytes
+_DOS_DATE = 0x21  # 1980-01-01: a fixed date, so that equal data gives equal bytes
 _MODE = 0o100644 << 16
 _FULL = 0xFFFFFFFF
-_ZIP32_LIMIT = 0x7FFFFFFF  # as zipfile: beyond this some readers take sizes for negative
+_ZIP32_LIMIT = 0x7FFFFFFF  # as in zipfile: some readers interpret larger sizes as negative
 _PADDING_ID = 0xD935
 _MAX_DIRECTORY_BYTES = 1 << 16
 _MAX_COMMENT_BYTES = 0xFFFF
@@ -64,9 +65,16 @@ _MAX_COMMENT_BYTES = 0xFFFF
 
 @dataclass(frozen=True)
 class Member:
-    """One array of a file: where it lies and what it is. Offsets and sizes in bytes.
+    """One array of a file. Offsets are in bytes from the start of the file.
 
-    `runs_bytes` is what lies at `data_offset` in a deflated member, all runs and the final block; None if it is stored.
+    Attributes:
+        name: the name of the array, without `.npy`.
+        header_offset: where its local header begins.
+        data_offset: where its data begins, a multiple of 4096.
+        dtype: its dtype.
+        shape: its shape.
+        crc32: the CRC-32 of the inflated member, NPY header included.
+        runs_bytes: the size in bytes of all runs and the final block of a deflated member; None if it is stored.
     """
 
     name: str
@@ -79,45 +87,53 @@ class Member:
 
     @property
     def npy_bytes(self) -> int:
-        """The member's size, inflated: NPY header and data."""
+        """The inflated size of the NPY header and the data."""
         return NPY_HEADER_BYTES + self.data_bytes
 
     @property
     def packed_bytes(self) -> int:
-        """The member's size as it lies in the file."""
+        """The size of the NPY header and the data in the file, compressed if the member is deflated."""
         if self.runs_bytes is None:
             return self.npy_bytes
         return len(_STORED_BLOCK) + NPY_HEADER_BYTES + self.runs_bytes
 
     @property
     def end(self) -> int:
-        """Where the member ends."""
+        """The offset at which the member ends."""
         return self.data_offset + (self.data_bytes if self.runs_bytes is None else self.runs_bytes)
 
     @property
     def data_bytes(self) -> int:
-        """The size of the data alone, inflated."""
+        """The inflated size of the data, without the NPY header."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Directory:
-    """What a file holds, from its central directory and its NPY headers."""
+    """The content of a file, according to its central directory and its NPY headers.
+
+    Attributes:
+        members: the arrays by name, in the order of the file.
+        comment: the ZIP comment.
+        digest: the SHA-256 of the central directory and the end records, in hexadecimal.
+        offset: where the central directory begins, in bytes.
+        file_bytes: the size of the file.
+    """
 
     members: dict[str, Member]
     comment: str
-    digest: str  # SHA-256 of the directory and the end records
+    digest: str
     offset: int
     file_bytes: int
 
 
 def rowindex(name: str) -> str:
-    """The name of the array that holds where the rows of a deflated one lie."""
+    """The name of the array that stores where each row of the deflated array `name` begins."""
     return f"{name}.rowindex"
 
 
 def data_offset(position: int, name: str, *, deflated: bool = False) -> int:
-    """Where the data of a member lies whose local header begins at `position`."""
+    """The offset of a member's data, for a local header that begins at `position`; both in bytes."""
     bare = position + _LOCAL.size + len(_filename(name)) + _ZIP64_FIELD.size + NPY_HEADER_BYTES
     bare += len(_STORED_BLOCK) if deflated else 0
     padding = -bare % ALIGNMENT
@@ -127,7 +143,7 @@ def data_offset(position: int, name: str, *, deflated: bool = False) -> int:
 
 
 def npy_header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
-    """The 128 bytes before an array's data."""
+    """The NPY header before an array's data, 128 bytes. Raises FormatError if dtype and shape need more."""
     fields = (
         f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {tuple(shape)!r}, }}"
     )
@@ -138,7 +154,7 @@ def npy_header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
 
 
 def member_header(member: Member) -> bytes:
-    """Everything between `header_offset` and `data_offset`: local header, padding and NPY header."""
+    """The bytes from `header_offset` to `data_offset`: local header, padding and NPY header."""
     filename, block = _filename(member.name), b"" if member.runs_bytes is None else _STORED_BLOCK
     fields = _ZIP64_FIELD.pack(1, 16, member.npy_bytes, member.packed_bytes)
     bare = member.header_offset + _LOCAL.size + len(filename) + len(fields) + len(block) + NPY_HEADER_BYTES
@@ -182,14 +198,14 @@ def _entry(member: Member) -> bytes:
 
 
 def read_directory(buffer: memoryview, label: str) -> Directory:
-    """The directory of a file that is mapped whole; nothing is believed that the file's size does not allow.
+    """Reads and validates the directory of a file; its offsets and sizes must be consistent with the file's size.
 
     Args:
-        buffer: the file's bytes.
-        label: how to name the file in errors.
+        buffer: the bytes of the whole file.
+        label: the name of the file in error messages.
 
     Raises:
-        FormatError: not a file of this format, or damaged.
+        FormatError: the file is not of this format, or is damaged.
     """
     try:
         return _read_directory(buffer)
@@ -238,7 +254,7 @@ def _read_entry(entries: bytes, position: int, body: memoryview) -> tuple[Member
     position += _ENTRY.size
     filename = entries[position : position + name_bytes].decode("ascii")
     fields = entries[position + name_bytes : position + name_bytes + field_bytes]
-    # Others end a name at its first zero byte, and would find another array of that name.
+    # Other ZIP readers truncate a name at its first zero byte, and would find this array under another name.
     _check(signature == b"PK\1\2" and filename.endswith(".npy") and filename.isprintable(), "directory entry")
     _check(flags == 0 and method in (0, _DEFLATED), f"compression of {filename}")
     wide = iter(struct.unpack(f"<{(len(fields) - 4) // 8}Q", fields[4:]) if fields else ())
@@ -272,7 +288,7 @@ def _read_npy_header(header: bytes, filename: str) -> tuple[np.dtype[Any], tuple
         raise ValueError(f"wrong NPY header of {filename}")
     dtype = np.dtype(fields[1].decode("ascii"))
     shape = tuple(int(side) for side in fields[2].split(b",") if side.strip())
-    # An empty array may have huge sides, within what NumPy can count.
+    # An empty array may have huge sides, but NumPy limits the product of those that are not zero.
     bound = dtype.itemsize * math.prod(max(side, 1) for side in shape)
     _check(0 < bound < 1 << 63, f"type or shape of {filename}")
     return dtype, shape

@@ -1,4 +1,4 @@
-"""Opens an NPZ of this format as a memory map: arrays without a copy, rows without reading or inflating the rest."""
+"""Memory-maps an NPZ of this format: arrays need no copy, and a row is read or inflated without the others."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from ..storage.base import open_regular
 from .format import DEFLATE_END, Directory, Member, npy_header, read_directory, rowindex
 
 _PIECE_BYTES = 1 << 22
-_RAW = -15  # zlib's windowBits for a stream without header and checksum
-_FLUSHED = b"\0\0\xff\xff"  # how a full flush ends: an empty stored block
+_RAW = -15  # zlib's windowBits for a stream without a header and a checksum
+_FLUSHED = b"\0\0\xff\xff"  # the end of a full flush: an empty stored block
 
 
 class DeflatedRows:
-    """The rows of a deflated array. Each is inflated when it is asked for, on its own.
+    """The rows of a deflated array. A row is inflated when it is read, independently of the others.
 
     Attributes:
-        shape, dtype: as of the array.
+        shape: the shape of the array, (N, *row_shape).
+        dtype: the dtype of the array.
     """
 
     def __init__(self, member: Member, runs: memoryview, ends: NDArray[np.int64], path: str) -> None:
@@ -44,7 +45,11 @@ class DeflatedRows:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, rows: int | slice) -> NDArray[Any]:
-        """A row, or rows of a slice, as an array of their own."""
+        """Returns a new array: a row, of `row_shape`, or the rows of a slice, (rows, *row_shape).
+
+        Raises:
+            FormatError: the bytes of a row are damaged.
+        """
         span = range(len(self))[rows]
         numbers = span if isinstance(span, range) else (span,)
         out = np.empty((len(numbers), *self.shape[1:]), self.dtype)
@@ -53,23 +58,28 @@ class DeflatedRows:
         return out if isinstance(span, range) else out[0]
 
     def read(self, row: int, out: NDArray[Any]) -> None:
-        """Inflates row number `row` (0 to N - 1) into `out`, an array of its shape.
+        """Inflates a row into an array.
+
+        Args:
+            row: the number of the row, 0 to N - 1.
+            out: receives the row; an array of `row_shape`.
 
         Raises:
-            FormatError: its bytes are damaged.
+            FormatError: the bytes of the row are damaged.
         """
         out[...] = np.frombuffer(self.inflated(row), self.dtype).reshape(self.shape[1:])
 
     def inflated(self, row: int) -> bytes:
-        """The bytes of one row. Raises FormatError as `read`."""
+        """Returns the bytes of one row. Raises FormatError if they are damaged."""
         run = self._runs[self._ends[row] : self._ends[row + 1]]
         stream = decompressobj(_RAW)
         try:
-            data: bytes = stream.decompress(run, self._row_bytes + 1)  # never more, whatever the run would give
+            data: bytes = stream.decompress(run, self._row_bytes + 1)  # limits memory, whatever the run contains
             whole = not (stream.eof or stream.unconsumed_tail) and run[-4:] == _FLUSHED
-            # Where no block has begun, the final one ends the stream: read in one go, the next row begins there, too.
+            # The final block ends the stream only if the run ends at a block boundary. The next row then begins at
+            # the same place when the whole member is inflated at once.
             whole = whole and not stream.decompress(DEFLATE_END, 1) and stream.eof
-        except IsalError as exc:  # type: ignore[misc]  # isal is not looked into
+        except IsalError as exc:  # type: ignore[misc]  # mypy sees isal as untyped
             raise FormatError(f"{self._name}: row {row} is damaged ({exc}); copy the file again", self._path) from exc
         if len(data) != self._row_bytes or not whole:
             raise FormatError(
@@ -83,25 +93,30 @@ RowArray = NDArray[Any] | DeflatedRows
 
 @dataclass(frozen=True)
 class CachedDirectory:
-    """What a reader has found in a file, and which file that was: device, inode, size and time of its last change."""
+    """The directory that a reader has read, and the file that it belongs to.
+
+    Attributes:
+        identity: device, inode, size in bytes, and modification time in nanoseconds.
+        directory: the content of the file.
+    """
 
     identity: tuple[int, int, int, int]
     directory: Directory
 
 
 class NpzReader:
-    """One file, mapped copy-on-write: what its arrays' views change stays in memory.
+    """Maps one file copy-on-write: changes to its arrays stay in memory.
 
-    The map lives as long as any array taken from it. It needs no closing, and holds one file descriptor before
-    Python 3.13, none from then on.
+    The map exists as long as any of its arrays and need not be closed. It holds one file descriptor before Python 3.13,
+    and none in later versions.
 
     Args:
         path: the file.
-        before: what another reader of it has found, which is believed unless the file has changed since.
+        before: the directory that another reader of the same file has read; it is reused unless the file has changed.
 
     Raises:
-        FormatError: the file is damaged, cut off or not of this format.
-        OSError: it cannot be opened.
+        FormatError: the file is damaged, truncated or not of this format.
+        OSError: the file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], before: CachedDirectory | None = None) -> None:
@@ -126,7 +141,7 @@ class NpzReader:
         return name in self.directory.members
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        """The array `name`, a view of the map; raises FormatError if it is deflated."""
+        """The array `name`, as a view of the map. Raises FormatError if it is missing or deflated."""
         member = self._member(name)
         if member.runs_bytes is not None:
             raise FormatError(f"{name} is deflated, which no view can show; it is read by rows", self.path)
@@ -136,16 +151,16 @@ class NpzReader:
         return np.frombuffer(self._map, member.dtype, count, member.data_offset).reshape(member.shape)
 
     def get(self, name: str) -> NDArray[Any] | None:
-        """The array `name`, None if there is none."""
+        """The array `name`; None if the file does not contain it. Raises FormatError if it is deflated."""
         return self[name] if name in self else None
 
     def rows(self, name: str) -> RowArray:
-        """The rows of array `name`: a view of the map, or what inflates them.
+        """The rows of the array `name`: a view of the map, or `DeflatedRows` if it is deflated.
 
         Raises:
-            FormatError: there is no such array, or where its rows lie is damaged.
+            FormatError: the array is missing, or its row index is damaged.
         """
-        if name not in self._rows:  # kept: to make a view again costs more than to take a row of it
+        if name not in self._rows:  # cached: creating a view costs more than reading a row
             member = self._member(name)
             self._rows[name] = self[name] if member.runs_bytes is None else self._deflated(member, member.runs_bytes)
         return self._rows[name]
@@ -156,16 +171,16 @@ class NpzReader:
             ends.dtype != np.int64
             or ends.shape != (member.shape[0] + 1,)
             or (ends[0], ends[-1]) != (0, runs_bytes - len(DEFLATE_END))
-            or (ends[1:] < ends[:-1]).any()  # a difference could overflow
+            or (ends[1:] < ends[:-1]).any()  # np.diff could overflow
         ):
             raise FormatError(f"{rowindex(name)} does not fit {name}; copy the file again", self.path)
         return DeflatedRows(member, self._buffer[member.data_offset : member.end], ends, self.path)
 
     def crc_matches(self, name: str) -> bool:
-        """Reads the whole member and compares its CRC-32 with the directory's.
+        """Reads the whole member and returns whether its CRC-32 matches the directory's.
 
         Raises:
-            FormatError: rows of a deflated member are damaged.
+            FormatError: the array is missing, or rows of a deflated member are damaged.
         """
         member = self._member(name)
         crc = crc32(npy_header(member.dtype, member.shape))

@@ -1,6 +1,6 @@
-"""Streams arrays into an NPZ: rows go out as they come, headers are finished when their number is known.
+"""Streams arrays into an NPZ: rows are written as they arrive, and headers once the number of rows is known.
 
-Deflating is ISA-L's: its levels are 0 to 3, of which 1 and 2 are the useful ones.
+ISA-L compresses the data. Its levels are 0 to 3; 1 and 2 are the useful ones.
 """
 
 from __future__ import annotations
@@ -19,30 +19,33 @@ from numpy.typing import NDArray
 
 from .format import DEFLATE_END, Directory, Member, data_offset, directory_bytes, member_header, npy_header, rowindex
 
-# CRC and write take turns on pieces that stay in the cache.
+# The CRC and the write alternate on pieces that are small enough to stay in the CPU's cache.
 _PIECE_BYTES = 1 << 22
-_RWF_DONTCACHE = 0x80  # of pwritev2(2), since Linux 6.14
-_RAW = -15  # zlib's windowBits for a stream without header and checksum
+_RWF_DONTCACHE = 0x80  # a flag of pwritev2(2), since Linux 6.14
+_RAW = -15  # zlib's windowBits for a stream without a header and a checksum
 
 
 class NpzWriter:
-    """Writes one NPZ file, member after member. Memory does not grow with the number of rows.
+    """Writes one NPZ file, one member after another, in memory that does not grow with the number of rows.
 
-    Use as a context manager; the file is whole only after `close`. The caller gives it its final name.
+    Only the row index of a deflated member grows. Use the writer as a context manager. The file is complete only after
+    `close`; the caller then moves it to its final name.
 
         with NpzWriter(path) as file:
             file.begin("images", np.dtype("float32"), (3, 224, 224))
-            file.append(rows)           # any number of times
+            file.append(rows)           # as often as needed
             file.add("labels", labels)
             directory = file.close("comment")
 
     Args:
         path: the file to write.
-        drop_cache: whether the page cache drops what is written as soon as it is on the disk; only a request.
+        drop_cache: asks the kernel to drop data from the page cache once it is on the disk; has no effect where this is
+            not supported.
 
     Raises:
-        OSError: as the system says, no space left among others.
-        ValueError: a name stands there already, or a dtype or shape is not the member's or cannot be stored.
+        OSError: the file cannot be opened or written, for example because the disk is full.
+        ValueError: the file has a member of that name already, a dtype cannot be stored, or rows do not have the
+            member's dtype and shape.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, drop_cache: bool = False) -> None:
@@ -65,20 +68,20 @@ class NpzWriter:
         os.close(self._descriptor)
 
     def add(self, name: str, array: NDArray[Any]) -> None:
-        """Writes a whole array as the member `name`."""
+        """Writes an array of shape (N, ...) as the member `name`."""
         self.begin(name, array.dtype, array.shape[1:])
         self.append(array)
 
     def begin(
         self, name: str, dtype: np.dtype[Any], row_shape: tuple[int, ...], *, deflate_level: int | None = None
     ) -> None:
-        """Begins the member `name`, an array of rows of `row_shape`; ends the one before it.
+        """Begins a member and ends the previous one.
 
         Args:
-            name: without `.npy`.
-            dtype: of the array; big-endian ones are stored little-endian.
-            row_shape: of a row.
-            deflate_level: 0 to 3; None to store the rows as they are.
+            name: the name of the array, without `.npy`.
+            dtype: the dtype of the array; big-endian data is stored as little-endian.
+            row_shape: the shape of a row; the array has the shape (N, *row_shape).
+            deflate_level: the compression level, 0 to 3; None to store rows uncompressed.
         """
         self._end_member()
         if dtype.kind not in "biufU" or not dtype.itemsize or any(member.name == name for member in self._members):
@@ -90,7 +93,7 @@ class NpzWriter:
         self._rows = self._crc = 0
 
     def append(self, rows: NDArray[Any]) -> None:
-        """Writes rows, (N, *row_shape) in the member's dtype, at the end of the member that is open."""
+        """Appends rows to the open member: (N, *row_shape), in the member's dtype."""
         assert self._open is not None
         name, _, dtype, row_shape = self._open
         if rows.ndim == 0 or rows.shape[1:] != row_shape or rows.dtype.newbyteorder("<") != dtype:
@@ -110,7 +113,7 @@ class NpzWriter:
             self._position += len(piece)
 
     def close(self, comment: str = "") -> Directory:
-        """Writes the directory and flushes the file to the disk; returns what it now holds."""
+        """Writes the directory with this ZIP comment, flushes the file to the disk, and returns the directory."""
         self._end_member()
         end = directory_bytes(self._members, self._position, comment)
         self._write(memoryview(end), self._position)
@@ -150,5 +153,5 @@ class NpzWriter:
             except (OSError, NotImplementedError) as exc:
                 if isinstance(exc, OSError) and exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-                self._flags = 0  # a kernel, filesystem or C library without it
+                self._flags = 0  # not supported by the kernel, the filesystem or the C library
         return os.pwrite(self._descriptor, data, position)
