@@ -1,1 +1,1 @@
-"""`build()` and what surrounds it: planning, running, reporting, parts, and what is done with an OUT later."""
+"""`build()` and its surroundings: planning, running, reporting, parts, and maintenance of an existing OUT."""

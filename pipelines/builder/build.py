@@ -1,4 +1,4 @@
-"""`build` and `build_split`: from the settings to a plan and a lock, then a run."""
+"""`build` and `build_split`: turn the settings into a plan, take the lock, and run the build."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ def build(
     *,
     progress: OnEvent | None = None,
 ) -> BuildReport:
-    """Builds NPZ shards in `out` from the images in `src`, or goes on with a build that was stopped.
+    """Builds NPZ shards in `out` from the images in `src`, or resumes a build that was stopped.
 
     Args:
-        src: a folder of class folders, or of images.
-        out: a folder, made if it is not there; or `s3://bucket/path` and the like.
+        src: a folder of class folders or images, or another source that `open_source` supports.
+        out: a folder, which is created if it does not exist, or a URL such as `s3://bucket/path`.
         config: the settings; the defaults if None.
-        progress: called with what happens, from the calling thread.
+        progress: called with each event, in the calling thread.
 
     Raises:
         UsageError, BackendError, SourceError, StorageError, MismatchError, ShardError: see `gpu_npz.errors`.
-        RejectLimitError: all shards are built, and more items were rejected than `max_rejects` allows.
+        RejectLimitError: more items were rejected than `max_rejects` allows. All shards are built, unless most items
+            were rejected and the build stopped early.
     """
     return _build(src, out, config or BuildConfig(), progress, None)
 
@@ -55,7 +56,7 @@ def _build(
     progress: OnEvent | None,
     beside: Job | None,
 ) -> BuildReport:
-    """As `build`; `beside` is another side of the same split."""
+    """Builds one dataset, as `build` does; `beside` is the job of another side of the same split."""
     if config.sides:
         raise UsageError(
             f"split {config.split} makes several datasets: call build_split, or name one: {config.split}/val"
@@ -71,11 +72,11 @@ def _build(
         )
     source = open_source(src, config, class_list(config.classes_from))
     require_own(storage)
-    untried = False  # a plan of this build, with which no worker has begun
+    untried = False  # whether this build has made a plan that no worker has started on
     try:
         with contextlib.ExitStack() as stack:
             if config.engine == "ray" and (config.overwrite or storage.size(MANIFEST) is None):
-                stack.enter_context(ray.cluster(config.ray_address))  # once for all that follows
+                stack.enter_context(ray.cluster(config.ray_address))  # used by all that follows
             with contextlib.ExitStack() as planning:
                 planning.enter_context(storage.lock(wait_s=PLAN_WAIT_S if part else 0.0))
 
@@ -108,27 +109,32 @@ def build_split(
     *,
     progress: Callable[[str, Started | Measuring | Event], None] | None = None,
 ) -> dict[str, BuildReport]:
-    """Builds a dataset for each side of `config.split`, in `out`/train first and `out`/val and the like then.
+    """Builds a dataset for each side of `config.split`: first `out`/train, then the others, such as `out`/val.
 
-    All have the same class numbers. With `normalize` dataset, the statistics are those of train. A side that is
-    complete is not built again.
+    All sides have the same class numbers. If `normalize` is "dataset", all sides use the statistics of train. Complete
+    sides are not rebuilt.
 
     Args:
-        src, out, config: as for `build`.
-        progress: called with the side and what happens.
+        src: as for `build`.
+        out: as for `build`; the datasets are folders in it.
+        config: the settings, with a split.
+        progress: called with the name of the side and each event.
+
+    Returns:
+        The report of each side.
 
     Raises:
-        UsageError: nothing is split, or a side gets no item.
-        StorageError: `out` is a dataset itself.
+        UsageError: `config` has no split, or a side has no item.
+        StorageError: `out` is itself a dataset.
         MismatchError: SRC has changed since the first side was begun.
-        As `build`.
+        GpuNpzError: as for `build`.
     """
     if not config.sides:
         raise UsageError("split: give it as val=0.1; build makes a single dataset")
     reports = {}
     first: Job | None = None
     if (whole := open_storage(out)).size(JOB) is not None:
-        withdraw(whole)  # a build without --split has got no further than its plan
+        withdraw(whole)  # if a build without --split has made only its plan
     for side, storage in places(src, out, config).items():
         on_event = functools.partial(progress, side) if progress else None
         reports[side] = _build(src, storage.root, config.sides[side], on_event, first)

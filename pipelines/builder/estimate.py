@@ -1,4 +1,4 @@
-"""What a build would write, and how much disk, memory and time it would need."""
+"""Estimates the output of a build and the disk space, memory and time that it needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .short_run import ShortRun, measure
 
 SECONDS = 3.0
 _MANY_SHARDS = 100_000
-# A worker that has decoded nothing but tiny images: Python, NumPy and the decoder's library; DALI's without CUDA's.
+# Memory of a worker that has decoded only tiny images: Python, NumPy and the decoder's library; for DALI without CUDA.
 _PROCESS_BYTES = {"pillow": 60 * 10**6, "dali": 220 * 10**6}
 
 _MEASURES_FIRST = "--normalize dataset decodes every image once before the build: it takes nearly twice the duration"
@@ -31,27 +31,33 @@ _MEASURES_FIRST = "--normalize dataset decodes every image once before the build
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build would do. Sizes are in bytes and describe the whole dataset, whatever `part` is.
+    """An estimate of a build. Sizes are in bytes and describe the whole dataset, even if `part` is set.
 
     Attributes:
-        source: where the images are.
-        items: how many there are.
+        source: the location of the images.
+        items: the number of items.
         sides: the number of items of each side of a split; empty without a split.
         classes: the number of classes; None without labels, or if labels are not classes of one column.
         columns: the label columns, if labels are not classes of one column.
-        smallest_class, largest_class: name and number of items.
-        sample: what the headers of a sample say.
+        smallest_class: the name of the smallest class and its number of items; None without classes.
+        largest_class: the same for the largest class.
+        sample: a summary of the headers of sampled images.
         image_size: height and width of a stored image, in pixels.
-        row_bytes, shard_rows, shards: size of a row, rows per shard, number of shards.
-        shards_left: how many shards are not built yet; None if OUT was not begun, or with other settings.
+        row_bytes: the size of a row.
+        shard_rows: the number of rows per shard.
+        shards: the number of shards.
+        shards_left: how many shards are not built yet; None if OUT was not begun, or was begun with other settings.
         output_bytes: the size of all files if no item is rejected. For compressed images it is measured, or the
             largest possible size.
-        free_bytes: free space of OUT's filesystem; None if not known.
-        backend, device, tuning: what the build would use.
-        worker_memory_bytes, memory_bytes: main memory of one worker and of all workers; estimates.
-        measured: a short run of one worker; None if there was none.
-        duration_s: of the build, or of the rest of it; an estimate from the short run.
-        warnings: what to consider before the build.
+        free_bytes: the free space on OUT's filesystem; None if unknown.
+        backend: the decoder that the build would use.
+        device: the device that the build would use, `cpu` or `cuda`.
+        tuning: the batch size, the number of workers, and so on.
+        worker_memory_bytes: an estimate of the main memory of one worker.
+        memory_bytes: an estimate of the main memory of all workers.
+        measured: the result of a short run of one worker; None if there was none.
+        duration_s: an estimate of the duration of the build, or of the rest of it, from the short run; None if unknown.
+        warnings: points to consider before the build.
     """
 
     source: str
@@ -79,7 +85,7 @@ class Estimate:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The estimate as JSON values."""
+        """The estimate as a dict of values that `json` can serialize."""
         return {**asdict(self), "columns": [column.model_dump() for column in self.columns]}
 
 
@@ -92,19 +98,19 @@ def estimate(
     folder: str | None = None,
     progress: OnStage = lambda stage, done, total: None,
 ) -> Estimate:
-    """Says what `build` with the same arguments would do; writes nothing to `out`.
+    """Estimates what `build` would do with the same arguments. Writes nothing to `out`.
 
     Args:
-        src: a folder of class folders, or of images.
+        src: the images, as for `build`.
         config: the settings; the defaults if None.
-        out: where the dataset shall be; for its free space the current folder counts if None.
-        seconds: how long to decode, normalize and write for a rate, about; 0 leaves that out.
-        folder: where that writes, and deletes what it wrote; the system's temporary folder if None.
-        progress: called with the stage, what of it is done, and its total where that is known.
+        out: OUT, as for `build`; if None, the free space is that of the current folder.
+        seconds: the approximate duration of a short run that measures the rate; 0 for no such run.
+        folder: where the short run writes its shards and deletes them again; the system's temporary folder if None.
+        progress: called with the name of the stage, the amount done, and the total, or None if it is unknown.
 
     Raises:
-        UsageError, BackendError, SourceError: as `build`.
-        StorageError: `out` holds files that no build made, or a dataset where a split makes several.
+        UsageError, BackendError, SourceError: as for `build`.
+        StorageError: `out` holds files that no build made, or a dataset although a split creates several.
         FormatError: `out` is damaged.
         ShardError: the measured run failed for a reason that lies outside the images.
     """
@@ -165,7 +171,7 @@ def _duration(items: float, measured: ShortRun | None, tuning: Tuning) -> float 
 
 
 def _memory(found: Inspection) -> int:
-    """Main memory of a worker. On a GPU, only the rows that are copied to the host take main memory."""
+    """Estimates a worker's main memory in bytes. On a GPU, only rows that are copied to the host use main memory."""
     choice, tuning = found.choice, found.tuning
     batches = 0 if choice.gpus else 2 if choice.backend == "pillow" else tuning.batches_ahead + 1
     heaviest = found.sample.heaviest.decode_bytes if found.sample.heaviest else 0
@@ -177,7 +183,7 @@ def _memory(found: Inspection) -> int:
 def _try_measuring(
     found: Inspection, left: int | None, seconds: float, folder: str | None, progress: OnStage
 ) -> tuple[ShortRun | None, str | None]:
-    """A short run, or the reason why there is none although a duration was requested; `left` shards are to be built."""
+    """Returns a short run, or the reason why a requested one is missing; `left` is the number of shards to build."""
     if seconds <= 0:
         return None, None
     if found.config.engine == "ray":
@@ -194,7 +200,7 @@ def _try_measuring(
 
 
 def _rejected(measured: ShortRun | None) -> str | None:
-    """What the headers did not show."""
+    """A warning about rejects in the short run, which the headers did not reveal; None if there were none."""
     if measured is None or measured.reject is None:
         return None
     reject = measured.reject
@@ -205,7 +211,7 @@ def _rejected(measured: ShortRun | None) -> str | None:
 
 
 def _advice(found: Inspection, needed_bytes: int) -> Iterator[str]:
-    """Advice about the settings, the size of the dataset, and the sampled images."""
+    """Yields advice about the settings, the size of the dataset, and the sampled images."""
     config, plan, sample = found.config, found.plan, found.sample
     yield from warnings(config)
     yield from hints(config, needed_bytes, plan.shard_count, labelled=found.source.class_names is not None)

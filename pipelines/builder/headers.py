@@ -1,4 +1,4 @@
-"""What the headers of images say: sizes, kinds, and what decoding takes."""
+"""Samples the headers of images: their sizes and formats, and the memory that decoding them needs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,29 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _SAMPLED_ITEMS = 1000
-_BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # Pillow keeps three channels as four
-_DICOM_BYTES_A_PIXEL = 34  # as it is stored, then four times in float64
-_TIFF_BYTES_A_PIXEL = 40  # by tifffile: samples, their levels and a picture of them, with alpha, in 16 bits
-_DEEP_BYTES_A_PIXEL = 24  # samples of 16 bits, and planes of 32-bit floats
+_BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # Pillow stores three channels as four
+_DICOM_BYTES_A_PIXEL = 34  # the stored pixels, then four copies in float64
+_TIFF_BYTES_A_PIXEL = 40  # in tifffile: samples, levels, 16-bit RGBA
+_DEEP_BYTES_A_PIXEL = 24  # 16-bit samples and planes of 32-bit floats
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What the header of an image says; sides in pixels, upright. `decode_bytes` estimates what decoding it takes."""
+    """The header of an image.
+
+    Attributes:
+        path: the path of the item.
+        height: the height of the upright image, in pixels.
+        width: the width of the upright image, in pixels.
+        mode: the pixel format, as Pillow names it.
+        format: the file format, as Pillow names it.
+        progressive: whether it is a progressive JPEG.
+        turned: whether its EXIF orientation is applied and is not upright.
+        sixteen_bit: whether it has 16 bits per channel and is not a DICOM file.
+        encoded_bytes: the encoded size; for DICOM, the share of one frame.
+        decode_bytes: an estimate of the memory that decoding needs.
+    """
 
     path: str
     height: int
@@ -48,18 +61,23 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sample:
-    """Headers of items spread over the plan.
+    """A summary of the headers of items that are spread evenly over the plan.
 
     Attributes:
-        items: how many were looked at.
+        items: the number of items in the sample.
         unreadable: how many headers cannot be read, by reject code.
         over_max_pixels: how many images are larger than `max_pixels`.
-        sizes: height and width of the smallest, the median and the largest image by pixels; empty if none can be read.
-        encoded_bytes: of those that can be read, in the mean.
-        modes, formats: how many images have each, as Pillow names them.
-        progressive, turned, cmyk, gray: how many are progressive JPEGs, turned by EXIF, CMYK, gray.
-        sixteen_bit: how many have 16 bits a channel and are not DICOM files.
-        heaviest: the image that takes the most memory to decode, of those within `max_pixels`.
+        sizes: height and width in pixels of the smallest, the median and the largest image by area; empty if no header
+            can be read.
+        encoded_bytes: the mean encoded size of the images whose headers can be read.
+        modes: how many images have each mode, as Pillow names them.
+        formats: how many images have each format, as Pillow names them.
+        progressive: how many images are progressive JPEGs.
+        turned: how many images are rotated or mirrored because of their EXIF orientation.
+        cmyk: how many images are CMYK.
+        gray: how many images are gray.
+        sixteen_bit: how many images have 16 bits per channel and are not DICOM files.
+        heaviest: the image within `max_pixels` that needs the most memory to decode; None if there is none.
     """
 
     items: int
@@ -80,8 +98,16 @@ class Sample:
 def sample_headers(
     plan: Plan, source: Source, config: BuildConfig, choice: Choice, progress: Callable[[int, int], None]
 ) -> Sample:
-    """Reads some 1,000 headers, spread over the plan."""
-    # Only Pillow decodes a JPEG at a half or less, and not where it stays as it is.
+    """Reads up to 1,000 headers at equal distances in the plan.
+
+    Args:
+        plan: the items.
+        source: the images.
+        config: the settings.
+        choice: the decoder.
+        progress: called with the number of headers done and the total.
+    """
+    # Only Pillow decodes JPEGs at a reduced scale, and only if the settings allow it.
     drafts = choice.backend == "pillow" and config.reduces_jpegs
     geometry = Geometry.of(config, config.size) if config.size and drafts else None
     unreadable: Counter[str] = Counter()
@@ -94,7 +120,7 @@ def sample_headers(
             try:
                 pictures.append(_picture(read_item(source, item), item.path, decoder, config, geometry))
             except BadItem as bad:
-                if (bad.stage, bad.code) == ("decode", "too-large"):  # a WebP, which is not opened then
+                if (bad.stage, bad.code) == ("decode", "too-large"):  # a WebP, which is not opened in that case
                     over += 1
                 else:
                     unreadable[bad.code] += 1
@@ -118,11 +144,11 @@ def sample_headers(
 
 
 def _picture(data: bytes, path: str, decoder: PillowDecoder, config: BuildConfig, geometry: Geometry | None) -> Picture:
-    """What a header says. Raises BadItem if it cannot be read."""
+    """Reads a header. Raises BadItem if it cannot be read."""
     if is_dicom(data):
         height, width = dicom_size(data, path)
         held = 2 * len(data) + _DICOM_BYTES_A_PIXEL * height * width
-        share = len(data) // frame_count(data)  # of a frame
+        share = len(data) // frame_count(data)  # of one frame
         return Picture(path, height, width, "I;16", "DICOM", False, False, False, share, held)
     if (tiff := decoder.tiff_elsewhere(data)) is not None:
         turned = config.exif_orientation and tiff.orientation > 1
@@ -152,25 +178,25 @@ def _picture(data: bytes, path: str, decoder: PillowDecoder, config: BuildConfig
 def _decode_bytes(
     image: Image.Image, height: int, width: int, progressive: bool, turned: bool, geometry: Geometry | None
 ) -> int:
-    """What Pillow takes to decode an image before it is resized, about."""
+    """Estimates the memory that Pillow needs to decode an image before resizing it, in bytes."""
     pixels, scale = height * width, 1
     if image.format == "WEBP":
-        return 16 * pixels  # the canvas, the frame and copies
+        return 16 * pixels  # the canvas, the frame and their copies
     if image.format == "JPEG" and geometry is not None:
         place = geometry.place(height, width)
         fits = [by for by in (1, 2, 4, 8) if height // by >= 2 * place.height and width // by >= 2 * place.width]
         scale = max(fits, default=1)
     a_pixel = _BYTES_A_PIXEL.get(image.mode, 4) * (1 + turned)
     if image.mode in _ALPHA or "transparency" in image.info:
-        a_pixel += 12  # as RGBA, on its background, as RGB
+        a_pixel += 12  # converted to RGBA, composited on the background, converted to RGB
     elif image.mode not in ("L", "RGB"):
         a_pixel += 4
-    coefficients = 6 * pixels if progressive else 0  # of the whole image, 16 bits each; half of it with 4:2:0
+    coefficients = 6 * pixels if progressive else 0  # 16 bits each, for the whole image; half of that with 4:2:0
     return a_pixel * pixels // scale**2 + coefficients
 
 
 def spread(plan: Plan, count: int, start: float = 0.0) -> Iterator[Item]:
-    """Up to `count` items at equal distances, the first at `start` of a distance."""
+    """Yields up to `count` items at equal distances; `start` is the first position as a fraction of the distance."""
     distance = max(1.0, plan.item_count / count)
     for number in range(min(count, plan.item_count)):
         position = int((number + start) * distance)

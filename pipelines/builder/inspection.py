@@ -1,4 +1,4 @@
-"""What a build would process: the items of its source, a sample of their headers, and what is built already."""
+"""Inspects the input of a build: the items of its source, a sample of their headers, and the shards built already."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ OnStage = Callable[[str, float, "float | None"], None]
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a build would process, and with which decoder.
+    """The input of a build, and the decoder that it would use.
 
     Attributes:
-        source: the source, which has been listed.
+        source: the source, already listed.
         config: the settings.
         choice: the decoder and the GPUs.
-        plan: the items.
+        plan: the items and their shards.
         sides: the number of items of each side of a split; empty without a split.
-        sample: what the headers of a sample say.
-        image_size: height and width of a row, in pixels.
+        sample: a summary of the headers of sampled images.
+        image_size: height and width of a stored image, in pixels.
         tuning: the batch size, the number of workers, and so on.
     """
 
@@ -55,27 +55,27 @@ class Inspection:
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
-        """The shape of a row."""
+        """The shape of a stored image: (C, H, W) or (H, W, C)."""
         return row_shape(self.config, *self.image_size)
 
     @property
     def row_bytes(self) -> int:
-        """The size of a row."""
+        """The size of a stored image in bytes."""
         return _row_bytes(self.config, self.image_size)
 
     @property
     def shards(self) -> dict[str, int]:
-        """How many shards each side of a split has; those of a single dataset under ""."""
+        """The number of shards of each side of a split; that of a single dataset has the key ""."""
         counts = {side: self.sides[side] for side in self.config.sides}
         rows = {side: self.config.for_items(items).shard_rows(self.row_bytes) for side, items in counts.items()}
         return {side: -(-items // rows[side]) for side, items in counts.items()} or {"": self.plan.shard_count}
 
     def output_bytes(self, stored_row_bytes: float) -> int:
-        """The size of the dataset.
+        """The size of the dataset in bytes.
 
         Args:
-            stored_row_bytes: the measured size of a row, which counts if images are compressed; 0 if not known, which
-                gives the largest possible size.
+            stored_row_bytes: the measured size of a row, which is used only if images are compressed; 0 if unknown,
+                which gives the largest possible size.
         """
         if stored_row_bytes and self.config.deflate_level is not None:
             return int(self.plan.item_count * stored_row_bytes)
@@ -84,9 +84,18 @@ class Inspection:
 
 
 def inspect_source(source: Source, config: BuildConfig, progress: OnStage) -> Inspection:
-    """Lists the source, reads a sample of its headers, and plans the build."""
+    """Lists the source, reads a sample of its headers, and plans the build.
+
+    Args:
+        source: the images.
+        config: the settings.
+        progress: called with the name of the stage, the amount done, and the total, or None if it is unknown.
+
+    Raises:
+        UsageError, BackendError, SourceError: as for `build`.
+    """
     choice, config = environment.choose(config, inspect(config)), resolved(config)
-    table(config)  # raises for a value that the dtype cannot hold
+    table(config)  # raises if the dtype cannot hold a value
     progress("listing", 0, None)
     sides: dict[str, int] = {}
     arrays = listed(source, config, sides)
@@ -113,7 +122,7 @@ def _row_bytes(config: BuildConfig, size: tuple[int, int]) -> int:
 
 
 def extreme_classes(plan: Plan, source: Source) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
-    """The smallest and the largest class, each with its number of items; None without classes."""
+    """The smallest and the largest class: name and number of items of each; None without classes."""
     if source.class_names is None:
         return None, None
     counts = np.bincount(plan.labels(), minlength=len(source.class_names))
@@ -124,16 +133,17 @@ def extreme_classes(plan: Plan, source: Source) -> tuple[tuple[str, int] | None,
 def shards_left(
     outs: dict[str, Storage], source: Source, config: BuildConfig, shards: dict[str, int]
 ) -> tuple[int | None, list[str]]:
-    """How many shards a build that resumes would build, and the reasons why an existing OUT cannot be resumed.
+    """Counts the shards that a resumed build would still build, and checks whether an existing OUT can be resumed.
 
     Args:
-        outs: OUT, or its sides.
-        source: the source.
+        outs: the datasets by side of a split; a single dataset has the key "".
+        source: the images.
         config: the settings.
-        shards: the number of shards of each dataset; corrected here for datasets that were begun with another number.
+        shards: the number of shards of each dataset. It is corrected in place for datasets that were begun with another
+            number.
 
     Returns:
-        The number of shards, or None if no dataset can be resumed; and the reasons.
+        The number of shards left, or None if there is nothing to resume; and the reasons why an OUT cannot be resumed.
     """
     left, unfit, resumed = dict(shards), [], False
     for side, storage in outs.items():
@@ -149,7 +159,7 @@ def shards_left(
                 backend(job, mine)
             left[side], shards[side], resumed = missing, job.plan.shard_count, True
         except (MismatchError, BackendError) as exc:
-            # A build replaces a plan of other settings that has no shard yet.
+            # A build replaces a plan with other settings if it has no shard yet.
             if isinstance(exc, BackendError) or not is_unbuilt(storage) or storage.live_locks():
                 unfit.append(f"{storage.root!r}: {exc}")
     return (sum(left.values()) if resumed and not unfit else None), unfit

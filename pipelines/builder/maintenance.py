@@ -1,4 +1,4 @@
-"""What is done with an OUT that a build has begun: finish it, try its rejects again, build damaged shards anew."""
+"""Maintenance of an OUT that a build has begun: complete it, retry its rejects, rebuild damaged shards."""
 
 from __future__ import annotations
 
@@ -34,31 +34,40 @@ from .report import BuildReport, OnEvent
 from .run import run
 
 log = logging.getLogger(__name__)
-_DEADLY = ("crashed", "timed-out")  # what to try in a worker of its own
+_DEADLY = ("crashed", "timed-out")  # rejects that only a separate worker may retry
 
 
 @dataclass(frozen=True)
 class RepairResult:
-    """What retry or repair did: the shards that were built again, and the build's report; None if there was nothing."""
+    """The result of `retry` or `repair`.
+
+    Attributes:
+        shards: the numbers of the shards that were rebuilt.
+        report: the report of the build; None if there was nothing to do.
+    """
 
     shards: tuple[int, ...]
     report: BuildReport | None
 
     def to_json(self) -> dict[str, Any]:
-        """The result as JSON values."""
+        """The result as a dict of values that `json` can serialize."""
         return {"shards": self.shards, "report": self.report and self.report.to_json()}
 
 
 def finalize(out: str | os.PathLike[str], config: BuildConfig | None = None) -> Manifest:
-    """Writes what makes OUT a finished dataset, if all of its shards are built.
+    """Writes the files that complete the dataset in OUT, if all of its shards are built.
 
     Args:
-        out: the folder.
-        config: gives `max_rejects` and `accept_environment`.
+        out: OUT, as a path or URL.
+        config: only `max_rejects` and `accept_environment` are used; the defaults if None.
+
+    Returns:
+        The manifest of the dataset.
 
     Raises:
         IncompleteError: shards are missing, or too many items were rejected.
-        LockedError: a build is at work, or a part of one.
+        LockedError: a build, or a part of one, is running.
+        MismatchError: shards were built in different environments, and `accept_environment` is not set.
         FormatError: OUT was not begun by a build, or is damaged.
     """
     config = config or BuildConfig()
@@ -90,16 +99,18 @@ def retry(
     source: str | os.PathLike[str] | None = None,
     progress: OnEvent | None = None,
 ) -> RepairResult:
-    """Tries the rejected items again, whose files may have been mended, and builds the shards anew that change.
+    """Decodes the rejected items again, in case their files have been fixed, and rebuilds the shards that change.
 
     Args:
-        out: the folder.
-        config: its operational settings count.
-        source: where the images are now, if not where they were when the build began.
+        out: OUT, as a path or URL.
+        config: only its operational settings are used; the defaults if None.
+        source: the current location of the images, if they have moved since the build began.
         progress: as for `build`.
 
     Raises:
-        As `build`; SourceError: the images are gone, and `source` does not say where they are now.
+        IncompleteError: shards are missing.
+        SourceError: the images are missing, and `source` does not name their current location.
+        GpuNpzError: as for `build`.
     """
     storage, job, images, settings = _opened(out, config, source)
     with _alone(storage):
@@ -110,7 +121,7 @@ def retry(
                 "build again first"
             )
         rejected = {reject.index: reject.code for record in records.values() for reject in record.rejects}
-        usable = {index for index, code in rejected.items() if code in _DEADLY}  # a worker will see
+        usable = {index for index, code in rejected.items() if code in _DEADLY}  # only a worker can tell
         tried = sorted(rejected.keys() - usable)
         usable |= {*tried} - {reject.index for reject in _rejects(job, images, settings, tried)}
         shards = sorted({index // job.plan.shard_rows for index in usable})
@@ -128,17 +139,18 @@ def repair(
     progress: OnEvent | None = None,
     checked: Callable[[int, int], None] | None = None,
 ) -> RepairResult:
-    """Verifies a dataset and builds the shards anew that are damaged or missing, and what is written at the end.
+    """Verifies a dataset, rebuilds damaged and missing shards, and rewrites the files that complete it.
 
     Args:
-        out: the folder.
-        config: its operational settings count.
-        source: where the images are now, if not where they were when the build began.
+        out: OUT, as a path or URL.
+        config: only its operational settings are used; the defaults if None.
+        source: the current location of the images, if they have moved since the build began.
         progress: as for `build`.
-        checked: called with shards verified and shards in all.
+        checked: called with the number of verified shards and the number of all shards.
 
     Raises:
-        As `build`; IncompleteError: the build has not ended yet.
+        IncompleteError: the build has not finished yet.
+        GpuNpzError: as for `build`.
     """
     storage, job, images, settings = _opened(out, config, source)
     with _alone(storage):
@@ -170,7 +182,7 @@ def repair(
 def _opened(
     out: str | os.PathLike[str], config: BuildConfig | None, source: str | os.PathLike[str] | None
 ) -> tuple[Storage, Job, Source, BuildConfig]:
-    """OUT, what it is built from, the images, and settings: the build's own, but for operational ones."""
+    """Opens OUT, its job and its source. The settings are the job's; only operational ones come from `config`."""
     storage = open_storage(out)
     job = Job.open(storage)
     images = source_of(job, source)
@@ -189,16 +201,17 @@ def _alone(storage: Storage) -> Iterator[None]:
 def _require_rows(
     job: Job, source: Source, config: BuildConfig, records: Sequence[CommitRecord], other_rejects: int
 ) -> None:
-    """Before shards are rebuilt: of the images that have a row in them, so many may be gone as settings allow.
+    """Checks, before shards are rebuilt, that the loss of rows whose images can no longer be decoded is acceptable.
 
     Args:
-        job, source: what they are built from.
-        config: gives `max_rejects`.
-        records: what the shards hold now.
-        other_rejects: how many items of the dataset will have no row anyway.
+        job: the job of the dataset.
+        source: the images.
+        config: the settings; `max_rejects` limits the rejects of the whole dataset.
+        records: the commit records of the shards.
+        other_rejects: how many other items of the dataset will be rejected in any case.
 
     Raises:
-        SourceError: more are.
+        SourceError: there would be more rejects than `max_rejects` allows.
     """
     indices: list[int] = []
     for record in records:
@@ -218,7 +231,7 @@ def _require_rows(
 
 
 def _require_decoder(job: Job, source: Source, config: BuildConfig, records: Mapping[int, CommitRecord]) -> None:
-    """Raises MismatchError if shards that are built here would not go with the others; before anything is removed."""
+    """Raises MismatchError if shards built on this machine could not be mixed with those in `records`."""
     require_revision(records)
     if records and config.engine == "local" and not config.accept_environment:
         decoder, _ = _decoder(job, source, config, 1)
@@ -226,7 +239,7 @@ def _require_decoder(job: Job, source: Source, config: BuildConfig, records: Map
 
 
 def _decoder(job: Job, source: Source, config: BuildConfig, items: int) -> tuple[Decoder, Tuning]:
-    """What decodes a dataset's images on this machine, not entered yet, for so many items."""
+    """The decoder of a dataset on this machine, not yet entered as a context, and its tuning for `items` items."""
     choice = backend(job, config.model_copy(update={"engine": "local"}))
     tuning = Tuning.of(config, choice, row_bytes=math.prod(job.row_shape), shard_rows=items, shards=1)
     geometry = Geometry.of(job.settings, job.record.image_size)
@@ -234,7 +247,7 @@ def _decoder(job: Job, source: Source, config: BuildConfig, items: int) -> tuple
 
 
 def _rejects(job: Job, source: Source, config: BuildConfig, indices: Sequence[int]) -> list[Reject]:
-    """Which of these items cannot be decoded now."""
+    """Decodes the items with these indices and returns the rejects."""
     if not indices:
         return []
     decoder, tuning = _decoder(job, source, config, len(indices))
@@ -256,7 +269,7 @@ def _rebuild(
 ) -> RepairResult:
     start = time.perf_counter()
     _require_decoder(job, source, config, committed(storage, job))
-    if storage.size(MANIFEST) is not None:  # its rejects were accepted once
+    if storage.size(MANIFEST) is not None:  # the rejects were accepted when the dataset was finished
         config = config.model_copy(update={"max_rejects": "100%"})
     for name in (MANIFEST, INDEX, REJECTS):
         storage.remove(name)

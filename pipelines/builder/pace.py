@@ -1,4 +1,4 @@
-"""How fast something runs, from its first to its last step; its start-up and teardown are measured separately."""
+"""Measures the rate of a process from its first to its last step, and its start-up and teardown separately."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ class Pace:
     """The measured rate.
 
     Attributes:
-        images_per_second: from the first to the last step. If there was only one step, start-up and teardown count too.
-        startup_seconds: until the first step was done; 0 if there was only one.
-        teardown_seconds: since the last step was done; 0 if there was only one.
+        images_per_second: the rate from the first to the last step. If there was only one step, the rate includes
+            start-up and teardown.
+        startup_seconds: the time until the first step was done; 0 if there was only one.
+        teardown_seconds: the time after the last step was done; 0 if there was only one.
     """
 
     images_per_second: float
@@ -22,12 +23,12 @@ class Pace:
 
 
 class Stopwatch:
-    """Measures a pace.
+    """Measures a `Pace`.
 
-    The images of the first step do not count, because the time that they took is part of the start-up.
+    The rate does not include the images of the first step, because the time that they took is part of the start-up.
 
     Args:
-        begin: `time.perf_counter()` when the start-up began; now if None.
+        begin: the value of `time.perf_counter()` when the start-up began; the current one if None.
     """
 
     def __init__(self, begin: float | None = None) -> None:
@@ -37,7 +38,11 @@ class Stopwatch:
         self._first_images = self._images = 0
 
     def tick(self, images: int) -> None:
-        """A step is done, which took so many images; 0 if images that were counted before are now written."""
+        """Records that a step is done.
+
+        Args:
+            images: how many images the step processed; 0 if it wrote images that were counted before.
+        """
         self._last = time.perf_counter()
         if self._first is None:
             self._first, self._first_images = self._last, images
@@ -45,7 +50,7 @@ class Stopwatch:
             self._images += images
 
     def stop(self) -> Pace:
-        """The pace of all steps; the teardown ends now."""
+        """Ends the teardown and returns the pace of all steps."""
         end = time.perf_counter()
         if self._first is None or self._images <= 0:
             return Pace((self._first_images + self._images) / (end - self._begin), 0.0, 0.0)

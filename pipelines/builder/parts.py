@@ -1,4 +1,4 @@
-"""One of n parts of a build, as one of n jobs: every n-th shard, so that all parts are of about the same size."""
+"""One of the n parts of a build that n jobs share: every n-th shard, so that all parts have about the same size."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from ..errors import LockedError
 from ..storage.base import LOCK, Storage
 from . import schedulers
 
-PLAN_WAIT_S = 86_400.0  # for the first of several parts, which lists and may measure, or the last, which finishes
+PLAN_WAIT_S = 86_400.0  # while another part lists and perhaps measures the source, or completes the dataset
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` of `count`, from 1 on; `origin` says where that was read."""
+    """One part of a build.
+
+    Attributes:
+        number: the number of the part, counted from 1.
+        count: the number of parts.
+        origin: the option or the environment variables that the numbers come from, for messages.
+    """
 
     number: int
     count: int
@@ -26,12 +32,14 @@ class Part:
 
     @classmethod
     def of(cls, setting: str, environ: Mapping[str, str]) -> Part:
-        """The part that a `part` setting means.
+        """Returns the part that a `part` setting selects.
 
-        `auto` and `auto/n` read the variables of a cluster's scheduler; see `schedulers.place`.
+        Args:
+            setting: `i/n`, or `auto` or `auto/n` to read the variables of a cluster's scheduler (`schedulers.place`).
+            environ: the environment variables.
 
         Raises:
-            UsageError: as `schedulers.place`.
+            UsageError: `schedulers.place` cannot determine the part.
         """
         first, _, second = setting.partition("/")
         if first != "auto":
@@ -41,28 +49,28 @@ class Part:
 
     @property
     def lock(self) -> str:
-        """The name of the lock that the part holds while it is at work."""
+        """The name of the lock that the part holds while it runs."""
         return f"{LOCK}-part-{self.number}-of-{self.count}"
 
     def shards(self, shard_count: int) -> range:
-        """The part's shards."""
+        """The numbers of the part's shards, for a dataset of `shard_count` shards."""
         return range(self.number - 1, shard_count, self.count)
 
 
 def live_parts(storage: Storage) -> list[str]:
-    """The parts of a build that are at work in OUT, by their locks."""
+    """The names of the locks that running parts of a build hold on OUT."""
     return [name for name in storage.live_locks() if name != LOCK]
 
 
 def require_no_parts(storage: Storage) -> None:
-    """Raises LockedError where parts of a build are at work; ends the locks of those that another host left over."""
+    """Raises LockedError if parts of a build are running on OUT; releases locks that dead parts on other hosts left."""
 
     def look(part: str) -> None:
         with storage.lock(part):
             pass
 
     try:
-        with ThreadPoolExecutor() as pool:  # each may have to be watched for a while
+        with ThreadPoolExecutor() as pool:  # it may take a while to find out whether a holder is alive
             list(pool.map(look, live_parts(storage)))
     except LockedError as exc:
         raise LockedError(f"a part of the build is at work: {exc}") from exc

@@ -1,4 +1,4 @@
-"""What a build is going to do: a new job, or the one that OUT was begun with, and where it may be done."""
+"""Plans a build: creates a new job or resumes the one in OUT, and checks where it may be built."""
 
 from __future__ import annotations
 
@@ -46,22 +46,32 @@ from ..workers.counting import count_source, mean_of, std_of
 from .parts import Part, require_no_parts
 
 log = logging.getLogger(__name__)
-# A shard stores each path at the length of its longest one, with 4 bytes a character.
+# A shard stores every path at the length of its longest one, with 4 bytes per character.
 _MAX_PATHS_BYTES = 256 << 20
 _MOST_PADDING = 8
-_LARGE_BYTES = 10**9  # of float32, from which on it is worth a word
+_LARGE_BYTES = 10**9  # float32 datasets that are larger than this get a hint
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """With `--normalize dataset`, before anything is built: how many items of how many have been measured."""
+    """Progress of `--normalize dataset`, which measures the source before anything is built.
+
+    Attributes:
+        items_done: how many items have been measured.
+        items: how many items there are.
+    """
 
     items_done: int
     items: int
 
 
 def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
-    """Raises UsageError where OUT lies inside SRC, whose next listing would find it; SourceError as `location_of`."""
+    """Checks that OUT is not inside SRC, where the next listing would find its files.
+
+    Raises:
+        UsageError: OUT is inside SRC.
+        SourceError: `location_of` rejects SRC.
+    """
     source, out = location_of(src), storage.root
     if is_remote(source) != is_remote(out):
         return
@@ -75,11 +85,11 @@ def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
 
 
 def places(src: str | os.PathLike[str], out: str | os.PathLike[str], config: BuildConfig) -> dict[str, Storage]:
-    """Where a build makes its datasets, by the side of a split; one dataset, which is no side, stands under "".
+    """Opens the datasets of a build, by side of a split; a single dataset has the key "".
 
     Raises:
-        UsageError: they would lie inside SRC.
-        StorageError: there are files that no build made, or a dataset where a split makes several.
+        UsageError: they would be inside SRC.
+        StorageError: they contain files that no build made, or OUT is a dataset although a split creates several.
     """
     storage = open_storage(out)
     if config.sides and storage.size(JOB) is not None:
@@ -92,7 +102,7 @@ def places(src: str | os.PathLike[str], out: str | os.PathLike[str], config: Bui
 
 
 def inspect(config: BuildConfig) -> Machine:
-    """What is usable where the workers of a build run: on this machine, or on the nodes of a Ray cluster."""
+    """Inspects the machine on which the workers of a build run: this one, or the nodes of a Ray cluster."""
     if config.engine == "ray":
         return ray.inspect(config.ray_address, dali=config.backend == "dali")
     return environment.inspect(config.device)
@@ -107,20 +117,24 @@ def planned(
     part: Part | None = None,
     beside: Job | None = None,
 ) -> tuple[Job, bool]:
-    """What OUT is built from, and whether that is new: the job that it was begun with, unless that has other settings
-    and no shard yet. Removes what killed builds left unfinished.
+    """Resumes the job of OUT or creates a new one, and removes temporary files that killed builds left.
+
+    A job with other settings is replaced if it has no shard yet.
 
     Args:
-        storage: OUT, whose lock is held.
+        storage: OUT; the caller must hold its lock.
         source: the images.
         config: the settings.
-        progress: told what is measured.
-        part: the part that will be built; all if None.
-        beside: another side of the same split, if there is one by now.
+        progress: called with the progress of `--normalize dataset`.
+        part: the part that will be built; all shards if None.
+        beside: the job of another side of the same split; None if there is none yet.
+
+    Returns:
+        The job, and whether it is new.
 
     Raises:
-        UsageError, BackendError, SourceError, StorageError, FormatError: as `build`.
-        MismatchError: OUT has shards of other settings, or `beside` is of other items.
+        UsageError, BackendError, SourceError, StorageError, FormatError: as for `build`.
+        MismatchError: OUT has shards with other settings, or `beside` has other items.
     """
     job: Job | None = None
     if storage.size(JOB) is not None and not config.overwrite:
@@ -132,7 +146,7 @@ def planned(
                 log.warning("%r has a plan with other settings and no shard yet; the plan is replaced", storage.root)
                 job = None
             elif job is None:
-                raise  # another backend is no matter where nothing is left to build, and else `backend` raises
+                raise  # another backend does not matter if nothing is left to build; if something is, `backend` raises
     remove_temporaries(storage)
     if job is not None:
         return job, False
@@ -140,7 +154,7 @@ def planned(
 
 
 def is_replaceable(storage: Storage) -> bool:
-    """Whether OUT has a plan at most: no shard, not even one that a killed build has begun, and no part at work."""
+    """Whether OUT has at most a plan: no shard, not even an unfinished one of a killed build, and no running part."""
     try:
         require_no_parts(storage)
     except LockedError:
@@ -149,7 +163,7 @@ def is_replaceable(storage: Storage) -> bool:
 
 
 def withdraw(storage: Storage) -> None:
-    """Removes a plan with which no build has got anywhere; whoever holds OUT by now may use it, and keeps it."""
+    """Removes a plan that has no shard yet, unless another build holds OUT by now and may use the plan."""
     with contextlib.suppress(GpuNpzError), storage.lock():
         if is_replaceable(storage):
             clear(storage)
@@ -163,7 +177,7 @@ def _begin(
     part: Part | None,
     beside: Job | None,
 ) -> Job:
-    """Lists the source, cuts it into shards, decides the backend, and stores that: from now on, OUT is this."""
+    """Lists the source, divides it into shards, chooses the backend, and stores all this in OUT as a new job."""
     if storage.size(MANIFEST) is not None and not config.overwrite:
         raise StorageError(
             f"{storage.root!r} holds a finished dataset without the {PRIVATE} that resuming needs; choose another OUT, "
@@ -175,7 +189,7 @@ def _begin(
     if choice.warning:
         log.warning("%s", choice.warning)
     if config.normalize != "dataset":
-        table(config)  # a value that the dtype cannot hold shows here, before anything is listed
+        table(config)  # raises before the listing if the dtype cannot hold a value
     arrays = listed(source, config)
     if beside is not None:
         _require_same_items(beside, arrays, source)
@@ -190,7 +204,7 @@ def _begin(
     if config.normalize == "dataset" and config.mean is None:
         config = _measured(plan, source, config, size, choice, progress)
     if config.overwrite or storage.size(JOB) is not None:
-        clear(storage)  # not before all else has turned out right
+        clear(storage)  # only after everything else has succeeded
     return Job.create(
         storage,
         plan,
@@ -204,8 +218,8 @@ def _begin(
 def require_room(
     storage: Storage, plan: Plan, config: BuildConfig, row_bytes: int, shards: Sequence[int], freed_bytes: int = 0
 ) -> None:
-    """Raises StorageError where these shards do not fit on OUT's disk, of which so many bytes will be freed first."""
-    if config.preflight and config.deflate_level is None:  # how far images shrink is not known
+    """Raises StorageError if these shards do not fit on OUT's disk, where `freed_bytes` will be freed first."""
+    if config.preflight and config.deflate_level is None:  # the size of compressed images is unknown
         space.require_space(
             storage.root,
             rows=sum(len(plan.shard_range(shard)) for shard in shards),
@@ -218,7 +232,7 @@ def require_room(
 
 
 def _require_even_paths(plan: Plan, source: Source) -> None:
-    """Raises SourceError where one long path would make a shard's `paths` much larger than its paths are."""
+    """Raises SourceError if one long path makes the array `paths` of a shard much larger than the paths themselves."""
     for shard, longest, total in plan.longest_paths():
         rows = len(plan.shard_range(shard))
         most = max(_MAX_PATHS_BYTES, 4 * _MOST_PADDING * total)
@@ -234,7 +248,7 @@ def _require_even_paths(plan: Plan, source: Source) -> None:
 
 
 def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source: Source) -> None:
-    """Raises MismatchError where sides of a split are of two listings: items would be on both sides, or on none."""
+    """Raises MismatchError if SRC has changed between two sides of a split, which could then share or lose items."""
     there, names = beside.plan.arrays, beside.record.class_names
     if not same_listing(there, arrays) or names != source.class_names:
         raise MismatchError(
@@ -246,7 +260,14 @@ def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source:
 
 
 def hints(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool) -> Iterator[str]:
-    """What would be better for most of those who train on a dataset of this size and so many shards."""
+    """Yields hints for settings that would suit most training on such a dataset better.
+
+    Args:
+        config: the settings.
+        output_bytes: the size of the dataset.
+        shards: the number of shards.
+        labelled: whether the shards contain labels.
+    """
     if config.dtype == "float32" and output_bytes > _LARGE_BYTES:
         smaller = space.format_bytes(output_bytes * config.bit_depth // 32)
         yield (
@@ -258,7 +279,7 @@ def hints(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool
 
 
 def warnings(config: BuildConfig) -> Iterator[str]:
-    """What may be asked for, and probably should not."""
+    """Yields warnings about settings that are allowed but are probably mistakes."""
     if config.normalize == "dataset" and config.mean is None and config.classes_from is not None:
         yield (
             "--normalize dataset measures these images; for a validation set give those of its training set, as "
@@ -267,15 +288,15 @@ def warnings(config: BuildConfig) -> Iterator[str]:
 
 
 def require_scaled(config: BuildConfig) -> None:
-    """Raises UsageError for a mean or a std of levels: pixels are scaled to 0..1 first, so neither can be above 1.
+    """Raises UsageError for a mean or std in pixel levels: pixels are scaled to 0..1 first, so neither can exceed 1.
 
-    Only a build is refused: a dataset that has such settings can be read.
+    Only builds check this; datasets that have such settings can still be read.
     """
     if config.mean is None or config.std is None or max(*config.mean, *config.std) <= 1:
         return
     given = {"mean": config.mean, "std": config.std}
     level = 255 if max(*config.mean, *config.std) <= 255 else config.max_level
-    of_levels = {"mean": max(config.mean) > 1, "std": max(config.std) >= 1}  # a std of 1 leaves levels as they are
+    of_levels = {"mean": max(config.mean) > 1, "std": max(config.std) >= 1}  # in levels, a std of 1 is no scaling
     scaled = {
         name: tuple(float(f"{number / level:.6g}") for number in numbers) if of_levels[name] else numbers
         for name, numbers in given.items()
@@ -298,8 +319,8 @@ def _measured(
     choice: Choice,
     progress: Callable[[Measuring], None],
 ) -> BuildConfig:
-    """The settings with mean and standard deviation of the source's own pixels."""
-    if config.engine == "ray":  # the choice is for the nodes, and they may have a GPU where this machine has none
+    """Returns the settings with the mean and standard deviation that are measured from the source's pixels."""
+    if config.engine == "ray":  # the choice applies to the nodes, which may have a GPU that this machine lacks
         here = config.model_copy(update={"device": "cpu", "backend": "auto", "require_gpu": False})
         choice = environment.choose(here, environment.inspect("cpu"))
     tally = count_source(plan, source, config, size, choice, lambda *done: progress(Measuring(*done)))
@@ -319,11 +340,11 @@ def _measured(
 
 
 def resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
-    """The job that OUT was begun with, if these settings and this source would make the same of it.
+    """Opens the job of OUT and checks that these settings and this source would build the same dataset.
 
     Raises:
-        MismatchError: they would not.
-        FormatError: it is damaged.
+        MismatchError: they would build another one.
+        FormatError: the job or its plan is damaged.
     """
     job = Job.open(storage)
     job.require_same(config, source)
@@ -342,11 +363,11 @@ def resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
 
 
 def backend(job: Job, config: BuildConfig) -> Choice:
-    """The backend that the plan was made with, or an error: once planned, a build never falls back.
+    """Returns the backend of the job. A planned build never falls back to another one.
 
     Raises:
-        MismatchError: another one is asked for.
-        BackendError: it cannot be used here.
+        MismatchError: the settings request another backend.
+        BackendError: the backend cannot be used here.
     """
     record = job.record
     _require_same_backend(job, config)
@@ -381,7 +402,7 @@ def _require_same_backend(job: Job, config: BuildConfig) -> None:
 
 
 def require_revision(records: Mapping[int, CommitRecord]) -> None:
-    """Raises MismatchError if another revision of the decoding code made committed shards: two are never mixed."""
+    """Raises MismatchError if another revision of the decoding code built some shards; revisions are never mixed."""
     revisions = {record.provenance.get("decoding_revision", 1) for record in records.values()}
     if others := revisions - {DECODING_REVISION}:
         raise MismatchError(

@@ -1,4 +1,4 @@
-"""What a build reports: its start, its result, and hints about both."""
+"""The report of a build, the event that marks its start, and hints for the user."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Started:
-    """A build begins or goes on: how many items there are, and how many of them are in shards that are done."""
+    """A build has started or resumed.
+
+    Attributes:
+        items: the number of items in the plan, or in the part that is built.
+        items_done: how many of them are in finished shards.
+        backend: the decoder.
+        device: `cpu` or `cuda`.
+        workers: the number of workers.
+    """
 
     items: int
     items_done: int
@@ -46,16 +54,44 @@ OnEvent = Callable[[Started | Measuring | Event], None]
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did. Times in seconds, sizes in bytes; `built_*` counts this run, the rest the whole dataset.
+    """The result of a build. Times are in seconds, sizes in bytes.
 
-    `images_per_second` is the rate from the first decoded batch to the last committed shard. `startup_seconds` come
-    before that, `teardown_seconds` after; both are 0 and included in the rate if there was only one batch.
+    The attributes from `built_shards` to `messages`, and `timeline`, describe this run; the others describe the whole
+    dataset.
 
-    `classes` is None where labels are not classes; `label_columns` then names their columns, of which there are none
-    without labels. `timeline` shows how this run went: items done by then, and what a worker held. `changed_files` were
-    written to, or went, while this run read them; see `ShardCounts` for this, `decoded_by` and the spot checks.
-    `messages` are what decoders wrote to stderr. `worker_memory_bytes` and `gpu_memory_bytes` are the most that a
-    worker of it has held (see `WorkerEnded`).
+    Attributes:
+        out: OUT, as a path or URL.
+        complete: whether the dataset is finished.
+        part: the part that was built, as `i/n`; None if the build has no parts.
+        missing_shards: how many shards are not built yet.
+        items: the number of items in the plan.
+        classes: the number of classes; None without labels, or if labels are not classes of one column.
+        label_columns: the names of the label columns, if labels are not classes of one column.
+        rows: the number of rows in all shards built so far.
+        rejects: the number of rejected items.
+        rejects_by_code: the same by reject code.
+        shards: the number of shards in the plan.
+        dataset_bytes: the size of all shards built so far.
+        backend: the decoder.
+        device: `cpu` or `cuda`.
+        tuning: the batch size, the number of workers, and so on.
+        built_shards: how many shards this run built.
+        built_items: how many items these shards cover, rejects included.
+        seconds: the duration of the run.
+        images_per_second: the rate from the first decoded batch to the last committed shard.
+        startup_seconds: the time before the first decoded batch; 0 and part of the rate if there was only one batch.
+        teardown_seconds: the time after the last committed shard; 0 and part of the rate if there was only one batch.
+        stage_seconds: how long all workers were busy with each stage.
+        bottleneck: the stage that the others wait for; None if nothing was built.
+        worker_memory_bytes: the peak main memory of a worker (see `WorkerEnded`).
+        gpu_memory_bytes: the highest GPU memory in use at the end of a worker (see `WorkerEnded`).
+        changed_files: files that were removed or written to while this run read them (see `ShardCounts`).
+        decoded_by: how many images each decoder decoded (see `ShardCounts`).
+        spot_checks: how many images were decoded on a GPU and compared with Pillow's result (see `ShardCounts`).
+        spot_check_differences: how many of them differ.
+        messages: what decoders wrote to stderr.
+        hints: advice for the user.
+        timeline: the progress of the run and the resources of a worker, at about equal intervals.
     """
 
     out: str
@@ -92,12 +128,12 @@ class BuildReport:
     timeline: tuple[Moment, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """The report as a dict of values that `json` can serialize."""
         return asdict(self)
 
 
 def bottleneck(stages: Counter[str], tuning: Tuning) -> str | None:
-    """The stage that the others wait for: the longest one of the busiest threads."""
+    """The stage that the others wait for: the longest stage of the busiest threads; None without stages."""
     threads = {("read", "decode", "normalize"): 1, ("transfer", "write", "check"): tuning.open_shards, ("commit",): 1}
     if not stages:
         return None
@@ -121,7 +157,7 @@ def hints_for(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[
 
 
 def advice_on(source: Source, rejects_by_code: Mapping[str, int]) -> str:
-    """What to do about rejects."""
+    """Advice on what to do about rejects, as a sentence without its full stop."""
     if source.kind == "table" and max(rejects_by_code, key=lambda code: rejects_by_code[code]) == "missing":
         root = source.root or os.path.dirname(source.location)
         return (

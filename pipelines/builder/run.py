@@ -1,4 +1,4 @@
-"""A run of a build: find the shards that are missing, build them, publish the dataset, report."""
+"""Runs a build: finds the missing shards, builds them, publishes the dataset and writes the report."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _RunState:
-    """What has come of a run so far.
+    """The state of a run.
 
     Attributes:
-        records: the commit records of all shards that are built, by shard, whichever run built them.
-        watch: limits on rejects and disk space.
+        records: the commit records of all built shards by shard number, including those of earlier runs.
+        watch: monitors rejects and disk space.
         stopwatch: measures the rate.
-        built: the shards that this run has built.
-        ended: what each worker that has ended reported.
-        counts: of the shards that this run has built.
+        built: the numbers of the shards that this run has built.
+        ended: the reports of the workers that have ended.
+        counts: the counts of the shards that this run has built.
         messages: what decoders wrote to stderr.
     """
 
@@ -90,16 +90,19 @@ def run(
     start: float,
     part: Part | None = None,
 ) -> BuildReport:
-    """Builds the shards that are missing. The caller holds the lock; raises as `build`.
+    """Builds the missing shards and publishes the dataset if it is then complete. The caller must hold the lock.
 
     Args:
         storage: OUT.
-        job: what is being built.
+        job: the job of OUT.
         source: the images.
         config: only its operational settings are used.
         progress: called with each event.
-        start: `time.perf_counter()` when the build began.
-        part: which shards to build; all if None.
+        start: the value of `time.perf_counter()` when the build began.
+        part: the part to build; all shards if None.
+
+    Raises:
+        GpuNpzError: as for `build`.
     """
     record, plan = job.record, job.plan
     records = committed(storage, job)
@@ -119,7 +122,7 @@ def run(
     state = _RunState(records, watch, Stopwatch(start))
     if missing:
         _require_resumable(storage, job, config, records, missing)
-        storage.remove(MANIFEST)  # a dataset that lost a shard is not complete until it is rebuilt
+        storage.remove(MANIFEST)  # a dataset with a lost shard is not complete until the shard is rebuilt
         provenance, drop_cache = _expected_provenance(records, config), _drops_cache(storage, job, config)
         task = Task(storage.root, source, None, tuning, provenance, fence=storage.fence, drop_cache=drop_cache)
         with contextlib.ExitStack() as stack:
@@ -149,7 +152,7 @@ def _row_bytes(job: Job) -> int:
 def _require_resumable(
     storage: Storage, job: Job, config: BuildConfig, records: Mapping[int, CommitRecord], missing: Sequence[int]
 ) -> None:
-    """Checks that the missing shards may be added to those in OUT and fit on its disk.
+    """Checks that the missing shards may be mixed with those in OUT and fit on its disk.
 
     Raises:
         MismatchError: another revision of the decoding code built the shards in OUT.
@@ -164,7 +167,7 @@ def _require_resumable(
 
 
 def _drops_cache(storage: Storage, job: Job, config: BuildConfig) -> bool:
-    """Whether the page cache drops shards: where they are kept, a small dataset is read from memory in training."""
+    """Whether to drop written shards from the page cache. Small datasets stay, so that training reads from memory."""
     if config.page_cache != "auto":
         return config.page_cache == "drop"
     memory = available_memory()
@@ -193,7 +196,7 @@ def _remove_leftovers(storage: Storage) -> None:
 
 
 def _publish(storage: Storage, job: Job, config: BuildConfig, state: _RunState, part: Part | None) -> bool:
-    """Publishes the dataset if all of its shards are built; returns whether it is complete."""
+    """Publishes the dataset if all of its shards are built. Returns whether it is complete."""
     if part:
         with storage.lock(wait_s=PLAN_WAIT_S):
             state.records = committed(storage, job)  # includes those of the other parts
@@ -247,7 +250,7 @@ def _report(
 def _require_few_rejects(
     storage: Storage, source: Source, config: BuildConfig, watch: Watch, report: BuildReport
 ) -> None:
-    """Raises RejectLimitError if the run was stopped, or the dataset not published, because of rejects."""
+    """Raises RejectLimitError if rejects stopped the run or prevented the dataset from being published."""
     if watch.hopeless and report.missing_shards:
         assert watch.reject is not None  # most items were rejected
         raise RejectLimitError(

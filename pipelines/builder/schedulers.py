@@ -1,7 +1,7 @@
 """The environment variables in which cluster schedulers number their jobs, for `--part auto`.
 
-They are named in the documentation of each scheduler. Slurm, torchrun and Open MPI number the processes of one job;
-the others, and Slurm as well, number the jobs of an array.
+The documentation of each scheduler defines them. Slurm, torchrun and Open MPI number the processes of one job; the
+other schedulers, and Slurm as well, number the jobs of an array.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class Scheduler:
-    """The variables of one scheduler. A number instead of a variable's name is what the scheduler always uses.
+    """The variables of one scheduler. A number in place of a name is a constant that the scheduler always uses.
 
     Attributes:
-        name: the scheduler.
-        index: the variable with the number of the job, or of the process.
-        first: the lowest number of the array.
-        step: the distance between two numbers of the array.
-        count: the variable with how many there are; None if the scheduler provides none.
-        last: the variable with the highest number of the array, which stands in for `count`.
-        array: how to submit an array that numbers N jobs without gaps.
+        name: the name of the scheduler.
+        index: the variable with the number of the job or process.
+        first: the variable with the lowest number of the array, or a constant.
+        step: the variable with the distance between two numbers of the array, or a constant.
+        count: the variable with the number of jobs or processes; None if the scheduler provides none.
+        last: the variable with the highest number of the array, which is used if there is no `count`.
+        array: the option or field that submits an array of N jobs, numbered without gaps.
     """
 
     name: str
@@ -63,7 +63,13 @@ PROCESSES = (
 
 @dataclass(frozen=True)
 class Place:
-    """The place of this job or process: `number` of `count`, from 0 on; `origin` names the variables."""
+    """The place of this process among all processes of a build.
+
+    Attributes:
+        number: the number of the process, counted from 0.
+        count: the number of processes.
+        origin: the environment variables with their values, for messages.
+    """
 
     number: int
     count: int
@@ -71,18 +77,19 @@ class Place:
 
 
 def place(environ: Mapping[str, str], count: int | None) -> Place:
-    """The place of this process among all processes of all jobs of an array.
+    """Finds the place of this process among all processes of all jobs of an array.
 
     Args:
         environ: the environment variables.
-        count: how many jobs there are, which some schedulers do not provide; None if the user did not say.
+        count: the number of jobs that the user gave, because some schedulers do not provide it; None if not given.
 
     Raises:
-        UsageError: no scheduler has numbered this job; its number is none of the array's; `count` is missing or wrong.
+        UsageError: no scheduler has numbered this job; its number does not belong to the array; `count` is missing or
+            wrong.
     """
     array = _array_place(environ, count)
     if array:
-        # Only Slurm is sure to number the processes inside each job of an array: RANK may be the number of the job.
+        # Only Slurm reliably numbers the processes inside each job of an array: RANK may be the number of the job.
         tasks = _process_place(environ, PROCESSES[0]) if array.origin.startswith("SLURM") else None
         if tasks is None or tasks.count == 1:
             return array
@@ -138,7 +145,7 @@ def _process_place(environ: Mapping[str, str], scheduler: Scheduler) -> Place | 
 
 
 def _value(environ: Mapping[str, str], name: str | int) -> int:
-    """The value of a variable, or a number that the scheduler always uses; the usual one if it is not set."""
+    """The value of a variable, or the constant itself. An unset variable defaults to 1 for steps and to 0 otherwise."""
     if isinstance(name, int):
         return name
     found = _number(environ, name)

@@ -1,4 +1,4 @@
-"""A short run of one worker, which measures how long a build would take."""
+"""A short run of one worker, to estimate how long a build would take."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .headers import spread
 from .inspection import Inspection, OnStage
 
 _MEASURED_ITEMS = 20_000
-_MEASURED_SHARD_BYTES = 1 << 27  # measured shards are deleted one by one, so little space is needed
+_MEASURED_SHARD_BYTES = 1 << 27  # each measured shard is deleted at once, so little space is needed
 
 
 @dataclass(frozen=True)
 class ShortRun:
-    """What a short run of one worker measured.
+    """The measurements of a short run of one worker.
 
     Attributes:
-        items: how many items it processed after the first batch.
-        seconds: how long these took.
+        items: how many items it processed after the first batch, or in it if there was no other.
+        seconds: how long these items took.
         images_per_second: the rate.
-        gpu_memory_bytes: the GPU memory in use at its end; 0 on a CPU.
-        stored_row_bytes: the size of a row in the shards that it built; 0 if it built none.
+        gpu_memory_bytes: the GPU memory in use at the end of the run; 0 on a CPU.
+        stored_row_bytes: the mean size of a row in the shards that it built; 0 if it built none.
         rejects: how many items were rejected.
-        reject: one of them; None if there is none.
+        reject: one of the rejects; None if there is none.
     """
 
     items: int
@@ -50,7 +50,7 @@ class ShortRun:
 
 @dataclass
 class _Timer:
-    """Times batches for some seconds. The first batch does not count, since it includes the decoder's start-up."""
+    """Times batches for `seconds`. The first batch does not count, because it includes the decoder's start-up."""
 
     seconds: float
     begin: float = field(default_factory=time.perf_counter)
@@ -61,12 +61,12 @@ class _Timer:
 
     @property
     def elapsed(self) -> float:
-        """Seconds from the first batch to the last one that was counted."""
+        """The seconds from the first batch to the last one that was counted."""
         return self.last - self.first
 
     @property
     def over(self) -> bool:
-        """Whether these seconds have passed."""
+        """Whether `seconds` have passed."""
         return self.elapsed > self.seconds
 
     def add(self, items: int) -> None:
@@ -78,18 +78,18 @@ class _Timer:
             self.first, self.first_items = self.last, items
 
     def result(self) -> tuple[int, float]:
-        """How many items in how many seconds. If there was only one batch, it counts, and so does the start-up."""
+        """The number of items and their seconds. If there was only one batch, it counts, and so does the start-up."""
         return (self.items, self.elapsed) if self.items else (self.first_items, self.last - self.begin)
 
 
 def measure(found: Inspection, seconds: float, folder: str | None, progress: OnStage) -> ShortRun:
-    """Lets one worker build shards in a temporary folder, from items that are spread over the plan.
+    """Runs one worker that builds shards in a temporary folder, from items that are spread over the plan.
 
     Args:
-        found: what a build would process.
-        seconds: how long.
-        folder: where to write; the system's temporary folder if None.
-        progress: called with the seconds that have passed.
+        found: the inspected source, its plan and its settings.
+        seconds: the approximate duration, in seconds.
+        folder: where to create the temporary folder; the system's default if None.
+        progress: called with "measuring", the seconds that have passed, and `seconds`.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -106,7 +106,7 @@ def measure(found: Inspection, seconds: float, folder: str | None, progress: OnS
     def shards() -> Iterator[int]:
         for shard in range(plan.shard_count):
             if timing.over:
-                return  # lets the worker end, and report its memory
+                return  # so that the worker ends and reports its memory
             yield shard
 
     with tempfile.TemporaryDirectory(prefix="gpu-npz-plan-", dir=folder) as place:
@@ -137,7 +137,7 @@ def measure(found: Inspection, seconds: float, folder: str | None, progress: OnS
 
 
 def _spread_plan(plan: Plan, shard_rows: int) -> Plan:
-    """A plan of items at equal distances in another plan, with their labels."""
+    """A plan of items at equal distances in `plan`, with their labels."""
     groups = []
     for item in spread(plan, _MEASURED_ITEMS, 0.5):
         parent, slash, name = as_bytes(item.path).rpartition(b"/")

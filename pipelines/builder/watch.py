@@ -1,4 +1,4 @@
-"""What a build looks at while it goes on: how many items are rejected, whether the disk fills, how its workers fare."""
+"""Monitors a running build: the number of rejects, the free disk space, and the resources of its workers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from ..sources.rejects import Reject
 from ..workers.events import Event, Progress, Pulse
 
 log = logging.getLogger(__name__)
-_EARLY_REJECTS = 500  # before a build that rejects most of what it meets is stopped
-_FLOOR_BYTES = 1 << 28  # what all workers write in some seconds
+_EARLY_REJECTS = 500  # fewer rejects never stop a build early
+_FLOOR_BYTES = 1 << 28  # about as much as all workers write in a few seconds
 _LOOK_S = 2.0
-_MOMENTS = 400  # of a timeline; beyond, every second one goes, and moments lie twice as far apart
+_MOMENTS = 400  # of a timeline; when there are more, every second one is dropped and the interval doubles
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A build and one of its workers at some time of a run.
+    """The state of a run and of one of its workers at one time.
 
     Attributes:
-        seconds: since the run began.
-        items: done by then, by all workers.
-        worker: whose figures follow, by its process number.
-        memory_bytes, open_files, threads: that it has.
+        seconds: the time since the run began.
+        items: how many items all workers had processed.
+        worker: the process ID of the worker that the following numbers describe.
+        memory_bytes: the main memory that the worker held.
+        open_files: how many file descriptors it had open.
+        threads: how many threads it had.
     """
 
     seconds: float
@@ -39,16 +41,18 @@ class Moment:
 
 
 class Watch:
-    """Is told all that happens in a run.
+    """Monitors a run by its events.
 
     Args:
-        reject_limit: how many rejects the plan may have.
-        storage_root: OUT, whose filesystem is looked at; None for none.
+        reject_limit: the number of rejects that is allowed for the whole plan.
+        storage_root: OUT, whose filesystem is checked for free space; None to skip this check.
 
     Attributes:
-        items, rejects: of this run so far.
-        reject: one of this run, None before there is any.
-        codes: of the rejects of this run, by one of each batch: those of commit records are not all.
+        items: how many items this run has processed so far.
+        rejects: how many of them were rejected.
+        reject: the first reject of this run; None if there is none yet.
+        codes: the number of rejects of this run by code. All rejects of a batch count under the code of its first one.
+            Commit records are not used, because they lack the rejects of unfinished shards.
     """
 
     def __init__(self, reject_limit: int, storage_root: str | None) -> None:
@@ -59,13 +63,13 @@ class Watch:
         self._limit = reject_limit
         self._root = storage_root
         free_bytes = free_space(storage_root)[0] if storage_root else None
-        self._floor = min(_FLOOR_BYTES, (free_bytes or 0) // 20)  # a small disk may be filled further
+        self._floor = min(_FLOOR_BYTES, (free_bytes or 0) // 20)  # a small disk may be filled further than that
         self._begin = self._looked = time.monotonic()
         self._moments: list[Moment] = []
         self._apart_s = 0.0
 
     def see(self, event: Event) -> None:
-        """Takes an event in.
+        """Processes an event.
 
         Raises:
             StorageError: the disk is nearly full.
@@ -93,12 +97,12 @@ class Watch:
 
     @property
     def hopeless(self) -> bool:
-        """Whether the limit is passed and most items were rejected: the source is not what somebody thinks it is."""
+        """Whether the limit is exceeded and most items were rejected, so that SRC is probably not what was intended."""
         return self.rejects > max(self._limit, _EARLY_REJECTS, self.items // 2)
 
     @property
     def timeline(self) -> tuple[Moment, ...]:
-        """Moments of the run, in order, at about equal distances."""
+        """Moments of the run, in order, at about equal intervals."""
         return tuple(self._moments)
 
     def _look(self) -> None:
