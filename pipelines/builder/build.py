@@ -134,7 +134,7 @@ def build_split(
     reports = {}
     first: Job | None = None
     if (whole := open_storage(out)).size(JOB) is not None:
-        withdraw(whole)  # if a build without --split has made only its plan
+        withdraw(whole)  # only if OUT has just the plan of a build without --split
     for side, storage in places(src, out, config).items():
         on_event = functools.partial(progress, side) if progress else None
         reports[side] = _build(src, storage.root, config.sides[side], on_event, first)

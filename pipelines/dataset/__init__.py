@@ -1,1 +1,1 @@
-"""What a build keeps in OUT: its files, their names, their records, and how they belong together."""
+"""The content of OUT: the files of a build, their names and records, and how they depend on each other."""

@@ -1,4 +1,4 @@
-"""Commit records. Each is written after its shard is complete, and its presence proves that."""
+"""Commit records. A record is written after its shard is complete, so its existence proves that the shard is."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from .job import Job
 from .layout import commit_files, commit_name, shard_name
 from .records import from_json, to_json
 
-_READERS = 16  # a remote store takes some hundredths of a second to answer a request
+_READERS = 16  # an object store takes tens of milliseconds to answer a request
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class CommitRecord(BaseModel):
-    """Written after its shard is complete and has its final name.
+    """The record of a shard, written after the shard is complete and has its final name.
 
-    `digest` is the SHA-256 of the shard's ZIP directory, which contains the CRC-32 of every member; `bytes` is the size
-    of the file. `provenance` says which decoder made the shard, in which versions; its key in JSON is `environment`.
+    Attributes:
+        version: the version of this record.
+        id: the id of the dataset.
+        shard: the number of the shard.
+        rows: the number of rows in the shard.
+        bytes: the size of the shard's file.
+        digest: the SHA-256 of the shard's ZIP directory, which contains the CRC-32 of every member, in hexadecimal.
+        provenance: the decoder that made the shard, with its versions; its key in JSON is `environment`.
+        rejects: the rejects of the shard.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,12 +50,12 @@ def commit(storage: Storage, record: CommitRecord, shards: int) -> None:
 
 
 def committed(storage: Storage, job: Job, *, whole: bool = True) -> dict[int, CommitRecord]:
-    """The commit records of this job by shard, of all shards whose file has the recorded size.
+    """Reads the commit records of this job, by shard number.
 
     Args:
         storage: OUT.
         job: the job of OUT.
-        whole: if False, includes records whose file is missing or has another size.
+        whole: whether to leave out the records of shards whose file is missing or does not have the recorded size.
 
     Raises:
         FormatError: a record is damaged.
@@ -72,7 +79,7 @@ def committed(storage: Storage, job: Job, *, whole: bool = True) -> dict[int, Co
 
 
 def _require_complete(record: CommitRecord, job: Job, label: str) -> None:
-    """Raises FormatError unless the record has each item of the shard as one row or one reject."""
+    """Raises FormatError unless the rows and rejects in the record account for every item of the shard."""
     items, rejects = job.plan.shard_range(record.shard), {reject.index for reject in record.rejects}
     rows = len(items) - (0 if job.settings.on_reject == "blank" else len(rejects))
     if record.rows != rows or len(rejects) != len(record.rejects) or not all(index in items for index in rejects):

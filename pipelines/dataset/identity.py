@@ -17,7 +17,15 @@ def dataset_id(
     image_size: tuple[int, int],
     plan_digest: str,
 ) -> str:
-    """The id of a dataset: 32 digits of a SHA-256 over everything that determines it, except the decoder."""
+    """The id of a dataset: 32 hexadecimal digits of a SHA-256 of everything that determines it, except the decoder.
+
+    Args:
+        settings: the identity settings of the build.
+        class_names: the names of classes by number; None if labels are not classes of one column.
+        columns: the label columns, unless `class_names` describes the only one.
+        image_size: height and width of a stored image, in pixels.
+        plan_digest: the digest of the plan.
+    """
     parts = [1, settings, class_names, image_size, plan_digest]
     if columns:
         parts.append([column.model_dump() for column in columns])

@@ -1,4 +1,4 @@
-"""The image size of a dataset, which may be that of its first image."""
+"""Determines the image size of a dataset, from the settings or from its first image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .plan import Plan
 
 
 def image_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, int]:
-    """Height and width of every row: those of the settings, or else of the first image that can be decoded.
+    """Height and width of every row in pixels, from the settings or else from the first image that can be decoded.
 
     Raises:
         SourceError: no image can be decoded.

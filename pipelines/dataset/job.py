@@ -1,4 +1,4 @@
-"""The job of an OUT: its plan, settings and backend, decided once and stored in OUT/.gpu-npz."""
+"""The job of OUT: its plan, settings and backend, which are fixed when a build begins and stored in OUT/.gpu-npz."""
 
 from __future__ import annotations
 
@@ -23,7 +23,27 @@ from .records import from_json, loads, open_npz, read_json, store_arrays, to_jso
 
 
 class JobRecord(BaseModel):
-    """The content of job.json."""
+    """The content of job.json.
+
+    Attributes:
+        version: the version of this record.
+        id: the id of the dataset.
+        settings: the identity settings of the build.
+        backend: the decoder.
+        device: the kind of device that decodes.
+        resizer: the library that resizes on the CPU.
+        source_kind: `Source.kind`.
+        source_location: `Source.location` when the build began.
+        source_root: `Source.root`.
+        source_files: `Source.files`.
+        source_listing: `Source.listing`.
+        class_names: the names of classes by number; None if labels are not classes of one column.
+        columns: the label columns, unless `class_names` describes the only one.
+        image_size: height and width of a stored image, in pixels.
+        items: the number of items.
+        shard_rows: the number of items per shard.
+        plan_digest: the digest of the plan.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,7 +52,7 @@ class JobRecord(BaseModel):
     settings: dict[str, Any]
     backend: BackendName
     device: Literal["cpu", "cuda"]
-    resizer: Resizer = "pillow"  # older builds had no other
+    resizer: Resizer = "pillow"  # the only one in older builds
     source_kind: str
     source_location: str
     source_root: str | None = None
@@ -48,7 +68,13 @@ class JobRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """A plan, and everything else that determines the content of its shards."""
+    """A plan, and everything else that determines the content of its shards.
+
+    Attributes:
+        record: the content of job.json.
+        plan: the items and shards.
+        settings: the identity settings and the resizer.
+    """
 
     record: JobRecord
     plan: Plan
@@ -70,12 +96,16 @@ class Job:
         return self.record.class_names is not None or bool(self.record.columns)
 
     def label_array(self, labels: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:
-        """Labels of items as they are stored: int64 (N,), or (N, K) for K columns; float64 if any column is a float."""
+        """Converts the labels of N items to the stored form.
+
+        Returns:
+            int64 (N,), or (N, K) for K columns; float64 if any column is a float.
+        """
         kind, shape = label_form(self.record.columns)
         return np.asarray(labels, kind).reshape(len(labels), *shape)
 
     def require_source(self, source: Source) -> None:
-        """Raises MismatchError if the source's files have changed, so that items may not be where the plan says."""
+        """Raises MismatchError if the files of the source have changed, so that the places in the plan may be wrong."""
         then, now = dict(self.record.source_files), dict(source.files)
         if len(then) == len(now) == 1:  # a single file may have been renamed
             now = dict(zip(then, now.values(), strict=True))
@@ -107,10 +137,14 @@ class Job:
         Args:
             storage: OUT.
             plan: the items.
-            config: its identity settings are stored, and its resizer.
+            config: the settings; the identity settings and the resizer are stored.
             choice: the backend of the whole build.
             source: the images.
-            image_size: height and width of every image.
+            image_size: height and width of a stored image, in pixels.
+
+        Raises:
+            SourceError: the source has too many files or classes.
+            StorageError: OUT cannot be written.
         """
         settings, digest = config.identity(), plan.digest()
         labels = source.class_names, source.columns
@@ -141,7 +175,7 @@ class Job:
                 f"many for one dataset ({exc}); build parts of it, each with an OUT of its own"
             ) from exc
         store_arrays(storage, PLAN, plan.arrays, f"gpu-npz plan {record.id}")
-        storage.write(JOB, content)  # last: its presence means that the plan is complete
+        storage.write(JOB, content)  # written last: if it exists, the plan is complete
         return cls.open(storage)
 
     @classmethod
@@ -149,7 +183,7 @@ class Job:
         """Loads the job of OUT.
 
         Raises:
-            FormatError: OUT has no job, or it is damaged.
+            FormatError: OUT has no job, or the job is damaged.
         """
         content = read_json(storage, JOB)
         if content is None:
@@ -172,14 +206,14 @@ class Job:
         return cls(record, plan, BuildConfig(**record.settings, resizer=record.resizer))
 
     def require_same(self, config: BuildConfig, source: Source) -> None:
-        """Checks that a build with other settings or another source may resume this job.
+        """Checks that a build with these settings and this source may resume the job.
 
         Args:
             config: the settings of the resuming build.
-            source: its images.
+            source: the images of the resuming build.
 
         Raises:
-            MismatchError: it would build other shards; the message names every difference.
+            MismatchError: the build would create other shards; the message names every difference.
         """
         asked, stored = config.identity(), self.settings.identity()
         if asked["size"] is None:
@@ -196,7 +230,7 @@ class Job:
         record, names = self.record, source.class_names
         if source.kind != record.source_kind:
             differences.append(f"  source: {record.source_kind} there, {source.kind} here")
-        if source.files and source.root != record.source_root:  # it selects which members of the files are read
+        if source.files and source.root != record.source_root:  # root selects which members of the files are read
             differences.append(f"  root: {record.source_root} there, {source.root} asked for")
         if (names is None) != (record.class_names is None) or (config.classes_from and names != record.class_names):
             differences.append(

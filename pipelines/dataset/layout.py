@@ -1,4 +1,4 @@
-"""The files of a dataset in OUT: their names, and how they differ from foreign and unfinished files."""
+"""The names of a dataset's files in OUT, and how to tell them from foreign and unfinished files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FOLDER = re.compile(r"\d{2,}")
 
 
 def shard_name(shard: int, shards: int) -> str:
-    """The path of a shard in OUT. More than 10,000 shards are kept in folders of 1,000."""
+    """The path of a shard in OUT. Datasets of more than 10,000 shards have folders of 1,000 shards."""
     width = max(5, len(str(shards - 1)))
     name = f"shard-{shard:0{width}}.npz"
     return name if shards <= _FLAT_SHARDS else f"{shard // _SHARDS_A_FOLDER:0{width - 3}}/{name}"
@@ -46,7 +46,7 @@ def shard_files(storage: Storage) -> list[str]:
 
 
 def commit_files(storage: Storage) -> list[str]:
-    """The paths of all commit records in OUT."""
+    """The paths of all commit records in OUT, folder by folder."""
     names = []
     for folder in (COMMITS, *_numbered(storage, COMMITS)):
         names += [f"{folder}/{name}" for name in storage.names(folder) if _RECORD.fullmatch(name)]
@@ -70,7 +70,7 @@ def require_own(storage: Storage) -> None:
 
 
 def sides_of_split(storage: Storage) -> list[str]:
-    """The folders in OUT that contain the datasets of a split, train first; none if OUT is no split."""
+    """The folders in OUT that contain the datasets of a split, train first; empty if OUT is not a split."""
 
     def begun(side: str) -> bool:
         return any(storage.size(f"{side}/{file}") is not None for file in (JOB, MANIFEST))
@@ -116,6 +116,6 @@ def _folders(storage: Storage) -> list[str]:
 
 
 def _numbered(storage: Storage, parent: str) -> list[str]:
-    """The folders of 1,000 shards or records in `parent`, without links and without datasets."""
+    """The folders of 1,000 shards or records in `parent`, excluding links and folders that are datasets."""
     paths = [posixpath.join(parent, name) for name in storage.names(parent) if _FOLDER.fullmatch(name)]
     return [path for path in paths if storage.is_folder(path) and not {PRIVATE, MANIFEST} & set(storage.names(path))]

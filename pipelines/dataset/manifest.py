@@ -35,7 +35,14 @@ _REJECT = TypeAdapter(Reject)
 
 
 class Images(BaseModel):
-    """The format of stored images: `shape` is without the batch axis, `layout` with it."""
+    """The format of stored images.
+
+    Attributes:
+        shape: the shape of one image, without the batch axis: (C, H, W) or (H, W, C).
+        dtype: the dtype.
+        layout: the order of the axes, with the batch axis.
+        channels: the order of the color channels, or `gray`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,16 +53,20 @@ class Images(BaseModel):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width."""
+        """Height and width in pixels."""
         height, width = self.shape[1:] if self.layout == "NCHW" else self.shape[:2]
         return height, width
 
 
 class Normalization(BaseModel):
-    """Mean and std of each stored channel: a float value is (pixel / white - mean) / std, with white 255 or 65535.
+    """The normalization of stored channels: a float value is (pixel / white - mean) / std, with white 255 or 65535.
 
-    Readers apply it to stored pixels. Kinds of normalization without mean and std have none; the settings name the
-    kind, and `preprocess/normalize.py` has the formulas.
+    Readers apply it to stored pixels. The manifest has none for kinds of normalization without mean and std. The
+    settings name the kind, and `preprocess/normalize.py` contains the formulas.
+
+    Attributes:
+        mean: the mean of each stored channel, for pixels scaled to 0..1.
+        std: the standard deviation of each stored channel, for pixels scaled to 0..1.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,7 +76,15 @@ class Normalization(BaseModel):
 
 
 class Counts(BaseModel):
-    """The numbers of items in the plan, rows in all shards, rejects (in total and by code), and shards."""
+    """The size of a dataset.
+
+    Attributes:
+        items: the number of items in the plan.
+        rows: the number of rows in all shards.
+        rejects: the number of rejected items.
+        rejects_by_code: the number of rejected items by code.
+        shards: the number of shards.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -77,7 +96,25 @@ class Counts(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of dataset.json. Readers ignore unknown keys, and refuse unknown entries of `requires`."""
+    """The content of dataset.json. Readers ignore unknown keys and refuse unknown entries of `requires`.
+
+    Attributes:
+        format: the name of the format.
+        version: the version of the format.
+        requires: features that a reader must support.
+        id: the id of the dataset.
+        images: the format of stored images.
+        normalization: the mean and std that readers apply; None for kinds of normalization without them.
+        counts: the numbers of items, rows, rejects and shards.
+        classes: the names of classes by number; None if labels are not classes of one column.
+        columns: the label columns, unless `classes` describes the only one.
+        shard_items: the number of items per shard.
+        plan_digest: the digest of the plan.
+        shard_table_digest: the SHA-256 of the shards' row counts, sizes and digests.
+        rejects_digest: the SHA-256 of rejects.jsonl.
+        settings: the identity settings of the build.
+        environments: the provenance of the shards; more than one if environments were mixed.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -100,6 +137,9 @@ class Manifest(BaseModel):
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
         """Loads the manifest of a finished dataset.
+
+        Args:
+            folder: the dataset, as a path or URL.
 
         Raises:
             IncompleteError: the build has not finished yet.
@@ -133,7 +173,7 @@ class Manifest(BaseModel):
 
     @property
     def config(self) -> BuildConfig:
-        """The settings of the build. Raises FormatError if they are not allowed."""
+        """The settings of the build. Raises FormatError if they are invalid."""
         resizer = "simd" if any("resizer" in made for made in self.environments) else "pillow"
         known = {name: value for name, value in self.settings.items() if name in BuildConfig.model_fields}
         try:
@@ -143,10 +183,14 @@ class Manifest(BaseModel):
 
 
 def class_list(classes_from: str | None) -> tuple[str, ...] | None:
-    """Class names by number, from a finished dataset or a text file with one name per line; None for None.
+    """Reads class names, by number, from a finished dataset or from a text file with one name per line.
+
+    Args:
+        classes_from: the path or URL of the dataset, or the path of the text file; if None, the result is None as well.
 
     Raises:
-        UsageError: it is neither of the two, has no classes, or a name occurs twice.
+        UsageError: the text file cannot be read, there are no classes, or a name occurs twice.
+        IncompleteError, FormatError: as for `Manifest.load`.
     """
     if classes_from is None:
         return None
@@ -176,7 +220,7 @@ def class_list(classes_from: str | None) -> tuple[str, ...] | None:
 
 
 def write_rejects(storage: Storage, records: Iterable[CommitRecord]) -> str:
-    """Writes rejects.jsonl, one line per reject in the order of the plan; returns the SHA-256 of the file."""
+    """Writes rejects.jsonl, with one line per reject in plan order. Returns the SHA-256 of the file, in hexadecimal."""
     lines = (json.dumps(reject.to_json()) + "\n" for record in records for reject in record.rejects)
     content = "".join(lines).encode("ascii")
     storage.write(REJECTS, content)
@@ -198,7 +242,7 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
 
     Args:
         storage: OUT.
-        job: what was built.
+        job: the job of OUT.
         records: the commit records of all shards, in order.
     """
     rejects_digest = write_rejects(storage, records)
@@ -210,7 +254,16 @@ def finish(storage: Storage, job: Job, records: Sequence[CommitRecord]) -> Manif
 
 
 def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], config: BuildConfig) -> bool:
-    """Completes a dataset whose shards are all built, unless it has too many rejects; returns whether it is complete.
+    """Completes a dataset whose shards are all built, unless it has too many rejects.
+
+    Args:
+        storage: OUT.
+        job: the job of OUT.
+        records: the commit records of all shards, by shard number.
+        config: only `max_rejects` and `accept_environment` are used.
+
+    Returns:
+        Whether the dataset is complete.
 
     Raises:
         MismatchError: shards differ in provenance, and `accept_environment` is not set.
@@ -234,7 +287,10 @@ def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], con
 
 
 def so_far(storage: Storage) -> tuple[Manifest, dict[str, NDArray[Any]], list[int]]:
-    """The manifest and index that `finish` would write for the committed shards alone, and the numbers of these shards.
+    """Describes the committed shards of a build that may be unfinished.
+
+    Returns:
+        The manifest and the index that `finish` would write for these shards alone, and their numbers.
 
     Raises:
         FormatError: OUT was not begun by a build, or is damaged.
@@ -247,7 +303,7 @@ def so_far(storage: Storage) -> tuple[Manifest, dict[str, NDArray[Any]], list[in
 
 
 def _is_of(storage: Storage, job: Job) -> bool:
-    """Whether the manifest belongs to the job. True also if it is damaged, which `gpu-npz verify --repair` fixes."""
+    """Whether the manifest belongs to the job. Also true if it is damaged, which `gpu-npz verify --repair` fixes."""
     try:
         return Manifest.load(storage.root).id == job.record.id
     except FormatError:
@@ -287,7 +343,7 @@ def _manifest(job: Job, records: Sequence[CommitRecord], index: Any, rejects_dig
 
 
 def shard_table_digest(index: Any) -> str:
-    """SHA-256 over the row count, the size and the digest of every shard, as stored in index.npz."""
+    """The SHA-256, in hexadecimal, of the row counts, sizes and digests of all shards, as stored in index.npz."""
     digest = hashlib.sha256()
     for name in ("shard_rows", "shard_bytes", "shard_digest"):
         digest.update(np.ascontiguousarray(index[name]).tobytes())

@@ -1,4 +1,4 @@
-"""Finds the images that a dataset was built from."""
+"""Opens the source images that a dataset was built from."""
 
 from __future__ import annotations
 
@@ -26,17 +26,26 @@ _NO_LABELS = {"labels": "none", "split": None, "split_by": None, "split_seed": 0
 
 @dataclass(frozen=True)
 class Originals:
-    """The source of a finished dataset. `plan` says where each item is in it; None if the plan is missing."""
+    """The source of a finished dataset.
+
+    Attributes:
+        source: the images.
+        plan: the location of each item in the source; None if the plan is missing.
+    """
 
     source: Source
     plan: Plan | None
 
     def item(self, index: int, path: str) -> Item:
-        """The item with this index and path.
+        """Returns an item.
+
+        Args:
+            index: its position in the plan.
+            path: its path, which locates the item if the plan is missing.
 
         Raises:
-            SourceError: the source can find it only with the plan, which is missing.
-            FormatError: there is no such item.
+            SourceError: the source needs the plan to find the item, and the plan is missing.
+            FormatError: the index or the path is invalid.
         """
         if self.plan is not None:
             if not 0 <= index < self.plan.item_count:
@@ -56,16 +65,16 @@ class Originals:
 
 
 def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[str] | None) -> Originals:
-    """Opens the source of a finished dataset, whose folder .gpu-npz may be missing.
+    """Opens the source of a finished dataset. The folder .gpu-npz of the dataset may be missing.
 
     Args:
-        storage: where the dataset is.
-        manifest: the dataset's.
-        source: where the images are; if None, where they were when the build began.
+        storage: the dataset.
+        manifest: the manifest of the dataset.
+        source: the location of the images; if None, their location when the build began.
 
     Raises:
-        SourceError: the images are not there, or it is not known where they were.
-        MismatchError: these are other images, or files that contain them have changed.
+        SourceError: the images are missing, or their location is unknown.
+        MismatchError: these are other images, or the files that contain them have changed.
     """
     if storage.size(JOB) is None:
         if source is None:
@@ -76,14 +85,19 @@ def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[st
 
 
 def source_of(job: Job, source: str | os.PathLike[str] | None) -> Source:
-    """Opens the source of a job at `source`, or if None where it was when the build began; raises as `originals`.
+    """Opens the source of a job, without labels, because the plan contains the label of every item.
 
-    The source has no labels, since the plan contains those of every item.
+    Args:
+        job: the job.
+        source: the location of the images; if None, their location when the build began.
+
+    Raises:
+        SourceError, MismatchError: as for `originals`.
     """
     record = job.record
     given = {**record.settings, "source": record.source_kind, "root": record.source_root, **_NO_LABELS}
     if record.source_kind == "table":
-        given["follow_links"] = True  # this was decided when the plan was made
+        given["follow_links"] = True  # the plan already respects the setting
     config = BuildConfig(**given)
     try:
         found = open_source(source or record.source_location, config)
@@ -98,7 +112,7 @@ def source_of(job: Job, source: str | os.PathLike[str] | None) -> Source:
 
 
 def require_moved(job: Job, source: Source) -> None:
-    """Raises MismatchError if a source under another path contains none of the first planned items."""
+    """Raises MismatchError if a source at a new location contains none of the first planned items."""
     probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
     if not any(_is_there(source, item) for item in probe):
         raise MismatchError(

@@ -1,16 +1,17 @@
-"""Items to shards: made once, stored with the output, reopened on resume.
+"""The plan of a build, which assigns items to shards. It is made once, stored in OUT, and reopened on resume.
 
-On disk and in memory a plan takes some 30 bytes an item: the names as one run of bytes, where each ends, and one entry
-a folder for its path and label. It is stored as an NPZ whose arrays are memory-mapped, so opening it reads nothing.
+On disk and in memory, a plan takes about 30 bytes per item: all names in one array of bytes, the end of each name, and
+one entry per folder for its path and label. It is stored as an NPZ whose arrays are memory-mapped, so opening it does
+not read the names.
 
 | array | type, shape | |
 |---|---|---|
-| `names`, `name_ends` | uint8 (bytes,), int64 (listed,) | the items' names in the order in which they were listed |
-| `folders`, `folder_ends` | uint8 (bytes,), int64 (groups,) | a group is the items of one folder, `n01440764/` |
-| `group_ends`, `group_labels` | int64 (groups,) | the listed item at which a group ends; its label, -1 for none |
-| `labels` | int64 or float64 (items,) or (items, K) | where each listed item has its own |
-| `places` | int64 (items, numbers) | where the source finds each listed item, if not by its path |
-| `order` | int64 (items,) | the listed item at each place of the plan, where that is not simply the next one |
+| `names`, `name_ends` | uint8 (bytes,), int64 (listed,) | the names of the items in listing order |
+| `folders`, `folder_ends` | uint8 (bytes,), int64 (groups,) | the folder of each group of items, such as `n01440764/` |
+| `group_ends`, `group_labels` | int64 (groups,) | the end of each group in the listing; its label, -1 for none |
+| `labels` | int64 or float64 (listed,) or (listed, K) | the labels of listed items, if each has its own |
+| `places` | int64 (listed, numbers) | where the source finds each listed item, if not by its path |
+| `order` | int64 (items,) | the listed item at each position of the plan, if it differs from listing order |
 """
 
 from __future__ import annotations
@@ -32,14 +33,18 @@ _OPTIONAL = {"labels", "places", "order"}
 
 
 class Plan:
-    """The ordered items of a build, cut into shards of `shard_rows` items; the last one may be shorter.
+    """The ordered items of a build, divided into shards of `shard_rows` items; the last shard may be shorter.
 
     Args:
-        arrays: as this module's table says, in memory or mapped from a file.
-        shard_rows: items a shard.
+        arrays: the arrays in this module's table, in memory or mapped from a file.
+        shard_rows: the number of items per shard.
+
+    Attributes:
+        item_count: the number of items.
+        shard_count: the number of shards.
 
     Raises:
-        FormatError: the arrays do not fit each other.
+        FormatError: the arrays are inconsistent.
     """
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]], shard_rows: int) -> None:
@@ -54,18 +59,18 @@ class Plan:
         self.shard_count = -(-self.item_count // shard_rows)
 
     def shard_range(self, shard: int) -> range:
-        """The indices of a shard's items."""
+        """The indices of the items of a shard."""
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.item_count))
 
     def batches(self, shard: int, batch_size: int) -> Iterator[Batch]:
-        """The items of one shard, up to `batch_size` at a time."""
+        """Yields the items of a shard in batches of up to `batch_size`."""
         span = self.shard_range(shard)
         for start in range(span.start, span.stop, batch_size):
             stop = min(start + batch_size, span.stop)
             yield Batch(shard, self.items(start, stop), stop == span.stop)
 
     def items(self, start: int, stop: int) -> list[Item]:
-        """The items at `start` up to `stop`."""
+        """The items with indices from `start` up to, but not including, `stop`."""
         listed = self._listed(start, stop)
         groups = np.searchsorted(self.arrays["group_ends"], listed, side="right")
         names, folders = self.arrays["names"], self.arrays["folders"]
@@ -84,7 +89,12 @@ class Plan:
         return items
 
     def labels(self) -> NDArray[Any]:
-        """The label of every item, -1 for none: int64 (item_count,); as `Group.labels` where each has its own."""
+        """The label of every item in plan order.
+
+        Returns:
+            int64 (item_count,), -1 for none. If each item has its own labels: int64 or float64 (item_count,), or
+            (item_count, K) for K columns.
+        """
         listed = self._listed(0, self.item_count)
         return self._labels(listed, np.searchsorted(self.arrays["group_ends"], listed, side="right"))
 
@@ -92,7 +102,7 @@ class Plan:
         return self.arrays["labels"][listed] if "labels" in self.arrays else self.arrays["group_labels"][groups]
 
     def longest_paths(self) -> Iterator[tuple[int, int, int]]:
-        """Of each shard: its number, the length of its longest path, and that of all together, in bytes."""
+        """Yields the number of each shard, the length of its longest path, and the total length; lengths in bytes."""
         names, folders = (np.diff(self.arrays[name], prepend=0) for name in ("name_ends", "folder_ends"))
         for shard in range(self.shard_count):
             span = self.shard_range(shard)
@@ -102,7 +112,7 @@ class Plan:
             yield shard, int(lengths.max()), int(lengths.sum())
 
     def digest(self) -> str:
-        """SHA-256 over everything that decides which item stands where."""
+        """The SHA-256, in hexadecimal, of everything that determines the position of each item."""
         digest = hashlib.sha256(str(self.shard_rows).encode())
         for name in _ARRAYS:
             if name in self.arrays:
@@ -116,20 +126,23 @@ class Plan:
 
 
 def same_listing(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether two plans, by their arrays, are of the same listed items, whichever of these they take."""
+    """Whether the arrays of two plans have the same listing, even if the plans select different items from it."""
     return all(np.array_equal(one.get(name, ()), other.get(name, ())) for name in _ARRAYS if name != "order")
 
 
 def collect(
     groups: Iterable[Group], *, shuffle: int | None = None, limit: int | None = None
 ) -> dict[str, NDArray[Any]]:
-    """The arrays of a plan, from a source's listing.
+    """Turns the listing of a source into the arrays of a plan.
 
     Args:
-        groups: what the source lists; each group is looked at once and let go.
-        shuffle: a seed. The order is that of PCG64's raw 64-bit output, one number an item, sorted: a stream that NumPy
-            promises to keep, so that a seed means the same order everywhere.
-        limit: only the first items, after the shuffle. Without a shuffle the listing ends early.
+        groups: the listing. Groups are not kept, so a generator saves memory.
+        shuffle: the seed of the order; None for listing order. Items are sorted by PCG64's raw 64-bit output, one
+            number per item. NumPy guarantees that this stream never changes, so a seed gives the same order everywhere.
+        limit: the number of items to take, after the shuffle; all if None. Without a shuffle, the listing stops there.
+
+    Returns:
+        The arrays in this module's table.
     """
     names, folders = bytearray(), bytearray()
     name_lengths: list[NDArray[np.uint16]] = []
@@ -137,7 +150,7 @@ def collect(
     group_ends: list[int] = []
     group_labels: list[int] = []
     labels: list[NDArray[Any]] = []
-    places: list[NDArray[Any] | int] = []  # of each group, or how many items without them
+    places: list[NDArray[Any] | int] = []  # of each group; for a group without places, its number of items
     count = 0
     for group in groups:
         kept = group.names if limit is None or shuffle is not None else group.names[: limit - count]
@@ -172,7 +185,7 @@ def collect(
 
 
 def _fault(arrays: Mapping[str, NDArray[Any]]) -> str | None:
-    """Why the arrays are not those of a plan; None if they are."""
+    """The reason why the arrays are not a valid plan; None if they are."""
     if missing := set(_ARRAYS) - _OPTIONAL - arrays.keys():
         return f"no {', '.join(sorted(missing))}"
     for name, array in arrays.items():

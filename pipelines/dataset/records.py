@@ -1,4 +1,4 @@
-"""Records and arrays of OUT, written in one step and checked when they are read: JSON and NPZ."""
+"""Reads and writes the JSON records and NPZ arrays of OUT: atomic writes, validated reads."""
 
 from __future__ import annotations
 
@@ -14,16 +14,26 @@ from ..npz.reader import CachedDirectory, NpzReader
 from ..npz.writer import NpzWriter
 from ..storage.base import Storage
 
-# Of a record, which takes up to 30 times its size as values: 300,000 source files, or 500,000 classes, fit.
+# Parsed JSON takes up to 30 times its size in memory. The limit allows 300,000 source files or 500,000 classes.
 MAX_JSON_BYTES = 32 << 20
 _MAX_JSON_VALUES = 1 << 21
-_MAX_REJECT_BYTES = 32 << 10  # a path of 4096 bytes, all escaped, beside the rest
+_MAX_REJECT_BYTES = 32 << 10  # a path of 4096 bytes, all of them escaped, and the other fields
 _MAX_REJECT_VALUES = 8
 Record = TypeVar("Record", bound=BaseModel)
 
 
 def store_arrays(storage: Storage, name: str, arrays: Mapping[str, NDArray[Any]], comment: str) -> None:
-    """Writes a whole NPZ in one step: it is there whole or not at all."""
+    """Writes an NPZ atomically.
+
+    Args:
+        storage: OUT.
+        name: the name of the file.
+        arrays: the arrays by name.
+        comment: the ZIP comment.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     temporary = storage.temporary(name)
     try:
         with storage.explained(name), NpzWriter(temporary) as file:
@@ -36,9 +46,16 @@ def store_arrays(storage: Storage, name: str, arrays: Mapping[str, NDArray[Any]]
 
 
 def open_npz(storage: Storage, name: str, before: CachedDirectory | None = None) -> NpzReader:
-    """An NPZ of OUT, mapped; errors name it by its place in OUT. Raises OSError if it cannot be opened.
+    """Memory-maps an NPZ of OUT.
 
-    `before` is as for `NpzReader`.
+    Args:
+        storage: OUT.
+        name: the name of the file.
+        before: as for `NpzReader`.
+
+    Raises:
+        FormatError: the file is damaged; the message has its path or URL in OUT, even if a local copy was read.
+        OSError: the file cannot be opened.
     """
     with storage.local(name) as path:
         try:
@@ -50,12 +67,20 @@ def open_npz(storage: Storage, name: str, before: CachedDirectory | None = None)
 
 
 def to_json(record: BaseModel) -> bytes:
-    """A record as indented JSON in ASCII; names that are not UTF-8 become escaped lone surrogates."""
+    """Serializes a record as indented ASCII JSON. Bytes that are not UTF-8 become escaped lone surrogates."""
     return (json.dumps(record.model_dump(by_alias=True), indent=1) + "\n").encode("ascii")
 
 
 def loads(content: bytes, rejects: int = 0) -> Any:
-    """JSON's values; raises ValueError, too, where they would take more memory than any record with so many rejects."""
+    """Parses JSON of limited size.
+
+    Args:
+        content: the JSON text.
+        rejects: the largest number of rejects that it may contain; the limit grows with it.
+
+    Raises:
+        ValueError: the content is not JSON, or is larger than any record with so many rejects.
+    """
     values = content.count(b",") + content.count(b"[") + content.count(b"{")
     most_bytes = MAX_JSON_BYTES + rejects * _MAX_REJECT_BYTES
     most_values = _MAX_JSON_VALUES + rejects * _MAX_REJECT_VALUES
@@ -65,7 +90,7 @@ def loads(content: bytes, rejects: int = 0) -> Any:
 
 
 def read_json(storage: Storage, name: str) -> bytes | None:
-    """The content of a file of JSON, None if there is none. Raises FormatError if it is larger than we write any."""
+    """The content of a JSON file; None if it does not exist. Raises FormatError if it is larger than any valid one."""
     size = storage.size(name)
     if size is not None and size > MAX_JSON_BYTES:
         raise FormatError(f"{storage.path(name)!r} has {size} bytes; at most {MAX_JSON_BYTES} are read: it is damaged")
@@ -73,10 +98,16 @@ def read_json(storage: Storage, name: str) -> bytes | None:
 
 
 def from_json(kind: type[Record], content: bytes, label: str, rejects: int = 0) -> Record:
-    """A record from JSON, with so many rejects at most; unknown keys are ignored.
+    """Parses a record from JSON. Unknown keys are ignored.
+
+    Args:
+        kind: the class of the record.
+        content: the JSON text.
+        label: the name of the file in error messages.
+        rejects: the largest number of rejects that the record may contain.
 
     Raises:
-        FormatError: not JSON, or not such a record.
+        FormatError: the content is not JSON, is too large, or is not such a record.
     """
     try:
         return kind(**loads(content, rejects))

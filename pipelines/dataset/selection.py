@@ -1,7 +1,7 @@
-"""Selects the items of a plan and their order: shuffle, `per_class`, `limit`, and then a side of a split.
+"""Selects and orders the items of a plan: first shuffle, `per_class` and `limit`, then a side of a split.
 
-A split depends on the items and not on their order: the sides of one seed never share an item, and together they
-contain what a build without `--split` would take.
+A split depends on the items but not on their order. The sides of one seed never share an item, and together they
+contain the items that a build without `--split` would select.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ _LOOKED_AT = 1000
 
 
 def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = None) -> dict[str, NDArray[Any]]:
-    """Lists a source and selects the items that the settings ask for; returns the arrays of a plan, as `collect` does.
+    """Lists a source and selects items according to the settings.
 
     Args:
         source: the images.
-        config: the settings; for a split without a side, all its items are taken.
+        config: the settings. With a split but no side, the items of all sides are selected.
         counts: receives the number of items of each side of such a split, train first.
 
+    Returns:
+        The arrays of a plan, as `collect` returns them.
+
     Raises:
-        SourceError: there are no items.
-        UsageError: the items cannot be selected in this way.
+        SourceError: the source has no items.
+        UsageError: the settings do not fit the source: classes or a column are missing, or a side has no item.
     """
     counts = counts if config.sides else None
     if config.per_class is None and config.side is None and counts is None:
@@ -56,7 +59,7 @@ def listed(source: Source, config: BuildConfig, counts: dict[str, int] | None = 
 
 
 def _warn_of_listing(source: Source, config: BuildConfig, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Logs what was left out of the listing, and what looks wrong with its classes."""
+    """Logs which files were left out of the listing, and classes that look wrong."""
     if source.left_out:
         log.warning(
             "%r: %s; images have one of %s, and a table may name files of any name",
@@ -91,7 +94,7 @@ def _warn_of_listing(source: Source, config: BuildConfig, arrays: Mapping[str, N
 
 
 def _unlabelled(source: Source) -> tuple[str, str]:
-    """For a source without class folders: its location, and where labels may come from."""
+    """The arguments of a warning about missing class folders: the location, and where labels could come from."""
     folder, name = os.path.split(source.location)
     above = source.kind == "folder" and not folder.endswith(("/", ":"))
     way = f"if {name!r} is a class, give the folder of all classes, {folder!r}; " if above else ""
@@ -102,7 +105,7 @@ def _unlabelled(source: Source) -> tuple[str, str]:
 
 
 def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, str, str] | None:
-    """For a source whose classes look like folders one level too high: its location, the classes, and advice."""
+    """The arguments of a warning about classes that look one level too high: the location, the classes, and advice."""
     names = source.class_names or ()
     sides = len(names) > 0 and all(map(is_side, names))
     if not sides and len(names) == 1:
@@ -116,10 +119,16 @@ def _doubtful_classes(source: Source, arrays: Mapping[str, NDArray[Any]]) -> tup
 
 
 def _noted(groups: Iterator[Group], split_by: str | None, keys: list[NDArray[np.int64]]) -> Iterator[Group]:
-    """Yields the groups unchanged, and adds a number for each item to `keys`. A split keeps equal numbers together.
+    """Yields the groups unchanged and appends a number for each item to `keys`. A split keeps equal numbers together.
 
-    The number stands for what `split_by` names, if the source has it. In a split by label or at random, it stands for
-    the item, or for the file of a frame.
+    In a split by label or at random, the number identifies the item, or the file if the item is a frame. Otherwise it
+    identifies the item's folder or its value in the column that `split_by` names; nothing is appended if the source
+    lacks this column.
+
+    Args:
+        groups: the listing.
+        split_by: the setting.
+        keys: receives int64 (items,) for each group.
     """
     numbers: dict[bytes, int] = {}
     new = itertools.count()
@@ -148,13 +157,13 @@ def _selected(
     keys: NDArray[np.int64] | None,
     counts: dict[str, int] | None,
 ) -> Positions:
-    """The positions of the items that the plan takes, in its order; the sizes of the sides go to `counts`."""
+    """The positions of the selected items in plan order, int64 (items,); `counts` receives the sizes of the sides."""
     count = len(arrays["name_ends"])
     classes = _class_numbers(arrays)
     order = _limited(source, config, arrays.get("order", np.arange(count)), classes)
     if config.side is None and counts is None:
         return order
-    taken = np.sort(order)  # a split does not depend on the order of the items
+    taken = np.sort(order)  # so that a split does not depend on the order of the items
     sides = _sides(source, config, taken, keys, classes, count)
     names = [*config.shares, TRAIN]
     _require_every_side(source, config, sides, names)
@@ -168,7 +177,7 @@ def _selected(
 
 
 def _class_numbers(arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
-    """The class, or the whole number, of each item; None unless all labels are of one such column."""
+    """The class or whole number of each listed item; None if there are no labels, floats, or several columns."""
     labels = arrays.get("labels")
     if labels is None:
         labels = np.repeat(arrays["group_labels"], np.diff(arrays["group_ends"], prepend=0))
@@ -177,7 +186,7 @@ def _class_numbers(arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
 
 
 def _limited(source: Source, config: BuildConfig, order: Positions, classes: NDArray[Any] | None) -> Positions:
-    """The items that `per_class` and `limit` leave. Raises UsageError for `per_class` without classes."""
+    """Applies `per_class` and `limit` to positions. Raises UsageError for `per_class` without classes."""
     if config.per_class is not None:
         if classes is None:
             raise UsageError(f"--per-class {config.per_class}: {source.location!r} has no classes; --limit N takes N")
@@ -193,18 +202,18 @@ def _sides(
     classes: NDArray[Any] | None,
     count: int,
 ) -> Positions:
-    """The side of each item in `taken`: an index into `config.shares`, or their number for train.
+    """Assigns a side to each item in `taken`: an index into `config.shares`, or `len(config.shares)` for train.
 
     Args:
         source: the images.
-        config: the split.
-        taken: positions of the items, ascending.
-        keys: for each listed item, the number that `_noted` gave it; None if `split_by` names no column.
-        classes: the class of each listed item, if there are classes.
-        count: how many items are listed.
+        config: the settings of the split.
+        taken: the positions of the selected items, ascending.
+        keys: the number that `_noted` gave to each listed item; None if the source lacks the column of `split_by`.
+        classes: the class of each listed item; None without classes.
+        count: the number of listed items.
 
     Raises:
-        UsageError: the source has no classes, or no such column, to split by.
+        UsageError: the source lacks the classes or the column that `split_by` needs.
     """
     how = config.split_by or ("random" if classes is None else "label")
     if how == "label" and classes is None:
@@ -227,7 +236,7 @@ def _sides(
 
 
 def _require_every_side(source: Source, config: BuildConfig, sides: Positions, names: Sequence[str]) -> None:
-    """Raises UsageError where a side of the split has no item."""
+    """Raises UsageError if a side of the split has no item."""
     for number, name in enumerate(names):
         if not (sides == number).any():
             raise UsageError(
@@ -250,7 +259,7 @@ def _warn_of_untrained(source: Source, config: BuildConfig, labels: NDArray[Any]
 
 
 def _place_in_class(labels: NDArray[Any]) -> Positions:
-    """For each entry, how many entries before it have the same label."""
+    """For each entry, the number of earlier entries with the same label."""
     by_label = np.argsort(labels, kind="stable")
     ordered = labels[by_label]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -260,9 +269,17 @@ def _place_in_class(labels: NDArray[Any]) -> Positions:
 
 
 def _by_label(labels: NDArray[Any], rank: NDArray[np.uint64], shares: Mapping[str, Fraction]) -> Positions:
-    """The side of each item: an index into `shares`, or their number for train. Each label is split by the shares.
+    """Splits each label by the shares.
 
-    Rounding errors are carried over to the next label. A label with a single item keeps it in train.
+    Rounding errors are carried over to the next label. The only item of a label stays in train.
+
+    Args:
+        labels: the label of each item, (items,).
+        rank: a random number for each item.
+        shares: the share of each side except train.
+
+    Returns:
+        The side of each item: an index into `shares`, or `len(shares)` for train.
     """
     sides = np.full(len(labels), len(shares), np.int64)
     owed = [Fraction(0)] * len(shares)
@@ -280,7 +297,7 @@ def _by_label(labels: NDArray[Any], rank: NDArray[np.uint64], shares: Mapping[st
 
 
 def _by_key(keys: NDArray[np.int64], rank: NDArray[np.uint64], shares: Mapping[str, Fraction]) -> Positions:
-    """The side of each item, as in `_by_label`. Keys are never split; a side gets random ones up to its share."""
+    """Like `_by_label`, but keeps all items of a key on one side. Each side gets random keys until it has its share."""
     found, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     side_of = np.full(len(found), len(shares), np.int64)
     order = np.argsort(rank[: len(found)], kind="stable")

@@ -1,4 +1,4 @@
-"""How much disk space a dataset takes, and whether it fits."""
+"""Calculates the disk space of a dataset and checks whether it is available."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .plan import Plan
 
 _ID = "0" * 32  # only the length of an id matters here
 _OTHER_FILES = 16
-_COMMIT_BYTES = 4096  # a record takes a block
-# What a row takes besides its image, in its shard and in index.npz: a path of 64 characters, five numbers, two flags.
+_COMMIT_BYTES = 4096  # a record takes one disk block
+# The size of a row without its image, in its shard and in index.npz: a path of 64 characters, five numbers, two flags.
 _ROW_BYTES = 4 * 64 + 5 * 8 + 2
 _SHARD_BYTES = 7 * 4096 + _COMMIT_BYTES  # six members, each padded, the end records, and a commit record
 _OTHER_BYTES = 1 << 16
@@ -39,17 +39,17 @@ def require_space(
 ) -> None:
     """Raises StorageError if the shards that are not built yet do not fit on OUT's filesystem.
 
-    The need is overestimated, by 0.2% for pixels of 224 x 224 and by less for larger rows. Object stores, and
-    filesystems that do not report their free space, are not checked.
+    The required space is overestimated, by 0.2% for uint8 images of 224 x 224 and by less for larger rows. Object
+    stores, and filesystems that do not report their free space, are not checked.
 
     Args:
         storage_root: OUT, which may not exist yet.
-        rows: number of items in the shards that are not built yet.
-        row_bytes: size of a stored image in bytes.
-        shards: number of shards that are not built yet.
-        dtype: dtype of stored images.
-        pixel_dtype: dtype of pixels; the message says how much space these would take.
-        freed_bytes: how many bytes will be deleted there first.
+        rows: the number of items in the shards that are not built yet.
+        row_bytes: the size of a stored image, in bytes.
+        shards: the number of shards that are not built yet.
+        dtype: the dtype of stored images.
+        pixel_dtype: the dtype of pixels that are not normalized; the message says how much space these would take.
+        freed_bytes: how many bytes will be deleted from the filesystem first.
     """
     lack = lack_of_space(storage_root, _at_most(rows, row_bytes, shards) - freed_bytes, shards)
     if lack is None:
@@ -63,7 +63,16 @@ def require_space(
 
 
 def output_bytes(plan: Plan, config: BuildConfig, shape: tuple[int, ...], *, label_columns: int) -> int:
-    """The size of all files of a dataset without rejects: exact for shards and index.npz, estimated for the rest."""
+    """The size in bytes of all files of an uncompressed dataset without rejects.
+
+    The size of the shards and of index.npz is exact; that of the other files is estimated.
+
+    Args:
+        plan: the items and shards.
+        config: the settings.
+        shape: the shape of a stored image.
+        label_columns: the number of label columns; 0 without labels.
+    """
     flags = {"valid": bool} if config.on_reject == "blank" else {}
 
     def labels(rows: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -92,7 +101,7 @@ def output_bytes(plan: Plan, config: BuildConfig, shape: tuple[int, ...], *, lab
 
 
 def _npz_bytes(arrays: dict[str, tuple[Any, tuple[int, ...]]], comment: str = "") -> int:
-    """The size of an NPZ file with these members, given by dtype and shape."""
+    """The size in bytes of an NPZ file with these members, each given by its dtype and shape."""
     members: list[Member] = []
     position = 0
     for name, (dtype, shape) in arrays.items():
@@ -102,7 +111,7 @@ def _npz_bytes(arrays: dict[str, tuple[Any, tuple[int, ...]]], comment: str = ""
 
 
 def _path_characters(plan: Plan) -> Sequence[int]:
-    """The length of the longest path of each shard in bytes of UTF-8, which are at least its characters."""
+    """The length of the longest path of each shard in bytes of UTF-8, an upper bound of its length in characters."""
     names, folders, groups = (
         np.diff(plan.arrays[name], prepend=0) for name in ("name_ends", "folder_ends", "group_ends")
     )
@@ -118,7 +127,7 @@ def _at_most(rows: int, row_bytes: int, shards: int) -> int:
 
 
 def lack_of_space(place: str, needed_bytes: int, shards: int) -> str | None:
-    """What does not fit on the filesystem of `place`; None if everything fits."""
+    """A message about missing space or inodes on the filesystem of `place`; None if everything fits."""
     free_bytes, free_files = free_space(place)
     if free_bytes is not None and needed_bytes > free_bytes:
         return f"{place!r} needs {format_bytes(needed_bytes)}, and its filesystem has {format_bytes(free_bytes)} free"
@@ -130,7 +139,7 @@ def lack_of_space(place: str, needed_bytes: int, shards: int) -> str | None:
 
 
 def free_space(place: str) -> tuple[int | None, int | None]:
-    """The free bytes and files on the filesystem of a path, which may not exist yet; None if not reported."""
+    """The free bytes and the free inodes on the filesystem of a path, which need not exist; None if not reported."""
     if is_remote(place):
         return None, None
     place = os.path.abspath(place)
@@ -141,11 +150,11 @@ def free_space(place: str) -> tuple[int | None, int | None]:
     except OSError:
         return None, None
     free_bytes = found.f_bavail * found.f_frsize if found.f_blocks else None  # some FUSE filesystems report no blocks
-    return free_bytes, found.f_favail if found.f_files else None  # btrfs counts no files
+    return free_bytes, found.f_favail if found.f_files else None  # btrfs does not report inodes
 
 
 def held_bytes(place: str) -> int:
-    """The size of the shards of an earlier run in OUT, which a build keeps or deletes first."""
+    """The size in bytes of the shards in OUT from an earlier run, which a build keeps or deletes first."""
     if is_remote(place):
         return 0
     storage = LocalStorage(place)
