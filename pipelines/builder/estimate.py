@@ -112,7 +112,7 @@ def estimate(
         UsageError, BackendError, SourceError: as for `build`.
         StorageError: `out` holds files that no build made, or a dataset although a split creates several.
         FormatError: `out` is damaged.
-        ShardError: the measured run failed for a reason that lies outside the images.
+        ShardError: the short run failed for a reason that no image caused.
     """
     given = config or BuildConfig()
     require_scaled(given)

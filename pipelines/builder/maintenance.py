@@ -231,7 +231,7 @@ def _require_rows(
 
 
 def _require_decoder(job: Job, source: Source, config: BuildConfig, records: Mapping[int, CommitRecord]) -> None:
-    """Raises MismatchError if shards built on this machine could not be mixed with those in `records`."""
+    """Raises MismatchError, before anything is removed, if shards built here could not be mixed with `records`."""
     require_revision(records)
     if records and config.engine == "local" and not config.accept_environment:
         decoder, _ = _decoder(job, source, config, 1)

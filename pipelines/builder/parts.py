@@ -10,7 +10,7 @@ from ..errors import LockedError
 from ..storage.base import LOCK, Storage
 from . import schedulers
 
-PLAN_WAIT_S = 86_400.0  # while another part lists and perhaps measures the source, or completes the dataset
+PLAN_WAIT_S = 86_400.0  # until another part has listed and perhaps measured the source, or completed OUT
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def is_replaceable(storage: Storage) -> bool:
 
 
 def withdraw(storage: Storage) -> None:
-    """Removes a plan that has no shard yet, unless another build holds OUT by now and may use the plan."""
+    """Removes a plan that has no shard yet, unless another build has locked OUT and may use the plan."""
     with contextlib.suppress(GpuNpzError), storage.lock():
         if is_replaceable(storage):
             clear(storage)

@@ -83,8 +83,8 @@ class BuildReport:
         teardown_seconds: the time after the last committed shard; 0 and part of the rate if there was only one batch.
         stage_seconds: how long all workers were busy with each stage.
         bottleneck: the stage that the others wait for; None if nothing was built.
-        worker_memory_bytes: the peak main memory of a worker (see `WorkerEnded`).
-        gpu_memory_bytes: the highest GPU memory in use at the end of a worker (see `WorkerEnded`).
+        worker_memory_bytes: the largest peak main memory of any worker (see `WorkerEnded`).
+        gpu_memory_bytes: the largest GPU memory in use at the end of any worker (see `WorkerEnded`).
         changed_files: files that were removed or written to while this run read them (see `ShardCounts`).
         decoded_by: how many images each decoder decoded (see `ShardCounts`).
         spot_checks: how many images were decoded on a GPU and compared with Pillow's result (see `ShardCounts`).

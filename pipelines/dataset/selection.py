@@ -177,7 +177,7 @@ def _selected(
 
 
 def _class_numbers(arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
-    """The class or whole number of each listed item; None if there are no labels, floats, or several columns."""
+    """The class or whole number of each listed item; None without labels, for floats, and for several columns."""
     labels = arrays.get("labels")
     if labels is None:
         labels = np.repeat(arrays["group_labels"], np.diff(arrays["group_ends"], prepend=0))
@@ -297,7 +297,7 @@ def _by_label(labels: NDArray[Any], rank: NDArray[np.uint64], shares: Mapping[st
 
 
 def _by_key(keys: NDArray[np.int64], rank: NDArray[np.uint64], shares: Mapping[str, Fraction]) -> Positions:
-    """Like `_by_label`, but keeps all items of a key on one side. Each side gets random keys until it has its share."""
+    """Like `_by_label`, but keeps all items of a key on one side. A side gets random keys up to its share."""
     found, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     side_of = np.full(len(found), len(shares), np.int64)
     order = np.argsort(rank[: len(found)], kind="stable")

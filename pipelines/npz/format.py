@@ -65,7 +65,7 @@ _MAX_COMMENT_BYTES = 0xFFFF
 
 @dataclass(frozen=True)
 class Member:
-    """One array of a file. Offsets are in bytes from the start of the file.
+    """One array of a file. Offsets and sizes are in bytes; offsets count from the start of the file.
 
     Attributes:
         name: the name of the array, without `.npy`.
