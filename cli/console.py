@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -43,6 +44,15 @@ def print_json(value: dict[str, Any] | list[Any]) -> None:
 def counted(number: int, noun: str) -> str:
     """Formats a number with its noun: `1 shard`, `2 shards`."""
     return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def class_sizes(counts: Mapping[str, int]) -> str:
+    """The number of images of the smallest and the largest class, by the classes' names."""
+    smallest, largest = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
+    if counts[smallest] == counts[largest]:
+        return f"{counts[smallest]} images in each"
+    sizes = (f"{counts[name]} ({printable(name)})" for name in (smallest, largest))
+    return f"{' to '.join(sizes)} images in one"
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import click
 import numpy as np
 
-from gpu_npz.cli.console import print_json, printable
-from gpu_npz.cli.datasets import datasets_in
-from gpu_npz.config import BuildConfig, as_option
+from gpu_npz.cli.console import class_sizes, printable
+from gpu_npz.cli.datasets import datasets_in, print_sides
+from gpu_npz.config import BuildConfig, as_option, option_of
 from gpu_npz.dataset.manifest import Manifest, so_far
 from gpu_npz.dataset.space import format_bytes
 from gpu_npz.errors import FormatError, IncompleteError
@@ -36,43 +36,38 @@ def command(out: str, as_json: bool) -> None:
 
     For a build that has not ended, show what it is so far, and exit 1. For a split, show all sides.
     """
-    storages = {side: open_storage(path) for side, path in datasets_in(out).items()}
-    shown: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     unfinished = None
-    for side, storage in storages.items():
-        if side and not as_json:
-            click.echo(f"{side}:")
+    for side, path in datasets_in(out).items():
+        storage = open_storage(path)
+        index: Any = None
+        built = None
         try:
-            manifest = Manifest.load(storage.root)
-            index: Any = None
+            manifest = Manifest.load(path)
             with contextlib.suppress(FormatError):  # `gpu-npz verify` reports a damaged index
                 index = open_index(storage, manifest)
-            shown[side] = _show(manifest, index, None, as_json)
+            found[side] = manifest.model_dump()
         except IncompleteError as exc:
-            manifest, index, built = so_far(storage)
-            shown[side] = _show(manifest, index, len(built), as_json)
+            manifest, index, shards = so_far(storage)
+            built = len(shards)
+            found[side] = {**manifest.model_dump(exclude=_LAST), "built_shards": built}
             unfinished = unfinished or exc
+        if not as_json:
+            click.echo("\n".join([f"{side}:"] * bool(side) + _lines(manifest, index, built)))
     if as_json:
-        print_json(shown if len(storages) > 1 or "" not in shown else shown[""])
+        print_sides(found)
     if unfinished is not None:
         raise unfinished
 
 
-def _show(manifest: Manifest, index: Any, built: int | None, as_json: bool) -> dict[str, Any]:
-    """Prints a description of a dataset, or returns it as JSON values.
+def _lines(manifest: Manifest, index: Any, built: int | None) -> list[str]:
+    """Describes a dataset for humans.
 
     Args:
         manifest: the dataset's manifest.
         index: the dataset's index; None if it cannot be read.
         built: the number of shards built so far; None if the build has finished.
-        as_json: whether to return the JSON values instead of printing.
-
-    Returns:
-        The JSON values; an empty dictionary if the description was printed.
     """
-    if as_json:
-        unfinished = {**manifest.model_dump(exclude=_LAST), "built_shards": built}
-        return manifest.model_dump() if built is None else unfinished
     images, counts = manifest.images, manifest.counts
     codes = ", ".join(f"{count} {code}" for code, count in counts.rejects_by_code.items())
     progress = "" if built is None else f"; {built} are built"
@@ -91,28 +86,22 @@ def _show(manifest: Manifest, index: Any, built: int | None, as_json: bool) -> d
     if manifest.normalization is not None:
         numbers = manifest.normalization
         backwards = slice(None, None, -1 if images.channels == "bgr" else 1)  # the options are in R,G,B order
-        rows["normalized"] = f"--mean {_numbers(numbers.mean[backwards])} --std {_numbers(numbers.std[backwards])}"
+        mean, std = (as_option("mean", each[backwards]) for each in (numbers.mean, numbers.std))
+        rows["normalized"] = f"--mean {mean} --std {std}"
     length = max(map(len, rows))
-    for name, value in rows.items():
-        click.echo(f"{name:{length}}  {printable(value)}")
-    return {}
+    return [f"{name:{length}}  {printable(value)}" for name, value in rows.items()]
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
     """Formats the settings that differ from their defaults, and the most important others, as options."""
     defaults = {name: field.default for name, field in BuildConfig.model_fields.items()}
-    found = [
-        f"--{name.replace('_', '-')} {as_option(name, value)}"
+    return " ".join(
+        option_of(name, value)
         for name, value in settings.items()
         if value is not None
-        and (name in _ALWAYS or as_option(name, value) != as_option(name, defaults.get(name)))
+        and (name in _ALWAYS or option_of(name, value) != option_of(name, defaults.get(name)))
         and name not in ("mean", "std")
-    ]
-    return " ".join(found)
-
-
-def _numbers(numbers: Sequence[float]) -> str:
-    return ",".join(map(str, numbers))
+    )
 
 
 def _labels(manifest: Manifest, index: Any) -> str:
@@ -126,6 +115,4 @@ def _labels(manifest: Manifest, index: Any) -> str:
         return f"{len(names)}: {shown}"
     labels = index["labels"] if index.get("valid") is None else index["labels"][index["valid"]]
     counts = np.bincount(labels, minlength=len(names))
-    low, high = int(counts.argmin()), int(counts.argmax())
-    spread = f"{counts[low]} ({names[low]}) to {counts[high]} ({names[high]}) images in one"
-    return f"{len(names)}: {shown}; {spread if counts[low] != counts[high] else f'{counts[low]} images in each'}"
+    return f"{len(names)}: {shown}; {class_sizes(dict(zip(names, counts.tolist(), strict=True)))}"

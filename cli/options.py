@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from gpu_npz.cli.console import errors
-from gpu_npz.config import BuildConfig, Group, group_of, load_toml, settings_of
+from gpu_npz.config import BuildConfig, Group, group_of, load_toml, option_of, settings_of
 from gpu_npz.presets import settings_of_preset
 
 # OPERATIONAL: the settings that may differ from those of the build when rejects are retried or shards are rebuilt.
@@ -126,19 +126,9 @@ def read_config(config_file: str | None, given: dict[str, Any], preset: str | No
     over |= {name: value for name, value in given.items() if value is not None}
     values = settings_of_preset(preset) if preset else {}
     if preset:
-        errors.print(f"preset {preset}: {' '.join(map(_shown, values.items()))}", markup=False, soft_wrap=True)
+        errors.print(
+            f"preset {preset}: {' '.join(option_of(*each) for each in values.items())}", markup=False, soft_wrap=True
+        )
     if "normalize" in over:
         values = {name: value for name, value in values.items() if name not in ("mean", "std")}
     return BuildConfig(**{**values, **over})
-
-
-def _shown(setting: tuple[str, Any]) -> str:
-    """Formats a setting, a name and a value, as a command-line option."""
-    name, value = setting
-    if name == "size":
-        value = "x".join(map(str, value))
-    elif isinstance(value, tuple):
-        value = ",".join(f"{number:.6g}" for number in value)
-    elif isinstance(value, float):
-        value = f"{value:.6g}"
-    return f"--{name.replace('_', '-')} {value}"

@@ -8,7 +8,7 @@ import click
 from rich.progress import Progress
 
 from gpu_npz.cli.console import errors, print_json, printable, show_warnings
-from gpu_npz.cli.options import config_options, read_config
+from gpu_npz.cli.options import ConfigCommand, config_options, read_config
 
 if TYPE_CHECKING:
     from gpu_npz.audit.parity import Parity
@@ -21,7 +21,7 @@ _USED = (
 )  # fmt: skip
 
 
-@click.command("parity")
+@click.command("parity", cls=ConfigCommand)
 @click.argument("src", metavar="SRC")
 @click.option("--one", type=_SIDES, default="pillow", show_default=True, help=f"One decoder; {_TORCHVISION}")
 @click.option("--other", type=_SIDES, default="dali-cpu", show_default=True, help="The decoder to compare it with.")

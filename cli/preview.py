@@ -7,8 +7,8 @@ from typing import Literal
 
 import click
 
-from gpu_npz.cli.console import print_json, printable
-from gpu_npz.cli.datasets import datasets_in
+from gpu_npz.cli.console import printable
+from gpu_npz.cli.datasets import datasets_in, print_sides
 from gpu_npz.errors import UsageError
 
 
@@ -50,8 +50,7 @@ def command(
         show = "rejects" if rejects else by
         sheets[side] = preview(path, place, show=show, count=count, seed=seed, source=source, tile=tile)
     if as_json:
-        shown = {side: sheet.to_json() for side, sheet in sheets.items()}
-        print_json(shown if "" not in shown else shown[""])
+        print_sides({side: sheet.to_json() for side, sheet in sheets.items()})
         return
     what = "rejects" if rejects else "images"
     for sheet in sheets.values():

@@ -9,10 +9,10 @@ import click
 from gpu_npz.builder.maintenance import retry
 from gpu_npz.cli.build import Bar, summary
 from gpu_npz.cli.console import counted, print_json, printable, show_warnings
-from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
+from gpu_npz.cli.options import OPERATIONAL, ConfigCommand, config_options, read_config
 
 
-@click.command("retry")
+@click.command("retry", cls=ConfigCommand)
 @click.argument("out", metavar="OUT")
 @click.option("--source", metavar="SRC", help="Where the images are now, if they have moved.")
 @config_options(*OPERATIONAL)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import Progress
 
-from gpu_npz.cli.console import errors, print_json, printable, show_warnings
-from gpu_npz.cli.datasets import datasets_in
-from gpu_npz.cli.options import config_options
+from gpu_npz.cli.console import class_sizes, errors, printable, show_warnings
+from gpu_npz.cli.datasets import datasets_in, print_sides
+from gpu_npz.cli.options import ConfigCommand, config_options
 from gpu_npz.config import BuildConfig, load_toml
 from gpu_npz.dataset.layout import JOB, MANIFEST, sides_of_split
 from gpu_npz.errors import StorageError, UsageError
@@ -30,7 +30,7 @@ _COLUMNS = 32  # the width of a drawn histogram, in characters
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-@click.command("stats")
+@click.command("stats", cls=ConfigCommand)
 @click.argument("src", metavar="SRC|OUT")
 @config_options(*_USED)
 @click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
@@ -64,8 +64,7 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
         else:
             found = {"": of_source(src, BuildConfig(**values), progress=counted)}
     if as_json:
-        shown = {side: each.to_json() for side, each in found.items()}
-        print_json(shown if "" not in shown else shown[""])
+        print_sides({side: each.to_json() for side, each in found.items()})
     else:
         click.echo("\n".join(line for each in found.values() for line in _lines(each)))
 
@@ -89,7 +88,8 @@ def _lines(found: Statistics) -> list[str]:
         f"  {name:8} {mean:8.6f} {std:8.6f} {low:4} {high:4}  {_drawn(counts)}"
         for name, mean, std, low, high, counts in rows
     ]
-    lines += _classes(found.class_counts)
+    if found.class_counts:
+        lines.append(f"  classes  {len(found.class_counts)}, {class_sizes(found.class_counts)}")
     if 0 in (stds := [round(std, 6) for std in found.std]):
         return [*lines, "  a channel has one level alone: there is no --std for it"]
     means = [round(mean, 6) for mean in found.mean]
@@ -101,13 +101,3 @@ def _drawn(counts: tuple[int, ...]) -> str:
     columns = [sum(counts[start : start + step]) for start in range(0, len(counts), step)]
     # Round up, so that a blank means that the count is zero.
     return "|" + "".join(_BLOCKS[-(-column * (len(_BLOCKS) - 1) // max(columns))] for column in columns) + "|"
-
-
-def _classes(counts: dict[str, int] | None) -> list[str]:
-    if not counts:
-        return []
-    ordered = sorted(counts, key=lambda name: counts[name])
-    if counts[ordered[0]] == counts[ordered[-1]]:
-        return [f"  classes  {len(counts)}, {counts[ordered[0]]} images in each"]
-    smallest, largest = (f"{counts[name]} ({printable(name)})" for name in (ordered[0], ordered[-1]))
-    return [f"  classes  {len(counts)}, {smallest} to {largest} images in one"]

@@ -11,8 +11,8 @@ from rich.progress import Progress
 from gpu_npz.audit.compare import MEAN_LEVELS, Comparison, compare
 from gpu_npz.audit.verify import Problem, Verification, verify
 from gpu_npz.builder.maintenance import repair
-from gpu_npz.cli.console import counted, errors, print_json, printable, show_warnings
-from gpu_npz.cli.datasets import datasets_in
+from gpu_npz.cli.console import counted, errors, printable, show_warnings
+from gpu_npz.cli.datasets import datasets_in, print_sides
 from gpu_npz.cli.options import OPERATIONAL, config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.layout import INDEX
@@ -51,7 +51,7 @@ def command(
             click.echo(f"{side}:")
         found[side] = _verify(path, config, repairing=repairing, deep=deep, seed=seed, source=source, quiet=as_json)
     if as_json:
-        print_json(found if "" not in found else found[""])
+        print_sides(found)
     return 0 if all(each["ok"] for each in found.values()) else 1
 
 

@@ -645,6 +645,14 @@ def as_option(name: str, value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def option_of(name: str, value: Any) -> str:
+    """A setting, other than None, as an option of the command line: `--size 224x224`, `--clip`, `--no-preflight`."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {as_option(name, value)}"
+
+
 def load_toml(path: str | Path) -> dict[str, Any]:
     """Reads settings from a TOML file. The keys are the names of the options (`resize-mode = "pad"`).
 

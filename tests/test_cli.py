@@ -410,6 +410,7 @@ def test_info_of_a_dataset_is_for_people(src: str, out: str, capsys: pytest.Capt
     settings = "--size 16x16 --resize-mode stretch --normalize imagenet --dtype float32 --layout NCHW --shard-size 2"
     assert rows["settings"].strip() == settings
     assert rows["normalized"].strip() == "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
+    assert run(["build", src, out, *rows["settings"].split(), "--max-rejects", "50%", "--device", "cpu"]) == 0
     os.truncate(f"{out}/index.npz", 100)  # what needs it is left out
     assert run(["info", out]) == 0
     rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
@@ -520,7 +521,9 @@ def test_doctor_tells_what_extras_are_for_and_recommends_no_gpu_packages_without
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(environment, "_trouble", lambda package, *_: Missing(package.what, "not installed", "pip"))
+    monkeypatch.setattr(
+        environment, "_trouble", lambda package, *_, **__: Missing(package.what, "not installed", "pip")
+    )
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     monkeypatch.setitem(sys.modules, "pydicom", SimpleNamespace(__version__="3.0"))
     found = {finding.what: finding for finding in doctor.diagnose()}

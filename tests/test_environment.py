@@ -105,12 +105,13 @@ def test_dali_on_the_cpu_needs_dali_and_nothing_else(node: Machine) -> None:
 def test_dali_on_the_cpu_that_is_too_old_is_an_error_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     dali = pytest.importorskip("nvidia.dali")
     monkeypatch.setattr(dali, "__version__", "1.99.0")
+    config = BuildConfig(backend="dali", device="cpu")
     with pytest.raises(
         BackendError, match=r"--backend dali: DALI: 1\.99\.0 is installed; 2\.4 or newer is needed; pip i"
     ):
-        choose(BuildConfig(backend="dali", device="cpu"), GPU_NODE)
+        choose(config, inspect(config))
     monkeypatch.setattr(dali, "__version__", "10.0")
-    assert choose(BuildConfig(backend="dali", device="cpu"), GPU_NODE) == Choice("dali")
+    assert choose(config, inspect(config)) == Choice("dali")
 
 
 @pytest.mark.parametrize("node", [LAPTOP, machine(1, dali=DALI)])
@@ -426,7 +427,10 @@ def test_doctor_tells_the_gpus_with_their_memory_and_what_is_wrong(run_with: Run
 @pretending
 @pytest.mark.parametrize(("device", "taken"), [("auto", True), ("0", True), ("1", False), ("2", False)])
 def test_the_gpu_that_is_asked_for_is_the_one_that_is_tried(device: str, taken: bool, pretence: Path) -> None:
-    program = f"from gpu_npz.machine.environment import inspect\nprint(*inspect({device!r}).missing)"
+    program = (
+        "from gpu_npz.machine.environment import BuildConfig, inspect\n"
+        f"print(*inspect(BuildConfig(device={device!r})).missing)"
+    )
     fakes = {"FAKE_GPUS": "2", "FAKE_CUPY": f"if gpu != 1: {TAKEN}"}
     environ = {**os.environ, "LD_LIBRARY_PATH": str(pretence), "PYTHONPATH": str(pretence), **fakes}
     environ.pop("CUDA_VISIBLE_DEVICES", None)

@@ -376,10 +376,10 @@ def test_the_machine_of_a_build_is_that_of_the_nodes(head: Any, gpu: int) -> Non
     node = head.add_node(num_cpus=6, num_gpus=gpu, object_store_memory=STORE_BYTES)
     try:
         with engine.cluster(head.address):
-            found = engine.inspect(None, dali=True)
+            found = engine.inspect(BuildConfig(backend="dali"))
     finally:
         head.remove_node(node)
-    here = environment.inspect()
+    here = environment.inspect(BuildConfig(backend="dali"))
     assert found.cpus == (3 if gpu else 1)  # a node of one CPU is among them
     assert (found.gpus, found.dali) == (here.gpus, here.dali)
 

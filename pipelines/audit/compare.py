@@ -101,7 +101,8 @@ def compare(
     manifest = Manifest.load(storage.root)
     index = open_index(storage, manifest)
     found, config = originals(storage, manifest, source), manifest.config
-    choice = choose(_settings_of(manifest, storage), inspect())
+    settings = _settings_of(manifest, storage)
+    choice = choose(settings, inspect(settings))
     height, width = manifest.images.size
     row_bytes = height * width * config.channel_count
     tuning = Tuning.of(BuildConfig(), choice, row_bytes=row_bytes, shard_rows=count, shards=1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import BuildConfig
 from ..errors import install_command
-from ..machine.environment import Machine, dali_trouble, dotted, inspect, usable_cpus
+from ..machine.environment import Machine, dotted, inspect, usable_cpus
 
 # Optional libraries by name: the module to import, the extra that installs it, and what needs it.
 _EXTRAS = {
@@ -55,7 +55,7 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Checks the machine, the GPU path and the CPU path without changing anything."""
-    machine = inspect()
+    machine = inspect(BuildConfig(backend="dali"))  # tests DALI without a GPU, too
     cores = f"{usable_cpus()} usable of {os.cpu_count()}"
     return [
         Finding("gpu-npz", True, f"{version('gpu-npz')} on Python {platform.python_version()}, {platform.system()}"),
@@ -73,8 +73,7 @@ def _gpu(machine: Machine) -> list[Finding]:
     findings = [Finding("GPU", True, found) if machine.gpus else _no_gpu()]
     if not machine.driver:
         findings += [Finding(f"GPU {number}", True, _device(number)) for number in range(machine.gpus)]
-    dali = machine.dali or dali_trouble()
-    for what, missing in {"driver": machine.driver, "DALI": dali, "CuPy": machine.cupy}.items():
+    for what, missing in {"driver": machine.driver, "DALI": machine.dali, "CuPy": machine.cupy}.items():
         if missing and not machine.gpus and missing.reason == "not installed":
             findings.append(Finding(missing.what, False, f"{missing.reason}; of use on a machine with a GPU"))
         elif missing:

@@ -208,7 +208,7 @@ def _decoder(side: Side, config: BuildConfig, size: tuple[int, int], source: Sou
     if not place:
         asked |= {"backend": "pillow", "resizer": backend}  # both sides decode with Pillow and resize differently
     settings = resolved(BuildConfig(**{**config.model_dump(), **asked}))
-    choice = choose(settings, inspect(settings.device))
+    choice = choose(settings, inspect(settings))
     tuning = Tuning.of(settings, choice, row_bytes=1, shard_rows=settings.batch_size or 1, shards=1)
     return make_decoder(choice.backend, settings, Geometry.of(settings, size), source, tuning=tuning, gpu=choice.gpu)
 

@@ -121,7 +121,7 @@ def of_source(
     config = config or BuildConfig()
     config = config.sides.get(TRAIN, config)
     source = open_source(src, config, class_list(config.classes_from))
-    choice = choose(config, inspect(config.device))
+    choice = choose(config, inspect(config))
     if choice.warning:
         log.warning("%s", choice.warning)
     plan = Plan(listed(source, config), 1)

@@ -58,7 +58,7 @@ def measure(
     config = config or BuildConfig()
     if config.size is None:
         raise UsageError("--resize-mode none: rates of images as they are say little; choose another mode, or a --size")
-    choice = choose(config, inspect(config.device))
+    choice = choose(config, inspect(config))
     if choice.warning:
         say(choice.warning)
     device = "cpu" if choice.gpu is None else str(choice.gpu)

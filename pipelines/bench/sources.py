@@ -55,7 +55,7 @@ def measure(
     config = config or BuildConfig()
     if config.size is None:
         raise UsageError("--resize-mode none: choose another mode, or a --size")
-    choice = choose(config, inspect(config.device))
+    choice = choose(config, inspect(config))
     common = {"device": "cpu" if choice.gpu is None else str(choice.gpu), "backend": choice.backend}
     settings = BuildConfig(**{**config.model_dump(), **common, "workers": 0, "max_rejects": "100%"})
     with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as name:

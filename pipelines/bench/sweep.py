@@ -147,7 +147,7 @@ def sweep(
         UsageError, BackendError, SourceError: as `build`.
     """
     config = config or BuildConfig()
-    choice = choose(config, inspect(config.device))
+    choice = choose(config, inspect(config))
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as name:
         source = FolderSource(linked(src, Path(name) / "src", _IMAGES[choice.device]))

@@ -93,7 +93,7 @@ def measure(
     # As little work as possible for a CPU's normalizer, since a GPU normalizes without this thread.
     own |= {"dtype": "uint8", "normalize": "none", "layout": "NHWC"}
     settings = BuildConfig(**{**given, **own})
-    choice = choose(settings, inspect(settings.device))
+    choice = choose(settings, inspect(settings))
     if choice.backend != "dali":
         raise BackendError("bench worker measures DALI; see what `gpu-npz doctor` finds")
     in_memory = _IN_MEMORY if os.path.isdir(_IN_MEMORY) else None

@@ -104,8 +104,8 @@ def places(src: str | os.PathLike[str], out: str | os.PathLike[str], config: Bui
 def inspect(config: BuildConfig) -> Machine:
     """Inspects the machine on which the workers of a build run: this one, or the nodes of a Ray cluster."""
     if config.engine == "ray":
-        return ray.inspect(config.ray_address, dali=config.backend == "dali")
-    return environment.inspect(config.device)
+        return ray.inspect(config)
+    return environment.inspect(config)
 
 
 def planned(
@@ -322,7 +322,7 @@ def _measured(
     """Returns the settings with the mean and standard deviation that are measured from the source's pixels."""
     if config.engine == "ray":  # the choice applies to the nodes, which may have a GPU that this machine lacks
         here = config.model_copy(update={"device": "cpu", "backend": "auto", "require_gpu": False})
-        choice = environment.choose(here, environment.inspect("cpu"))
+        choice = environment.choose(here, environment.inspect(here))
     tally = count_source(plan, source, config, size, choice, lambda *done: progress(Measuring(*done)))
     counts = tally.counts.tolist()
     if not all(map(sum, counts)):

@@ -106,21 +106,25 @@ class Choice:
         return "cuda" if self.gpus else "cpu"
 
 
-def inspect(device: str = "auto") -> Machine:
+def inspect(config: BuildConfig | None = None) -> Machine:
     """Inspects this machine.
 
-    It loads the NVIDIA driver if there is one, and loads DALI and CuPy only if there is a GPU that could use them.
+    It loads the NVIDIA driver if there is one. It loads DALI and CuPy only if a GPU could use them, and DALI also if
+    the settings request it for the CPU.
 
     Args:
-        device: the value of `--device`. CuPy is tested on the first GPU in it, or on GPU 0 if it contains no number.
+        config: `device` names the GPU on which CuPy is tested, which is GPU 0 if it contains no number; with `backend`
+            dali, DALI is tested without a GPU, too. The defaults if None.
     """
+    config = config or BuildConfig()
     gpus, cuda, driver = _driver()
     capabilities = () if driver or cuda is None else tuple(map(_capability, range(gpus)))
-    number = next(iter(gpu_numbers(device)), 0)
-    gpu = number if number < gpus and driver is None else None
-    return Machine(
-        gpus, cuda, driver, _trouble(_DALI, cuda, gpu), _trouble(_CUPY, cuda, gpu), capabilities=capabilities
-    )
+    number = next(iter(gpu_numbers(config.device)), 0)
+    gpu = number if config.device != "cpu" and number < gpus and driver is None else None
+    dali, cupy = _trouble(_DALI, cuda, gpu), _trouble(_CUPY, cuda, gpu)
+    if config.backend == "dali" and gpu is None:  # its CPU operators need no driver
+        dali = _trouble(_DALI, None, None, on_cpu=True)
+    return Machine(gpus, cuda, driver, dali, cupy, capabilities=capabilities)
 
 
 def choose(config: BuildConfig, machine: Machine) -> Choice:
@@ -141,8 +145,9 @@ def block_while_waiting(gpu: int) -> None:
     It has an effect only if it is called before anything else in this process uses the GPU.
     """
     with contextlib.suppress(OSError):
-        ctypes.CDLL("libcuda.so.1").cuInit(0)
-        ctypes.CDLL("libcuda.so.1").cuDevicePrimaryCtxSetFlags_v2(gpu, _BLOCKING_SYNC)
+        cuda = ctypes.CDLL("libcuda.so.1")
+        cuda.cuInit(0)
+        cuda.cuDevicePrimaryCtxSetFlags_v2(gpu, _BLOCKING_SYNC)
 
 
 def dotted(cuda: int) -> str:
@@ -185,8 +190,8 @@ def _choose_16bit(config: BuildConfig) -> Choice:
 
 
 def _choose_cpu(backend: BackendName, machine: Machine, warning: str | None = None) -> Choice:
-    if backend == "dali" and (trouble := machine.dali or dali_trouble()):
-        raise BackendError(f"--backend dali: {trouble}")
+    if backend == "dali" and machine.dali:
+        raise BackendError(f"--backend dali: {machine.dali}")
     return Choice(backend, (), warning)
 
 
@@ -282,11 +287,6 @@ class _Package:
     trial: Callable[[int], None] | None = None
 
 
-def dali_trouble() -> Missing | None:
-    """Imports DALI and returns what prevents the use of its CPU operators; None if they can be used."""
-    return _trouble(_DALI, None, None, on_cpu=True)
-
-
 def _trouble(package: _Package, driver: int | None, gpu: int | None, *, on_cpu: bool = False) -> Missing | None:
     """Returns what prevents the use of a package; None if it can be used.
 
@@ -305,9 +305,8 @@ def _trouble(package: _Package, driver: int | None, gpu: int | None, *, on_cpu: 
             return None
         module = importlib.import_module(package.module)
         made_for = package.made_for(module)
-        if (
-            driver is not None and made_for > driver // 1000
-        ):  # a newer minor version works, thanks to NVIDIA's minor-version compatibility
+        # A newer minor version works, thanks to NVIDIA's minor-version compatibility.
+        if driver is not None and made_for > driver // 1000:
             reason = f"made for CUDA {made_for}, and the driver is made for CUDA {dotted(driver)}"
             uninstall = f"pip uninstall -y {package.replaced.format(made_for)}"
             return Missing(package.what, reason, f"{uninstall} && {install}, or install a newer NVIDIA driver")

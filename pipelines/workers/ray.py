@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+from ..config import BuildConfig
 from ..dataset.job import Job
 from ..errors import BackendError, GpuNpzError, ShardError, SourceError, StorageError, install_command
 from ..machine import environment
@@ -87,28 +88,29 @@ def run(
             actors.stop()
 
 
-def inspect(address: str | None, *, dali: bool) -> Machine:
+def inspect(config: BuildConfig) -> Machine:
     """What `environment.inspect` finds on the cluster, on a node with a GPU if there is one.
 
     Each worker has its own GPU, so at most one GPU is reported. `cpus` is the number of CPUs per worker on the smallest
     node.
 
     Args:
-        address: as for `run`.
-        dali: whether to look for DALI if there is no GPU.
+        config: `ray_address` names the cluster; with `backend` dali, DALI is tested on a node without a GPU, too.
 
     Raises:
         BackendError: Ray is missing, or there is no cluster.
     """
-    with cluster(address):
+    with cluster(config.ray_address):
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
         cpus = max(1, min((int(node.get("CPU", 1) // max(1, node.get("GPU", 0))) for node in gpus or nodes), default=1))
-        if not gpus and not dali:
+        if not gpus and config.backend != "dali":
             return Machine(0, None, None, None, None, cpus)
-        look = ray.remote(num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0)(environment.inspect).remote("auto")
+        look = ray.remote(num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0)(environment.inspect).remote(
+            BuildConfig(backend=config.backend)
+        )
         while not ray.wait([look], timeout=_PATIENCE_S)[0]:
             log.warning("waiting until the Ray cluster has a %s free (see `ray status`)", "GPU" if gpus else "CPU")
         found: Machine = ray.get(look)

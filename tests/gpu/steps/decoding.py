@@ -40,7 +40,7 @@ def decoded(context: Context, folder: Path, *, stream: Any = None, **settings: A
     """All images of a folder, by DALI unless `backend` says otherwise."""
     by_pillow = {"device": "cpu"} if settings.get("backend") == "pillow" else context.settings
     config = BuildConfig(**{"dtype": "uint8", "labels": "none", **by_pillow, **settings})
-    choice = choose(config, inspect(config.device))
+    choice = choose(config, inspect(config))
     outcome = Outcome()
     setup = Setup.of(config, choice, FolderSource(folder), Path(context.place))
     with setup.decoder(stream) as decoder:

@@ -20,6 +20,7 @@ from runner import Context
 
 from gpu_npz.audit.doctor import diagnose
 from gpu_npz.bench.rates import folder_of, linked
+from gpu_npz.config import BuildConfig
 from gpu_npz.machine.environment import inspect, usable_cpus
 
 _LOGGED_IMAGES = 4096
@@ -41,7 +42,7 @@ def machine(context: Context) -> dict[str, Any]:
         "memory": Path("/proc/meminfo").read_text().splitlines()[:3],
         "limits": {name: _read(f"/sys/fs/cgroup/{name}") for name in ("cpu.max", "memory.max")},
     }
-    known = inspect(context.device)
+    known = inspect(BuildConfig(device=context.device))
     if context.on_gpu and (known.missing or not known.gpus):
         raise RuntimeError("; ".join(map(str, known.missing)) or "no GPU is visible")
     threads = re.search(r"Thread\(s\) per core:\s*(\d+)", processor)
