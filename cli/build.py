@@ -79,7 +79,7 @@ def summary(report: BuildReport) -> str:
     """Summarizes a build for humans, in several lines."""
     columns = report.label_columns
     labels = f"labels {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
-    labels = f" ({printable(labels)})" if report.classes is None else f" of {report.classes} classes"
+    labels = f" ({printable(labels)})" if report.classes is None else f" of {counted(report.classes, 'class')}"
     shards = f"{counted(report.shards, 'shard')}, {format_bytes(report.dataset_bytes)}"
     lines = [
         f"{printable(report.out)}: {counted(report.rows, 'image')}{labels} in {shards}",

@@ -43,7 +43,7 @@ def print_json(value: dict[str, Any] | list[Any]) -> None:
 
 def counted(number: int, noun: str) -> str:
     """Formats a number with its noun: `1 shard`, `2 shards`."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def class_sizes(counts: Mapping[str, int]) -> str:

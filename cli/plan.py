@@ -74,7 +74,7 @@ def _lines(found: Estimate) -> list[str]:
         f"{counted(found.shards, 'shard')} of up to {found.shard_rows} rows, {format_bytes(found.output_bytes)}{free}"
     )
     lines = [
-        f"{printable(found.source)}: {found.items} items{_classes(found)}",
+        f"{printable(found.source)}: {counted(found.items, 'item')}{_classes(found)}",
         *_labels(found),
         *_sides(found),
         *_sampled(found.sample, found.items),
@@ -100,8 +100,8 @@ def _classes(found: Estimate) -> str:
         return "" if found.columns else ", no labels"
     (small, least), (large, most) = found.smallest_class, found.largest_class
     if least == most:
-        return f" in {found.classes} classes, {least} in each"
-    return f" in {found.classes} classes, {least} ({printable(small)}) to {most} ({printable(large)}) in one"
+        return f" in {counted(found.classes, 'class')}, {least} in each"
+    return f" in {counted(found.classes, 'class')}, {least} ({printable(small)}) to {most} ({printable(large)}) in one"
 
 
 def _labels(found: Estimate) -> list[str]:
