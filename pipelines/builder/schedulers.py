@@ -24,6 +24,9 @@ class Scheduler:
         count: the variable with the number of jobs or processes; None if the scheduler provides none.
         last: the variable with the highest number of the array, which is used if there is no `count`.
         array: the option or field that submits an array of N jobs, numbered without gaps.
+        outside: the number of a job that belongs to no array; None if the variable is not set then.
+        processes: the variables that number the processes in each job of the array; None if they cannot be relied on,
+            because RANK, for example, may be the number of the job.
     """
 
     name: str
@@ -33,8 +36,16 @@ class Scheduler:
     count: str | None = None
     last: str | None = None
     array: str | None = None
+    outside: int | None = None
+    processes: Scheduler | None = None
 
 
+_SLURM = Scheduler("Slurm", "SLURM_PROCID", count="SLURM_NTASKS")
+PROCESSES = (
+    _SLURM,
+    Scheduler("torchrun", "RANK", count="WORLD_SIZE"),
+    Scheduler("Open MPI", "OMPI_COMM_WORLD_RANK", count="OMPI_COMM_WORLD_SIZE"),
+)
 ARRAYS = (
     Scheduler(
         "Slurm array",
@@ -43,21 +54,17 @@ ARRAYS = (
         "SLURM_ARRAY_TASK_STEP",
         count="SLURM_ARRAY_TASK_COUNT",
         array="--array=1-N",
+        processes=_SLURM,
     ),
     Scheduler("Kubernetes Indexed Job", "JOB_COMPLETION_INDEX", array="completions: N"),
     Scheduler(
         "AWS Batch array job", "AWS_BATCH_JOB_ARRAY_INDEX", count="AWS_BATCH_JOB_ARRAY_SIZE", array="--array-properties"
     ),
     Scheduler("PBS array", "PBS_ARRAY_INDEX", 1, array="-J 1-N"),
-    Scheduler("LSF array", "LSB_JOBINDEX", 1, last="LSB_JOBINDEX_END", array='-J "name[1-N]"'),
+    Scheduler("LSF array", "LSB_JOBINDEX", 1, last="LSB_JOBINDEX_END", array='-J "name[1-N]"', outside=0),
     Scheduler(
         "Grid Engine array", "SGE_TASK_ID", "SGE_TASK_FIRST", "SGE_TASK_STEPSIZE", last="SGE_TASK_LAST", array="-t 1-N"
     ),
-)
-PROCESSES = (
-    Scheduler("Slurm", "SLURM_PROCID", count="SLURM_NTASKS"),
-    Scheduler("torchrun", "RANK", count="WORLD_SIZE"),
-    Scheduler("Open MPI", "OMPI_COMM_WORLD_RANK", count="OMPI_COMM_WORLD_SIZE"),
 )
 
 
@@ -87,14 +94,9 @@ def place(environ: Mapping[str, str], count: int | None) -> Place:
         UsageError: no scheduler has numbered this job; its number does not belong to the array; `count` is missing or
             wrong.
     """
-    array = _array_place(environ, count)
+    array = next((found for each in ARRAYS if (found := _array_place(environ, each, count))), None)
     if array:
-        # Only Slurm reliably numbers the processes inside each job of an array: RANK may be the number of the job.
-        tasks = _process_place(environ, PROCESSES[0]) if array.origin.startswith("SLURM") else None
-        if tasks is None or tasks.count == 1:
-            return array
-        number, total = array.number * tasks.count + tasks.number, array.count * tasks.count
-        return Place(number, total, f"{array.origin}; {tasks.origin}")
+        return array
     process = next((found for each in PROCESSES if (found := _process_place(environ, each))), None)
     if process is None:
         known = ", ".join(each.index for each in (*ARRAYS, *PROCESSES))
@@ -104,29 +106,31 @@ def place(environ: Mapping[str, str], count: int | None) -> Place:
     return process
 
 
-def _array_place(environ: Mapping[str, str], count: int | None) -> Place | None:
-    for each in ARRAYS:
-        index = _number(environ, each.index)
-        if index is None or (each.index == "LSB_JOBINDEX" and index == 0):  # LSF sets 0 outside of arrays
-            continue
-        first, step = (_value(environ, name) for name in (each.first, each.step))
-        jobs = _job_count(environ, each, first, step)
-        if jobs is None and count is None:
-            raise UsageError(
-                f"--part auto: {each.index}={index}, but a {each.name} does not say how many jobs it has; give the "
-                "number: --part auto/N"
-            )
-        if None not in (jobs, count) and jobs != count:
-            raise UsageError(f"--part auto/{count}: the {each.name} has {jobs} jobs ({each.index}={index})")
-        total = jobs or count or 0
-        number, rest = divmod(index - first, step)
-        if rest or not 0 <= number < total:
-            raise UsageError(
-                f"--part auto: {each.index}={index} is none of the {total} numbers from {first} in steps of {step} of "
-                f"a {each.name}; submit one without gaps ({each.array}), or give --part i/n"
-            )
-        return Place(number, total, f"{each.index}={index}, of {total}")
-    return None
+def _array_place(environ: Mapping[str, str], scheduler: Scheduler, count: int | None) -> Place | None:
+    name, index = scheduler.name, _number(environ, scheduler.index)
+    if index is None or index == scheduler.outside:
+        return None
+    first, step = _value(environ, scheduler.first, 0), max(1, _value(environ, scheduler.step, 1))
+    jobs = _job_count(environ, scheduler, first, step)
+    found = f"{scheduler.index}={index}"
+    if jobs is None and count is None:
+        raise UsageError(
+            f"--part auto: {found}, but a {name} does not say how many jobs it has; give the number: --part auto/N"
+        )
+    if None not in (jobs, count) and jobs != count:
+        raise UsageError(f"--part auto/{count}: the {name} has {jobs} jobs ({found})")
+    total = jobs or count or 0
+    number, rest = divmod(index - first, step)
+    if rest or not 0 <= number < total:
+        raise UsageError(
+            f"--part auto: {found} is none of the {total} numbers from {first} in steps of {step} of a {name}; submit "
+            f"one without gaps ({scheduler.array}), or give --part i/n"
+        )
+    job = Place(number, total, f"{found}, of {total}")
+    inside = None if scheduler.processes is None else _process_place(environ, scheduler.processes)
+    if inside is None or inside.count == 1:
+        return job
+    return Place(job.number * inside.count + inside.number, total * inside.count, f"{job.origin}; {inside.origin}")
 
 
 def _job_count(environ: Mapping[str, str], scheduler: Scheduler, first: int, step: int) -> int | None:
@@ -144,12 +148,12 @@ def _process_place(environ: Mapping[str, str], scheduler: Scheduler) -> Place | 
     return Place(number, count, f"{scheduler.index}={number}, {scheduler.count}={count}")
 
 
-def _value(environ: Mapping[str, str], name: str | int) -> int:
-    """The value of a variable, or the constant itself. An unset variable defaults to 1 for steps and to 0 otherwise."""
+def _value(environ: Mapping[str, str], name: str | int, default: int) -> int:
+    """The value of a variable, or the constant itself; the default for a variable that is not set."""
     if isinstance(name, int):
         return name
     found = _number(environ, name)
-    return found if found is not None else int(name.endswith(("STEP", "STEPSIZE")))
+    return default if found is None else found
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
