@@ -26,7 +26,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,18 +36,16 @@ from PIL import Image
 from ..config import BuildConfig
 from ..errors import BackendError, ShardError
 from ..machine.tuning import Tuning
-from ..sources.access.local import is_plain, statuses
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.rejects import MAX_ENCODED_BYTES, BadItem, Reject, Stage, clean
 from .base import DECODING_REVISION, DecodedBatch, on_host
-from .dali_pipelines import decode_images, input_names, read_files, without_opencv
+from .dali_pipelines import decode_images, input_names, without_opencv
+from .dali_reader import DaliReader, EncodedBatch
 from .fed_pipeline import FedPipeline, run_in_turn
 from .geometry import Geometry
 from .pillow import PillowDecoder
-from .routing import Route, route
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 _NO_MEMORY = re.compile("bad_alloc|out.of.memory|MemoryAllocation|allocation failed|can't allocate", re.IGNORECASE)
 _BROKEN_GPU = re.compile("CUDA (runtime|driver) API error|cudaError|CUDA_ERROR")
 _PENDING = 2  # batches that may wait for Pillow while DALI continues, so that a few slow files do not stop it
@@ -56,25 +54,6 @@ _ONE_IMAGE_MEMORY = (
     "no memory to decode one image; end what else uses it, or lower --workers or --open-shards, and run the command "
     "again to resume (with a lower --max-pixels, it starts over)"
 )
-
-_Encoded = list[NDArray[np.uint8]]
-
-
-@dataclass
-class _EncodedBatch:
-    """A batch whose files have been read.
-
-    Attributes:
-        batch: the batch.
-        encoded: each item's bytes, uint8 (bytes,); empty if it cannot be read.
-        inputs: the same bytes as DALI takes them at the least cost: its own list of tensors, or arrays and tensors.
-        route: how the items are decoded.
-    """
-
-    batch: Batch
-    encoded: _Encoded
-    inputs: Any
-    route: Route
 
 
 @dataclass
@@ -96,7 +75,7 @@ class _Rows:
 class _PendingBatch:
     """A batch that DALI has finished, and Pillow's results for the items at the positions `left`."""
 
-    read: _EncodedBatch
+    read: EncodedBatch
     rows: _Rows
     left: NDArray[np.int64]
     results: list[Future[tuple[int, NDArray[np.uint8] | Reject]]]
@@ -145,7 +124,8 @@ class DaliDecoder:
             self._on_stream = stream
         elif device is not None:
             self._on_stream = self.device_context()
-        self._main: list[FedPipeline[_EncodedBatch]] = []
+        self._reader = DaliReader(config, geometry, source, tuning)
+        self._main: list[FedPipeline[EncodedBatch]] = []
         self._repair: FedPipeline[None] | None = None
         self._single: FedPipeline[None] | None = None
         self._single_lock = threading.Lock()
@@ -153,10 +133,7 @@ class DaliDecoder:
 
     def __enter__(self) -> DaliDecoder:
         try:
-            if self._source.file_per_item:
-                self._reader: FedPipeline[tuple[Batch, list[int]]] = self._opened(
-                    read_files, None, self._tuning.prefetch, self._tuning.reading_threads
-                )
+            self._open.enter_context(self._reader)
             self._main = self._decoding(self._names)
             self._try_blank()
         except (RuntimeError, OSError) as exc:
@@ -185,7 +162,7 @@ class DaliDecoder:
         """
         count = 1 if self._device is None else self._tuning.batch_size
         encoded = [self._blank] * count
-        blanks = self._routed(Batch(0, [], True), encoded, encoded)
+        blanks = self._reader.routed(Batch(0, [], True), encoded)
         feed = [(blanks, self._inputs(blanks, self._names))] * len(self._main)
         results = [outputs for _, outputs in run_in_turn(self._main, feed, self._stream)]
         failure = next((outputs for outputs in results if isinstance(outputs, Exception)), None)
@@ -199,33 +176,24 @@ class DaliDecoder:
     def _decoding(self, names: Sequence[str], *, repairing: bool = False) -> list[FedPipeline[Any]]:
         """The pipelines that decode, with the steps that their inputs allow; for repairs, one without prefetching."""
         count, prefetch = (1, 1) if repairing else (self._tuning.pipelines, self._tuning.prefetch)
+        pipelines: list[FedPipeline[Any]] = []
         with without_opencv():
-            return [
-                self._opened(
+            for _ in range(count):
+                pipeline: FedPipeline[Any] = FedPipeline(
                     decode_images,
-                    self._device,
-                    prefetch,
-                    self._tuning.decoding_threads,
+                    batch_size=self._tuning.batch_size,
+                    num_threads=self._tuning.decoding_threads,
+                    device_id=self._device,
+                    prefetch_queue_depth=prefetch,
                     names=names,
                     config=self._config,
                     geometry=self._geometry,
                     backend=self._backend,
                     hw_decoder_load=self._tuning.hw_decoder_load,
                 )
-                for _ in range(count)
-            ]
-
-    def _opened(self, graph: Any, device: int | None, prefetch: int, threads: int, **options: Any) -> FedPipeline[Any]:
-        pipeline: FedPipeline[Any] = FedPipeline(
-            graph,
-            batch_size=self._tuning.batch_size,
-            num_threads=threads,
-            device_id=device,
-            prefetch_queue_depth=prefetch,
-            **options,
-        )
-        self._open.callback(pipeline.close)
-        return pipeline
+                self._open.callback(pipeline.close)
+                pipelines.append(pipeline)
+        return pipelines
 
     def provenance(self) -> dict[str, Any]:
         """See `Decoder.provenance`: the versions of DALI, its codecs and Pillow, and the GPU model."""
@@ -276,7 +244,7 @@ class DaliDecoder:
 
     def bare(self, batches: Iterable[Batch], last: Stage) -> Iterator[Batch]:
         """See `Decoder.bare`; waits for each batch."""
-        reads = self._read(batches)
+        reads = self._reader.read(batches)
         if last == "read":
             yield from (read.batch for read in reads)
             return
@@ -294,7 +262,7 @@ class DaliDecoder:
         """The batches that DALI has finished, in order; Pillow starts on the items that DALI left."""
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            reads = stack.enter_context(contextlib.closing(self._read(batches)))
+            reads = stack.enter_context(contextlib.closing(self._reader.read(batches)))
             feed = ((read, self._inputs(read, self._names)) for read in reads)
             for read, outputs in stack.enter_context(contextlib.closing(run_in_turn(self._main, feed, self._stream))):
                 with self._on_stream:
@@ -308,67 +276,11 @@ class DaliDecoder:
                 yield _PendingBatch(read, rows, left, results, time.perf_counter() - start)
                 start = time.perf_counter()
 
-    def _read(self, batches: Iterable[Batch]) -> Generator[_EncodedBatch, None, None]:
-        """The batches with the bytes and the route of their items."""
-        read = self._read_by_dali if self._source.file_per_item else self._read_by_source
-        with contextlib.closing(read(batches)) as reads:
-            yield from reads
-
-    def _read_by_source(self, batches: Iterable[Batch]) -> Generator[_EncodedBatch, None, None]:
-        for batch in batches:
-            yield self._read_here(self._checked(batch))
-
-    def _read_here(self, batch: Batch) -> _EncodedBatch:
-        encoded = list(self._pool.map(self._encoded, batch.items))
-        return self._routed(batch, encoded, encoded)
-
-    def _read_by_dali(self, batches: Iterable[Batch]) -> Generator[_EncodedBatch, None, None]:
-        """Reads regular files in DALI's threads.
-
-        Python reads everything else, since DALI would wait for a named pipe and fill the memory from /proc/kcore. It
-        also reads the batches on which DALI fails because a file cannot be read.
-        """
-        with contextlib.ExitStack() as stack:
-            lookups = stack.enter_context(ThreadPoolExecutor(1, "gpu-npz-lookup"))
-            feed = _one_ahead(lookups.submit(self._paths, self._checked(batch)) for batch in batches)
-            runs = stack.enter_context(contextlib.closing(self._reader.run(future.result() for future in feed)))
-            for (batch, others), outputs in runs:
-                if isinstance(outputs, Exception):
-                    yield self._read_here(batch)
-                    continue
-                encoded, inputs = list(map(np.asarray, outputs[0])), outputs[0]
-                if others:
-                    for position in others:
-                        encoded[position] = self._encoded(batch.items[position])
-                    inputs = encoded
-                yield self._routed(batch, encoded, inputs)
-
     def device_context(self) -> Any:
         """Makes the decoder's GPU the current one of this thread."""
         return contextlib.nullcontext() if self._device is None else self._xp.cuda.Device(self._device)
 
-    def _routed(self, batch: Batch, encoded: _Encoded, inputs: Any) -> _EncodedBatch:
-        return _EncodedBatch(
-            batch, encoded, inputs, route([data.data for data in encoded], self._config, self._geometry)
-        )
-
-    def _paths(self, batch: Batch) -> tuple[tuple[Batch, list[int]], list[Any]]:
-        """A batch, which of its items are no plain files, and the paths for DALI: an empty file for those items."""
-        paths = [self._source.local_path(item) for item in batch.items]
-        others = [position for position, status in enumerate(statuses(paths)) if not is_plain(status)]
-        for position in others:
-            paths[position] = b"/dev/null"
-        # One array costs DALI a seventh of what an array per path does. Slashes before an absolute path change nothing.
-        length = max(map(len, paths))
-        padded = _array(b"".join([path.rjust(length, b"/") for path in paths])).reshape(len(paths), length)
-        return (batch, others), [padded]
-
-    def _checked(self, batch: Batch) -> Batch:
-        if not 1 <= len(batch.items) <= self._tuning.batch_size:
-            raise ValueError(f"a batch of {len(batch.items)} items; allowed are 1 to {self._tuning.batch_size}")
-        return batch
-
-    def _inputs(self, read: _EncodedBatch, names: Sequence[str], positions: Sequence[int] | None = None) -> list[Any]:
+    def _inputs(self, read: EncodedBatch, names: Sequence[str], positions: Sequence[int] | None = None) -> list[Any]:
         """The pipeline's inputs for a batch, or for the items at `positions`; a blank for items that Pillow decodes."""
         route = read.route
         chosen = list(range(len(read.encoded)) if positions is None else positions)
@@ -426,7 +338,7 @@ class DaliDecoder:
         """An image as DALI decodes it in a batch of its own, (H, W, C); None if DALI fails on it; for any thread."""
         with self._single_lock, self.device_context():
             self._single = self._single or self._decoding(self._names, repairing=True)[0]
-            read = self._routed(Batch(0, [], True), [encoded], [encoded])
+            read = self._reader.routed(Batch(0, [], True), [encoded])
             ((_, outputs),) = self._single.run([(None, self._inputs(read, self._names))])
             if isinstance(outputs, Exception):
                 if _is_no_memory(outputs):
@@ -435,7 +347,7 @@ class DaliDecoder:
             image: NDArray[np.uint8] = on_host(self._pixels(outputs))[0]
             return image
 
-    def _by_pillow(self, read: _EncodedBatch, position: int) -> tuple[int, NDArray[np.uint8] | Reject]:
+    def _by_pillow(self, read: EncodedBatch, position: int) -> tuple[int, NDArray[np.uint8] | Reject]:
         """An item's encoded size, 0 if it cannot be read, and its pixels or the reject."""
         item, encoded, data = read.batch.items[position], read.encoded[position], b""
         frame = self._source.frame(item)
@@ -448,14 +360,7 @@ class DaliDecoder:
         except BadItem as bad:
             return len(data), bad.of(item.path, item.index)
 
-    def _encoded(self, item: Item) -> NDArray[np.uint8]:
-        """The item's bytes, empty if it cannot be read."""
-        try:
-            return _array(read_item(self._source, item))
-        except BadItem:
-            return _array(b"")
-
-    def _salvage(self, read: _EncodedBatch, failure: Exception) -> _Rows:
+    def _salvage(self, read: EncodedBatch, failure: Exception) -> _Rows:
         """The rows that DALI can decode of a batch on which it failed as a whole."""
         count = len(read.encoded)
         pixels = self._xp.empty((count, *self._row_shape), np.uint8)
@@ -475,7 +380,7 @@ class DaliDecoder:
             self._decode_again(rows, read, group)
         return rows
 
-    def _decode_again(self, rows: _Rows, read: _EncodedBatch, positions: list[int]) -> None:
+    def _decode_again(self, rows: _Rows, read: EncodedBatch, positions: list[int]) -> None:
         """Decodes these items with DALI; on failure, each half on its own.
 
         Raises:
@@ -503,23 +408,6 @@ class DaliDecoder:
                 self._decode_again(rows, read, half)
         elif no_memory:  # never fall back to Pillow for lack of memory: its pixels would differ
             raise ShardError(_ONE_IMAGE_MEMORY) from outputs
-
-
-def _one_ahead(entries: Iterable[T]) -> Generator[T, None, None]:
-    """The entries, each once the next one has been made. What `entries` raises comes after the entries before it."""
-    before: list[T] = []
-    try:
-        for entry in entries:
-            yield from before
-            before = [entry]
-    except Exception:
-        yield from before
-        raise
-    yield from before
-
-
-def _array(data: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(data, np.uint8)
 
 
 def _sizes(encoded: Sequence[NDArray[np.uint8]]) -> NDArray[np.int64]:
