@@ -1,7 +1,7 @@
 """Frames of DICOM files, each of which is an item: how many a file contains (PS3.3, C.7.6.6), read within limits.
 
 pydicom inflates a deflated file without a limit, and the objects that it makes of data elements and sequence items can
-be a hundred times larger than the file. So it reads through `_Bounded`, and deflated files are inflated before.
+be a hundred times larger than the file. So it reads through `_LimitedFile`, and deflated files are inflated before.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) ->
     """
 
     def read(data: BinaryIO) -> Any:
-        bounded = _Bounded(data)
+        bounded = _LimitedFile(data)
         try:
             found = pydicom.dcmread(bounded, stop_before_pixels=not pixels, specific_tags=list(names))
-        except (_Deflated, BadItem):
+        except (_DeflateData, BadItem):
             raise
         except Exception as exc:
             if bounded.cut:
@@ -78,11 +78,11 @@ def read_dicom(file: BinaryIO, names: Sequence[str], *, pixels: bool = False) ->
     try:
         header = read(file)
         header.was_deflated = False
-    except _Deflated as found:
+    except _DeflateData as found:
         content = found.inflated()
         try:
             header = read(io.BytesIO(_EXPLICIT + content))
-        except _Deflated as exc:
+        except _DeflateData as exc:
             raise BadItem("decode", "undecodable", "deflated data within deflated data") from exc
         header.was_deflated = True
     return header
@@ -157,7 +157,7 @@ def frames_of(header: Any, size: int) -> int:
     return count
 
 
-class _Deflated(Exception):
+class _DeflateData(Exception):
     """Raised through pydicom when it is about to inflate a data set (PS3.5, A.5)."""
 
     def __init__(self, data: bytes) -> None:
@@ -175,8 +175,8 @@ class _Deflated(Exception):
         return zlib.decompress(self._data, -zlib.MAX_WBITS)
 
 
-class _Bounded:
-    """A file for pydicom that limits the number and total size of reads, and raises `_Deflated` for deflate data.
+class _LimitedFile:
+    """A file for pydicom that limits the number and total size of reads, and raises `_DeflateData` for deflate data.
 
     Attributes:
         cut: whether the file ended early. At the end of a complete file, pydicom asks once more, for a tag.
@@ -191,7 +191,7 @@ class _Bounded:
         self.seek(start)
 
     def read(self, size: int | None = None) -> bytes:
-        """Reads `size` bytes. Without a size, as pydicom reads deflate data alone, raises `_Deflated` with the rest."""
+        """Reads `size` bytes. Without a size, as pydicom reads deflate data alone, raises `_DeflateData` with the rest."""
         self._reads += 1
         if self._reads > _MAX_READS:
             raise BadItem("decode", "undecodable", f"more than {_MAX_READS} data elements, or parts of them")
@@ -206,5 +206,5 @@ class _Bounded:
             raise BadItem("decode", "too-large", f"more than {MAX_ENCODED_BYTES} bytes to be read")
         data = self._file.read(wanted)
         if size is None:
-            raise _Deflated(data)
+            raise _DeflateData(data)
         return data

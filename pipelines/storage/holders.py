@@ -82,7 +82,7 @@ class Holder:
         return is_gone(self.process) or state in "ZX" or 0 != self.started != started
 
 
-class Fenced(Protocol):
+class FencedStorage(Protocol):
     """The part of `Storage` that fencing needs."""
 
     @property
@@ -96,7 +96,7 @@ class Fenced(Protocol):
         """Raises LockedError if a lock under which this object works is lost."""
 
 
-def require_held(storage: Fenced, fences: Iterable[Fence]) -> None:
+def require_held(storage: FencedStorage, fences: Iterable[Fence]) -> None:
     """Raises LockedError if a lock no longer contains our token because this process was considered dead."""
     for fence in fences:
         for look in range(_LOOKS):
@@ -118,7 +118,7 @@ def require_held(storage: Fenced, fences: Iterable[Fence]) -> None:
 
 
 @contextlib.contextmanager
-def fenced(storage: Fenced, fences: list[Fence], fence: Fence) -> Iterator[None]:
+def fenced(storage: FencedStorage, fences: list[Fence], fence: Fence) -> Iterator[None]:
     """Runs the body under a lock, with its fence added to the storage's `fences`.
 
     Raises:
