@@ -18,7 +18,7 @@ from gpu_npz.builder.build import build
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import BackendError, MismatchError, UsageError
 from gpu_npz.machine import environment
-from gpu_npz.machine.environment import Choice, Machine, Missing, choose, inspect, usable_cpus
+from gpu_npz.machine.environment import Choice, Machine, Missing, available_memory, choose, inspect, usable_cpus
 
 DRIVER = Missing("driver", "libcuda.so.1 was not found", "install the NVIDIA driver")
 DALI = Missing("DALI", "not installed", "pip install 'nvidia-dali-cuda130>=2.4,<3'")
@@ -579,3 +579,20 @@ def test_the_quota_of_an_older_control_group_limits_the_cores(system: Path, quot
 
 def test_without_a_control_group_all_cores_of_the_affinity_count(system: Path) -> None:
     assert usable_cpus() == 8
+
+
+@pytest.mark.parametrize("own", ["/", "/job", "/../job/step"])
+def test_the_lowest_limit_of_a_control_group_and_those_around_it_counts(system: Path, own: str) -> None:
+    root = system.parents[2]
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(f"1:cpu:/other\n0::{own}\n")
+    (root / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert available_memory() == 8000 * 1024
+    (system / "job/step").mkdir(parents=True)
+    for group, cores, limit in (("", 5, "max"), ("job", 3, "5000000"), ("job/step", 4, "6000000")):
+        (system / group / "cpu.max").write_text(f"{cores}00000 100000\n")
+        (system / group / "memory.max").write_text(f"{limit}\n")
+        (system / group / "memory.current").write_text("2000000\n")
+        (system / group / "memory.stat").write_text("anon 5\ninactive_file 500000\nactive_file 7\n")
+    assert usable_cpus() == (5 if own == "/" else 3)
+    assert available_memory() == (8000 * 1024 if own == "/" else 3_500_000)

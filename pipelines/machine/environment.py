@@ -365,13 +365,26 @@ _CUPY = _Package(
 )
 
 
-def _cgroup_quota() -> float:
-    """Returns the cgroup's CPU quota in cores; infinity if there is none (kernel docs: cgroup-v2, sched-bwc)."""
+def _cgroups() -> list[Path]:
+    """Returns the folders of this process's control group and of those that contain it (kernel docs: cgroup-v2)."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return math.inf if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+    names = [name for name in own.split("/") if name not in ("", "..")]  # ".." leads out of a container
+    return [Path("/sys/fs/cgroup").joinpath(*names[:count]) for count in range(len(names), -1, -1)]
+
+
+def _cgroup_quota() -> float:
+    """Returns the lowest CPU quota of these groups in cores; infinity if there is none (cgroup-v2, sched-bwc)."""
+    quotas = []
+    for group in _cgroups():
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (group / "cpu.max").read_text().split()
+            quotas.append(math.inf if quota == "max" else int(quota) / int(period))
+    if quotas:
+        return min(quotas)
     try:
         quota_us, period_us = (
             int(Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
@@ -382,16 +395,15 @@ def _cgroup_quota() -> float:
 
 
 def available_memory() -> int | None:
-    """Returns the main memory that is free or reclaimable, within the cgroup's limit, in bytes; None if unknown."""
+    """Returns the main memory that is free or reclaimable, within the groups' limits, in bytes; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        return free if limit == "max" else min(free, int(limit) - int(used) + int(cached[1] if cached else 0))
-    except (OSError, ValueError):
-        return free
+    for group in _cgroups():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+            free = min(free, limit - used + int(cached[1] if cached else 0))
+    return free

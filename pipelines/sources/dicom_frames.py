@@ -191,7 +191,7 @@ class _LimitedFile:
         self.seek(start)
 
     def read(self, size: int | None = None) -> bytes:
-        """Reads `size` bytes. Without a size, as pydicom reads deflate data alone, raises `_DeflateData` with the rest."""
+        """Reads `size` bytes. Without a size, as pydicom reads deflate data alone, raises `_DeflateData` with it."""
         self._reads += 1
         if self._reads > _MAX_READS:
             raise BadItem("decode", "undecodable", f"more than {_MAX_READS} data elements, or parts of them")
