@@ -12,7 +12,7 @@ from gpu_npz.builder.build import build, build_split
 from gpu_npz.builder.planning import Measuring
 from gpu_npz.builder.report import BuildReport, Started
 from gpu_npz.cli.console import counted, errors, print_json, printable, show_warnings
-from gpu_npz.cli.options import ConfigCommand, config_options, read_config
+from gpu_npz.cli.options import CONFIG_FILE, PRESET, ConfigCommand, config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.layout import REPORT
 from gpu_npz.dataset.space import format_bytes
@@ -27,11 +27,11 @@ _SHOWN = 3  # the number of files listed with a message
 @click.argument("src", metavar="SRC")
 @click.argument("out", metavar="OUT")
 @config_options(*BuildConfig.model_fields)
-@click.option("--preset", metavar="NAME|FILE.json", help="Take a published model's preprocessing; options given win.")
-@click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
-@click.option("--dry-run", is_flag=True, help="Build nothing: show what `gpu-npz plan` shows.")
+@PRESET
+@CONFIG_FILE
+@click.option("--dry-run", is_flag=True, help="Build nothing; show what `gpu-npz plan` shows.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-@click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors.")
+@click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 @click.pass_context
 def command(
     context: click.Context,
@@ -47,8 +47,8 @@ def command(
 ) -> None:
     """Build NPZ shards in OUT from the images in SRC.
 
-    SRC is a folder of class folders, or a folder of images. The same command again goes on with a build that was
-    stopped, and says so if there is nothing left to do.
+    SRC is a folder of class folders or of images, an archive, a table, a Parquet file, an array, or an object store.
+    If a build was interrupted, run the same command again to resume it.
     """
     if dry_run:
         from gpu_npz.cli import plan

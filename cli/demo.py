@@ -22,9 +22,9 @@ _SETTINGS = {"dtype": "uint8", "shard_size": "128", "shuffle": 0, "max_rejects":
     "--images", default=300, show_default=True, type=click.IntRange(1), metavar="N", help="How many pictures to make."
 )
 def command(folder: str, images: int) -> int:
-    """Make pictures of ImageNet-like sizes, some of them broken; build and verify a dataset; show how to read it.
+    """Make pictures (some of them broken), build a dataset from them, verify it, and show how to read it.
 
-    Everything lies in DIR (gpu-npz-demo unless given) and stays there to look at.
+    Everything is written to DIR (default: gpu-npz-demo) and stays there for you to look at.
     """
     # Imported here so that this command's help does not load NumPy and Pillow.
     from gpu_npz import BuildConfig, build, open_dataset, verify

@@ -13,18 +13,18 @@ from gpu_npz.errors import GpuNpzError
 
 # The short help is here so that `--help` does not import the commands.
 COMMANDS = {
-    "build": "Build NPZ shards from images, or resume a build that was stopped.",
-    "plan": "Say what a build would do and take, before a long job.",
-    "info": "Say what a dataset is, or how far its build has come.",
-    "verify": "Read a whole dataset and compare it with its manifest.",
-    "stats": "Say what the pixels of images or of a dataset are like: mean, std, histograms, classes.",
+    "build": "Build NPZ shards from images, or resume a build that was interrupted.",
+    "plan": "Estimate the size, memory and time of a build before you start it.",
+    "info": "Show what is in a dataset, or how far its build has got.",
+    "verify": "Check every byte of a dataset; rebuild what is damaged.",
+    "stats": "Compute the mean, std, histograms and class counts of images or of a dataset.",
     "preview": "Draw a contact sheet of a dataset, or of its rejects.",
-    "retry": "Try the rejects of a dataset again, after their files were fixed.",
-    "finalize": "Finish a dataset that was built in parts.",
-    "parity": "Say how far two decoders differ on the same images.",
-    "doctor": "Say what this machine can use, and how to get the rest.",
-    "demo": "Make some images, build and verify a dataset from them.",
-    "bench": "Measure the pipeline on this machine.",
+    "retry": "Try the rejects of a dataset again after you have fixed their files.",
+    "finalize": "Complete a dataset that was built in parts.",
+    "parity": "Measure how much two decoders differ on the same images.",
+    "doctor": "Show what this machine can use, and how to install the rest.",
+    "demo": "Make some images, build a dataset from them and verify it.",
+    "bench": "Measure speed on this machine.",
 }
 
 

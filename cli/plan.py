@@ -8,7 +8,7 @@ import click
 from rich.progress import Progress
 
 from gpu_npz.cli.console import counted, errors, print_json, printable, show_warnings
-from gpu_npz.cli.options import ConfigCommand, config_options, read_config
+from gpu_npz.cli.options import CONFIG_FILE, PRESET, ConfigCommand, config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.space import format_bytes
 
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 @click.option(
     "--seconds", type=click.FloatRange(0, 600), default=3.0, show_default=True, metavar="S", help="How long to measure."
 )
-@click.option("--no-measure", is_flag=True, help="Do not measure; the duration is then left out, as by --seconds 0.")
-@click.option("--folder", metavar="DIR", help="Where to measure; the system's temporary folder unless given.")
+@click.option(
+    "--no-measure", is_flag=True, help="Do not measure, and do not estimate the duration. The same as --seconds 0."
+)
+@click.option("--folder", metavar="DIR", help="Where to measure. The default is the system's temporary folder.")
 @config_options(*BuildConfig.model_fields)
-@click.option("--preset", metavar="NAME|FILE.json", help="Take a published model's preprocessing; options given win.")
-@click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
+@PRESET
+@CONFIG_FILE
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(
     src: str,
@@ -40,10 +42,10 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Say what a build with these arguments would do, and what it would take: size, memory, time.
+    """Estimate the size, memory and time of a build with these arguments.
 
-    Lists SRC, reads about 1,000 headers, and builds shards of some items for a few seconds in a temporary folder.
-    Writes nothing to OUT, whose free space is looked at; that of the current folder if it is not given.
+    The command lists SRC, reads about 1,000 image headers, and builds shards of some items for a few seconds in a
+    temporary folder. It writes nothing to OUT, and only checks the free space there (or in the current folder).
     """
     from gpu_npz.builder.estimate import estimate
 

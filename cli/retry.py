@@ -14,11 +14,11 @@ from gpu_npz.cli.options import OPERATIONAL, ConfigCommand, config_options, read
 
 @click.command("retry", cls=ConfigCommand)
 @click.argument("out", metavar="OUT")
-@click.option("--source", metavar="SRC", help="Where the images are now, if they have moved.")
+@click.option("--source", metavar="SRC", help="The new place of the images, if they were moved.")
 @config_options(*OPERATIONAL)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(out: str, source: str | None, as_json: bool, **given: Any) -> None:
-    """Try the rejects of OUT again after their files were fixed, and rebuild only the shards that change."""
+    """Try the rejects of OUT again after you have fixed their files. Only shards that change are rebuilt."""
     show_warnings()
     with Bar(hidden=as_json) as bar:
         result = retry(out, read_config(None, given), source=source, progress=bar)
