@@ -62,7 +62,7 @@ def command(folder: str, images: int) -> int:
     click.echo(f"     data[0]             {data[0].dtype} {data[0].shape}: {data.paths[0]}, class {name!r}")
     click.echo(f"     data.normalized(0)  {image.dtype}, values {image.min():.2f} to {image.max():.2f}")
     click.echo(f"     numpy.load({str(out / 'shard-00000.npz')!r})['images']")
-    click.echo(f"It all lies in {place.resolve()}")
+    click.echo(f"Everything is in {place.resolve()}")
     return 0 if result.ok else 1
 
 

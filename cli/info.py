@@ -9,7 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
-from gpu_npz.cli.console import class_sizes, printable
+from gpu_npz.cli.console import class_sizes, print_lines, printable
 from gpu_npz.cli.datasets import datasets_in, print_sides
 from gpu_npz.config import BuildConfig, as_option, option_of
 from gpu_npz.dataset.manifest import Manifest, so_far
@@ -53,7 +53,7 @@ def command(out: str, as_json: bool) -> None:
             found[side] = {**manifest.model_dump(exclude=_LAST), "built_shards": built}
             unfinished = unfinished or exc
         if not as_json:
-            click.echo("\n".join([f"{side}:"] * bool(side) + _lines(manifest, index, built)))
+            print_lines([f"{side}:"] * bool(side) + _lines(manifest, index, built))
     if as_json:
         print_sides(found)
     if unfinished is not None:

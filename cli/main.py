@@ -76,21 +76,21 @@ def run(arguments: list[str]) -> int:
         exc.show()
         return exc.exit_code
     except GpuNpzError as exc:
-        click.echo(f"gpu-npz: {_printable(exc)}", err=True)
+        click.echo(_message(exc), err=True)
         return exc.exit_code
     except BrokenPipeError:  # the reader of stdout has exited, as `head` does
         sys.stderr.close()
         return 1
     except OSError as exc:
-        click.echo(f"gpu-npz: {_printable(exc)}", err=True)
+        click.echo(_message(exc), err=True)
         return 1
     return int(result or 0)
 
 
-def _printable(error: Exception) -> str:
-    from gpu_npz.cli.console import printable  # rich is slow to import, and most commands succeed
+def _message(error: Exception) -> str:
+    from gpu_npz.cli.console import printable, wrapped  # rich is slow to import, and most commands succeed
 
-    return printable(str(error), keep="\n")
+    return wrapped("gpu-npz: " + printable(str(error), keep="\n"), sys.stderr)
 
 
 def _stopped(code: int, arguments: list[str]) -> int:

@@ -30,7 +30,7 @@ _USED = (
 @config_options(*_USED, "shuffle")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(src: str, one: Any, other: Any, images: int, max_mean: float | None, as_json: bool, **given: Any) -> int:
-    """Decode the same images with two decoders and show by how many levels (of 0 to 255) they differ, by kind of image."""
+    """Decode the same images with two decoders and show how much they differ, in levels of 255, by kind of image."""
     from gpu_npz.audit.parity import parity  # loads Pillow, which this command's help does not need
 
     show_warnings()

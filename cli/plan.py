@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import Progress
 
-from gpu_npz.cli.console import counted, errors, print_json, printable, show_warnings
+from gpu_npz.cli.console import counted, errors, print_json, print_lines, printable, show_warnings
 from gpu_npz.cli.options import CONFIG_FILE, PRESET, ConfigCommand, config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.space import format_bytes
@@ -64,7 +64,7 @@ def command(
     if as_json:
         print_json(found.to_json())
     else:
-        click.echo("\n".join(_lines(found)))
+        print_lines(_lines(found))
 
 
 def _lines(found: Estimate) -> list[str]:
@@ -93,7 +93,7 @@ def _lines(found: Estimate) -> list[str]:
         lines.append(f"  duration    about {_time(found.duration_s)}: {rate}, {found.measured.items} items measured")
     if found.shards_left is not None:
         left = f"{found.shards_left} of {found.shards} shards are left to build"
-        lines.append(f"  begun       {left}, and the settings are those that OUT was begun with")
+        lines.append(f"  begun       {left}, and the settings are those that OUT was started with")
     return lines + [f"  warning     {printable(warning, keep=chr(10))}" for warning in found.warnings]
 
 

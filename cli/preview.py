@@ -57,7 +57,7 @@ def command(
     from gpu_npz.audit.preview import preview  # loads Pillow, which this command's help does not need
 
     if rejects and by == "class":
-        raise UsageError("--rejects and --by class: rejects are not sorted by class; leave one out")
+        raise UsageError("--rejects and --by class: rejects are not sorted by class; omit one of them")
     sheets = {}
     for side, path in datasets_in(out).items():
         root, extension = os.path.splitext(target)

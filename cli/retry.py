@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from gpu_npz.builder.maintenance import retry
-from gpu_npz.cli.build import Bar, summary
-from gpu_npz.cli.console import counted, print_json, printable, show_warnings
+from gpu_npz.cli.build import summary
+from gpu_npz.cli.console import counted, print_json, print_lines, printable, show_warnings
 from gpu_npz.cli.options import OPERATIONAL, ConfigCommand, config_options, read_config
+from gpu_npz.cli.progress import Bar
 
 
 @click.command("retry", cls=ConfigCommand)
@@ -27,4 +28,4 @@ def command(out: str, source: str | None, as_json: bool, **given: Any) -> None:
     elif result.report is None:
         click.echo(f"{printable(out)}: no reject can be decoded now; nothing was changed")
     else:
-        click.echo(f"{counted(len(result.shards), 'shard')} rebuilt\n{summary(result.report)}")
+        print_lines([f"{counted(len(result.shards), 'shard')} rebuilt", *summary(result.report).split("\n")])

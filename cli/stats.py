@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import Progress
 
-from gpu_npz.cli.console import class_sizes, errors, printable, show_warnings
+from gpu_npz.cli.console import class_sizes, errors, print_lines, printable, show_warnings
 from gpu_npz.cli.datasets import datasets_in, print_sides
 from gpu_npz.cli.options import CONFIG_FILE, ConfigCommand, config_options
 from gpu_npz.config import BuildConfig, load_toml
@@ -67,7 +67,7 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
     if as_json:
         print_sides({side: each.to_json() for side, each in found.items()})
     else:
-        click.echo("\n".join(line for each in found.values() for line in _lines(each)))
+        print_lines(line for each in found.values() for line in _lines(each))
 
 
 def _is_dataset(src: str) -> bool:

@@ -46,9 +46,9 @@ def command(
     show_warnings()
     config = read_config(None, given)
     if not repairing and any(value is not None for value in given.values()):
-        raise UsageError("the settings of a build go with --repair; add it, or leave them out")
+        raise UsageError("the settings of a build go with --repair; add it, or omit them")
     if source is not None and not repairing and deep is None:
-        raise UsageError("--source goes with --repair and --deep; add one of them, or leave it out")
+        raise UsageError("--source goes with --repair and --deep; add one of them, or omit it")
     found = {}
     for side, path in datasets_in(out).items():
         if side and not as_json:

@@ -806,7 +806,7 @@ _RULES = (
     _Rule(
         "normalize mean std",
         lambda config: config.normalize == "dataset" and (config.mean is None) != (config.std is None),
-        lambda _: "normalize dataset measures both --mean and --std; leave them out",
+        lambda _: "normalize dataset measures both --mean and --std; omit them",
     ),
     _Rule(
         "normalize mean std",
@@ -859,7 +859,7 @@ _RULES = (
         ),
         lambda config: (
             f"--bit-depth 16 decodes with Pillow on the CPU; got --backend {config.backend}, --device {config.device}"
-            f"{', --require-gpu' if config.require_gpu else ''}; leave them out, or choose --bit-depth 8"
+            f"{', --require-gpu' if config.require_gpu else ''}; omit them, or choose --bit-depth 8"
         ),
     ),
     _Rule(
@@ -880,13 +880,13 @@ _RULES = (
         lambda config: config.reproducible and bool(config.hw_decoder_load),
         lambda config: (
             f"--reproducible leaves nothing to the hardware JPEG engines; --hw-decoder-load {config.hw_decoder_load} "
-            "contradicts it; leave one out"
+            "contradicts it; omit one of them"
         ),
     ),
     _Rule(
         "split split_by split_seed",
         lambda config: config.split is None and (config.split_by is not None or config.split_seed != 0),
-        lambda _: "--split-by and --split-seed go with --split; add it, or leave them out",
+        lambda _: "--split-by and --split-seed go with --split; add it, or omit them",
     ),
     _Rule(
         "ray_address engine",
@@ -896,7 +896,7 @@ _RULES = (
     _Rule(
         "engine workers",
         lambda config: config.engine == "ray" and config.workers == 0,
-        lambda _: "--workers 0 builds in this process; with --engine ray give 1 or more, or leave it out",
+        lambda _: "--workers 0 builds in this process; with --engine ray give 1 or more, or omit it",
     ),
     _Rule(
         "engine device",
@@ -908,6 +908,6 @@ _RULES = (
     _Rule(
         "device require_gpu",
         lambda config: config.device == "cpu" and config.require_gpu,
-        lambda _: "--require-gpu and --device cpu contradict each other; leave one out",
+        lambda _: "--require-gpu and --device cpu contradict each other; omit one of them",
     ),
 )

@@ -234,7 +234,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest_name() -> None:
         ({"bit_depth": 16, "dtype": "uint8"}, "--dtype uint8 is not for pixels of --bit-depth 16; choose uint16"),
         ({"bit_depth": 16, "backend": "dali"}, "on the CPU; got --backend dali, --device auto; leave"),
         ({"bit_depth": 16, "device": "0"}, "on the CPU; got --backend auto, --device 0; leave"),
-        ({"bit_depth": 16, "require_gpu": True}, "--device auto, --require-gpu; leave them out, or choose"),
+        ({"bit_depth": 16, "require_gpu": True}, "--device auto, --require-gpu; omit them, or choose"),
         ({"dicom_window": (9, 9)}, "--dicom-window: got 9,9; allowed: LO,HI with LO < HI"),
         ({"normalize": "window"}, "normalize window needs --window LO,HI"),
         ({"normalize": "unit", "window": (0, 9)}, "goes with no other normalization"),
@@ -247,7 +247,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest_name() -> None:
         ({"ray_address": "auto"}, "goes with --engine ray"),
         ({"engine": "ray", "workers": 0}, "with --engine ray give 1 or more"),
         ({"engine": "ray", "device": "0,1"}, "gives each worker a GPU of its own"),
-        ({"reproducible": True, "hw_decoder_load": 0.5}, "leave one out"),
+        ({"reproducible": True, "hw_decoder_load": 0.5}, "omit one of them"),
         ({"device": "cpu", "require_gpu": True}, "contradict each other"),
     ],
 )

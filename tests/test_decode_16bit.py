@@ -325,10 +325,10 @@ def test_a_build_in_8_bits_of_files_in_16_says_so_and_one_in_16_does_not(
         (src / name).write_bytes(data)
     build(src, tmp_path / "deep")
     assert "16 bits" not in caplog.text
-    doubt = "'2.png', for one, has 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all"
+    doubt = "'2.png', for one, has 16 bits per channel, of which 8 are kept; --bit-depth 16 keeps all of them"
     build(src, tmp_path / "out", bit_depth=8)
     assert [record.getMessage() for record in caplog.records].count(doubt) == 1
-    sampled = "1 of 3 sampled images have 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all"
+    sampled = "1 of 3 sampled images have 16 bits per channel, of which 8 are kept; --bit-depth 16 keeps all of them"
     assert sampled in estimate(src, BuildConfig(device="cpu", size=8), seconds=0).warnings
     (src / "2.png").unlink()
     assert not any("16 bits" in each for each in estimate(src, BuildConfig(device="cpu", size=8), seconds=0).warnings)

@@ -293,7 +293,9 @@ def test_a_shard_that_arrives_changed_is_sent_again_and_given_up_in_the_end(
             storage.publish(temporary, "shard")
             assert storage.read("shard") == b"content"
         else:
-            with pytest.raises(StorageError, match=r"out/shard': .*what arrived is not what was sent; the store"):
+            with pytest.raises(
+                StorageError, match=r"out/shard': .*the stored object differs from the data that was sent; the store"
+            ):
                 storage.publish(temporary, "shard")
             assert storage.names() == []
         assert len(sent) == 3
@@ -559,7 +561,9 @@ def test_a_server_that_is_not_there_is_told(src: Path, out: str, monkeypatch: py
     with socket.create_server(("127.0.0.1", 0)) as taken:
         closed = taken.getsockname()[1]
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://127.0.0.1:{closed}"})
-    with pytest.raises(StorageError, match=f"127.0.0.1:{closed}.*; the store does not answer; check the network"):
+    with pytest.raises(
+        StorageError, match=f"127.0.0.1:{closed}.*; the object store does not respond; check the network"
+    ):
         build(src, out, SETTINGS)
 
 
@@ -722,7 +726,7 @@ def test_who_lost_the_lock_publishes_nothing_more(storage: ObjectStorage) -> Non
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": null}', b"\xff\x00"])
 def test_a_lock_that_says_nothing_is_respected_and_the_way_out_is_told(storage: ObjectStorage, content: bytes) -> None:
     storage.put(LOCK, content)
-    with pytest.raises(LockedError, match=f"if no build is at work, delete '{storage.path(LOCK)}'$"), storage.lock():
+    with pytest.raises(LockedError, match=f"if no build is running, delete '{storage.path(LOCK)}'$"), storage.lock():
         pass
     assert storage.read(LOCK) == content
 

@@ -125,8 +125,8 @@ def test_rejects_are_drawn_as_far_as_they_can_be_decoded(rejecting: Path, tmp_pa
         ({"path": "/secret.jpg", "index": -100}, "is said to be item -100 of|item -?\\d+ has the path "),
         ({"path": "a\0.jpg", "index": 100}, "is said to be item 100 of|item -?\\d+ has the path "),
         ({"path": "a\ud800.jpg", "index": 100}, "is said to be item 100 of|item -?\\d+ has the path "),
-        ({"path": 5}, "not a reject a line: .*path"),
-        ({"code": 7}, "not a reject a line: .*code"),
+        ({"path": 5}, "not one reject per line: .*path"),
+        ({"code": 7}, "not one reject per line: .*code"),
     ],
 )
 def test_rejects_that_name_other_files_are_refused(
@@ -215,7 +215,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a huge count": ({"count": 10**12}, r"--count: got 1000000000000; allowed: 1 to \d+ tiles of 128 pixels"),
     "a count of none": ({"count": 0}, "--count: got 0"),
     "a huge tile": ({"tile": 10**6}, "--tile: got 1000000; allowed: 16 to 1024"),
-    "no rejects": ({"show": "rejects"}, "was rejected; leave --rejects out"),
+    "no rejects": ({"show": "rejects"}, "was rejected; omit --rejects"),
     "a source for nothing": ({"source": "x"}, "--source goes with --rejects"),
 }
 

@@ -97,7 +97,7 @@ def test_a_build_records_its_resizer_and_keeps_it(src: Path, out: Path, monkeypa
     assert json.loads((out / ".gpu-npz/job.json").read_text())["resizer"] == "simd"
     assert "resizer" not in Manifest.load(str(out)).settings
     (out / "shard-00001.npz").unlink()
-    with pytest.raises(MismatchError, match="OUT was begun with --resizer simd; --resizer pillow asks for another"):
+    with pytest.raises(MismatchError, match="OUT was started with --resizer simd; --resizer pillow asks for another"):
         build(src, out, settings(resizer="pillow"))
     monkeypatch.setattr(resize, "is_simd", lambda: True)  # for which a new build would take Pillow
     assert build(src, out, settings()).built_shards == 1
@@ -127,7 +127,7 @@ def test_a_resume_without_simd_is_refused(src: Path, out: Path, monkeypatch: pyt
     build(src, out, settings())
     (out / "shard-00001.npz").unlink()
     monkeypatch.setattr(resize, "_library", lambda: None)
-    with pytest.raises(BackendError, match=r"(?s)OUT was begun with.*pip install 'cykooz-resizer.*'"):
+    with pytest.raises(BackendError, match=r"(?s)OUT was started with.*pip install 'cykooz-resizer.*'"):
         build(src, out, settings())
 
 

@@ -127,7 +127,7 @@ def test_what_has_no_name_of_an_image_is_counted(tmp_path: Path, caplog: pytest.
         caplog.clear()
         assert len(taken(open_source(src))) == 2
         (record,) = caplog.records
-        assert ": 2 files are left out by their names (1 " in record.getMessage()
+        assert ": 2 files are ignored because of their names (1 " in record.getMessage()
         assert "images have one of .bmp .dcm" in record.getMessage()
 
 
@@ -442,7 +442,7 @@ def test_a_split_builds_datasets_with_the_same_classes(tree: Path, tmp_path: Pat
         assert gpu_npz.verify(tmp_path / "out" / side).ok
     with pytest.raises(FormatError, match=r"is no dataset, but holds train, val; give one of these, .*out/train"):
         gpu_npz.open_dataset(tmp_path / "out")
-    with pytest.raises(StorageError, match="is a dataset; give --split an OUT of its own"):
+    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for --split"):
         build_split(tree, tmp_path / "whole", BuildConfig(**SETTINGS))
     with pytest.raises(MismatchError, match="split-seed: 0 there, 1 asked for"):
         build_split(tree, tmp_path / "out", BuildConfig(**SETTINGS, split_seed=1))

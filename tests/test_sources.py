@@ -165,7 +165,7 @@ def test_files_of_other_names_are_counted_anew_by_each_listing(tmp_path: Path) -
         assert len(listed(source)) == 1
         assert source.left_out == {"": 2, ".avif": 1, ".txt": 1}
     assert files_left_out(source.left_out) == (
-        "4 files are left out by their names (2 without extension, 1 .txt, 1 .avif)"
+        "4 files are ignored because of their names (2 without extension, 1 .txt, 1 .avif)"
     )
 
 
@@ -373,7 +373,9 @@ def test_what_is_not_a_regular_file_is_left_out_and_never_hangs_a_read(
     (root / "a" / "3.jpg").symlink_to("/dev/null")
     source = FolderSource(root)
     assert paths(source) == ["a/1.jpg"]
-    assert [record.getMessage().endswith(".jpg' is no file and is left out") for record in caplog.records] == [True] * 2
+    assert [record.getMessage().endswith(".jpg' is not a file and is ignored") for record in caplog.records] == [
+        True
+    ] * 2
     assert reject_of(source, "a/2.jpg") == ("unreadable", "not a regular file")
     assert reject_of(source, "a/3.jpg") == ("unreadable", "not a regular file")
     (root / "a" / "1.jpg").unlink()

@@ -202,7 +202,7 @@ def test_a_zero_byte_in_a_name_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
 def test_headers_of_absurd_size_are_refused_and_not_read(tmp_path: Path, kind: bytes) -> None:
     path = raw(tmp_path / "t.tar", (info_of("p", type=kind, size=4 << 30), b""))
-    with pytest.raises(SourceError, match=r"is cut: it ends at byte 1536, within a header|within 'p'"):
+    with pytest.raises(SourceError, match=r"is truncated: it ends at byte 1536, within a header|within 'p'"):
         opened(path)
     os.truncate(path, 9 << 30)
     with pytest.raises(SourceError, match=f"a header of {4 << 30} bytes at byte 512; at most 1048576 are allowed"):
@@ -215,7 +215,7 @@ def test_headers_of_absurd_size_are_refused_and_not_read(tmp_path: Path, kind: b
 )
 def test_a_size_beyond_the_end_is_a_cut_tar(tmp_path: Path, record: bytes) -> None:
     path = raw(tmp_path / "t.tar", (info_of("p", type=b"x", size=len(record)), record), (info_of("a/1.jpg"), b""))
-    with pytest.raises(SourceError, match=r"is cut: it ends at byte \d+, within 'a/1\.jpg', which has \d+ bytes"):
+    with pytest.raises(SourceError, match=r"is truncated: it ends at byte \d+, within 'a/1\.jpg', which has \d+ bytes"):
         opened(path)
 
 
@@ -247,7 +247,7 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path: Path, form: int) -> None:
     end += -end % 512
     for cut in [*range(0, end + 1, 512), *range(100, end, 512)]:
         path.write_bytes(data[:cut])
-        with pytest.raises(SourceError, match=r"is cut: it ends .*; download or make it again"):
+        with pytest.raises(SourceError, match=r"is truncated: it ends .*; download or make it again"):
             opened(path)
     path.write_bytes(data[: end + 512])
     assert len(items(opened(path))) == 2
@@ -277,7 +277,9 @@ def test_a_tar_behind_another_is_named_however_small(tmp_path: Path, caplog: pyt
         caplog.clear()
         (tmp_path / "c.tar").write_bytes(first + bytes(padding) + second)
         assert labelled(opened(tmp_path / "c.tar")) == [("a/1.jpg", 0)]
-        assert "as tar reads it; what follows is left out: give tars that were joined by cat one by one" in caplog.text
+        assert (
+            "as tar reads it; what follows is omitted: if tars were joined with cat, by cat one by one" in caplog.text
+        )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ _MANY_SHARDS = 100_000
 # Memory of a worker that has decoded only tiny images: Python, NumPy and the decoder's library; for DALI without CUDA.
 _PROCESS_BYTES = {"pillow": 60 * 10**6, "dali": 220 * 10**6}
 
-_MEASURES_FIRST = "--normalize dataset decodes every image once before the build: it takes nearly twice the duration"
+_MEASURES_FIRST = "--normalize dataset decodes every image once before the build: the build takes nearly twice as long"
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,14 @@ def _try_measuring(
     if found.config.engine == "ray":
         return (
             None,
-            "the duration is not known: with --engine ray it depends on the nodes, and nothing is measured here",
+            "the duration is unknown, because with --engine ray it depends on the nodes",
         )
     if left == 0:
         return None, None
     try:
         return measure(found, seconds, folder, progress), None
     except StorageError as exc:
-        return None, f"the duration is not known: {exc}; --folder DIR measures elsewhere"
+        return None, f"the duration is unknown: {exc}; use --folder DIR to measure in another folder"
 
 
 def _rejected(measured: ShortRun | None) -> str | None:
@@ -233,4 +233,4 @@ def _advice(found: Inspection, needed_bytes: int) -> Iterator[str]:
             "--bit-depth 16 keeps them all"
         )
     if plan.shard_count > _MANY_SHARDS:
-        yield f"{plan.shard_count} shards are slow to list and to check; a larger --shard-size makes fewer"
+        yield f"{plan.shard_count} shards are slow to list and to check; use a larger --shard-size"

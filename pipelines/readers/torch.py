@@ -372,6 +372,6 @@ def _require_same(state: dict[str, Any], own: dict[str, Any], position: set[str]
     others = [f"{name} {state.get(name)!r}, not {value!r}" for name, value in own.items() if state.get(name) != value]
     if others or not position <= state.keys():
         raise UsageError(
-            f"a state of another stream cannot be resumed: {'; '.join(others) or 'no epoch'}; make the dataset and its "
-            "loader as they were, or restart the epoch"
+            f"a state of another stream cannot be resumed: {'; '.join(others) or 'no epoch'}; create the dataset and "
+            "its loader with the same arguments, or restart the epoch"
         )

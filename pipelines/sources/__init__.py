@@ -52,7 +52,7 @@ def open_source(
     """
     config = config or BuildConfig()
     if classes is not None and config.labels == "none":
-        raise UsageError("--labels none and --classes-from contradict each other; leave one out")
+        raise UsageError("--labels none and --classes-from contradict each other; omit one of them")
     source = _opened(src, config, classes)
     if classes is not None and source.class_names is None:
         raise SourceError(
