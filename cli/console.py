@@ -62,10 +62,12 @@ def wrapped(text: str, stream: TextIO) -> str:
     width = shutil.get_terminal_size().columns
     lines = []
     for line in text.split("\n"):
-        start = _START.match(line)
-        indent = " " * (len(start[0]) if start else 0)
-        options = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
-        lines += textwrap.wrap(line, width, subsequent_indent=indent, **options) or [""]  # type: ignore[arg-type]
+        start = match[0] if (match := _START.match(line)) else ""
+        body = textwrap.wrap(
+            line[len(start) :], width, initial_indent=start, subsequent_indent=" " * len(start),
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        lines += body or [line]
     return "\n".join(lines)
 
 
