@@ -813,14 +813,14 @@ _RULES = (
         lambda config: (
             config.normalize not in ("mean-std", "dataset") and (config.mean is not None or config.std is not None)
         ),
-        lambda config: f"--mean and --std go with --normalize mean-std, not with {config.normalize}",
+        lambda config: f"--mean and --std require --normalize mean-std; got {config.normalize}",
     ),
     *_statistics_rules("mean"),
     *_statistics_rules("std"),
     _Rule(
         "normalize window",
         lambda config: (config.normalize == "window") != (config.window is not None),
-        lambda _: "normalize window needs --window LO,HI, which goes with no other normalization",
+        lambda _: "--normalize window and --window LO,HI require each other; give both, or neither",
     ),
     _Rule(
         "window bit_depth",
@@ -886,12 +886,12 @@ _RULES = (
     _Rule(
         "split split_by split_seed",
         lambda config: config.split is None and (config.split_by is not None or config.split_seed != 0),
-        lambda _: "--split-by and --split-seed go with --split; add it, or omit them",
+        lambda _: "--split-by and --split-seed require --split; add it, or omit them",
     ),
     _Rule(
         "ray_address engine",
         lambda config: config.ray_address is not None and config.engine != "ray",
-        lambda _: "--ray-address goes with --engine ray; add it, or leave the address out",
+        lambda _: "--ray-address requires --engine ray; add it, or omit the address",
     ),
     _Rule(
         "engine workers",

@@ -270,7 +270,7 @@ def test_a_split_is_told_by_its_sides_which_are_those_of_the_build(tree: Path, t
     assert look(tree, split="val=0.2/val").sides == {"val": 8}
     assert look(tree, split="val=0.2/val").items == 8
     assert look(tree).sides == {}
-    with pytest.raises(UsageError, match="leave none for 'val'; give larger shares"):
+    with pytest.raises(UsageError, match="are too few for 'val' to get one; give larger shares"):
         look(tree, limit=2, split="val=0.2")
 
 
@@ -353,7 +353,7 @@ def test_float32_is_warned_of_with_the_size_of_uint8_where_that_saves_something(
     size = look(tree).output_bytes
     smaller = f"{space.format_bytes(size // 4)} instead of {space.format_bytes(size)}"
     assert smaller.count("kB") == 2
-    assert warned(look(tree), f"--dtype uint8 would take some {smaller}; readers then normalize")
+    assert warned(look(tree), f"--dtype uint8 would take about {smaller}; readers then normalize")
 
 
 def test_shards_sorted_by_class_are_warned_of_where_there_are_labels(tree: Path, make_tree: MakeTree) -> None:
@@ -527,7 +527,7 @@ def test_a_source_that_is_missing_or_empty_ends_with_1_and_a_bad_option_with_2(
 
 def test_a_foreign_folder_as_out_is_refused_as_by_the_build(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(StorageError, match="holds no dataset of gpu-npz"):
+    with pytest.raises(StorageError, match="is not a gpu-npz dataset"):
         look(tree, tmp_path)
 
 

@@ -382,7 +382,7 @@ def test_a_plan_without_a_shard_is_replaced_in_a_bucket_too(
 
 def test_a_foreign_prefix_is_not_written_to(src: Path, out: str) -> None:
     open_storage(out).write("notes.txt", b"precious")
-    with pytest.raises(StorageError, match="is not empty and holds no dataset"):
+    with pytest.raises(StorageError, match="is not empty and is not a gpu-npz dataset"):
         build(src, out, SETTINGS)
     assert contents(out) == {"notes.txt": b"precious"}
 
@@ -444,7 +444,9 @@ def test_uploads_that_are_cut_again_and_again_leave_nothing_and_the_same_build_f
 ) -> None:
     hit = puts(rb"\S*/" + name.encode())
     proxy.rule = lambda data: None if hit(data) else data
-    with pytest.raises(StorageError, match=rf"/{name}': .*; the store does not answer; .* same command to resume"):
+    with pytest.raises(
+        StorageError, match=rf"/{name}': .*; the object store does not respond; .* same command to resume"
+    ):
         build(src, out, SETTINGS)
     left = contents(out)
     assert not [path for path in left if path.endswith(name) or path.startswith((LOCK, ".gpu-npz/beat"))]
@@ -467,7 +469,7 @@ def test_a_multipart_upload_that_is_cut_leaves_no_object(
     temporary = storage.temporary("shard")
     Path(temporary).write_bytes(bytes(12 << 20))
     proxy.rule = lambda data: None if re.match(rb"PUT \S*partNumber=2", data) else data
-    with pytest.raises(StorageError, match="the store does not answer"):
+    with pytest.raises(StorageError, match="the object store does not respond"):
         storage.publish(temporary, "shard")
     assert storage.names() == []
     proxy.rule = lambda data: data

@@ -216,7 +216,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a count of none": ({"count": 0}, "--count: got 0"),
     "a huge tile": ({"tile": 10**6}, "--tile: got 1000000; allowed: 16 to 1024"),
     "no rejects": ({"show": "rejects"}, "was rejected; omit --rejects"),
-    "a source for nothing": ({"source": "x"}, "--source goes with --rejects"),
+    "a source for nothing": ({"source": "x"}, "--source requires --rejects"),
 }
 
 
@@ -234,7 +234,7 @@ def test_datasets_that_are_empty_unfinished_or_damaged_say_so(make_tree: MakeTre
 
     out = build(make_tree({"a/0.jpg": "text"}), tmp_path / "out")
     for show in ("random", "class"):
-        with pytest.raises(UsageError, match="all its items were rejected; --rejects shows them"):
+        with pytest.raises(UsageError, match="all items were rejected; use --rejects"):
             sheet(show=show)
     (tmp_path / "images").rename(tmp_path / "moved")
     with pytest.raises(SourceError, match="give --source SRC"):
@@ -244,7 +244,7 @@ def test_datasets_that_are_empty_unfinished_or_damaged_say_so(make_tree: MakeTre
     with pytest.raises(SourceError, match=r"job\.json.* is missing; give --source SRC"):
         sheet(show="rejects")
     (out / "rejects.jsonl").write_text("[]\n")
-    with pytest.raises(FormatError, match="not a reject a line"):
+    with pytest.raises(FormatError, match="not one reject per line"):
         sheet(show="rejects")
     (tmp_path / "folder.png").mkdir()
     other = build(tmp_path / "moved", tmp_path / "other")
@@ -257,7 +257,7 @@ def test_datasets_that_are_empty_unfinished_or_damaged_say_so(make_tree: MakeTre
     (out / "dataset.json").unlink()
     with pytest.raises(IncompleteError, match="is not complete"):
         sheet()
-    with pytest.raises(FormatError, match="holds no dataset"):
+    with pytest.raises(FormatError, match="is not a dataset"):
         preview(tmp_path / "nothing", tmp_path / "sheet.png")
 
 

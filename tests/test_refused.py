@@ -226,7 +226,7 @@ def test_the_plan_of_a_part_at_work_is_not_replaced(tree: Path, out: Path, kille
         before = files(out)
         with pytest.raises(MismatchError, match="or delete OUT and start all parts again"):
             build(tree, out, settings(dtype="uint8", part="2/3"))
-        with pytest.raises(LockedError, match="a part of the build is at work"):
+        with pytest.raises(LockedError, match="a part of the build is still running"):
             build(tree, out, settings(dtype="uint8"))
         assert files(out) == before
         assert any(

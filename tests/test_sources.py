@@ -292,7 +292,7 @@ def test_classes_are_numbered_by_a_list_where_one_is_given(tmp_path: Path) -> No
 
 def test_classes_that_the_list_does_not_have_are_named(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "x/2.jpg", "y/3.jpg")
-    with pytest.raises(SourceError, match=r"--classes-from does not name: 'x', 'y'; leave these items out"):
+    with pytest.raises(SourceError, match=r"--classes-from does not name: 'x', 'y'; omit these items"):
         FolderSource(tmp_path, ["a", "b"])
     with pytest.raises(SourceError, match=r"does not name: 'c0', 'c1', 'c2', 'c3', 'c4', \.\.\.;"):
         FolderSource(touch(tmp_path / "many", *(f"c{number}/1.jpg" for number in range(9))), ["a"])
@@ -414,7 +414,7 @@ def test_folders_beyond_the_longest_path_are_left_out_and_do_not_stop_a_build(
         os.chdir("d" * 200)
     Path("2.jpg").touch()
     assert paths(FolderSource(root)) == ["a/1.jpg"]
-    assert ["lies too deep" in record.getMessage() for record in caplog.records] == [True]
+    assert ["is nested too deeply" in record.getMessage() for record in caplog.records] == [True]
 
 
 @pytest.fixture

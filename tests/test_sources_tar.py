@@ -125,14 +125,14 @@ def test_links_devices_and_sparse_files_are_left_out_with_one_warning(
         source = opened(path)
         assert [source.read(item) for item in items(source)] == [b"abc"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{str(path)!r}: 5 links, devices or sparse files ('a/0.jpg', ...) are left out; unpack it and give the folder "
-        "to have them"
+        f"{str(path)!r}: 5 links, devices or sparse files ('a/0.jpg', ...) are omitted; to use them, unpack it and "
+        "give the folder as SRC"
     ]
 
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
     path = pack(tmp_path / "t.tar", {"a/1.jpg": b"1", "a/2.jpg": b"2", "./a//1.jpg": b"3"})
-    with pytest.raises(SourceError, match=r"holds 'a/1\.jpg' twice; make it again"):
+    with pytest.raises(SourceError, match=r"holds 'a/1\.jpg' twice; unpack it and create it again"):
         opened(path)
 
 
@@ -268,7 +268,7 @@ def test_what_follows_the_end_mark_is_named(tmp_path: Path, caplog: pytest.LogCa
     assert not caplog.records
     os.truncate(path, 4 << 20)
     opened(path)
-    assert "ends at byte 1024 of 4194304, as tar reads it; what follows is left out" in caplog.text
+    assert "ends at byte 1024 of 4194304, as tar reads it; what follows is omitted" in caplog.text
 
 
 def test_a_tar_behind_another_is_named_however_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -329,7 +329,7 @@ def test_places_are_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ShardError, match="has become shorter"):
         read_item(source, Item(0, "a/1.jpg", None, (0, 2**40, 5)))
     (tmp_path / "t.tar").unlink()
-    with pytest.raises(SourceError, match="is gone; bring it back"):
+    with pytest.raises(SourceError, match="is missing; restore it"):
         read_item(opened_again(source), items_place())
 
 
