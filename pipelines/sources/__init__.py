@@ -67,8 +67,8 @@ def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[
     for name, kinds in _KINDS_WITH.items():
         if getattr(config, name) is not None and kind not in kinds:
             raise UsageError(
-                f"--{name.replace('_', '-')} requires SRC of the kind {' or '.join(kinds)}; {location!r} is of the kind "
-                f"{kind}"
+                f"--{name.replace('_', '-')} requires SRC of the kind {' or '.join(kinds)}; {location!r} is of "
+                f"the kind {kind}"
             )
     if kind == "folder" and config.root is not None:
         location = _within(location, config.root)
