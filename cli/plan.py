@@ -93,7 +93,7 @@ def _lines(found: Estimate) -> list[str]:
         lines.append(f"  duration    about {_time(found.duration_s)}: {rate}, {found.measured.items} items measured")
     if found.shards_left is not None:
         left = f"{found.shards_left} of {found.shards} shards are left to build"
-        lines.append(f"  begun       {left}, and the settings are those that OUT was started with")
+        lines.append(f"  resumes     {left}, and the settings are those of OUT")
     return lines + [f"  warning     {printable(warning, keep=chr(10))}" for warning in found.warnings]
 
 
@@ -121,13 +121,18 @@ def _sampled(sample: Sample, items: int) -> list[str]:
     if not sample.sizes:
         return lines
     smallest, median, largest = (f"{height} x {width}" for height, width in sample.sizes)
-    encoded = f"{format_bytes(sample.encoded_bytes)} encoded, some {format_bytes(sample.encoded_bytes * items)} in all"
+    encoded = f"{format_bytes(sample.encoded_bytes)} encoded, about {format_bytes(sample.encoded_bytes * items)} in all"
     readable = sum(sample.formats.values())
-    kinds = {"progressive": sample.progressive, "turned by EXIF": sample.turned, "CMYK": sample.cmyk}
-    shares = ", ".join(f"{count / readable:.1%} {kind}" for kind, count in {**kinds, "gray": sample.gray}.items())
+    kinds = {
+        "progressive": sample.progressive,
+        "rotated by EXIF": sample.turned,
+        "CMYK": sample.cmyk,
+        "gray": sample.gray,
+    }
+    shares = [f"{count / readable:.1%} {kind}" for kind, count in kinds.items() if count]
     lines += [
-        f"  sizes       {smallest} to {largest}, {median} in the middle; {encoded}",
-        f"  kinds       {_counts(sample.formats)}; {_counts(sample.modes)}; {shares}",
+        f"  sizes       {smallest} to {largest}, median {median}; {encoded}",
+        f"  kinds       {'; '.join([_counts(sample.formats), _counts(sample.modes), *shares])}",
     ]
     if (heaviest := sample.heaviest) is not None:
         sides = f"{heaviest.height} x {heaviest.width} {heaviest.mode} {heaviest.format}"

@@ -325,8 +325,8 @@ def test_what_is_left_of_a_split_counts_the_sides_that_were_not_begun(
     assert run(["plan", *given, "--split", "val=0.2"]) == 0
     shown = capsys.readouterr().out
     assert "  split       32 train, 8 val\n" in shown
-    begun = "  begun       1 of 3 shards are left to build, and the settings are those that OUT was started with\n"
-    assert begun in shown
+    resumes = "  resumes     1 of 3 shards are left to build, and the settings are those of OUT\n"
+    assert resumes in shown
     assert "decodes every image once before" not in shown
     assert warned(look(tree, out, **split), f"{os.fspath(out / 'train')!r}: OUT was started with other settings")
     assert look(tree, tmp_path / "away", split="val=0.2/val", normalize="dataset").shards_left == 0
@@ -365,7 +365,7 @@ def test_shards_sorted_by_class_are_warned_of_where_there_are_labels(tree: Path,
 def test_more_unreadable_headers_than_the_build_allows_are_warned_of(make_tree: MakeTree) -> None:
     src = make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "text", "a/3.jpg": "empty"})
     assert warned(
-        look(src, max_rejects="1"), "2 of 3 sampled items would be rejected, so some 2 in all; --max-rejects 1"
+        look(src, max_rejects="1"), "2 of 3 sampled items would be rejected, so about 2 in all; --max-rejects 1"
     )
     assert not warned(look(src, max_rejects="2"), "would be rejected")
 
@@ -428,7 +428,7 @@ def test_a_disk_that_is_too_small_stops_the_build_with_figures_and_ways_out(tmp_
         require_space(os.fspath(tmp_path / "a/b"), **NEEDS, dtype="float32")
     text = str(caught.value)
     assert "needs 4.7 MB, and its filesystem has 1.0 MB free" in text
-    assert "--dtype uint8 would take 1.7 MB; free some space, choose another OUT, or start all the same with" in text
+    assert "--dtype uint8 would take 1.7 MB; free some space, choose another OUT, or start anyway with" in text
     assert text.endswith("--no-preflight")
     assert asked == [os.fspath(tmp_path)]
     with pytest.raises(StorageError, match=r"--dtype uint16 would take 2\.7 MB"):

@@ -219,7 +219,7 @@ def _advice(found: Inspection, needed_bytes: int) -> Iterator[str]:
     expected = rejects * plan.item_count // sample.items
     if expected > config.reject_limit(plan.item_count):
         yield (
-            f"{rejects} of {sample.items} sampled items would be rejected, so some {expected} in all; --max-rejects "
+            f"{rejects} of {sample.items} sampled items would be rejected, so about {expected} in all; --max-rejects "
             f"{config.max_rejects} allows {config.reject_limit(plan.item_count)}: fix them, or raise it"
         )
     if sample.over_max_pixels:
