@@ -536,7 +536,7 @@ def test_a_store_that_refuses_is_not_asked_twice_and_the_rights_are_named(src: P
         return answer("403 Forbidden", "AccessDenied")
 
     proxy.rule = refuse
-    with pytest.raises(StorageError, match="as the test says; ask for the right to list the bucket, and to get, put"):
+    with pytest.raises(StorageError, match="as the test says; request permission to list the bucket and to get, put"):
         build(src, out, SETTINGS)
     assert len(asked) == 1
     proxy.rule = lambda data: data

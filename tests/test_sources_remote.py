@@ -220,7 +220,7 @@ def test_without_permission_an_object_is_a_reject_and_a_bucket_is_an_error(put: 
         raise PermissionError("ExpiredToken")
 
     store.wrong, store.info = [PermissionError("ExpiredToken")], expired  # type: ignore[attr-defined]
-    with pytest.raises(SourceError, match="no permission; ask for the right to list"):
+    with pytest.raises(SourceError, match="no permission; request permission to list"):
         read_item(source, item)
 
 

@@ -229,8 +229,8 @@ def _advice(found: Inspection, needed_bytes: int) -> Iterator[str]:
         )
     if sample.sixteen_bit and config.bit_depth == 8:
         yield (
-            f"{sample.sixteen_bit} of {sample.items} sampled images have 16 bits a channel, of which 8 are kept; "
-            "--bit-depth 16 keeps them all"
+            f"{sample.sixteen_bit} of {sample.items} sampled images have 16 bits per channel, of which 8 are kept; "
+            "--bit-depth 16 keeps all of them"
         )
     if plan.shard_count > _MANY_SHARDS:
         yield f"{plan.shard_count} shards are slow to list and to check; use a larger --shard-size"
