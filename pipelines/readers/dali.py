@@ -40,8 +40,9 @@ def source(
     DALI gets the stored values, uint8 pixels for `--dtype uint8`, with their layout: "HWC" for `--layout NHWC`, else
     "CHW". Geometric and colour operators of DALI, such as `fn.rotate` and `fn.color_twist`, need "HWC", which
     `fn.transpose(images, perm=[1, 2, 0])` makes of "CHW". `fn.crop_mirror_normalize` normalizes pixels by mean and
-    std of `batches.data.manifest.normalization`, multiplied by 255, or by 65535 for uint16. It has no counterpart of
-    the other kinds of normalization. None of this has been tried on a GPU yet.
+    std of `batches.data.manifest.normalization`, multiplied by 255, or by 65535 for uint16. It cannot do the kinds of
+    normalization without mean and std; for these, build with `--dtype float32`, which stores normalized values. None
+    of this has been tried on a GPU yet.
 
     At the end of an epoch, the pipeline's `run` raises StopIteration; after its `reset` comes the next epoch, in an
     order of its own. DALI's iterators call `reset` themselves with `auto_reset=True`. In each epoch, each image comes
