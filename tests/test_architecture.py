@@ -90,7 +90,7 @@ ROOMS = {
             "readers inference buffers",
             "dataset",
             "contract order",
-            "torch_loader torch_workers keras tensorflow",
+            "torch_loader torch_workers keras tensorflow dali",
             "torch",
         ],
     ),

@@ -20,7 +20,7 @@ from ..errors import BackendError, UsageError, install_command
 from .buffers import Buffers
 from .contract import compare_with_others
 from .dataset import Dataset
-from .order import ElasticOrder, Places, kept_rows, part, require_natural, windows
+from .order import ElasticOrder, Places, kept_rows, part, require_natural, share, windows
 
 try:
     import torch
@@ -342,10 +342,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         }
 
     def _run(self) -> tuple[int, int]:
-        count = len(self.dataset)
-        if self._drop_last:
-            count -= count % self.world_size
-        return part(count, self.rank, self.world_size)
+        return share(len(self.dataset), self.rank, self.world_size, self._drop_last)
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the images of this process's stream and their order."""

@@ -19,7 +19,7 @@ from ..machine.environment import usable_cpus
 from .buffers import Buffers, fresh
 from .contract import compare_with_others
 from .dataset import Dataset
-from .order import Places, kept_rows, part, require_natural, shuffled
+from .order import Places, kept_rows, part, require_natural, require_rank, share, shuffled
 
 _MOST_THREADS = 8
 _HELD = 4  # batches beside those read ahead: one being delivered, the caller's, and what it kept for a moment
@@ -152,11 +152,7 @@ class Loader:
             copies.wait()
 
     def _run(self) -> tuple[int, int]:
-        rank, world_size = self.ranks
-        count = len(self.rows)
-        if self.drop_last:
-            count -= count % world_size
-        return part(count, rank, world_size)
+        return share(len(self.rows), *self.ranks, self.drop_last)
 
     @property
     def _on_host(self) -> bool:
@@ -277,6 +273,4 @@ def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank}, world_size {world_size}: give both, the rank from 0 up to world_size - 1")
-    return rank, world_size
+    return require_rank(rank, world_size)
