@@ -19,6 +19,7 @@ from gpu_npz.dataset.space import format_bytes
 from gpu_npz.errors import RejectLimitError
 from gpu_npz.workers import events
 from gpu_npz.workers.messages import Message
+from gpu_npz.workers.subprocesses import WORKER, discard
 
 _SHOWN = 3  # the number of files listed with a message
 
@@ -53,10 +54,13 @@ def command(
     if dry_run:
         from gpu_npz.cli import plan
 
+        discard(WORKER)
         context.invoke(plan.command, src=src, out=out, preset=preset, config_file=config_file, as_json=as_json, **given)
         return
     show_warnings()
     config = read_config(config_file, given, preset)
+    if config.workers == 0 or config.engine == "ray":
+        discard(WORKER)
     with Bar(hidden=quiet or as_json) as bar:
         try:
             if config.sides:
