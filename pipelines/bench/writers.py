@@ -141,7 +141,10 @@ def _write(tick: Tick, python: str, name: str, setup: Setup) -> None:
                 raise
         if process.returncode:
             last = "\n".join(output.strip().splitlines()[-_LAST_LINES:])
-            raise BackendError(f"{name} failed in {python} with exit status {process.returncode}:\n{last}")
+            raise BackendError(
+                f"{name} failed in {python} with exit status {process.returncode}; check its packages, and that every "
+                f"image of SRC can be decoded. It wrote last:\n{last}"
+            )
         span: peers.Span = json.loads((scratch / peers.SPAN).read_bytes())
         tick(0, span["first"])
         tick(span["images"], span["last"])
