@@ -154,6 +154,49 @@ def sources(src: str | None, images: int, rounds: int, folder: str | None, as_js
         click.echo("\n".join(_lines(result)))
 
 
+@command.command("writers")
+@click.argument("src", metavar="[SRC]", required=False)
+@click.option(
+    "--peers",
+    metavar="PYTHON",
+    help="The Python of the environment in which the others are installed. The default is this one.",
+)
+@click.option("--images", default=2000, show_default=True, type=click.IntRange(1), metavar="N", help="How many images.")
+@_rounds(5)
+@_FOLDER
+@config_options("resizer", "size", "shard_size", "batch_size")
+@_JSON
+def writers(
+    src: str | None,
+    peers: str | None,
+    images: int,
+    rounds: int,
+    folder: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Compare builds with litData, MosaicML's MDSWriter and a script with numpy.savez, on all cores.
+
+    Images a second from the first row to the last, flushed to the disk; a line begins when its process starts. The
+    others resize with Pillow. SRC is a folder of images that can all be decoded; pictures are made up if there is none.
+    """
+    from gpu_npz.bench.pictures import make_images
+    from gpu_npz.bench.writers import measure
+    from gpu_npz.cli.console import errors, print_json
+
+    config = read_config(None, given)
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
+        if src is None:
+            status.update("making pictures")
+            src = str(make_images(Path(place) / "pictures", count=min(images, 300), broken=False).folder)
+        python = {} if peers is None else {"python": peers}
+        result = measure(src, config, images=images, rounds=rounds, folder=folder, say=status.update, **python)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo("\n".join(_lines(result)))
+
+
 @command.command("storage")
 @click.argument("src", metavar="[SRC]", required=False)
 @click.option("--cifar", metavar="DIR", help="Use CIFAR-10 or CIFAR-100, unpacked from its Python archive, at 32 x 32.")
@@ -204,10 +247,7 @@ def storage(
             src = str(cifar_files(read_cifar(cifar), pictures, images))
         elif src is None:
             status.update("making pictures")
-            made = make_images(pictures, count=min(images, 300))
-            for path in made.bad.values():
-                (made.folder / path).unlink()
-            src = str(made.folder)
+            src = str(make_images(pictures, count=min(images, 300), broken=False).folder)
         result = measure(src, config, images=images, rounds=rounds, folder=folder, say=status.update)
     if plot is not None:
         draw(result, plot)
@@ -241,7 +281,7 @@ def _lines(result: Measurement) -> list[str]:
         low, high = min(row.rates), max(row.rates)
         rates = f"{row.median:10.0f} {low:10.0f} {high:10.0f}"
         lines.append(f"{row.name:16} {rates} {row.start_s:8.2f} s {row.end_s:8.2f} s   {shares}")
-    return lines
+    return [*lines, *([""] if result.left_out else []), *result.left_out]
 
 
 def _worker_lines(result: WorkerCost) -> list[str]:

@@ -18,6 +18,7 @@ from gpu_npz.dataset.layout import REPORT
 from gpu_npz.dataset.space import format_bytes
 from gpu_npz.errors import RejectLimitError, UsageError
 from gpu_npz.workers.messages import Message
+from gpu_npz.workers.subprocesses import WORKER, discard
 
 _SHOWN = 3  # the number of files listed with a message
 
@@ -60,12 +61,15 @@ def command(
     if dry_run:
         from gpu_npz.cli import plan
 
+        discard(WORKER)
         context.invoke(plan.command, src=src, out=out, preset=preset, config_file=config_file, as_json=as_json, **given)
         return
     if progress_form == "json" and as_json:
         raise UsageError("--json and --progress json contradict each other; omit --json: the last line has the report")
     show_warnings()
     config = read_config(config_file, given, preset)
+    if config.workers == 0 or config.engine == "ray":
+        discard(WORKER)
     lines = JsonLines() if progress_form == "json" else None
     with Bar(hidden=quiet or as_json or lines is not None) as bar:
         on_event: Any = lines or bar

@@ -47,6 +47,10 @@ class _Commands(click.Group):
             close = difflib.get_close_matches(args[0], COMMANDS, 3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"the commands are {', '.join(COMMANDS)}"
             ctx.fail(f"No such command {args[0]!r}; {hint}")
+        if args[:1] == ["build"] and not {"-h", "--help"}.intersection(args):
+            from gpu_npz.workers.subprocesses import WORKER, prepared
+
+            ctx.with_resource(prepared(WORKER))  # it imports its modules while this process does the same
         found = super().resolve_command(ctx, args)  # imports the command
         stop_in_order()
         return found

@@ -34,6 +34,7 @@ def main() -> NoReturn:
         if _signal.getsignal(number) != _signal.SIG_IGN:  # `nohup` and a shell's `&` leave a signal ignored
             _signal.signal(number, _leave)
     atexit.register(_ignore)  # registered first, so it runs last
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would look for them in every installed package
     from gpu_npz.cli.main import run
 
     code = run(sys.argv[1:])

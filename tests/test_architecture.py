@@ -112,7 +112,7 @@ ROOMS = {
     ),
     "bench": (
         "errors config storage machine npz sources preprocess dataset workers readers audit builder",
-        ["bench pictures rates formats", "loading setup", "storage cores sources sweep worker", "plots pipeline"],
+        ["bench peers pictures rates formats", "loading setup", "storage cores sources sweep worker", "plots pipeline writers"],
     ),
 }
 

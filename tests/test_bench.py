@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_npz.bench import pipeline, storage, sweep
+from gpu_npz import build, open_dataset
+from gpu_npz.bench import peers, pipeline, storage, sweep
 from gpu_npz.bench.formats import Images, Npy
+from gpu_npz.bench.pictures import make_images
 from gpu_npz.bench.rates import Row, Tick, in_turns, linked, rate
 from gpu_npz.builder import pace
 from gpu_npz.cli.main import run
@@ -197,6 +199,134 @@ def test_benches_link_files_and_copy_them_where_a_link_is_refused(
 def test_resize_mode_none_is_refused(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "pipeline", str(tree), "--resize-mode", "none"]) == 2
     assert "choose another mode" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    return str(make_images(tmp_path / "pictures", count=8, broken=False).folder)
+
+
+def test_bench_writers_compares_builds_with_the_writers_that_are_there(
+    pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Callable[..., Any]
+) -> None:
+    packages = {"litdata": ("no-such-litdata",), "mds": ("no-such-mds", "numpy"), "savez": ("numpy", "pillow")}
+    monkeypatch.setattr(peers, "NEEDED", packages)
+    place = tmp_path / "place"
+    place.mkdir()
+    options = ["--images", "20", "--rounds", "2", "--size", "16", "--batch-size", "2", "--folder", str(place)]
+    result = printed("bench", "writers", pictures, *options, "--json")
+    shares = {row["name"]: list(row["shares"]) for row in result["rows"]}
+    assert shares == {
+        "decode+resize": [],
+        "savez uint8": [],
+        "build uint8": ["savez uint8", "decode+resize"],
+        "savez float32": [],
+        "build float32": ["savez float32", "decode+resize"],
+    }
+    assert all(len(row["rates"]) == 2 and min(row["rates"]) > 0 < row["start_s"] for row in result["rows"])
+    assert [line.split(";")[0] for line in result["left_out"]] == [
+        "litdata is left out, because no-such-litdata cannot be found",
+        "mds is left out, because no-such-mds cannot be found",
+    ]
+    assert f"{sys.executable} -m pip install no-such-mds" in result["left_out"][1]
+    assert {"peers' python", "peers' numpy", "peers' pillow", "load before"} <= result["machine"].keys()
+    assert not list(place.iterdir())
+
+
+_LITDATA = """
+import numpy
+
+def optimize(fn, inputs, output_dir, chunk_bytes, num_workers):
+    samples = [fn(entry) for entry in inputs]
+    assert num_workers and {sample["label"] for sample in samples} == set(range(20))
+    numpy.save(f"{output_dir}/chunk.npy", [sample["image"] for sample in samples])
+"""
+_STREAMING = """
+import os
+
+class MDSWriter:
+    def __init__(self, out, columns):
+        os.mkdir(out)
+        self.dtype = columns["image"].split(":")[1]
+        assert columns == {"image": f"ndarray:{self.dtype}:3,16,16", "label": "int"}
+        self.file = open(f"{out}/shard.mds", "wb")
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        self.file.close()
+    def write(self, sample):
+        assert (sample["image"].shape, sample["image"].dtype) == ((3, 16, 16), self.dtype)
+        self.file.write(sample["image"])
+"""
+_UTIL = """
+import os
+
+def merge_index(out, keep_local):
+    sizes = [os.path.getsize(f"{out}/{group}/shard.mds") for group in os.listdir(out)]
+    assert len(sizes) > 1 and sum(sizes) in (20 * 768, 20 * 3072)
+"""
+
+
+def test_bench_writers_runs_other_libraries_in_an_environment_of_theirs(
+    pictures: str, tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "theirs"
+    files = {
+        "litdata.py": _LITDATA,
+        "streaming/__init__.py": _STREAMING,
+        "streaming/base/util.py": _UTIL,
+        "litdata-1.2.dist-info/METADATA": "Name: litdata\nVersion: 1.2\n",
+        "mosaicml_streaming-3.4.dist-info/METADATA": "Name: mosaicml-streaming\nVersion: 3.4\n",
+    }
+    for name, text in files.items():
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_text(text)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={theirs} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    options = ["--images", "20", "--rounds", "1", "--size", "16", "--batch-size", "1", "--peers", str(python)]
+    text = printed("bench", "writers", pictures, *options)
+    assert "litdata 1.2, mosaicml-streaming 3.4, " in text
+    assert all(f"{name} {dtype}" in text for name in ("litdata", "mds", "savez") for dtype in ("uint8", "float32"))
+    assert "left out" not in text
+    (theirs / "litdata.py").write_text("raise OSError('its library does not load')\n")
+    assert run(["bench", "writers", pictures, *options]) == 1
+    message = capsys.readouterr().err
+    assert "litdata failed in" in message
+    assert message.endswith("OSError: its library does not load\n")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_other_writers_store_the_rows_of_a_build(dtype: str, pictures: str, tmp_path: Path) -> None:
+    config = BuildConfig(size="24x16", dtype=dtype, resizer="pillow", workers=0, device="cpu", exif_orientation=False)
+    build(pictures, tmp_path / "built", config)
+    ours = open_dataset(tmp_path / "built")
+    for name in ("out", "scratch"):
+        (tmp_path / name).mkdir()
+    folders = {"src": pictures, "out": str(tmp_path / "out"), "scratch": str(tmp_path / "scratch")}
+    job = peers.Job(**folders, workers=2, dtype=dtype, size=(24, 16), config={})
+    peers.main(["savez", json.dumps(job)])
+    with np.load(tmp_path / "out" / "00000000.npz") as theirs:
+        np.testing.assert_allclose(theirs["images"], ours[:], atol=1e-6 * (dtype == "float32"))  # roundings in float32
+        assert theirs["images"].dtype == dtype
+        np.testing.assert_array_equal(theirs["labels"], ours.labels)
+    span = json.loads((tmp_path / "scratch" / peers.SPAN).read_bytes())
+    assert (span["images"], span["first"] < span["last"]) == (7, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--peers", "no-such-python"], 2, "use one such as"),
+        (["--peers", "/bin/true"], 2, "cannot be run as a Python interpreter"),
+        (["--images", "2"], 2, "use more --images or a smaller --batch-size"),
+    ],
+)
+def test_bench_writers_refuses_what_it_cannot_measure(
+    options: list[str], code: int, message: str, pictures: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "writers", pictures, *options]) == code
+    assert message in capsys.readouterr().err
 
 
 STORES = ["png files", "lmdb", "hdf5", "hdf5 gzip", "npy", "npz", "npz compressed", "gpu-npz", "gpu-npz deflate"]

@@ -20,6 +20,7 @@ from support import cpu_config, file_bytes, progressed
 import gpu_npz
 from gpu_npz.builder.build import build
 from gpu_npz.builder.report import Started
+from gpu_npz.cli.main import run
 from gpu_npz.errors import ShardError
 from gpu_npz.machine.tuning import Tuning
 from gpu_npz.storage.holders import is_gone
@@ -87,8 +88,8 @@ def sabotaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             start(self, task)
 
     def edited(program: str) -> str:
-        before, serve, rest = program.partition("from gpu_npz.workers.local import serve;")
-        return f"{before} import sabotage; {serve}{rest}"
+        before, call, rest = program.partition("from gpu_npz.workers.subprocesses import run;")
+        return f"{before} import sabotage; {call}{rest}"
 
     monkeypatch.setattr(local._LocalWorkers, "start", start_sabotaged)
 
@@ -288,3 +289,64 @@ def test_each_worker_has_a_gpu_of_its_own_and_they_are_taken_in_turn(monkeypatch
     assert list(local.run(task, [0, 1], (2, 0), 1.0)) == []
     assert started == [2, 0, 2, 0, 2]
     assert signal.SIGKILL not in {-code for code in local._CRASHES}
+
+
+def test_a_prepared_process_is_started_once_and_ends_if_it_is_not_used() -> None:
+    with subprocesses.prepared(subprocesses.WORKER):
+        ((unused, _, _),) = subprocesses._prepared.values()
+        subprocesses.discard(subprocesses.WORKER)
+        assert unused.returncode == -signal.SIGKILL
+    with subprocesses.prepared(subprocesses.WORKER):
+        ((prepared, _, _),) = subprocesses._prepared.values()
+        process, connection, output = subprocesses.start(subprocesses.WORKER)
+        assert process is prepared
+        assert not subprocesses._prepared
+    assert process.poll() is None  # who has started it ends it
+    connection.close()
+    assert process.wait(60) == 1
+    output.close()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The worker processes that have been started, prepared ones included."""
+    processes: list[subprocess.Popen[bytes]] = []
+    start = subprocesses._started
+
+    def noted(module: str) -> Any:
+        process = start(module)
+        processes.append(process[0])
+        return process
+
+    monkeypatch.setattr(subprocesses, "_started", noted)
+    return processes
+
+
+@pytest.mark.parametrize(
+    ("options", "codes"),
+    [
+        (["--workers", "1"], [0]),
+        (["--workers", "2"], [0, 0]),
+        (["--workers", "0"], [-signal.SIGKILL]),
+        (["--dry-run"], [-signal.SIGKILL]),
+        (["--no-such-option"], [-signal.SIGKILL]),
+        (["--help"], []),
+    ],
+)
+def test_the_command_build_starts_one_worker_ahead(
+    options: list[str],
+    codes: list[int],
+    src: Callable[..., Path],
+    tmp_path: Path,
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    common = ["--size", "16", "--device", "cpu", "--shard-size", "5", "--max-rejects", "100%"]
+    run(["build", str(src()), str(tmp_path / "out"), *common, *options])
+    assert [process.returncode for process in started] == codes
+    assert not subprocesses._prepared
+
+
+def test_a_build_that_is_refused_leaves_no_worker(tmp_path: Path, started: list[subprocess.Popen[bytes]]) -> None:
+    assert run(["build", str(tmp_path / "nothing"), str(tmp_path / "out")]) == 1
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    assert not (tmp_path / "out").exists()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -34,49 +36,80 @@ def ways(setup: Setup) -> dict[str, tuple[tuple[str, ...], Way]]:
         given = {"dtype": dtype, "workers": usable_cpus(), "shard_size": shard_size}
         config = BuildConfig(**{**setup.config.model_dump(), **given})
         cores = Setup.of(config, setup.choice, setup.source, setup.place)
-        found[f"{usable_cpus()} loops {dtype}"] = ((), lambda tick, cores=cores: _loops(tick, cores))  # type: ignore[misc]
+        found[f"{usable_cpus()} loops {dtype}"] = ((), partial(_on_all_cores, setup=cores, work=Setup.looped))
         baselines = (f"{usable_cpus()} loops {dtype}", *(["usual script"] if dtype == "float32" else []))
         found[f"all cores {dtype}"] = (baselines, cores.built)
     return {"usual script": ((), lambda tick: _usual_script(tick, setup)), **found}
 
 
-def _loops(tick: Tick, setup: Setup) -> None:
-    """One process per core, each of which runs the reference loop over its part of the images."""
+def resized(tick: Tick, setup: Setup) -> None:
+    """Decodes and resizes on all cores, and keeps nothing."""
+    _on_all_cores(tick, setup, _resize)
+
+
+def _resize(setup: Setup, tick: Tick, shards: Iterable[int]) -> None:
+    setup.bare(tick, "resize", shards)
+
+
+def _on_all_cores(tick: Tick, setup: Setup, work: Callable[[Setup, Tick, Iterable[int]], None]) -> None:
+    """Runs `work` in one process per worker, each of which asks for a shard when it needs one."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         pipes: list[Connection] = []
         for number in range(setup.tuning.workers):
             here, there = context.Pipe()
-            place = setup.place / f"loops-{number}"
-            share = (number, setup.tuning.workers)
-            arguments = (there, os.fspath(setup.source.location), os.fspath(place), setup.config, setup.choice, share)
-            process = context.Process(target=_loop, args=arguments)
+            place = setup.place / f"core-{number}"
+            arguments = (there, work, os.fspath(setup.source.location), os.fspath(place), setup.config, setup.choice)
+            process = context.Process(target=_serve, args=arguments)
             process.start()
             stack.callback(process.join)
+            stack.callback(here.close)  # ends the process after an error
+            there.close()  # so that `recv` raises EOFError if the process dies
             pipes.append(here)
         for pipe in pipes:
             pipe.recv()  # the process is ready
         tick(0)
+        shards = iter(range(setup.plan.shard_count))
         for pipe in pipes:
-            pipe.send(None)
-        for pipe in pipes:
-            tick(pipe.recv())
+            pipe.send(next(shards, None))
+        while pipes:
+            for ready in wait(pipes):
+                assert isinstance(ready, Connection)
+                images, more = ready.recv()
+                tick(images)
+                if more:
+                    ready.send(next(shards, None))
+                else:
+                    pipes.remove(ready)
 
 
-def _loop(pipe: Connection, src: str, place: str, config: BuildConfig, choice: Choice, share: tuple[int, int]) -> None:
+def _serve(
+    pipe: Connection,
+    work: Callable[[Setup, Tick, Iterable[int]], None],
+    src: str,
+    place: str,
+    config: BuildConfig,
+    choice: Choice,
+) -> None:
     os.environ["NUMPY_MADVISE_HUGEPAGE"] = "0"
     Path(place).mkdir(exist_ok=True)
-    setup = Setup.of(config, choice, FolderSource(src), Path(place))
     images = 0
 
-    def tick(count: int) -> None:
+    def tick(count: int, when: float | None = None, /) -> None:
         nonlocal images
         images += count
 
-    pipe.send(None)
-    pipe.recv()
-    setup.looped(tick, shards=range(share[0], setup.plan.shard_count, share[1]))
-    pipe.send(images)
+    def shards() -> Iterator[int]:
+        nonlocal images
+        while True:
+            pipe.send((images, True))
+            images = 0
+            if (shard := pipe.recv()) is None:
+                return
+            yield shard
+
+    work(Setup.of(config, choice, FolderSource(src), Path(place)), tick, shards())
+    pipe.send((images, False))
 
 
 def _usual_script(tick: Tick, setup: Setup) -> None:

@@ -52,7 +52,7 @@ class DemoImages:
     bad: Mapping[str, str]
 
 
-def make_images(folder: Path, *, count: int = 300, seed: int = 0) -> DemoImages:
+def make_images(folder: Path, *, count: int = 300, seed: int = 0, broken: bool = True) -> DemoImages:
     """Writes a tree of class folders: `count` pictures of the kinds that collections contain, and four broken files.
 
     Most are JPEGs of about 500 x 375 pixels; some of them are progressive, gray or rotated by EXIF. From a dozen
@@ -62,6 +62,7 @@ def make_images(folder: Path, *, count: int = 300, seed: int = 0) -> DemoImages:
         folder: gets the class folders; created if missing. Its other content is kept.
         count: the number of pictures, without the broken files.
         seed: decides the pictures. With the same version of Pillow, the same seed gives the same files.
+        broken: whether to write the broken files.
     """
     class_names = sorted(MOTIFS)
     for name in class_names:
@@ -69,16 +70,18 @@ def make_images(folder: Path, *, count: int = 300, seed: int = 0) -> DemoImages:
     for number in range(count):
         motif = class_names[number % len(class_names)]
         (folder / motif / f"{motif}_{number:04d}.jpg").write_bytes(_picture(number, motif, seed))
+    if not broken:
+        return DemoImages(folder, tuple(class_names), count, {})
     whole = _picture(count, "stripes", seed)
-    broken = {
+    bad = {
         "cut in half": ("circles/half.jpg", whole[: len(whole) // 2]),
         "empty": ("clouds/empty.jpg", b""),
         "a text": ("hills/notes.jpg", b"Remember to take the pictures of the hills.\n"),
         "without its last two bytes": ("stripes/no_end.jpg", whole[:-2]),
     }
-    for path, data in broken.values():
+    for path, data in bad.values():
         (folder / path).write_bytes(data)
-    return DemoImages(folder, tuple(class_names), count, {what: path for what, (path, _) in broken.items()})
+    return DemoImages(folder, tuple(class_names), count, {what: path for what, (path, _) in bad.items()})
 
 
 def paint(height: int, width: int, seed: int, motif: str | None = None) -> NDArray[np.uint8]:

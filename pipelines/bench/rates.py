@@ -11,15 +11,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..builder.pace import Pace, Stopwatch
 from ..dataset.plan import Plan, collect
 from ..machine.environment import usable_cpus
 from ..sources.folders.folder import FolderSource
 
-Tick = Callable[[int], None]
-Way = Callable[[Tick], None]  # does some work, and calls its argument after each step with the number of images
+Way = Callable[["Tick"], None]  # does some work, and calls its argument after each step with the number of images
+
+
+class Tick(Protocol):
+    """See `Stopwatch.tick`."""
+
+    def __call__(self, images: int, when: float | None = None, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A whole run: its rows, the settings that were used, and the machine."""
+    """A whole run.
+
+    Attributes:
+        rows: what was measured.
+        settings: the settings that were used.
+        machine: what it was measured on.
+        left_out: what was not measured because packages are missing, and what to install.
+    """
 
     rows: tuple[Row, ...]
     settings: dict[str, Any]
     machine: dict[str, Any]
+    left_out: tuple[str, ...] = ()
 
     def share(self, row: Row, baseline: str) -> float:
         """A row's rate divided by its baseline's in the same round, median of all rounds."""
@@ -72,7 +85,7 @@ class Measurement:
             }
             for row in self.rows
         ]
-        return {"rows": rows, "settings": self.settings, "machine": self.machine}
+        return {"rows": rows, "settings": self.settings, "machine": self.machine, "left_out": self.left_out}
 
 
 def rate(way: Way) -> Pace:

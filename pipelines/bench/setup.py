@@ -61,8 +61,8 @@ class Setup:
         assert config.size is not None
         return row_shape(config, *config.size)
 
-    def batches(self) -> Iterator[Batch]:
-        return interleaved_batches(self.plan, range(self.plan.shard_count), self.tuning)
+    def batches(self, shards: Iterable[int] | None = None) -> Iterator[Batch]:
+        return interleaved_batches(self.plan, range(self.plan.shard_count) if shards is None else shards, self.tuning)
 
     def decoder(self, stream: Any = None) -> Decoder:
         assert self.config.size is not None
@@ -77,10 +77,10 @@ class Setup:
             stream=stream,
         )
 
-    def bare(self, tick: Tick, last: Stage) -> None:
-        """Only the stages up to `last`, without a worker."""
+    def bare(self, tick: Tick, last: Stage, shards: Iterable[int] | None = None) -> None:
+        """Only the stages up to `last`, without a worker, of all shards or those given."""
         with self.decoder() as decoder:
-            for batch in decoder.bare(self.batches(), last):
+            for batch in decoder.bare(self.batches(shards), last):
                 tick(len(batch.items))
 
     def normalized(self, tick: Tick, *, transfer: bool) -> None:

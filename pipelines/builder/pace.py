@@ -37,13 +37,14 @@ class Stopwatch:
         self._last = self._begin
         self._first_images = self._images = 0
 
-    def tick(self, images: int) -> None:
+    def tick(self, images: int, when: float | None = None) -> None:
         """Records that a step is done.
 
         Args:
             images: how many images the step processed; 0 if it wrote images that were counted before.
+            when: the value of `time.perf_counter()` when it was done; the current one if None.
         """
-        self._last = time.perf_counter()
+        self._last = time.perf_counter() if when is None else when
         if self._first is None:
             self._first, self._first_images = self._last, images
         else:

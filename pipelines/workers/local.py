@@ -241,6 +241,11 @@ def serve(descriptor: int) -> None:
         return shard
 
     subprocesses.end_with_parent(descriptor)
+    from PIL import Image
+
+    from ..preprocess import pillow  # noqa: F401  # every decoder needs it, and the parent may still be planning
+
+    Image.preinit()  # loads the usual formats
     try:
         task = connection.recv()
         with contextlib.closing(_messages(task, requested_shards(ask, task.tuning.open_shards))) as messages:

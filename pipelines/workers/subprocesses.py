@@ -8,6 +8,7 @@ the parent's end of the pipe is closed, even while it is computing.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import select
@@ -19,8 +20,12 @@ from multiprocessing.connection import Connection
 
 from .messages import Output
 
+WORKER = "gpu_npz.workers.local"  # its name, because importing it takes long
+_Process = tuple[subprocess.Popen[bytes], Connection, Output]
+_prepared: dict[str, _Process] = {}  # by module
 
-def start(module: str) -> tuple[subprocess.Popen[bytes], Connection, Output]:
+
+def start(module: str) -> _Process:
     """Starts a process that runs `serve(descriptor)` of a module, where `descriptor` is its end of a pipe.
 
     Args:
@@ -29,8 +34,33 @@ def start(module: str) -> tuple[subprocess.Popen[bytes], Connection, Output]:
     Returns:
         The process, our end of the pipe, and what the process writes to stdout and stderr.
     """
+    return _prepared.pop(module, None) or _started(module)
+
+
+@contextlib.contextmanager
+def prepared(module: str) -> Iterator[None]:
+    """Starts such a process ahead of its use: it imports its modules now, and the first `start` in the body returns it.
+
+    If nothing starts it, it is killed at the end, or by `discard`.
+    """
+    with contextlib.suppress(OSError):  # too many processes: `start` reports that, if it is called at all
+        _prepared[module] = _started(module)
+    try:
+        yield
+    finally:
+        discard(module)
+
+
+def discard(module: str) -> None:
+    """Kills the process that `prepared` has started, unless it is used."""
+    if unused := _prepared.pop(module, None):
+        _end(*unused)
+
+
+def _started(module: str) -> _Process:
     here, there = multiprocessing.Pipe()
-    program = f"import sys; sys.path[:] = {sys.path!r}; from {module} import serve; serve({there.fileno()})"
+    call = f"from {__name__} import run; run({module!r}, {there.fileno()})"
+    program = f"import sys; sys.path[:] = {sys.path!r}; {call}"
     with there:
         process = subprocess.Popen(
             [sys.executable, "-c", program],
@@ -52,10 +82,22 @@ def running(module: str) -> Iterator[tuple[Connection, Output]]:
     try:
         yield connection, output
     finally:
-        connection.close()
-        process.kill()
-        process.wait()
-        output.close()
+        _end(process, connection, output)
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection, output: Output) -> None:
+    connection.close()
+    process.kill()
+    process.wait()
+    output.close()
+
+
+def run(module: str, descriptor: int) -> None:
+    """What such a process runs. It ends without the interpreter's teardown, for which its parent would wait."""
+    importlib.import_module(module).serve(descriptor)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def end_with_parent(descriptor: int) -> None:
