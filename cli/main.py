@@ -19,12 +19,18 @@ COMMANDS = {
     "verify": "Read a whole dataset and compare it with its manifest.",
     "stats": "Say what the pixels of images or of a dataset are like: mean, std, histograms, classes.",
     "preview": "Draw a contact sheet of a dataset, or of its rejects.",
+    "export": "Copy a dataset into the format of other tools: .npz, .npy, image folders, WebDataset.",
     "retry": "Try the rejects of a dataset again, after their files were fixed.",
     "finalize": "Finish a dataset that was built in parts.",
     "parity": "Say how far two decoders differ on the same images.",
     "doctor": "Say what this machine can use, and how to get the rest.",
     "demo": "Make some images, build and verify a dataset from them.",
     "bench": "Measure the pipeline on this machine.",
+}
+
+_AFTER_A_STOP = {
+    "build": "; what is committed stays, the same command resumes",
+    "export": "; finished files stay, the same command makes the others",
 }
 
 
@@ -95,6 +101,5 @@ def _printable(error: Exception) -> str:
 
 def _stopped(code: int, arguments: list[str]) -> int:
     leave_at_once()
-    hint = "; what is committed stays, the same command resumes" if arguments[:1] == ["build"] else ""
-    click.echo(f"gpu-npz: stopped{hint}", err=True)
+    click.echo(f"gpu-npz: stopped{_AFTER_A_STOP.get(arguments[0] if arguments else '', '')}", err=True)
     return code
