@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -92,7 +92,7 @@ def _naming(rows: Rows, folders: dict[int, str], extension: str, *, ignore_case:
         label = int(rows.labels[position])
         return f"{folders[label]}/{file_name(path, classes[label] if classes is not None else None)}"
 
-    stems = (stem(position, path) for position, path in _paths(rows))
+    stems = (stem(position, path) for position, path in rows.paths())
     doubles = repeated(stems, len(rows), ignore_case=ignore_case)
 
     def name_of(position: int, path: str) -> str:
@@ -102,18 +102,13 @@ def _naming(rows: Rows, folders: dict[int, str], extension: str, *, ignore_case:
     return name_of
 
 
-def _paths(rows: Rows) -> Iterator[tuple[int, str]]:
-    for span in rows.spans(images=False):
-        yield from enumerate(span.paths.tolist(), span.position)
-
-
 def _write_table(storage: LocalStorage, rows: Rows, name_of: Callable[[int, str], str]) -> None:
     temporary = storage.temporary(TABLE)
     try:
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["file_name", *(column.name for column in rows.columns)])
-            table.writerows([name_of(position, path), *rows.label(position)] for position, path in _paths(rows))
+            table.writerows([name_of(position, path), *rows.label(position)] for position, path in rows.paths())
             file.flush()
             os.fsync(file.fileno())
         storage.publish(temporary, TABLE)

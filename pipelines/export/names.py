@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..sources.base import as_bytes, is_hidden, is_image
+from ..sources.base import is_hidden, is_image
 
 _MOST_BYTES = 160  # filesystems take 255, of which an extension, a number and a temporary name need up to 60
 # Control characters, bytes that are not UTF-8 (PEP 383), and the tilde, which is kept for the numbers of `numbered`.
@@ -23,7 +23,7 @@ def portable(text: str) -> str:
     Control characters and bytes that are not UTF-8 become `%XX`. Of a long text, the end is kept. The name is not
     hidden, so `gpu-npz build` lists it.
     """
-    name = _ESCAPED.sub(lambda found: f"%{ord(found[0]) & 0xFF:02X}", text.strip("/").replace("/", "_"))
+    name = _escaped(text).strip("/").replace("/", "_")
     name = name.encode()[-_MOST_BYTES:].decode("utf-8", "ignore")
     return f"_{name}" if not name or is_hidden(name.encode()) else name
 
@@ -37,7 +37,12 @@ def file_name(path: str, folder: str | None) -> str:
     """
     if folder is not None:
         path = path.removeprefix(f"{folder}/")
-    return portable(os.path.splitext(path)[0] if is_image(as_bytes(path)) else path)
+    escaped = _escaped(path)
+    return portable(os.path.splitext(path)[0] if is_image(escaped.encode()) else path)
+
+
+def _escaped(text: str) -> str:
+    return _ESCAPED.sub(lambda found: f"%{ord(found[0]) & 0xFF:02X}", text)
 
 
 def numbered(name: str, number: int) -> str:

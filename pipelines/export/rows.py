@@ -46,9 +46,16 @@ class Span:
         return self.reader.rows("images")[self.places]
 
     @property
-    def paths(self) -> NDArray[Any]:
+    def paths(self) -> NDArray[np.str_]:
         """The source paths, `<U` (n,)."""
         return self.reader["paths"][self.places]
+
+    def texts(self) -> Iterator[tuple[int, str]]:
+        """The position and the source path of each row. Raises FormatError if a path is no text."""
+        try:
+            yield from enumerate(self.paths.tolist(), self.position)
+        except ValueError as exc:  # a code point beyond Unicode
+            raise FormatError(f"paths: {exc}; it is damaged", self.reader.path) from exc
 
 
 @dataclass(frozen=True)
@@ -148,12 +155,18 @@ class Rows:
             yield Span(start, self._shard(shard, end - begin, images=images), slice(place, place + count))
             start += count
 
+    def paths(self) -> Iterator[tuple[int, str]]:
+        """The position and the source path of each row. Raises FormatError as `spans`."""
+        for span in self.spans(images=False):
+            yield from span.texts()
+
     def samples(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
         """Reads some of the rows one by one; the arguments and errors are those of `spans`."""
         for span in self.spans(start, stop):
             stored = span.reader.rows("images")
-            for number, path in enumerate(span.paths.tolist()):
-                yield Sample(span.position + number, path, stored, span.places.start + number)
+            first = span.places.start - span.position
+            for position, path in span.texts():
+                yield Sample(position, path, stored, first + position)
 
     def _shard(self, number: int, rows: int, *, images: bool) -> NpzReader:
         opened, checked, reader = self._opened
