@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from ..sources.base import LabelColumn, countable
 from ..storage.local import LocalStorage
 
 _SPAN_ROWS = 4096  # bounds the time to find the next gap
+_SPAN_BYTES = 1 << 24  # bounds the memory of inflated images
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -106,6 +108,7 @@ class Rows:
         self._storage = LocalStorage(data.path)
         self._kept = np.arange(len(data)) if data.valid is None else np.flatnonzero(data.valid)
         self._ends = np.cumsum(data.shard_rows)
+        self._span_rows = max(1, min(_SPAN_ROWS, _SPAN_BYTES // self.image_bytes))
         # The shard that was read last, and whether its images were checked.
         self._opened: tuple[int, bool, NpzReader | None] = (-1, False, None)
         self.blank = len(data) - len(self._kept)
@@ -118,6 +121,12 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def image_bytes(self) -> int:
+        """The size of a stored image, in bytes."""
+        images = self.manifest.images
+        return math.prod(images.shape) * np.dtype(images.dtype).itemsize
 
     @property
     def by_class(self) -> bool:
@@ -148,12 +157,18 @@ class Rows:
             shard = int(np.searchsorted(self._ends, first, "right"))
             end = int(self._ends[shard])
             begin = int(self._ends[shard - 1]) if shard else 0
-            rows = self._kept[start : min(stop, start + end - first, start + _SPAN_ROWS)]
+            rows = self._kept[start : min(stop, start + end - first, start + self._span_rows)]
             rows = rows[rows < end]
             count = int(np.searchsorted(rows - np.arange(len(rows)), first, "right"))  # up to the first gap
             place = first - begin
             yield Span(start, self._shard(shard, end - begin, images=images), slice(place, place + count))
             start += count
+
+    def require_sound(self) -> None:
+        """Raises FormatError for the first damaged shard, or because none is damaged any more."""
+        for _ in self.spans():
+            pass
+        raise FormatError("a shard was read that is sound now; check the disk, then run the same command", self.path)
 
     def paths(self) -> Iterator[tuple[int, str]]:
         """The position and the source path of each row. Raises FormatError as `spans`."""
