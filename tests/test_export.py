@@ -18,7 +18,6 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
 from support import (
     MakeDataset,
@@ -386,6 +385,7 @@ def test_class_names_become_folders_whatever_they_are(make_tree: MakeTree, tmp_p
 def test_webdataset_s_own_reader_reads_the_tars(
     classes: Path, tmp_path: Path, image_format: encoder.ImageFormat
 ) -> None:
+    webdataset = pytest.importorskip("webdataset")
     out = build_cpu(classes, tmp_path / "out", dtype="uint8", layout="NHWC")
     export(out, tmp_path / "tars", "webdataset", samples=5, image_format=image_format)
     tars = sorted(str(path) for path in (tmp_path / "tars").glob("*.tar"))
