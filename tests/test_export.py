@@ -36,6 +36,7 @@ from gpu_npz.errors import FormatError, IncompleteError, LockedError, MismatchEr
 from gpu_npz.export import encoder
 from gpu_npz.export.names import file_name, portable, repeated
 from gpu_npz.export.png import png
+from gpu_npz.export.rows import Span
 from gpu_npz.export.run import Kind
 from gpu_npz.storage.names import temporary_name
 
@@ -357,6 +358,27 @@ def test_names_that_collide_get_numbers(make_tree: MakeTree, tmp_path: Path) -> 
         return sorted(row.tobytes() for row in gpu_npz.open_dataset(dataset))
 
     assert sorted_rows(again) == sorted_rows(out)
+
+
+def test_names_that_are_not_utf_8_are_escaped_in_files_and_kept_in_arrays(make_tree: MakeTree, tmp_path: Path) -> None:
+    out = build_cpu(make_tree({"caf\udce9/1\udcff.jpg": "jpeg"}), tmp_path / "out")
+    assert pictures(export(out, tmp_path / "export", "folder")).keys() == {"caf%E9/1%FF.png"}
+    found = arrays_of(export(out, tmp_path / "x.npz", "npz"))
+    assert (found["paths"].tolist(), found["class_names"].tolist()) == (["caf\udce9/1\udcff.jpg"], ["caf\udce9"])
+    export(out, tmp_path / "tars", "webdataset")
+    with tarfile.open(tmp_path / "tars/shard-000000.tar") as tar:
+        file = tar.extractfile("000000000.json")
+        assert file is not None
+        assert json.load(file) == {"path": "caf\udce9/1\udcff.jpg", "class": "caf\udce9"}
+
+
+def test_a_path_that_is_no_text_is_an_error_of_its_shard() -> None:
+    class Shard(dict[str, np.ndarray]):
+        path = "shard-00000.npz"
+
+    forged = np.array([0x110000], "<u4").view("<U1")
+    with pytest.raises(FormatError, match=r"shard-00000\.npz: paths: .*; it is damaged"):
+        list(Span(0, Shard(paths=forged), slice(0, 1)).texts())  # type: ignore[arg-type]
 
 
 def test_names_that_differ_in_case_collide_only_where_the_filesystem_ignores_it() -> None:

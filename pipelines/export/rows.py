@@ -56,7 +56,7 @@ class Span:
         """The position and the source path of each row. Raises FormatError if a path is no text."""
         try:
             yield from enumerate(self.paths.tolist(), self.position)
-        except ValueError as exc:  # a code point beyond Unicode
+        except (ValueError, SystemError) as exc:  # code points beyond Unicode
             raise FormatError(f"paths: {exc}; it is damaged", self.reader.path) from exc
 
 

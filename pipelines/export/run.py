@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..errors import StorageError, UsageError
 from ..machine.environment import usable_cpus
+from ..storage import open_storage
 from ..storage.base import is_remote
 from .arrays import write_npy, write_npz
 from .encoder import Encoder, ImageFormat
@@ -83,7 +84,7 @@ def export_dataset(
         raise StorageError(
             f"DEST {os.fspath(dest)!r}: exports are written to a disk; export there, then copy the result"
         )
-    place = os.path.abspath(os.fspath(dest).removeprefix("file://"))
+    place = open_storage(dest).root
     if kind in ("npz", "npy") and not place.endswith(f".{kind}"):
         raise UsageError(f"DEST {place!r}: --as {kind} makes one file; let its name end with .{kind}")
     if not 1 <= quality <= 100:
