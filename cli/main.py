@@ -19,12 +19,18 @@ COMMANDS = {
     "verify": "Check every byte of a dataset; rebuild what is damaged.",
     "stats": "Compute the mean, std, histograms and class counts of images or of a dataset.",
     "preview": "Draw a contact sheet of a dataset, or of its rejects.",
+    "export": "Copy a dataset to another format: .npz, .npy, image folders, WebDataset.",
     "retry": "Try the rejects of a dataset again after you have fixed their files.",
     "finalize": "Complete a dataset that was built in parts.",
     "parity": "Measure how much two decoders differ on the same images.",
     "doctor": "Show what this machine can use, and how to install the rest.",
     "demo": "Make some images, build a dataset from them and verify it.",
     "bench": "Measure speed on this machine.",
+}
+
+_AFTER_A_STOP = {
+    "build": "; what is committed stays, the same command resumes",
+    "export": "; finished files stay, the same command makes the others",
 }
 
 
@@ -99,6 +105,5 @@ def _message(error: Exception) -> str:
 
 def _stopped(code: int, arguments: list[str]) -> int:
     leave_at_once()
-    hint = "; what is committed stays, the same command resumes" if arguments[:1] == ["build"] else ""
-    click.echo(f"gpu-npz: stopped{hint}", err=True)
+    click.echo(f"gpu-npz: stopped{_AFTER_A_STOP.get(arguments[0] if arguments else '', '')}", err=True)
     return code

@@ -98,6 +98,10 @@ ROOMS = {
         "errors config storage machine npz sources preprocess dataset readers workers.counting",
         ["audit doctor verify parity", "compare stats preview"],
     ),
+    "export": (
+        "errors storage machine npz sources preprocess dataset readers",
+        ["export png names place rows", "arrays encoder", "folder webdataset", "run"],
+    ),
     "builder": (
         "errors config storage machine sources preprocess dataset workers audit",
         [

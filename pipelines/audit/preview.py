@@ -20,7 +20,7 @@ from ..dataset.manifest import Manifest, reject_of
 from ..dataset.originals import Originals, originals
 from ..errors import FormatError, ShardError, UsageError
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import levels, table
+from ..preprocess.normalize import as_decoded, levels, table
 from ..preprocess.pillow import PillowDecoder
 from ..preprocess.pillow_files import opened
 from ..readers.dataset import Dataset, open_dataset
@@ -245,10 +245,7 @@ class _StoredPixels:
         pixels = levels(values, stored, images.layout)
         if pixels.dtype != np.uint8:
             pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        if images.layout == "NCHW":
-            pixels = pixels.transpose(1, 2, 0)
-        pixels = pixels[..., ::-1] if images.channels == "bgr" else pixels
-        return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if images.channels == "gray" else pixels))
+        return Image.fromarray(np.ascontiguousarray(as_decoded(pixels, images.layout, images.channels)))
 
 
 class _Thumbnails:

@@ -25,7 +25,7 @@ from ..dataset.plan import Plan
 from ..dataset.selection import listed
 from ..errors import FormatError, SourceError
 from ..machine.environment import choose, inspect
-from ..preprocess.normalize import levels, table
+from ..preprocess.normalize import levels, table, tells_levels
 from ..readers.dataset import column_fault, open_index, open_shard, require_fit
 from ..sources import open_source
 from ..sources.base import LabelColumn, countable
@@ -166,9 +166,7 @@ def of_dataset(out: str | os.PathLike[str], *, progress: Callable[[int, int], No
             "do not tell its levels any more; give SRC instead"
         )
     every = values.shape[1]
-    if not np.array_equal(
-        levels(values, values[..., None], "NCHW")[..., 0], np.tile(np.arange(every), (len(values), 1))
-    ):
+    if not tells_levels(values):
         raise FormatError(
             f"{storage.root!r}: its {images.dtype} values do not tell the {every} levels apart; give SRC instead"
         )

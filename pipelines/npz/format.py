@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32, crc32_combine
 
 from ..errors import FormatError
 
@@ -106,6 +107,11 @@ class Member:
     def data_bytes(self) -> int:
         """The inflated size of the data, without the NPY header."""
         return self.dtype.itemsize * math.prod(self.shape)
+
+    @property
+    def data_crc32(self) -> int:
+        """The CRC-32 of the inflated data, without the NPY header."""
+        return self.crc32 ^ crc32_combine(crc32(npy_header(self.dtype, self.shape)), 0, self.data_bytes)
 
 
 @dataclass(frozen=True)

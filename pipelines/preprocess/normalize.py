@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import BuildConfig, Layout
+from ..config import BuildConfig, Channels, Layout
 from ..errors import UsageError
 
 if TYPE_CHECKING:
@@ -290,6 +290,26 @@ def levels(values: Array, stored: Array, layout: Layout) -> Array:
             places = np.interp(source.astype(np.float32), row.astype(np.float32), every)
         target[...] = np.clip(np.rint(np.nan_to_num(places)), 0, every[-1])
     return out
+
+
+def tells_levels(values: Array) -> bool:
+    """Whether `levels` recovers every level from a table, (channels, 256)."""
+    found = levels(values, values[..., None], "NCHW")[..., 0]
+    return np.array_equal(found, np.broadcast_to(np.arange(values.shape[1]), values.shape))
+
+
+def as_decoded(pixels: Array, layout: Layout, channels: Channels) -> Array:
+    """One image of stored pixels as decoders give it: (H, W, 3) in R,G,B, or (H, W) for gray; a view.
+
+    Args:
+        pixels: (C, H, W) or (H, W, C).
+        layout: "NCHW" or "NHWC", the layout of `pixels`.
+        channels: the stored order of channels.
+    """
+    upright = pixels.transpose(1, 2, 0) if layout == "NCHW" else pixels
+    if channels == "gray":
+        return upright[..., 0]
+    return upright[..., ::-1] if channels == "bgr" else upright
 
 
 def _quotients(row: Array, source: Array) -> Array:

@@ -28,6 +28,7 @@ _ADVICE = {
     errno.EPERM: "make it writable or choose another OUT",
     errno.EROFS: "the filesystem is read-only; choose another OUT",
     errno.ENOTDIR: "OUT must be a folder; choose another OUT",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 
@@ -37,10 +38,12 @@ class LocalStorage:
     Args:
         root: the folder.
         under: as for `open_storage`.
+        called: what messages call the folder.
     """
 
-    def __init__(self, root: str | os.PathLike[str], under: Fence | None = None) -> None:
+    def __init__(self, root: str | os.PathLike[str], under: Fence | None = None, *, called: str = "OUT") -> None:
         self.root = os.path.abspath(root)
+        self._called = called
         self._made: list[str] = []
         self._fences = [under] if under else []
 
@@ -240,6 +243,7 @@ class LocalStorage:
             yield
         except OSError as exc:
             advice = _ADVICE.get(exc.errno or 0, "check the disk, then run the same command to resume")
+            advice = advice.replace("OUT", self._called)
             raise StorageError(f"{self.path(name)!r}: {exc.strerror or exc}; {advice}") from exc
 
     def _holder(self, lock: str) -> Holder:
