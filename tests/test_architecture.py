@@ -88,8 +88,9 @@ ROOMS = {
         "errors config storage machine npz sources preprocess dataset",
         [
             "readers inference buffers",
-            "dataset",
-            "contract order",
+            "views",
+            "dataset contract order",
+            "combine",
             "torch_loader torch_workers keras tensorflow",
             "torch",
         ],

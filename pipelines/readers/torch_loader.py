@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,16 +16,17 @@ from numpy.typing import NDArray
 from ..errors import BackendError, UsageError
 from ..machine.environment import usable_cpus
 from .buffers import Buffers, fresh
+from .combine import Source, opened
 from .contract import compare_with_others
-from .dataset import Dataset
 from .order import Places, kept_rows, part, require_natural, shuffled
+from .views import Rows
 
 _MOST_THREADS = 8
 _HELD = 4  # batches beside those read ahead: one being delivered, the caller's, and what it kept for a moment
 
 
 def loader(
-    path: str | os.PathLike[str],
+    path: Source,
     batch_size: int,
     *,
     device: str | torch.device = "cuda",
@@ -50,7 +50,7 @@ def loader(
     exactly the values of a float32 build. This has not been tried on a GPU yet.
 
     Args:
-        path: OUT.
+        path: OUT, or a dataset, view or mix.
         batch_size: images per batch.
         device: the device of the tensors.
         shuffle: shuffle all images in each epoch.
@@ -77,11 +77,12 @@ def loader(
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {str(place)!r}: PyTorch finds no usable GPU; give device='cpu'")
-    data = Dataset(path)
+    data = opened(path)
     compare_with_others(data)
     return Loader(
         data=data,
         rows=kept_rows(data, keep_blank),
+        keep_blank=keep_blank,
         batch_size=batch_size,
         device=place,
         seed=seed if shuffle else None,
@@ -105,8 +106,9 @@ class Loader:
     comes once, and ranks differ by at most one image and one batch; with `drop_last`, they do not differ.
     """
 
-    data: Dataset
+    data: Rows
     rows: Places
+    keep_blank: bool
     batch_size: int
     device: torch.device
     seed: int | None
@@ -135,7 +137,7 @@ class Loader:
 
     def _batches(self, epoch: int) -> Iterator[Any]:
         start, stop = self._run()
-        order = shuffled(self.rows, self.seed, epoch)[start:stop]
+        order = shuffled(kept_rows(self.data, self.keep_blank, epoch), self.seed, epoch)[start:stop]
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="gpu-npz-loader")
         ahead: deque[_Batch] = deque()
         copies = _Copies(self.prefetch)
@@ -165,7 +167,7 @@ class Loader:
 
     def _begin(self, pool: ThreadPoolExecutor, rows: Places) -> _Batch:
         """Makes the threads read a batch, each a part of its rows."""
-        layout = self.data.manifest.images.layout
+        layout = self.data.layout
         last = layout == "NHWC"
         if self.device.type == "cpu" and self.channels_last is not None:
             last = self.channels_last
