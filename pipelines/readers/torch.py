@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, UsageError, install_command
+from .augment import Augment, Size, crops_of
 from .buffers import Buffers
 from .combine import Source, opened
 from .contract import compare_with_others
@@ -28,6 +29,7 @@ try:
 except ImportError as exc:
     raise BackendError(f"gpu_npz.readers.torch needs PyTorch ({exc}); run: {install_command('torch')}") from exc
 
+from .torch_crops import read
 from .torch_loader import Loader, loader, look_up, ranks
 from .torch_workers import KEPT, Batch, collate, shared_buffers, tensor
 
@@ -41,6 +43,10 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
     """The images of OUT by index, in the form of torchvision's ImageFolder: (image, label), where the label is an int.
 
     With a mix, `set_epoch` decides which of its rows these are; they are those of epoch 0 until it is called.
+
+    With `augment="rrc-flip"`, each image is a random part of the stored one, resized, and flipped half of the time, as
+    by torchvision's RandomResizedCrop and RandomHorizontalFlip. After `set_epoch`, the parts depend only on `seed`, the
+    epoch and the row. Until then, they depend on torch's random numbers, as a transform would, and differ each time.
 
     If nothing has to be computed, an image is a view of the mapped shard, which is read on access. Changes to a view
     stay in this process, but are visible in later views of the image. A transform gets its own copy, so it may work in
@@ -61,8 +67,13 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         target_transform: applied to the label.
         normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
+        augment: "rrc-flip" for random parts.
+        size: height and width of images, or one number for both; as stored by default. Without `augment`, the middle of
+            the stored image is cut out.
+        seed: decides the random parts.
 
     Raises:
+        UsageError: a value that is not allowed.
         IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`; on access, FormatError names the
             shard.
         IndexError: on access, an index is out of range.
@@ -76,11 +87,15 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         *,
         normalize: bool = True,
         keep_blank: bool = False,
+        augment: Augment | None = None,
+        size: Size | None = None,
+        seed: int = 0,
     ) -> None:
         self.data = opened(path)
         compare_with_others(self.data)
         self._keep_blank = keep_blank
-        self._epoch = _shared_number(0)
+        self._crops = crops_of(self.data, augment, size, seed)
+        self._epoch = _shared_number(-1)  # until it is set
         self._drawn = 0, kept_rows(self.data, keep_blank)
         self.transform = transform
         self.target_transform = target_transform
@@ -98,7 +113,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
     @property
     def rows(self) -> Places:
         """The row of each image in `data`, int64 (N,)."""
-        return self.rows_of(int(self._epoch))
+        return self.rows_of(max(0, int(self._epoch)))
 
     def rows_of(self, epoch: int) -> Places:
         """The row of each image of an epoch, int64 (N,)."""
@@ -115,6 +130,8 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         return len(self._drawn[1])
 
     def __getitem__(self, index: int) -> Any:
+        if self._crops is not None:
+            return self.__getitems__([index])[0]
         row = int(self.rows[operator.index(index)])
         image = self.data.normalized(row) if self.normalize else self.data[row]
         if self.transform is not None and not image.flags.owndata:
@@ -123,14 +140,21 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The images of a batch, which are read at once, into memory that is used again when all of them are gone."""
-        return self.samples(self.rows[[operator.index(index) for index in indices]])
+        epoch = int(self._epoch)
+        if epoch < 0 and self._crops is not None:
+            epoch = int(torch.empty((), dtype=torch.int64).random_())
+        return self.samples(self.rows[[operator.index(index) for index in indices]], epoch)
 
-    def samples(self, rows: Places) -> list[Any]:
-        """The images of some rows of `data`, as `__getitems__`."""
+    def samples(self, rows: Places, epoch: int) -> list[Any]:
+        """The images of some rows of `data` in an epoch, as `__getitems__`."""
         buffers = self._buffers if torch.utils.data.get_worker_info() is None else self._shared
         dtype = np.dtype(np.float32) if self.normalize else self.data.dtype
-        images = buffers.take((len(rows), *self.data.image_shape), dtype)
-        self.data.read(rows, images, normalize=self.normalize)
+        shape = self.data.image_shape if self._crops is None else self._crops.shape
+        images = buffers.take((len(rows), *shape), dtype)
+        if self._crops is None:
+            self.data.read(rows, images, normalize=self.normalize)
+        else:
+            read(self.data, rows, self._crops.boxes(rows, epoch), self._crops, images, normalize=self.normalize)
         layout = self.data.layout
         if self.transform is None and self.target_transform is None:
             return Batch(images, None if self.data.labels is None else self.data.labels[rows], layout)
@@ -179,7 +203,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         transform: as for ShardDataset; a transform may work in place.
         target_transform: as for ShardDataset.
         shuffle: whether to shuffle.
-        seed: decides the order.
+        seed: decides the order, and the random parts.
         buffer: how many consecutive images are shuffled together.
         rank: defaults to that of torch.distributed if it is initialized, else 0.
         world_size: defaults to that of torch.distributed if it is initialized, else 1.
@@ -188,6 +212,9 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         keep_blank: as for ShardDataset.
         global_batch: images per step of all ranks together; the stream gives single images unless set.
         lanes: with `global_batch`, which it divides: the parts of the order from which each step takes equally many.
+        augment: "rrc-flip" for random parts of images, as for ShardDataset. They depend only on `seed`, the epoch and
+            the row, so call `set_epoch`.
+        size: as for ShardDataset.
 
     Raises:
         UsageError: a value that is not allowed; when an iteration begins, or, with `global_batch`, when a state is
@@ -211,6 +238,8 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         keep_blank: bool = False,
         global_batch: int | None = None,
         lanes: int = 8,
+        augment: Augment | None = None,
+        size: Size | None = None,
     ) -> None:
         require_natural(buffer=buffer, lanes=lanes)
         data = opened(path)
@@ -220,6 +249,9 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
             target_transform,
             normalize=normalize,
             keep_blank=keep_blank,
+            augment=augment,
+            size=size,
+            seed=seed,
         )
         self.rank, self.world_size = ranks(rank, world_size)
         self._seed = seed if shuffle else None
@@ -314,7 +346,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         begin = start + first + done - skipped
         for places in windows(bounds, begin, start + last, self._buffer, self._seed, epoch):
             for at in range(skipped, len(places), _CHUNK):
-                for sample in self.dataset.samples(rows[places[at : at + _CHUNK]]):
+                for sample in self.dataset.samples(rows[places[at : at + _CHUNK]], epoch):
                     done += 1
                     self._begun = epoch, done
                     yield sample
@@ -345,7 +377,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         for step in range(first + worker, self._steps(order), workers):
             places = order.step(step)
             start, stop = part(len(places), self.rank, self.world_size)
-            samples = self.dataset.samples(rows[places[start:stop]])
+            samples = self.dataset.samples(rows[places[start:stop]], epoch)
             self._begun = epoch, step + 1
             yield collate(samples)
 
