@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from support import MakeDataset, file_bytes, read_shards
+from support import MakeDataset, file_bytes, read_shards, readme_example
 
 import gpu_npz
 from gpu_npz.errors import UsageError
@@ -33,10 +33,13 @@ Pixels = NDArray[np.uint8]
 RRC: dict[str, Any] = {"augment": "rrc-flip", "size": (20, 24)}
 
 
-@pytest.fixture(scope="module", params=["NCHW", "NHWC", "gray"])
+@pytest.fixture(scope="module", params=["NCHW", "NHWC", "gray", "deflated"])
 def data(request: pytest.FixtureRequest, make_dataset: MakeDataset) -> gpu_npz.Dataset:
     """40 rows of 30 x 40 pixels in 6 shards. Read only."""
-    settings = {"channels": "gray", "normalize": "unit"} if request.param == "gray" else {"layout": request.param}
+    settings: dict[str, Any] = {
+        "gray": {"channels": "gray", "normalize": "unit"},
+        "deflated": {"compress": "deflate"},
+    }.get(request.param, {"layout": request.param})
     return gpu_npz.open_dataset(make_dataset(dtype="uint8", size="30x40", **settings))
 
 
@@ -254,7 +257,7 @@ def test_blank_rows_stay_zero(blank: Path) -> None:
 # The same for everybody
 
 
-def images_of(batches: Iterable[Any], labels: NDArray[Any] | None = None) -> list[bytes]:
+def images_of(batches: Iterable[Any]) -> list[bytes]:
     """All images of an epoch, as bytes."""
     return [image.numpy().tobytes() for images, _ in batches for image in images]
 
@@ -371,6 +374,19 @@ def loader_dataset(data: gpu_npz.View) -> ShardDataset:
 def test_a_transform_gets_the_part(out: Path) -> None:
     dataset = ShardDataset(out, lambda image: image.shape, lambda label: -label, **RRC)
     assert dataset[3] == ((3, 20, 24), -read_shards(out, "labels")[3])
+
+
+def test_the_readme_s_example_runs(out: Path, make_dataset: MakeDataset, capsys: pytest.CaptureFixture[str]) -> None:
+    code = readme_example(
+        'train = loader("/data/train-256", 256, device="cuda", shuffle=True, augment="rrc-flip", size=224)'
+    )
+    other = make_dataset(dtype="uint8", size="256", limit=3)
+    names: dict[str, Any] = {}
+    for path, to in (("/data/train-256", out), ("/data/valid-256", other), ("cuda", "cpu")):
+        code = code.replace(path, str(to))
+    exec(code, names)
+    assert capsys.readouterr().out == "torch.Size([40, 3, 224, 224]) torch.float32\n"
+    assert next(iter(names["valid"]))[0].shape == (3, 3, 224, 224)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support import MakeDataset, file_bytes, read_shards
+from support import MakeDataset, file_bytes, read_shards, readme_example
 
 import gpu_npz
 from gpu_npz.errors import UsageError
@@ -203,6 +204,18 @@ def test_rows_that_follow_one_another_in_a_shard_are_views_of_its_map(a: gpu_npz
     assert np.shares_memory(view[22], shard)
     assert np.shares_memory(view[22:29], shard)
     assert not np.shares_memory(view[21:23], shard)
+
+
+def test_compressed_and_unfinished_datasets_are_joined_too(
+    a: gpu_npz.Dataset, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    deflated = gpu_npz.open_dataset(make_dataset(dtype="uint8", compress="deflate", limit=9))
+    unfinished = Path(shutil.copytree(a.path, tmp_path / "copy"))
+    (unfinished / "dataset.json").unlink()
+    partial = gpu_npz.open_dataset(unfinished, partial=True)
+    view = gpu_npz.concat([deflated, a.subset([3]), partial]).subset(range(5, 20))
+    assert_rows(view, *expected((deflated, slice(5, 9)), (a, [3]), (a, slice(0, 10))))
+    assert_rows(pickle.loads(pickle.dumps(view)), *expected((deflated, slice(5, 9)), (a, [3]), (a, slice(0, 10))))
 
 
 def test_a_view_takes_row_numbers_and_no_images(a: gpu_npz.Dataset, b: gpu_npz.Dataset) -> None:
@@ -397,6 +410,9 @@ def test_a_mix_names_what_it_cannot_have(a: gpu_npz.Dataset, b: gpu_npz.Dataset)
         gpu_npz.mix({a: 1000, b: 1})
     with pytest.raises(UsageError, match=f"mix: '{b.path}' has no row to draw; leave it out"):
         gpu_npz.mix({a: 1, b.subset([]): 1})
+    for seed in (-1, None, 0.5, "x"):
+        with pytest.raises(UsageError, match=f"mix: got the seed {seed!r}; allowed: an integer of 0 or more"):
+            gpu_npz.mix({a: 1, b: 1}, seed=seed)  # type: ignore[arg-type]
     mixed = gpu_npz.mix({a: 1, b: 1})
     for change in (
         lambda: mixed.subset([0]),
@@ -539,6 +555,22 @@ def test_a_shuffled_stream_reads_a_view_shard_by_shard(many_shards: Path) -> Non
     shards = stream.dataset.data.shard_rows
     np.testing.assert_array_equal(shards, np.full(len(rows), 3))
     assert sorted(image.numpy().tobytes() for image, _ in stream) == sorted(map(bytes, small[:]))
+
+
+@needs_torch
+def test_the_readme_s_example_runs(a: gpu_npz.Dataset, b: gpu_npz.Dataset) -> None:
+    code = readme_example('a, b = gpu_npz.open_dataset("/data/train-npz"), gpu_npz.open_dataset("/data/more-npz")')
+    for written, to in (
+        ("/data/train-npz", a.path),
+        ("/data/more-npz", b.path),
+        ('"cats"', '"apples"'),
+        ('"lions"', '"dates"'),
+    ):
+        code = code.replace(written, to)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert [len(names[name]) for name in ("both", "tenth", "stream")] == [62, 4, 57]
+    assert set(names_of(names["cats"])) == {"apples", "dates"}
 
 
 @needs_torch

@@ -71,6 +71,8 @@ def mix(weights: Mapping[Any, float], *, seed: int = 0) -> Mix:
         raise UsageError(
             f"mix: got {weights!r}; allowed: weights by dataset, such as {{'/data/a': 0.7, '/data/b': 0.3}}"
         )
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise UsageError(f"mix: got the seed {seed!r}; allowed: an integer of 0 or more")
     for source, weight in weights.items():
         number = isinstance(weight, (int, float, np.integer, np.floating)) and not isinstance(weight, bool)
         if not number or not 0 < weight < math.inf:
