@@ -397,6 +397,15 @@ def test_the_proportions_hold_in_every_part_of_an_epoch(many_shards: Path, a: gp
     assert (bounds[0], bounds[-1]) == (0, 2500)
 
 
+def test_a_mix_reads_shard_by_shard_whatever_the_order_of_a_view(a: gpu_npz.Dataset, b: gpu_npz.Dataset) -> None:
+    order = np.random.default_rng(0).permutation(40)
+    mixed = gpu_npz.mix({a.subset(order): 1, b: 1})
+    rows = np.array(drawn(mixed, 1)[0])
+    assert (np.diff(order[rows]) > 0).all()
+    assert len(mixed.bounds(mixed.epoch_rows(1))) == 7
+    np.testing.assert_array_equal(mixed[rows], a[order[rows]])
+
+
 def test_a_mix_names_what_it_cannot_have(a: gpu_npz.Dataset, b: gpu_npz.Dataset) -> None:
     for weight in (0, -1, float("nan"), float("inf"), "1", None, True):
         with pytest.raises(UsageError, match=r"mix: got the weight .* for .*; allowed: a number above 0"):

@@ -1,6 +1,6 @@
 """Which part of each image a reader gives: a random crop, flipped or not, or the middle.
 
-What is random depends only on the seed, the epoch and the row, through a hash. So it is the same for any number of
+Random parts are computed from a hash of the seed, the epoch and the row. So they are the same for any number of
 workers, threads and ranks, in any order, and after a resume.
 """
 

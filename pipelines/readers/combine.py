@@ -51,20 +51,20 @@ def mix(weights: Mapping[Any, float], *, seed: int = 0) -> Mix:
 
         stream = ShardIterable(gpu_npz.mix({"/data/a": 0.7, "/data/b": 0.3}), shuffle=True)
 
-    An epoch has as many rows as the proportions allow without repeating one: it has all rows of the dataset that is the
-    smallest for its weight, and some of the others. Of N rows, n per epoch, N // n epochs in succession draw different
-    ones at random; then the draw begins again. It depends only on `seed` and the epoch. Blank rows are never drawn.
+    An epoch has as many rows as the proportions allow without repeating one: it uses all rows of the dataset that is
+    smallest for its weight, and n random ones of the N rows of any other. Consecutive epochs use different rows until
+    fewer than n are left, after N // n epochs; then a new round begins. Which rows an epoch has depends only on `seed`
+    and its number, which the readers' `set_epoch` sets. Blank rows are never used.
 
-    An unshuffled epoch has the proportions everywhere, a shuffled stream in each buffer. The readers' `set_epoch`
-    decides which rows come, also for the ShardDataset of PyTorch.
+    An unshuffled epoch has the proportions in every part; a shuffled stream has them in every buffer.
 
     Args:
         weights: the weight of each dataset, given by its path, as a dataset or a view; they need not add up to 1.
-        seed: decides which rows each epoch draws; the order of a shuffled epoch depends on the reader's own seed.
+        seed: decides which rows each epoch has. The order of a shuffled epoch depends on the reader's seed.
 
     Raises:
-        UsageError: a weight is not a positive number, a dataset would give no row to an epoch, or the datasets differ,
-            as for `concat`.
+        UsageError: a weight is not a positive number, an epoch would have no row of a dataset, or the datasets differ,
+            as for `concat`. Mixes cannot be mixed again.
         IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
     """
     if not isinstance(weights, Mapping) or not weights:
@@ -77,7 +77,7 @@ def mix(weights: Mapping[Any, float], *, seed: int = 0) -> Mix:
         number = isinstance(weight, (int, float, np.integer, np.floating)) and not isinstance(weight, bool)
         if not number or not 0 < weight < math.inf:
             raise UsageError(f"mix: got the weight {weight!r} for {source!r}; allowed: a number above 0")
-    return Mix([opened(source) for source in weights], [float(weight) for weight in weights.values()], seed)
+    return Mix([opened(source) for source in weights], [float(weight) for weight in weights.values()], int(seed))
 
 
 class Mix(View):
@@ -96,12 +96,12 @@ class Mix(View):
         self._sources, self._weights, self._seed = tuple(sources), tuple(weights), seed
         ends = np.cumsum([len(each) for each in sources])
         filled = np.ones(len(self), bool) if self.valid is None else self.valid
-        self._drawn = [
-            np.flatnonzero(filled[end - len(each) : end]) + end - len(each)
-            for each, end in zip(sources, ends, strict=True)
-        ]
+        self._drawn = []  # the rows of each dataset, shard by shard
+        for each, end in zip(sources, ends, strict=True):
+            rows = np.flatnonzero(filled[end - len(each) : end]) + end - len(each)
+            self._drawn.append(rows[np.argsort(self.places[rows], kind="stable")])
         self.counts = _counts([len(rows) for rows in self._drawn], weights, [each.path for each in sources])
-        self._shards = max(len(each.shard_rows) for each in sources)
+        self._shards = max(len(each.by_shard().shard_rows) for each in sources)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Mix, (self._sources, self._weights, self._seed)
@@ -115,13 +115,13 @@ class Mix(View):
     def epoch_rows(self, epoch: int) -> Numbers:
         """The rows of an epoch, int64 (sum of `counts`,), never blank ones.
 
-        Those of each dataset are in ascending order and at equal distances.
+        Those of each dataset come shard by shard, and at equal distances.
         """
         rows = []
         for number, (own, count) in enumerate(zip(self._drawn, self.counts, strict=True)):
             turn, at = divmod(epoch, len(own) // count)
-            order = np.random.default_rng((self._seed, number, turn)).permutation(own)
-            rows.append(np.sort(order[at * count :][:count]))
+            order = np.random.default_rng((self._seed, number, turn)).permutation(len(own))
+            rows.append(own[np.sort(order[at * count :][:count])])
         where = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
         drawn: Numbers = np.concatenate(rows)[np.argsort(where, kind="stable")]
         return drawn
