@@ -368,6 +368,11 @@ def test_an_epoch_of_a_mix_has_the_proportions_and_no_row_twice(a: gpu_npz.Datas
             assert all(each == sorted(set(each)) for each in rows)
 
 
+def test_weights_are_the_decimal_numbers_that_are_written(a: gpu_npz.Dataset) -> None:
+    mixed = gpu_npz.mix({a.subset(range(28)): 0.7, a.subset(range(28, 40)): 0.3})  # 12 / 0.3 is less than 40 in binary
+    assert mixed.counts == [28, 12]
+
+
 def test_the_epochs_of_a_mix_draw_all_rows_before_any_again(a: gpu_npz.Dataset, b: gpu_npz.Dataset) -> None:
     mixed = gpu_npz.mix({a: 1, b: 2}, seed=4)  # 10 of 40, and all 20 that are not blank
     assert mixed.counts == [10, 20]
