@@ -32,30 +32,32 @@ Command = Callable[..., None]
 
 
 def _rounds(default: int) -> Callable[[Command], Command]:
-    text = "Rounds; the ways take turns in each."
+    text = "How many rounds. All candidates run in each round."
     return click.option("--rounds", default=default, show_default=True, type=click.IntRange(1), metavar="N", help=text)
 
 
-_FOLDER = click.option("--folder", metavar="DIR", help="Where to write; the system's temporary folder unless given.")
+_FOLDER = click.option("--folder", metavar="DIR", help="Where to write. The default is the system's temporary folder.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON on stdout.")
 
 
 @click.group("bench")
 def command() -> None:
-    """Measure on this machine. Compare the ratios of one run, not the figures of two."""
+    """Measure speed on this machine. Compare figures within one run only, as ratios."""
 
 
 @command.command("pipeline")
 @click.argument("src", metavar="[SRC]", required=False)
-@click.option("--sweep", "sweeping", is_flag=True, help="Look for the options that make builds fastest here instead.")
+@click.option(
+    "--sweep", "sweeping", is_flag=True, help="Instead, search for the options that make builds fastest here."
+)
 @click.option(
     "--images",
     type=click.IntRange(1),
     metavar="N",
-    help="Images that each line takes; 100,000 on a GPU, 2,000 on a CPU unless given.",
+    help="How many images each line uses. The default is 100,000 on a GPU and 2,000 on a CPU.",
 )
 @_rounds(5)
-@click.option("--seconds", default=120.0, show_default=True, type=float, help="How long a sweep may take, about.")
+@click.option("--seconds", default=120.0, show_default=True, type=float, help="Roughly how long a sweep takes.")
 @_FOLDER
 @config_options(*_USED)
 @_JSON
@@ -71,8 +73,8 @@ def pipeline(
 ) -> None:
     """Measure each stage of a build, whole builds, and the shard writer beside NumPy's.
 
-    Every line goes through the stages of the lines above it, too, so the first that falls behind is the bottleneck.
-    Rates count from the first batch to the last. SRC is a folder as for build; pictures are made up if there is none.
+    Every line includes the stages of the lines above it, so the first line that is much slower shows the bottleneck.
+    Rates count from the first batch to the last. SRC is a folder, as for build; without it, pictures are generated.
     """
     from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.pipeline import measure
@@ -102,14 +104,14 @@ def pipeline(
     "--images", default=20_480, show_default=True, type=click.IntRange(1), metavar="N", help="How many images."
 )
 @_rounds(5)
-@click.option("--folder", metavar="DIR", help="Where to write; in memory (/dev/shm) unless given, where that exists.")
+@click.option("--folder", metavar="DIR", help="Where to write. The default is in memory (/dev/shm), where that exists.")
 @config_options("device", "batch_size", "threads", "prefetch", "pipelines", "open_shards", "hw_decoder_load")
 @_JSON
 def worker(images: int, rounds: int, folder: str | None, as_json: bool, **given: Any) -> None:
-    """Measure what a worker's main thread costs per image beside DALI's decoding, by stage.
+    """Measure the time per image that a worker's main thread needs besides DALI's decoding, by stage.
 
-    The images are tiny and lie in memory. Their number limits how many images a worker can process, however fast its
-    decoder is: 10 us per image are 100,000 images/s.
+    The images are tiny and in memory. The time limits how many images a worker can process, however fast its decoder
+    is: 10 us per image are 100,000 images/s.
     """
     from gpu_npz.bench.worker import measure
     from gpu_npz.cli.console import errors, print_json
@@ -131,10 +133,10 @@ def worker(images: int, rounds: int, folder: str | None, as_json: bool, **given:
 @config_options("device", "backend", "size", "dtype")
 @_JSON
 def sources(src: str | None, images: int, rounds: int, folder: str | None, as_json: bool, **given: Any) -> None:
-    """Compare the forms that SRC can have: folders, tar, zip, WebDataset, a CSV table, Parquet.
+    """Compare the kinds of SRC: folders, tar, zip, WebDataset, a CSV table, Parquet.
 
-    Items a second: listed, read with a decoder that does nothing, and built on one core. SRC is a folder as for build;
-    pictures are made up if there is none.
+    The figures are items per second: listed, read with a decoder that does nothing, and built on one core. SRC is a
+    folder, as for build; without it, pictures are generated.
     """
     from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.sources import measure
@@ -154,18 +156,18 @@ def sources(src: str | None, images: int, rounds: int, folder: str | None, as_js
 
 @command.command("storage")
 @click.argument("src", metavar="[SRC]", required=False)
-@click.option("--cifar", metavar="DIR", help="Take CIFAR-10 or CIFAR-100 as its Python archive unpacks, at 32 x 32.")
+@click.option("--cifar", metavar="DIR", help="Use CIFAR-10 or CIFAR-100, unpacked from its Python archive, at 32 x 32.")
 @click.option(
     "--images",
     default=1000,
     show_default=True,
     type=click.IntRange(1),
     metavar="N",
-    help="How many images; files are taken again if there are fewer.",
+    help="How many images. Files are used several times if there are fewer.",
 )
 @_rounds(3)
 @_FOLDER
-@click.option("--plot", metavar="FILE.png", help="Draw the rates, on linear and on logarithmic axes.")
+@click.option("--plot", metavar="FILE.png", help="Draw the rates on linear and logarithmic axes.")
 @config_options(*_STORED)
 @_JSON
 def storage(
@@ -180,8 +182,8 @@ def storage(
 ) -> None:
     """Compare shards with PNG files, LMDB, HDF5, .npy and NumPy's NPZ: writing, reading one or all images, size.
 
-    All hold the same images, to the bit. SRC is a folder as for build; pictures are made up if there is none. Writes
-    end on the disk, reads come from the page cache.
+    All formats store the same images, bit for bit. Writes include the flush to the disk; reads come from the page
+    cache. SRC is a folder, as for build; without it, pictures are generated.
     """
     from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.plots import draw, require_matplotlib

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import click
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gpu_npz.builder.build import build, build_split
-from gpu_npz.builder.planning import Measuring
-from gpu_npz.builder.report import BuildReport, Started
-from gpu_npz.cli.console import counted, errors, print_json, printable, show_warnings
-from gpu_npz.cli.options import ConfigCommand, config_options, read_config
+from gpu_npz.builder.report import BuildReport
+from gpu_npz.cli.console import counted, print_json, print_lines, printable, show_warnings
+from gpu_npz.cli.options import CONFIG_FILE, PRESET, ConfigCommand, config_options, read_config
+from gpu_npz.cli.progress import Bar, JsonLines
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.layout import REPORT
 from gpu_npz.dataset.space import format_bytes
-from gpu_npz.errors import RejectLimitError
-from gpu_npz.workers import events
+from gpu_npz.errors import RejectLimitError, UsageError
 from gpu_npz.workers.messages import Message
 
 _SHOWN = 3  # the number of files listed with a message
@@ -27,11 +26,18 @@ _SHOWN = 3  # the number of files listed with a message
 @click.argument("src", metavar="SRC")
 @click.argument("out", metavar="OUT")
 @config_options(*BuildConfig.model_fields)
-@click.option("--preset", metavar="NAME|FILE.json", help="Take a published model's preprocessing; options given win.")
-@click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
-@click.option("--dry-run", is_flag=True, help="Build nothing: show what `gpu-npz plan` shows.")
+@PRESET
+@CONFIG_FILE
+@click.option("--dry-run", is_flag=True, help="Build nothing; show what `gpu-npz plan` shows.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-@click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors.")
+@click.option(
+    "--progress",
+    "progress_form",
+    type=click.Choice(["bar", "json"]),
+    default="bar",
+    help="Show a progress bar on a terminal, or print progress and report as JSON lines on stdout.  [default: bar]",
+)
+@click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 @click.pass_context
 def command(
     context: click.Context,
@@ -42,37 +48,51 @@ def command(
     config_file: str | None,
     dry_run: bool,
     as_json: bool,
+    progress_form: str,
     quiet: bool,
     **given: Any,
 ) -> None:
     """Build NPZ shards in OUT from the images in SRC.
 
-    SRC is a folder of class folders, or a folder of images. The same command again goes on with a build that was
-    stopped, and says so if there is nothing left to do.
+    SRC is a folder of class folders or of images, an archive, a table, a Parquet file, an array, or an object store.
+    If a build was interrupted, run the same command again to resume it.
     """
     if dry_run:
         from gpu_npz.cli import plan
 
         context.invoke(plan.command, src=src, out=out, preset=preset, config_file=config_file, as_json=as_json, **given)
         return
+    if progress_form == "json" and as_json:
+        raise UsageError("--json and --progress json contradict each other; omit --json: the last line has the report")
     show_warnings()
     config = read_config(config_file, given, preset)
-    with Bar(hidden=quiet or as_json) as bar:
+    lines = JsonLines() if progress_form == "json" else None
+    with Bar(hidden=quiet or as_json or lines is not None) as bar:
+        on_event: Any = lines or bar
         try:
             if config.sides:
-                reports = build_split(src, out, config, progress=lambda side, event: bar(event))
+                by_side = (lambda side, event: lines(event, side)) if lines else (lambda side, event: bar(event))
+                reports = build_split(src, out, config, progress=by_side)
             else:
-                reports = {"": build(src, out, config, progress=bar)}
+                reports = {"": build(src, out, config, progress=on_event)}
         except RejectLimitError as exc:
-            if as_json:
-                ended = exc.report.to_json()
-                print_json({os.path.basename(exc.report.out): ended} if config.sides else ended)
+            if as_json or lines:
+                _print_reports({os.path.basename(exc.report.out) if config.sides else "": exc.report}, lines)
             raise
-    if as_json:
-        found = {side: report.to_json() for side, report in reports.items()}
-        print_json(found if config.sides else found[""])
+    if as_json or lines:
+        _print_reports(reports, lines)
     elif not quiet:
-        click.echo("\n".join(map(summary, reports.values())))
+        print_lines(line for report in reports.values() for line in summary(report).split("\n"))
+
+
+def _print_reports(reports: Mapping[str, BuildReport], lines: JsonLines | None) -> None:
+    """Prints reports as JSON: an object of all sides of a split, or one report; or a line for each."""
+    found = {side: report.to_json() for side, report in reports.items()}
+    if lines is None:
+        print_json(found.get("", found))
+        return
+    for side, report in found.items():
+        lines.print("finished", side, report=report)
 
 
 def summary(report: BuildReport) -> str:
@@ -131,49 +151,3 @@ def _rejects(report: BuildReport) -> str:
         return "none"
     codes = ", ".join(f"{count} {code}" for code, count in report.rejects_by_code.items())
     return f"{report.rejects} ({codes}); rejects.jsonl names them"
-
-
-class Bar:
-    """A progress bar on stderr that shows a build's events. Calling it with an event updates it."""
-
-    def __init__(self, *, hidden: bool) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[rates]}"),
-            TimeRemainingColumn(),
-            console=errors,
-            disable=hidden or not errors.is_terminal,
-            transient=True,
-        )
-        self._task = self._progress.add_task("building", total=None, rates="", visible=False)
-        self._start = self._rejects = self._bytes = 0
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, event: Started | Measuring | events.Event) -> None:
-        task = self._progress.tasks[0]
-        if isinstance(event, Measuring):
-            self._progress.update(
-                self._task, description="measuring", total=event.items, completed=event.items_done, visible=True
-            )
-        elif isinstance(event, Started):
-            self._progress.reset(
-                self._task, description="building", total=event.items, completed=event.items_done, visible=True
-            )
-            self._start, self._rejects, self._bytes = event.items_done, 0, 0
-        elif isinstance(event, events.Progress):
-            self._rejects += event.rejects
-            self._bytes += event.source_bytes
-            elapsed = max(task.elapsed or 0.0, 1e-3)
-            done = task.completed + event.items - self._start
-            rates = (
-                f"{done / elapsed:.0f} images/s  {format_bytes(self._bytes / elapsed)}/s read  {self._rejects} rejects"
-            )
-            self._progress.update(self._task, advance=event.items, rates=rates)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
 from rich.markup import escape
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_START = re.compile(r" *[a-z]+( [a-z]+)* {2,}| +")  # the indentation of a line, with its name
 
 
 class _Warnings(logging.Handler):
@@ -26,7 +31,7 @@ class _Warnings(logging.Handler):
         if text not in self._said:
             self._said.add(text)
             style = "bold red" if record.levelno >= logging.WARNING else "dim"
-            errors.print(f"[{style}]gpu-npz: {escape(text)}[/]")
+            errors.print(f"[{style}]{escape(wrapped(f'gpu-npz: {text}', sys.stderr))}[/]")
 
 
 def show_warnings() -> None:
@@ -41,6 +46,31 @@ def print_json(value: dict[str, Any] | list[Any]) -> None:
     click.echo(json.dumps(value, indent=1))
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints lines on stdout, wrapped as by `wrapped`."""
+    for line in lines:
+        click.echo(wrapped(line, sys.stdout))
+
+
+def wrapped(text: str, stream: TextIO) -> str:
+    """Wraps the lines of a text on words if it is for a terminal. Longer words, such as paths, stay whole.
+
+    The continuation of a line is indented like the line, or behind its name, as in `  hint        ...`.
+    """
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    lines = []
+    for line in text.split("\n"):
+        start = match[0] if (match := _START.match(line)) else ""
+        body = textwrap.wrap(
+            line[len(start) :], width, initial_indent=start, subsequent_indent=" " * len(start),
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        lines += body or [line]
+    return "\n".join(lines)
+
+
 def counted(number: int, noun: str) -> str:
     """Formats a number with its noun: `1 shard`, `2 shards`."""
     return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
@@ -50,7 +80,7 @@ def class_sizes(counts: Mapping[str, int]) -> str:
     """The number of images of the smallest and the largest class, by the classes' names."""
     smallest, largest = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
     if counts[smallest] == counts[largest]:
-        return f"{counts[smallest]} images in each"
+        return f"{counted(counts[smallest], 'image')} in each"
     sizes = (f"{counts[name]} ({printable(name)})" for name in (smallest, largest))
     return f"{' to '.join(sizes)} images in one"
 

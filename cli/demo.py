@@ -22,9 +22,9 @@ _SETTINGS = {"dtype": "uint8", "shard_size": "128", "shuffle": 0, "max_rejects":
     "--images", default=300, show_default=True, type=click.IntRange(1), metavar="N", help="How many pictures to make."
 )
 def command(folder: str, images: int) -> int:
-    """Make pictures of ImageNet-like sizes, some of them broken; build and verify a dataset; show how to read it.
+    """Make pictures (some of them broken), build a dataset from them, verify it, and show how to read it.
 
-    Everything lies in DIR (gpu-npz-demo unless given) and stays there to look at.
+    Everything is written to DIR (default: gpu-npz-demo) and stays there for you to look at.
     """
     # Imported here so that this command's help does not load NumPy and Pillow.
     from gpu_npz import BuildConfig, build, open_dataset, verify
@@ -62,7 +62,7 @@ def command(folder: str, images: int) -> int:
     click.echo(f"     data[0]             {data[0].dtype} {data[0].shape}: {data.paths[0]}, class {name!r}")
     click.echo(f"     data.normalized(0)  {image.dtype}, values {image.min():.2f} to {image.max():.2f}")
     click.echo(f"     numpy.load({str(out / 'shard-00000.npz')!r})['images']")
-    click.echo(f"It all lies in {place.resolve()}")
+    click.echo(f"Everything is in {place.resolve()}")
     return 0 if result.ok else 1
 
 

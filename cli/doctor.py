@@ -11,7 +11,7 @@ from gpu_npz.cli.console import print_json
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
 def command(as_json: bool) -> None:
-    """Say which parts of this machine gpu-npz can use, and the exact command for those that it cannot."""
+    """Show which parts of this machine gpu-npz can use, and the command that installs each part that is missing."""
     findings = diagnose()
     if as_json:
         print_json([finding.to_json() for finding in findings])

@@ -15,7 +15,7 @@ from gpu_npz.cli.options import config_options, read_config
 @click.argument("out", metavar="OUT")
 @config_options("max_rejects", "accept_environment")
 def command(out: str, **given: Any) -> None:
-    """Make a dataset of OUT when all of its shards are built, as the last part of a build does by itself."""
+    """Complete the dataset in OUT when all of its shards are built. The last part of a build does this by itself."""
     show_warnings()
     manifest = finalize(out, read_config(None, given))
     counts = manifest.counts

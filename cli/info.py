@@ -9,7 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
-from gpu_npz.cli.console import class_sizes, printable
+from gpu_npz.cli.console import class_sizes, print_lines, printable
 from gpu_npz.cli.datasets import datasets_in, print_sides
 from gpu_npz.config import BuildConfig, as_option, option_of
 from gpu_npz.dataset.manifest import Manifest, so_far
@@ -29,12 +29,12 @@ _LAST = {"shard_table_digest", "rejects_digest"}  # manifest fields that are unk
     "--json",
     "as_json",
     is_flag=True,
-    help="Print the manifest as JSON on stdout; of an unfinished build, what it is so far.",
+    help="Print the manifest as JSON on stdout; for an unfinished build, what is known so far.",
 )
 def command(out: str, as_json: bool) -> None:
-    """Say what the dataset in OUT is: its images, classes, counts and settings.
+    """Show the images, classes, counts and settings of the dataset in OUT.
 
-    For a build that has not ended, show what it is so far, and exit 1. For a split, show all sides.
+    For an unfinished build, it shows what is there so far, and the exit code is 1. For a split, it shows all sides.
     """
     found: dict[str, Any] = {}
     unfinished = None
@@ -53,7 +53,7 @@ def command(out: str, as_json: bool) -> None:
             found[side] = {**manifest.model_dump(exclude=_LAST), "built_shards": built}
             unfinished = unfinished or exc
         if not as_json:
-            click.echo("\n".join([f"{side}:"] * bool(side) + _lines(manifest, index, built)))
+            print_lines([f"{side}:"] * bool(side) + _lines(manifest, index, built))
     if as_json:
         print_sides(found)
     if unfinished is not None:

@@ -13,18 +13,18 @@ from gpu_npz.errors import GpuNpzError
 
 # The short help is here so that `--help` does not import the commands.
 COMMANDS = {
-    "build": "Build NPZ shards from images, or resume a build that was stopped.",
-    "plan": "Say what a build would do and take, before a long job.",
-    "info": "Say what a dataset is, or how far its build has come.",
-    "verify": "Read a whole dataset and compare it with its manifest.",
-    "stats": "Say what the pixels of images or of a dataset are like: mean, std, histograms, classes.",
+    "build": "Build NPZ shards from images, or resume a build that was interrupted.",
+    "plan": "Estimate the size, memory and time of a build before you start it.",
+    "info": "Show what is in a dataset, or how far its build has got.",
+    "verify": "Check every byte of a dataset; rebuild what is damaged.",
+    "stats": "Compute the mean, std, histograms and class counts of images or of a dataset.",
     "preview": "Draw a contact sheet of a dataset, or of its rejects.",
-    "retry": "Try the rejects of a dataset again, after their files were fixed.",
-    "finalize": "Finish a dataset that was built in parts.",
-    "parity": "Say how far two decoders differ on the same images.",
-    "doctor": "Say what this machine can use, and how to get the rest.",
-    "demo": "Make some images, build and verify a dataset from them.",
-    "bench": "Measure the pipeline on this machine.",
+    "retry": "Try the rejects of a dataset again after you have fixed their files.",
+    "finalize": "Complete a dataset that was built in parts.",
+    "parity": "Measure how much two decoders differ on the same images.",
+    "doctor": "Show what this machine can use, and how to install the rest.",
+    "demo": "Make some images, build a dataset from them and verify it.",
+    "bench": "Measure speed on this machine.",
 }
 
 
@@ -76,21 +76,21 @@ def run(arguments: list[str]) -> int:
         exc.show()
         return exc.exit_code
     except GpuNpzError as exc:
-        click.echo(f"gpu-npz: {_printable(exc)}", err=True)
+        click.echo(_message(exc), err=True)
         return exc.exit_code
     except BrokenPipeError:  # the reader of stdout has exited, as `head` does
         sys.stderr.close()
         return 1
     except OSError as exc:
-        click.echo(f"gpu-npz: {_printable(exc)}", err=True)
+        click.echo(_message(exc), err=True)
         return 1
     return int(result or 0)
 
 
-def _printable(error: Exception) -> str:
-    from gpu_npz.cli.console import printable  # rich is slow to import, and most commands succeed
+def _message(error: Exception) -> str:
+    from gpu_npz.cli.console import printable, wrapped  # rich is slow to import, and most commands succeed
 
-    return printable(str(error), keep="\n")
+    return wrapped("gpu-npz: " + printable(str(error), keep="\n"), sys.stderr)
 
 
 def _stopped(code: int, arguments: list[str]) -> int:

@@ -25,6 +25,18 @@ _OTHER_NAMES = {
     "-j": "--workers",
 }
 
+PRESET = click.option(
+    "--preset",
+    metavar="NAME|FILE.json",
+    help="Use a published model's preprocessing. Options on the command line take precedence.",
+)
+CONFIG_FILE = click.option(
+    "--config",
+    "config_file",
+    metavar="FILE.toml",
+    help="Read settings from a file. Options on the command line take precedence.",
+)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -50,7 +62,7 @@ class ConfigCommand(click.Command):
         own: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 known = parameter.name in BuildConfig.model_fields
                 (groups[group_of(str(parameter.name))] if known else own).append(record)
         sections = [

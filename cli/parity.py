@@ -26,11 +26,11 @@ _USED = (
 @click.option("--one", type=_SIDES, default="pillow", show_default=True, help=f"One decoder; {_TORCHVISION}")
 @click.option("--other", type=_SIDES, default="dali-cpu", show_default=True, help="The decoder to compare it with.")
 @click.option("--images", type=click.IntRange(1), default=1000, show_default=True, metavar="N", help="How many images.")
-@click.option("--max-mean", type=float, metavar="LEVELS", help="Exit 1 if the mean difference is larger.")
+@click.option("--max-mean", type=float, metavar="LEVELS", help="Exit with code 1 if the mean difference is larger.")
 @config_options(*_USED, "shuffle")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(src: str, one: Any, other: Any, images: int, max_mean: float | None, as_json: bool, **given: Any) -> int:
-    """Decode the same images by two decoders and say how far they differ, in levels of 0 to 255, by kind of image."""
+    """Decode the same images with two decoders and show how much they differ, in levels of 255, by kind of image."""
     from gpu_npz.audit.parity import parity  # loads Pillow, which this command's help does not need
 
     show_warnings()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import Progress
 
-from gpu_npz.cli.console import counted, errors, print_json, printable, show_warnings
-from gpu_npz.cli.options import ConfigCommand, config_options, read_config
+from gpu_npz.cli.console import counted, errors, print_json, print_lines, printable, show_warnings
+from gpu_npz.cli.options import CONFIG_FILE, PRESET, ConfigCommand, config_options, read_config
 from gpu_npz.config import BuildConfig
 from gpu_npz.dataset.space import format_bytes
 
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 @click.option(
     "--seconds", type=click.FloatRange(0, 600), default=3.0, show_default=True, metavar="S", help="How long to measure."
 )
-@click.option("--no-measure", is_flag=True, help="Do not measure; the duration is then left out, as by --seconds 0.")
-@click.option("--folder", metavar="DIR", help="Where to measure; the system's temporary folder unless given.")
+@click.option(
+    "--no-measure", is_flag=True, help="Do not measure, and do not estimate the duration. The same as --seconds 0."
+)
+@click.option("--folder", metavar="DIR", help="Where to measure. The default is the system's temporary folder.")
 @config_options(*BuildConfig.model_fields)
-@click.option("--preset", metavar="NAME|FILE.json", help="Take a published model's preprocessing; options given win.")
-@click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
+@PRESET
+@CONFIG_FILE
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(
     src: str,
@@ -40,10 +42,10 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Say what a build with these arguments would do, and what it would take: size, memory, time.
+    """Estimate the size, memory and time of a build with these arguments.
 
-    Lists SRC, reads about 1,000 headers, and builds shards of some items for a few seconds in a temporary folder.
-    Writes nothing to OUT, whose free space is looked at; that of the current folder if it is not given.
+    The command lists SRC, reads about 1,000 image headers, and builds shards of some items for a few seconds in a
+    temporary folder. It writes nothing to OUT, and only checks the free space there (or in the current folder).
     """
     from gpu_npz.builder.estimate import estimate
 
@@ -62,7 +64,7 @@ def command(
     if as_json:
         print_json(found.to_json())
     else:
-        click.echo("\n".join(_lines(found)))
+        print_lines(_lines(found))
 
 
 def _lines(found: Estimate) -> list[str]:
@@ -91,7 +93,7 @@ def _lines(found: Estimate) -> list[str]:
         lines.append(f"  duration    about {_time(found.duration_s)}: {rate}, {found.measured.items} items measured")
     if found.shards_left is not None:
         left = f"{found.shards_left} of {found.shards} shards are left to build"
-        lines.append(f"  begun       {left}, and the settings are those that OUT was begun with")
+        lines.append(f"  resumes     {left}, and the settings are those of OUT")
     return lines + [f"  warning     {printable(warning, keep=chr(10))}" for warning in found.warnings]
 
 
@@ -119,13 +121,18 @@ def _sampled(sample: Sample, items: int) -> list[str]:
     if not sample.sizes:
         return lines
     smallest, median, largest = (f"{height} x {width}" for height, width in sample.sizes)
-    encoded = f"{format_bytes(sample.encoded_bytes)} encoded, some {format_bytes(sample.encoded_bytes * items)} in all"
+    encoded = f"{format_bytes(sample.encoded_bytes)} encoded, about {format_bytes(sample.encoded_bytes * items)} in all"
     readable = sum(sample.formats.values())
-    kinds = {"progressive": sample.progressive, "turned by EXIF": sample.turned, "CMYK": sample.cmyk}
-    shares = ", ".join(f"{count / readable:.1%} {kind}" for kind, count in {**kinds, "gray": sample.gray}.items())
+    kinds = {
+        "progressive": sample.progressive,
+        "rotated by EXIF": sample.turned,
+        "CMYK": sample.cmyk,
+        "gray": sample.gray,
+    }
+    shares = [f"{count / readable:.1%} {kind}" for kind, count in kinds.items() if count]
     lines += [
-        f"  sizes       {smallest} to {largest}, {median} in the middle; {encoded}",
-        f"  kinds       {_counts(sample.formats)}; {_counts(sample.modes)}; {shares}",
+        f"  sizes       {smallest} to {largest}, median {median}; {encoded}",
+        f"  kinds       {'; '.join([_counts(sample.formats), _counts(sample.modes), *shares])}",
     ]
     if (heaviest := sample.heaviest) is not None:
         sides = f"{heaviest.height} x {heaviest.width} {heaviest.mode} {heaviest.format}"

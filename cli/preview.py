@@ -14,15 +14,30 @@ from gpu_npz.errors import UsageError
 
 @click.command("preview")
 @click.argument("out", metavar="OUT")
-@click.option("-o", "target", required=True, metavar="FILE", help="Where to draw: a name that ends with .png or .jpg.")
-@click.option("--count", type=int, metavar="N", help="Images; of each class with --by class. [default: 64, 8 a class]")
 @click.option(
-    "--by", type=click.Choice(["random", "class"]), default="random", show_default=True, help="Which images to draw."
+    "-o", "target", required=True, metavar="FILE", help="The picture to write; its name ends with .png or .jpg."
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="SEED", help="Another seed, other images.")
-@click.option("--rejects", is_flag=True, help="Draw the rejected items instead, as far as they can be decoded.")
-@click.option("--source", metavar="SRC", help="For --rejects: where the images are now, if they have moved.")
-@click.option("--tile", type=int, default=128, show_default=True, metavar="PIXELS", help="Side of an image drawn.")
+@click.option(
+    "--count",
+    type=int,
+    metavar="N",
+    help="How many images; with --by class, of each class.  [default: 64, or 8 per class]",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["random", "class"]),
+    default="random",
+    show_default=True,
+    help="Draw random images, or one line of images for each class.",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, metavar="SEED", help="The seed that selects the images."
+)
+@click.option("--rejects", is_flag=True, help="Draw the rejects instead, as far as they can be decoded.")
+@click.option("--source", metavar="SRC", help="For --rejects: the new place of the images, if they were moved.")
+@click.option(
+    "--tile", type=int, default=128, show_default=True, metavar="PIXELS", help="The side of each image in the picture."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was drawn as JSON on stdout.")
 def command(
     out: str,
@@ -35,14 +50,14 @@ def command(
     tile: int,
     as_json: bool,
 ) -> None:
-    """Draw a contact sheet of the dataset in OUT: images as pixels again, with their classes.
+    """Draw a contact sheet of the dataset in OUT: its images, de-normalized, with their classes.
 
-    For a split, draw one for each side: sheet-train.png and sheet-val.png for -o sheet.png.
+    For a split, there is a sheet for each side: -o sheet.png makes sheet-train.png and sheet-val.png.
     """
     from gpu_npz.audit.preview import preview  # loads Pillow, which this command's help does not need
 
     if rejects and by == "class":
-        raise UsageError("--rejects and --by class: rejects are not sorted by class; leave one out")
+        raise UsageError("--rejects and --by class: rejects are not sorted by class; omit one of them")
     sheets = {}
     for side, path in datasets_in(out).items():
         root, extension = os.path.splitext(target)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import Progress
 
-from gpu_npz.cli.console import class_sizes, errors, printable, show_warnings
+from gpu_npz.cli.console import class_sizes, errors, print_lines, printable, show_warnings
 from gpu_npz.cli.datasets import datasets_in, print_sides
-from gpu_npz.cli.options import ConfigCommand, config_options
+from gpu_npz.cli.options import CONFIG_FILE, ConfigCommand, config_options
 from gpu_npz.config import BuildConfig, load_toml
 from gpu_npz.dataset.layout import JOB, MANIFEST, sides_of_split
 from gpu_npz.errors import StorageError, UsageError
@@ -33,13 +33,14 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 @click.command("stats", cls=ConfigCommand)
 @click.argument("src", metavar="SRC|OUT")
 @config_options(*_USED)
-@click.option("--config", "config_file", metavar="FILE.toml", help="Take settings from a file; options given win.")
+@CONFIG_FILE
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> None:
-    """Say what the pixels of SRC, decoded as a build would, or of a dataset are like: mean, std, histograms, classes.
+    """Compute the mean, std, histograms and class counts of the images in SRC, or of a dataset.
 
-    Exact, by counts of levels. The last line has the options that normalize a build by these statistics. With --split
-    they are those of train, unless another side is named, as in val=0.2/val.
+    Images are decoded as a build decodes them. The statistics are exact, because they are computed from the counts of
+    all levels. The last line has the options that normalize a build by them. With --split, they are those of the side
+    train, unless you name another side, as in val=0.2/val.
     """
     from gpu_npz.audit.stats import of_dataset, of_source  # loads Pillow, which this command's help does not need
 
@@ -66,7 +67,7 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
     if as_json:
         print_sides({side: each.to_json() for side, each in found.items()})
     else:
-        click.echo("\n".join(line for each in found.values() for line in _lines(each)))
+        print_lines(line for each in found.values() for line in _lines(each))
 
 
 def _is_dataset(src: str) -> bool:

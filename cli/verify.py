@@ -22,29 +22,33 @@ from gpu_npz.errors import FormatError, UsageError
 
 @click.command("verify")
 @click.argument("out", metavar="OUT")
-@click.option("--repair", "repairing", is_flag=True, help="Rebuild damaged and missing shards; verify again.")
+@click.option("--repair", "repairing", is_flag=True, help="Rebuild damaged and missing shards, then verify again.")
 @click.option(
-    "--deep", type=click.IntRange(1), metavar="N", help="Decode N random rows again from their files; compare."
+    "--deep", type=click.IntRange(1), metavar="N", help="Decode the files of N random rows again and compare."
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="SEED", help="For --deep: which rows.")
-@click.option("--source", metavar="SRC", help="For --repair and --deep: where the images are now, if they have moved.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, metavar="SEED", help="For --deep: the seed that selects the rows."
+)
+@click.option(
+    "--source", metavar="SRC", help="For --repair and --deep: the new place of the images, if they were moved."
+)
 @config_options(*OPERATIONAL)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(
     out: str, repairing: bool, deep: int | None, seed: int, source: str | None, as_json: bool, **given: Any
 ) -> int:
-    """Read the whole dataset in OUT and compare it with its manifest; exit 1 if anything is wrong.
+    """Check every byte of the dataset in OUT. The exit code is 1 if anything is wrong.
 
-    Checked: every CRC-32; that each shard is there, is this dataset's and is the one that was committed; shapes,
-    dtypes, value ranges, labels; and that every planned item is one row or one reject. With --deep also that rows are
-    what their source files give: bit for bit where the decoder's version is that of the build.
+    The command checks every CRC-32, shape, dtype, value range and label, that each shard is the one that the build
+    committed, and that every item of the plan is one row or one reject. With --deep, it also decodes source files again
+    and compares them with their rows, bit for bit if the decoder's version is still the same.
     """
     show_warnings()
     config = read_config(None, given)
     if not repairing and any(value is not None for value in given.values()):
-        raise UsageError("the settings of a build go with --repair; add it, or leave them out")
+        raise UsageError("the settings of a build go with --repair; add it, or omit them")
     if source is not None and not repairing and deep is None:
-        raise UsageError("--source goes with --repair and --deep; add one of them, or leave it out")
+        raise UsageError("--source goes with --repair and --deep; add one of them, or omit it")
     found = {}
     for side, path in datasets_in(out).items():
         if side and not as_json:

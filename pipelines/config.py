@@ -87,35 +87,36 @@ class BuildConfig(BaseModel):
         "environment",
         "speed",
         "auto",
-        "Where to decode: a GPU when one is usable (auto), GPUs by number (0 or 0,1,2), all GPUs, or the CPU.",
+        "Where to decode: auto takes a GPU if there is a usable one, else the CPU; 0 or 0,1,2 names GPUs.",
         "auto, cpu, all, or numbers of GPUs: 0 or 0,1,2",
         "auto|cpu|all|N,...",
     )
     backend: Literal["auto", "pillow", "dali"] = _advanced(
-        "environment", "speed", "auto", "Decoder: dali on a GPU and pillow on a CPU (auto), or one by name."
+        "environment", "speed", "auto", "The decoder: auto is dali on a GPU and pillow on a CPU."
     )
     resizer: Resizer = _advanced(
         "environment",
         "speed",
         "auto",
-        "What resizes on the CPU: pillow, or simd, several times as fast and different by a level or two; auto is simd "
-        "for bilinear where it is installed and Pillow-SIMD is not.",
+        "What resizes images on the CPU. simd is faster, and its pixels differ from those of pillow by at most 2 "
+        "levels of 255. auto is simd for bilinear if it is installed and Pillow-SIMD is not.",
     )
     require_gpu: bool = _advanced(
-        "environment", "speed", False, "Fail where no GPU is usable, rather than take the CPU."
+        "environment", "speed", False, "Fail if there is no usable GPU, instead of using the CPU."
     )
     reproducible: bool = _advanced(
         "identity",
         "speed",
         False,
-        "On a GPU, decode every JPEG by the CUDA decoder, so that equal input gives equal bytes.",
+        "On a GPU, decode every JPEG with the CUDA decoder, so that the same input always gives the same bytes.",
     )
 
     size: tuple[int, int] | None = _setting(
         "identity",
         "pixels",
         None,
-        "Height and width of every image; 224 unless --resize-mode none takes the first readable image's.",
+        "Height and width of the stored images. The default is 224; with --resize-mode none, it is the size of the "
+        "first readable image.",
         f"N or HxW, each side 1 to {MAX_SIDE}",
         "N|HxW",
     )
@@ -123,44 +124,50 @@ class BuildConfig(BaseModel):
         "identity",
         "pixels",
         "stretch",
-        "How an image gets its size: stretch; center-crop (cover, then cut the middle); pad (fit, then fill); none.",
+        "How images are brought to --size. stretch changes the aspect ratio; center-crop resizes the image to cover "
+        "the size and crops the center; pad resizes it to fit inside and fills the border; none takes only images "
+        "that have the size already.",
     )
     crop_pct: float = _setting(
-        "identity", "pixels", 0.875, "For center-crop: size divided by the covered size.", "0.001 to 1", "FRACTION"
+        "identity",
+        "pixels",
+        0.875,
+        "For center-crop: --size as a fraction of the size before the crop (0.875: 224 of 256).",
+        "0.001 to 1",
+        "FRACTION",
     )
-    pad_value: int = _advanced(
-        "identity", "pixels", 0, "For pad: the level that fills the border.", "0 to 255", "LEVEL"
-    )
+    pad_value: int = _advanced("identity", "pixels", 0, "For pad: the gray level of the border.", "0 to 255", "LEVEL")
     interpolation: Interpolation = _advanced(
-        "identity", "pixels", "bilinear", "Resampling filter; all but nearest antialias."
+        "identity", "pixels", "bilinear", "The resampling filter. All filters except nearest antialias."
     )
     reduced_decoding: bool = _advanced(
         "identity",
         "pixels",
         True,
-        "Decode JPEGs of four times the size and more at a half or less, which is faster (Pillow alone does); without "
-        "it, Preprocess gives pixels the row that it gives their file.",
+        "Let Pillow decode JPEGs that are at least four times as large as --size at a half of their size or less, "
+        "which is faster. Without it, Preprocess gives the same row for a file and for its decoded pixels.",
     )
     exif_orientation: bool = _advanced(
-        "identity", "pixels", True, "Turn images as their EXIF orientation says, and a TIFF as its Orientation tag."
+        "identity", "pixels", True, "Rotate images by their EXIF orientation, and TIFFs by their Orientation tag."
     )
     background: tuple[int, int, int] = _advanced(
-        "identity", "pixels", (0, 0, 0), "The colour under transparent pixels.", "R,G,B, each 0 to 255", "R,G,B"
+        "identity", "pixels", (0, 0, 0), "The color behind transparent pixels.", "R,G,B, each 0 to 255", "R,G,B"
     )
     dicom_window: tuple[float, float] | None = _advanced(
         "identity", "pixels", None,
-        "For DICOM: the values (rescaled, such as HU) that become black and white, for every file.",
+        "For DICOM: the values (after rescaling, such as HU) that become black and white in every file. By default, "
+        "each file's own window counts.",
         "LO,HI with LO < HI", "LO,HI",
     )  # fmt: skip
     max_pixels: int = _advanced(
         "identity", "pixels", 89_478_485, "Reject images with more pixels than this.", "a positive number", "PIXELS"
     )
-    channels: Channels = _setting("identity", "pixels", "rgb", "Channels of a stored image, in this order.")
+    channels: Channels = _setting("identity", "pixels", "rgb", "The channels of the stored images, in this order.")
     bit_depth: int = _advanced(
         "identity",
         "pixels",
         8,
-        "Bits a channel when pixels are decoded and resized; 16 decodes on the CPU.",
+        "Bits per channel while images are decoded and resized. Images of 16 bits are decoded on the CPU.",
         "8, 16",
         "8|16",
     )
@@ -168,16 +175,16 @@ class BuildConfig(BaseModel):
         "identity",
         "pixels",
         "imagenet",
-        "Pixels to values: imagenet mean and std; unit 0..1; signed -1..1; none; mean-std; dataset: by mean and std of "
-        "SRC itself, which one more pass finds out first; log: log(1 + level) scaled to 0..1; window; "
-        "or by the statistics of each image, over all channels: standardize to mean 0 and deviation 1, minmax to 0..1, "
-        "maxabs, l2; with these four, a GPU waits for the host once per batch.",
+        "How pixels become values. imagenet, mean-std: (pixel / 255 - mean) / std; dataset: the same, with the mean "
+        "and std of SRC, which takes an additional pass over it; unit: 0 to 1; signed: -1 to 1; log: log(1 + level), "
+        "scaled to 0 to 1; window: see --window. standardize (mean 0, deviation 1), minmax (0 to 1), maxabs and l2 "
+        "use the statistics of each image over all of its channels.",
     )
     mean: tuple[float, ...] | None = _setting(
         "identity",
         "pixels",
         None,
-        "For mean-std: a mean for R,G,B (or gray), of pixels scaled to 0..1.",
+        "For mean-std: the mean of R,G,B (or gray), of pixels scaled to 0 to 1.",
         "as many numbers as channels, in the order R,G,B",
         "R,G,B",
     )
@@ -185,37 +192,42 @@ class BuildConfig(BaseModel):
         "identity",
         "pixels",
         None,
-        "For mean-std: a standard deviation for R,G,B (or gray).",
+        "For mean-std: the standard deviation of R,G,B (or gray), of pixels scaled to 0 to 1.",
         "as many positive numbers as channels, in the order R,G,B",
         "R,G,B",
     )
     window: tuple[float, float] | None = _advanced(
         "identity", "pixels", None,
-        "For window: the levels, of 0 to 255 or 65535, that become 0 and 1; cut off beyond.",
+        "For --normalize window: the levels (0 to 255, or to 65535 with 16 bits) that become 0 and 1. Values outside "
+        "are clipped.",
         "LO,HI with LO < HI, and levels between them", "LO,HI",
     )  # fmt: skip
     dtype: DType = _setting(
         "identity",
         "pixels",
         "float32",
-        "Stored type; uint8, or uint16 with 16 bits, stores pixels and leaves the normalization to the reader.",
+        "The type of the stored values. uint8 (or uint16, with --bit-depth 16) stores pixels, which take a quarter of "
+        "the space, and the readers normalize them.",
     )
     clip: bool = _advanced(
         "identity",
         "pixels",
         False,
-        "Store a value that float16 cannot hold as the nearest one that it can, rather than refuse it.",
+        "Clip values that are too large for float16, instead of refusing them.",
     )
-    layout: Layout = _setting("identity", "pixels", "NCHW", "Order of a stored batch's axes.")
+    layout: Layout = _setting(
+        "identity", "pixels", "NCHW", "The order of the axes: batch (N), channels (C), height (H) and width (W)."
+    )
 
     labels: str | None = _setting(
         "identity",
         "input",
         None,
-        "Where labels are: class-dir (the first folder), none, or a table FILE; csv:NAME, a table in every folder; "
-        "columns of a table or Parquet (A,B or A:class, A:integer, A:float), behind FILE: or csv:NAME: for such a "
-        "table; cls (the default), txt or json:FIELD of a WebDataset; coarse of CIFAR-100; an array of an .npz, or an "
-        ".npy FILE, with a kind behind it if it needs one.",
+        "Where the labels are. For a folder or an archive: class-dir (the default: the name of the first folder), a "
+        "table FILE, or csv:NAME (a table of this name in every folder). For a table or Parquet: columns (A,B), each "
+        "with its kind if you like (A:class, A:integer, A:float); also after a table (FILE:A,B). For a WebDataset: "
+        "cls (the default), txt or json:FIELD. For CIFAR-100: coarse. For arrays: the name of an array, or an .npy "
+        "FILE. none: no labels.",
         "class-dir, none, a table's path, csv:NAME, columns, cls, txt, json:FIELD, coarse, an array or FILE.npy",
         "WHERE",
     )
@@ -223,7 +235,8 @@ class BuildConfig(BaseModel):
         "identity",
         "input",
         None,
-        "The column of a table that has paths, or of a Parquet file that has images; found by its name unless given.",
+        "The column with the paths (of a table) or the images (of a Parquet file). By default, it is found by its "
+        "name.",
         "the name of a column",
         "COLUMN",
     )
@@ -231,7 +244,7 @@ class BuildConfig(BaseModel):
         "identity",
         "input",
         None,
-        "Take only N items of each class (the first after the shuffle).",
+        "Use only the first N items of each class, counted after --shuffle.",
         "a positive number",
         "N",
     )
@@ -239,8 +252,8 @@ class BuildConfig(BaseModel):
         "identity",
         "input",
         None,
-        "Build OUT/train and OUT/NAME, which gets this share of the items (val=0.1, or several: val=0.1,test=0.1); "
-        "val=0.1/val builds that side alone, in OUT.",
+        "Split the items: val=0.1 puts 10% of them into OUT/val and the others into OUT/train; val=0.1,test=0.1 makes "
+        "three sides; val=0.1/val builds only that side, in OUT.",
         "NAME=SHARE[,NAME=SHARE...], shares such as 0.1 that sum up to less than 1, /NAME behind it for one side alone",
         "NAME=SHARE",
     )
@@ -248,18 +261,19 @@ class BuildConfig(BaseModel):
         "identity",
         "input",
         None,
-        "What a split keeps: label (each class's share; default), random, or together: folder, or a table's column.",
+        "How --split chooses items: label (the default) gives each side the same share of each class, random ignores "
+        "the classes; folder, or the name of a table's column, keeps items with the same value on one side.",
         "label, random, folder, or the name of a table's column",
         "HOW",
     )
-    split_seed: int = _advanced("identity", "input", 0, "The seed of a split.", "0 or a positive number", "SEED")
+    split_seed: int = _advanced("identity", "input", 0, "The seed of --split.", "0 or a positive number", "SEED")
 
     shard_size: str = _setting(
         "identity",
         "output",
         "auto",
-        "Rows a shard, or its size in bytes with a unit; auto: 1024 rows, and for fewer than some 16,000 items a half, "
-        "a quarter and so on, down to 64, so that there are 16 shards for all cores.",
+        "Rows per shard, or bytes per shard with a unit. auto is 1024 rows; for fewer than 16,384 items it is 512, "
+        "256, 128 or 64, so that there are at least 16 shards to keep all cores busy.",
         "auto, rows (1024) or bytes with a unit (512MB; B, kB, MB, GB, KiB, MiB, GiB)",
         "auto|ROWS|BYTES",
     )
@@ -267,46 +281,56 @@ class BuildConfig(BaseModel):
         "identity",
         "output",
         "none",
-        "Deflate stored images, by ISA-L at a level of 0 to 3 (1 unless given); any row is still read alone.",
+        "Compress the stored images with deflate, by ISA-L at a level of 0 to 3 (default 1). A single row can still "
+        "be read alone.",
         "none, deflate, or deflate:LEVEL with a level of 0 to 3",
         "none|deflate[:LEVEL]",
     )
     shuffle: int | None = _setting(
-        "identity", "input", None, "Shuffle the items by this seed.", "0 or a positive number", "SEED"
+        "identity",
+        "input",
+        None,
+        "Shuffle the items with this seed. By default, they keep the order of SRC.",
+        "0 or a positive number",
+        "SEED",
     )
     limit: int | None = _setting(
-        "identity", "input", None, "Take only the first N items (after the shuffle).", "a positive number", "N"
+        "identity", "input", None, "Use only the first N items, counted after --shuffle.", "a positive number", "N"
     )
     on_reject: Literal["skip", "blank", "fail"] = _setting(
-        "identity", "output", "skip", "An item that cannot be decoded: no row; a zero row marked invalid; or stop."
+        "identity",
+        "output",
+        "skip",
+        "What to do with an image that cannot be decoded: skip it, store a blank row of zeros, or stop the build.",
     )
 
     classes_from: str | None = _advanced(
         "operational", "input", None,
-        "Number the classes as a finished dataset does, or a text file with a name a line.",
+        "Number the classes as in a finished dataset, or as in a text file with one class name per line.",
         "a finished dataset, or a text file",
         "OUT|FILE",
     )  # fmt: skip
     source: SourceKind = _setting(
-        "operational", "input", "auto", "The form that SRC has; detected by its name and content unless given."
+        "operational", "input", "auto", "The kind of SRC. auto detects it by name and content."
     )
     root: str | None = _advanced(
         "operational", "input", None,
-        "What paths in a table are relative to, the table's own folder unless given; or the folder in a folder, tar or "
-        "zip that is taken.",
+        "The folder to which the paths in a table are relative (default: the folder of the table). For a folder, tar "
+        "or zip: use only the images under this folder of it.",
         "a folder",
         "DIR",
     )  # fmt: skip
     follow_links: bool | None = _advanced(
         "operational", "input", None,
-        "Follow symbolic links out of SRC: unless given, those in a folder are followed and a table's are refused.",
+        "Follow symbolic links that lead out of SRC. By default, links in a folder are followed, and links that a "
+        "table names are refused.",
     )  # fmt: skip
     max_rejects: str = _setting(
         "operational",
         "output",
         "1%",
-        f"Fail with exit 3 if more items are rejected; a percentage never means fewer than {MIN_REJECT_LIMIT}, "
-        "nor, below 100%, all of them.",
+        f"Stop with exit code 3 if more items than this are rejected. A percentage always allows {MIN_REJECT_LIMIT} "
+        "rejects, but, below 100%, never all items.",
         "a number of items (50) or a percentage of the plan (0.5%)",
         "N|P%",
     )
@@ -314,7 +338,8 @@ class BuildConfig(BaseModel):
         "operational",
         "speed",
         None,
-        f"Images decoded together; {BATCH_SIZE['cuda']} on a GPU, {BATCH_SIZE['cpu']} on a CPU unless given.",
+        f"How many images are decoded together. The default is {BATCH_SIZE['cuda']} on a GPU and {BATCH_SIZE['cpu']} "
+        "on a CPU.",
         "1 to 4096",
         "N",
     )
@@ -322,7 +347,8 @@ class BuildConfig(BaseModel):
         "operational",
         "speed",
         None,
-        "Worker processes; as many as usable cores for pillow, one a GPU, unless given; 0: none but this process.",
+        "How many worker processes run. The default is one per GPU, or one per usable core on a CPU. 0 builds in the "
+        "main process.",
         "0 to 1024",
         "N",
     )
@@ -330,7 +356,7 @@ class BuildConfig(BaseModel):
         "operational",
         "speed",
         None,
-        "Threads of a worker's DALI; unless given, the usable cores, and on a GPU all but two of them.",
+        "How many threads DALI uses in each worker. The default is the number of usable cores, minus two on a GPU.",
         "1 to 1024",
         "N",
     )
@@ -338,7 +364,7 @@ class BuildConfig(BaseModel):
         "operational",
         "speed",
         None,
-        "Batches inside each of DALI's pipelines at the same time; 3 on a GPU, 2 on a CPU unless given.",
+        "How many batches are in each DALI pipeline at the same time. The default is 3 on a GPU and 2 on a CPU.",
         "1 to 64",
         "N",
     )
@@ -346,7 +372,7 @@ class BuildConfig(BaseModel):
         "operational",
         "speed",
         None,
-        "DALI pipelines of a worker that decode in turn; 2 on a GPU, 1 on a CPU unless given.",
+        "How many DALI pipelines decode in turn in each worker. The default is 2 on a GPU and 1 on a CPU.",
         "1 to 8",
         "N",
     )
@@ -354,7 +380,7 @@ class BuildConfig(BaseModel):
         "operational",
         "speed",
         None,
-        "Shards that a worker writes at the same time; 4 on a GPU, 1 on a CPU unless given.",
+        "How many shards each worker writes at the same time. The default is 4 on a GPU and 1 on a CPU.",
         "1 to 64",
         "N",
     )
@@ -362,8 +388,8 @@ class BuildConfig(BaseModel):
         "operational",
         "speed",
         None,
-        "Share of JPEGs for a GPU's hardware JPEG engines; unless given, DALI's own choice, but 0 on Hopper and newer "
-        "GPUs, where a known fault of these engines may give wrong pixels.",
+        "The share of JPEGs that a GPU's hardware JPEG engines decode. The default is DALI's own, but 0 on Hopper and "
+        "newer GPUs, where these engines have a known bug that may give wrong pixels.",
         "0 to 1",
         "SHARE",
     )
@@ -371,23 +397,24 @@ class BuildConfig(BaseModel):
         "operational",
         "speed",
         True,
-        "Compare a sample of the images that a GPU decodes (16 per worker, then 1 in 1,000) with Pillow's, and stop if "
-        "the GPU decodes an image differently in a batch and alone.",
+        "Decode a sample of the images that a GPU decodes (the first 16 of each worker, then 1 in 1,000) with Pillow "
+        "too, and stop the build if the GPU decodes an image differently in a batch and alone.",
     )
     worker_timeout: int = _advanced(
         "operational",
         "run",
         300,
-        "A worker that gives no sign of life for so many seconds is stopped, and its shards are built again.",
+        "Stop and replace a worker that does not respond for this many seconds. Its shards are built again.",
         "1 to 86400",
         "SECONDS",
     )
     engine: Literal["local", "ray"] = _setting(
-        "operational", "run", "local", "Where workers run: in processes on this machine, or on a Ray cluster."
+        "operational", "run", "local", "Where the workers run: on this machine, or on a Ray cluster."
     )
     ray_address: str | None = _advanced(
         "operational", "run", None,
-        "For --engine ray: the cluster's address; one that runs here, or a new one, unless given.",
+        "For --engine ray: the address of the cluster. By default, a cluster that runs on this machine is used, or a "
+        "new one is started.",
         "an address that ray.init takes",
         "ADDRESS",
     )  # fmt: skip
@@ -395,8 +422,8 @@ class BuildConfig(BaseModel):
         "operational",
         "run",
         None,
-        "Build part i of n, with i from 1 to n, as one of n jobs. auto takes both from the cluster's scheduler; "
-        "auto/n is for schedulers that do not say how many jobs there are (Kubernetes, PBS).",
+        "Build part I of N (I from 1 to N), as one of N jobs. auto takes both numbers from the "
+        "cluster's scheduler; auto/N is for schedulers that do not give the number of jobs (Kubernetes, PBS).",
         "i/n with i from 1 to n, auto or auto/n",
         "I/N|auto[/N]",
     )
@@ -404,17 +431,15 @@ class BuildConfig(BaseModel):
         "operational",
         "output",
         "auto",
-        "Keep written shards in the page cache, or drop them from it as they reach the disk (Linux 6.14 and later); "
-        "auto drops them if the dataset is larger than half the memory available.",
+        "Whether written shards stay in the page cache or are dropped from it once they are on the disk (needs Linux "
+        "6.14). auto drops them if the dataset is larger than half of the available memory.",
     )
     preflight: bool = _advanced(
-        "operational", "output", True, "Refuse to start a build whose output does not fit on OUT's disk."
+        "operational", "output", True, "Refuse to start a build whose output does not fit on the disk of OUT."
     )
-    overwrite: bool = _setting(
-        "operational", "output", False, "Delete what an earlier build left in OUT and start over."
-    )
+    overwrite: bool = _setting("operational", "output", False, "Delete the dataset in OUT and build it again.")
     accept_environment: bool = _advanced(
-        "operational", "run", False, "Resume although the decoder, its version or the GPU model has changed."
+        "operational", "run", False, "Resume although the decoder, its version or the GPU model is different now."
     )
 
     def __init__(self, /, **values: Any) -> None:
@@ -781,21 +806,21 @@ _RULES = (
     _Rule(
         "normalize mean std",
         lambda config: config.normalize == "dataset" and (config.mean is None) != (config.std is None),
-        lambda _: "normalize dataset measures both --mean and --std; leave them out",
+        lambda _: "normalize dataset measures both --mean and --std; omit them",
     ),
     _Rule(
         "normalize mean std",
         lambda config: (
             config.normalize not in ("mean-std", "dataset") and (config.mean is not None or config.std is not None)
         ),
-        lambda config: f"--mean and --std go with --normalize mean-std, not with {config.normalize}",
+        lambda config: f"--mean and --std require --normalize mean-std; got {config.normalize}",
     ),
     *_statistics_rules("mean"),
     *_statistics_rules("std"),
     _Rule(
         "normalize window",
         lambda config: (config.normalize == "window") != (config.window is not None),
-        lambda _: "normalize window needs --window LO,HI, which goes with no other normalization",
+        lambda _: "--normalize window and --window LO,HI require each other; give both, or neither",
     ),
     _Rule(
         "window bit_depth",
@@ -834,7 +859,7 @@ _RULES = (
         ),
         lambda config: (
             f"--bit-depth 16 decodes with Pillow on the CPU; got --backend {config.backend}, --device {config.device}"
-            f"{', --require-gpu' if config.require_gpu else ''}; leave them out, or choose --bit-depth 8"
+            f"{', --require-gpu' if config.require_gpu else ''}; omit them, or choose --bit-depth 8"
         ),
     ),
     _Rule(
@@ -855,23 +880,23 @@ _RULES = (
         lambda config: config.reproducible and bool(config.hw_decoder_load),
         lambda config: (
             f"--reproducible leaves nothing to the hardware JPEG engines; --hw-decoder-load {config.hw_decoder_load} "
-            "contradicts it; leave one out"
+            "contradicts it; omit one of them"
         ),
     ),
     _Rule(
         "split split_by split_seed",
         lambda config: config.split is None and (config.split_by is not None or config.split_seed != 0),
-        lambda _: "--split-by and --split-seed go with --split; add it, or leave them out",
+        lambda _: "--split-by and --split-seed require --split; add it, or omit them",
     ),
     _Rule(
         "ray_address engine",
         lambda config: config.ray_address is not None and config.engine != "ray",
-        lambda _: "--ray-address goes with --engine ray; add it, or leave the address out",
+        lambda _: "--ray-address requires --engine ray; add it, or omit the address",
     ),
     _Rule(
         "engine workers",
         lambda config: config.engine == "ray" and config.workers == 0,
-        lambda _: "--workers 0 builds in this process; with --engine ray give 1 or more, or leave it out",
+        lambda _: "--workers 0 builds in this process; with --engine ray give 1 or more, or omit it",
     ),
     _Rule(
         "engine device",
@@ -883,6 +908,6 @@ _RULES = (
     _Rule(
         "device require_gpu",
         lambda config: config.device == "cpu" and config.require_gpu,
-        lambda _: "--require-gpu and --device cpu contradict each other; leave one out",
+        lambda _: "--require-gpu and --device cpu contradict each other; omit one of them",
     ),
 )

@@ -92,7 +92,7 @@ ROOMS = {
             "dataset contract order",
             "combine augment",
             "torch_crops",
-            "torch_loader torch_workers keras tensorflow",
+            "torch_loader torch_workers keras tensorflow dali",
             "torch",
         ],
     ),

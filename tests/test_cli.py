@@ -22,6 +22,7 @@ from support import MakeTree, contents, python
 import gpu_npz
 from gpu_npz.audit import doctor
 from gpu_npz.builder.build import build
+from gpu_npz.cli.console import wrapped
 from gpu_npz.cli.main import COMMANDS, cli, run
 from gpu_npz.config import BuildConfig, Group, load_toml
 from gpu_npz.machine import environment
@@ -101,6 +102,59 @@ def test_json_is_alone_on_stdout_and_has_the_report(src: str, out: str, capsys: 
     assert json.loads(capsys.readouterr().out) == json.loads(Path(out, "dataset.json").read_text())
     assert run(["verify", out, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+def test_progress_as_json_lines_ends_with_the_report(src: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["build", src, out, *SMALL, "--max-rejects", "100%", "--progress", "json"]
+    assert run(arguments) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines if line["event"] != "progress"] == ["started", *["shard"] * 5, "finished"]
+    assert (lines[0]["items"], lines[0]["items_done"]) == (10, 0)
+    (last,) = [line for line in lines if line["event"] == "progress" and line["items_done"] == 10]
+    assert last["rejects"] == 2
+    assert sum(line["rows"] for line in lines if line["event"] == "shard") == 8
+    assert (lines[-1]["report"]["rows"], lines[-1]["report"]["complete"]) == (8, True)
+    assert run([*arguments, "--json"]) == 2
+    assert "omit --json: the last line has the report" in capsys.readouterr().err
+
+
+def test_progress_as_json_lines_names_the_side_of_a_split(
+    src: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [src, out, *SMALL, "--split", "val=0.5", "--max-rejects", "0"]
+    assert run(["build", *arguments, "--progress", "json"]) == 3
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    ended = {line["side"]: line["report"]["rejects"] for line in lines if line["event"] == "finished"}
+    assert sum(ended.values()) >= 1
+    assert {line["side"] for line in lines} <= {"train", "val"}
+
+
+def test_a_resumed_build_says_how_much_is_built_already(src: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["build", src, out, *SMALL, "--max-rejects", "100%"]
+    assert run(arguments) == 0
+    assert "resuming" not in capsys.readouterr().err
+    os.remove(Path(out, "shard-00001.npz"))
+    assert run(arguments) == 0
+    assert "resuming: 8 of 10 items are built already\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one two three four five", ["one two three", "four five"]),
+        ("  hint    one two three", ["  hint    one", "          two", "          three"]),
+        ("made with  one two", ["made with  one", "           two"]),
+        ("  " + "/long" * 5 + " end", ["  " + "/long" * 5, "  end"]),
+        ("one\n\n  two", ["one", "", "  two"]),
+    ],
+)
+def test_text_wraps_on_words_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, text: str, expected: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "15")
+    terminal = SimpleNamespace(isatty=lambda: True)
+    assert wrapped(text, terminal).split("\n") == expected  # type: ignore[arg-type]
+    assert wrapped(text, SimpleNamespace(isatty=lambda: False)) == text  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["first build", "json"])
@@ -188,8 +242,8 @@ def test_wrong_usage_is_2_and_says_what_is_allowed(
     [
         (["build", "SRC/gone", "OUT"], "No such file or directory; give SRC as a folder"),
         (["build", "SRC", "SRC/a/0.jpg/out"], "lies inside SRC"),
-        (["info", "SRC"], "holds no dataset (dataset.json is missing); give a folder that build made"),
-        (["verify", "OUT"], "holds no dataset"),
+        (["info", "SRC"], "is not a dataset (dataset.json is missing); give the OUT of a build"),
+        (["verify", "OUT"], "is not a dataset"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -368,6 +422,7 @@ def test_every_setting_is_an_option_of_the_same_name_and_nothing_else_is() -> No
         "dry_run": "--dry-run",
         "config_file": "--config",
         "as_json": "--json",
+        "progress_form": "--progress",
         "quiet": "--quiet",
     }
     assert set(options) == {*BuildConfig.model_fields, *own}
@@ -458,7 +513,7 @@ def test_retry_on_the_datasets_of_a_split_names_them_and_says_which_path_to_give
     split: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["retry", split]) == 1
-    expected = f"{split!r} is no dataset, but holds train, val; give one of these, such as {split + '/train'!r}"
+    expected = f"{split!r} is no dataset, but holds train, val; give one of them, such as {split + '/train'!r}"
     assert capsys.readouterr().err == f"gpu-npz: {expected}\n"
 
 

@@ -187,7 +187,9 @@ def test_a_source_that_is_not_the_dataset_s_is_said_to_be_something_else(src: Pa
     out, other = build(src, tmp_path / "out"), tmp_path / "other"
     (other / name).parent.mkdir(parents=True)
     (other / name).write_bytes(file_bytes("jpeg"))
-    with pytest.raises(MismatchError, match=rf"built from '{src}', and '{other}' is something else: it has none"):
+    with pytest.raises(
+        MismatchError, match=rf"built from '{src}', and '{other}' is something else, because it has none"
+    ):
         compare(out, 1, source=other)
     with pytest.raises(MismatchError, match="is something else"):
         repair(out, source=other)

@@ -325,10 +325,10 @@ def test_a_build_in_8_bits_of_files_in_16_says_so_and_one_in_16_does_not(
         (src / name).write_bytes(data)
     build(src, tmp_path / "deep")
     assert "16 bits" not in caplog.text
-    doubt = "'2.png', for one, has 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all"
+    doubt = "'2.png', for one, has 16 bits per channel, of which 8 are kept; --bit-depth 16 keeps all of them"
     build(src, tmp_path / "out", bit_depth=8)
     assert [record.getMessage() for record in caplog.records].count(doubt) == 1
-    sampled = "1 of 3 sampled images have 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all"
+    sampled = "1 of 3 sampled images have 16 bits per channel, of which 8 are kept; --bit-depth 16 keeps all of them"
     assert sampled in estimate(src, BuildConfig(device="cpu", size=8), seconds=0).warnings
     (src / "2.png").unlink()
     assert not any("16 bits" in each for each in estimate(src, BuildConfig(device="cpu", size=8), seconds=0).warnings)
@@ -364,8 +364,7 @@ def test_a_build_of_16_bits_is_read_verified_and_looked_at(src: Path, tmp_path: 
     assert of_dataset(stored.path).max[0] == planes[:, 0].max()
     sheet = preview(stored.path, tmp_path / "sheet.png", tile=WIDTH)
     with Image.open(tmp_path / "sheet.png") as image:
-        top = 6 + (WIDTH - HEIGHT) // 2
-        square = np.asarray(image)[top : top + HEIGHT, 6 : 6 + WIDTH]
+        square = np.asarray(image)[6 : 6 + HEIGHT, 6 : 6 + WIDTH]  # a cell has the size of an image
     shown = np.rint(stored[sheet.tiles[0].row or 0] / 257)[..., :: -1 if channels == "bgr" else 1]
     np.testing.assert_array_equal(square, np.broadcast_to(shown, square.shape))
 
@@ -410,7 +409,7 @@ def test_pixels_and_open_images_give_what_a_file_of_them_gives() -> None:
 
 def test_its_description_and_its_contract_name_the_depth() -> None:
     deep = Preprocess(BuildConfig(bit_depth=16, normalize="unit", dtype="uint16"), (8, 8))
-    assert "16 bits a channel, red, green, blue" in deep.describe()
+    assert "16 bits per channel, red, green, blue" in deep.describe()
     assert "levels of 0 to 65535 are stored; read as (level / 65535 - mean) / std" in deep.describe()
     assert deep.differences(Preprocess(BuildConfig(normalize="unit"), (8, 8))) == ["bit-depth: 16 and 8"]
 

@@ -185,12 +185,12 @@ def test_a_jpeg_of_more_than_8_bits_is_undecodable_and_said_to_be(bits: int) -> 
 def test_an_image_of_a_format_that_is_not_decoded_is_named(first_bytes: bytes, name: str) -> None:
     code, detail = rejected(first_bytes + bytes(100))
     assert code == "undecodable"
-    assert detail == f"{name}, which is not decoded; allowed are JPEG, PNG, WebP, GIF, BMP, TIFF, PPM and DICOM"
+    assert detail == f"{name}, which is not supported; allowed are JPEG, PNG, WebP, GIF, BMP, TIFF, PPM and DICOM"
 
 
 @pytest.mark.parametrize("data", [b"text", b"Python 3", b"Px text", b"<svg/>", bytes(50), b"%!PS-Adobe", b"\x89PN"])
 def test_other_content_is_no_image(data: bytes) -> None:
-    assert rejected(data) == ("not-an-image", "no decoder knows this content")
+    assert rejected(data) == ("not-an-image", "the content is not a known image format")
 
 
 def test_pictures_that_pillow_has_loaded_are_taken_as_they_are() -> None:

@@ -479,7 +479,7 @@ def test_what_was_begun_on_a_gpu_does_not_go_on_without_one(
     src, out = begun
     begin_with(out, "dali", "cuda")
     monkeypatch.setattr(environment, "inspect", lambda *_: LAPTOP)
-    with pytest.raises(BackendError, match=r"begun with backend dali on cuda.*no NVIDIA GPU is visible") as caught:
+    with pytest.raises(BackendError, match=r"started with backend dali on cuda.*no NVIDIA GPU is visible") as caught:
         build(src, out, asking(**asked))
     assert caught.value.exit_code == 1
     monkeypatch.setattr(environment, "inspect", lambda *_: HALF_READY["DALI"])
@@ -514,7 +514,7 @@ def test_another_backend_than_the_one_begun_with_is_refused(
 ) -> None:
     src, out = begun
     begin_with(out, backend, device)
-    with pytest.raises(MismatchError, match=f"begun with backend {backend} on {device}") as caught:
+    with pytest.raises(MismatchError, match=f"started with backend {backend} on {device}") as caught:
         build(src, out, asking(**asked))
     assert caught.value.exit_code == 1
 

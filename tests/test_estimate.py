@@ -96,7 +96,7 @@ def test_a_mean_and_a_std_of_levels_are_refused_with_those_to_give(
     with pytest.raises(UsageError) as caught:
         look(tree, **given)
     message = str(caught.value)
-    assert ": pixels are scaled to 0..1 before, so neither a mean nor a std is above 1; " in message
+    assert ": pixels are scaled to 0 to 1 first, so no mean or std is larger than 1; " in message
     with pytest.raises(UsageError, match="pixels are scaled"):
         build(tmp_path / "nothing", tmp_path / "out", BuildConfig(**given))
     assert not (tmp_path / "out").exists()
@@ -104,7 +104,7 @@ def test_a_mean_and_a_std_of_levels_are_refused_with_those_to_give(
         assert message.endswith("; `gpu-npz stats SRC` finds those of your images")
         return
     level = 65535 if given.get("bit_depth") else 255
-    assert message.endswith(f"; if these are of levels 0 to {level}, give --mean {advised}")
+    assert message.endswith(f"; if these are for levels from 0 to {level}, give --mean {advised}")
     options = dict(zip(("mean", "std"), advised.split(" --std "), strict=True))
     assert look(tree, **{**given, **options}).items == 40
     assert look(tree, mean="1,0.4,0", std="1,1,1").items == 40
@@ -245,7 +245,10 @@ def test_a_run_that_cannot_be_measured_is_told_and_the_rest_stands(
     monkeypatch.setattr("gpu_npz.builder.short_run.Job.create", full)
     found = estimate(tree, BuildConfig(**CPU))
     assert (found.measured, found.duration_s, found.items) == (None, None, 40)
-    assert "the duration is not known: no space left on device; --folder DIR measures elsewhere" in found.warnings
+    assert (
+        "the duration is unknown: no space left on device; use --folder DIR to measure in another folder"
+        in found.warnings
+    )
     assert not list(temporary.iterdir())
 
 
@@ -267,7 +270,7 @@ def test_a_split_is_told_by_its_sides_which_are_those_of_the_build(tree: Path, t
     assert look(tree, split="val=0.2/val").sides == {"val": 8}
     assert look(tree, split="val=0.2/val").items == 8
     assert look(tree).sides == {}
-    with pytest.raises(UsageError, match="leave none for 'val'; give larger shares"):
+    with pytest.raises(UsageError, match="are too few for 'val' to get one; give larger shares"):
         look(tree, limit=2, split="val=0.2")
 
 
@@ -304,9 +307,9 @@ def test_settings_with_which_out_was_not_begun_are_warned_of_by_name(tree: Path,
     build(tree, tmp_path / "out", BuildConfig(**CPU, workers=0))
     found = look(tree, tmp_path / "out", shard_size="8", backend="dali")
     assert found.shards_left is None
-    assert warned(found, "OUT was begun with other settings:\n  shard-size: 16 there, 8 asked for")
+    assert warned(found, "OUT was started with other settings:\n  shard-size: 16 there, 8 asked for")
     (tmp_path / "out/shard-00001.npz").unlink()
-    assert warned(look(tree, tmp_path / "out", backend="dali"), "OUT was begun with backend pillow on cpu")
+    assert warned(look(tree, tmp_path / "out", backend="dali"), "OUT was started with backend pillow on cpu")
 
 
 def test_what_is_left_of_a_split_counts_the_sides_that_were_not_begun(
@@ -322,12 +325,12 @@ def test_what_is_left_of_a_split_counts_the_sides_that_were_not_begun(
     assert run(["plan", *given, "--split", "val=0.2"]) == 0
     shown = capsys.readouterr().out
     assert "  split       32 train, 8 val\n" in shown
-    begun = "  begun       1 of 3 shards are left to build, and the settings are those that OUT was begun with\n"
-    assert begun in shown
+    resumes = "  resumes     1 of 3 shards are left to build, and the settings are those of OUT\n"
+    assert resumes in shown
     assert "decodes every image once before" not in shown
-    assert warned(look(tree, out, **split), f"{os.fspath(out / 'train')!r}: OUT was begun with other settings")
+    assert warned(look(tree, out, **split), f"{os.fspath(out / 'train')!r}: OUT was started with other settings")
     assert look(tree, tmp_path / "away", split="val=0.2/val", normalize="dataset").shards_left == 0
-    with pytest.raises(StorageError, match="is a dataset; give --split an OUT of its own"):
+    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for --split"):
         look(tree, out / "train", **split)
 
 
@@ -350,7 +353,7 @@ def test_float32_is_warned_of_with_the_size_of_uint8_where_that_saves_something(
     size = look(tree).output_bytes
     smaller = f"{space.format_bytes(size // 4)} instead of {space.format_bytes(size)}"
     assert smaller.count("kB") == 2
-    assert warned(look(tree), f"--dtype uint8 would take some {smaller}; readers then normalize")
+    assert warned(look(tree), f"--dtype uint8 would take about {smaller}; readers then normalize")
 
 
 def test_shards_sorted_by_class_are_warned_of_where_there_are_labels(tree: Path, make_tree: MakeTree) -> None:
@@ -362,7 +365,7 @@ def test_shards_sorted_by_class_are_warned_of_where_there_are_labels(tree: Path,
 def test_more_unreadable_headers_than_the_build_allows_are_warned_of(make_tree: MakeTree) -> None:
     src = make_tree({"a/1.jpg": "jpeg", "a/2.jpg": "text", "a/3.jpg": "empty"})
     assert warned(
-        look(src, max_rejects="1"), "2 of 3 sampled items would be rejected, so some 2 in all; --max-rejects 1"
+        look(src, max_rejects="1"), "2 of 3 sampled items would be rejected, so about 2 in all; --max-rejects 1"
     )
     assert not warned(look(src, max_rejects="2"), "would be rejected")
 
@@ -425,7 +428,7 @@ def test_a_disk_that_is_too_small_stops_the_build_with_figures_and_ways_out(tmp_
         require_space(os.fspath(tmp_path / "a/b"), **NEEDS, dtype="float32")
     text = str(caught.value)
     assert "needs 4.7 MB, and its filesystem has 1.0 MB free" in text
-    assert "--dtype uint8 would take 1.7 MB; free some space, choose another OUT, or start all the same with" in text
+    assert "--dtype uint8 would take 1.7 MB; free some space, choose another OUT, or start anyway with" in text
     assert text.endswith("--no-preflight")
     assert asked == [os.fspath(tmp_path)]
     with pytest.raises(StorageError, match=r"--dtype uint16 would take 2\.7 MB"):
@@ -524,7 +527,7 @@ def test_a_source_that_is_missing_or_empty_ends_with_1_and_a_bad_option_with_2(
 
 def test_a_foreign_folder_as_out_is_refused_as_by_the_build(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(StorageError, match="holds no dataset of gpu-npz"):
+    with pytest.raises(StorageError, match="is not a gpu-npz dataset"):
         look(tree, tmp_path)
 
 

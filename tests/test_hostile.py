@@ -85,7 +85,7 @@ def test_a_web_of_links_between_folders_is_listed_once(make_tree: MakeTree, capl
     with caplog.at_level(logging.WARNING):
         groups = list(FolderSource(src).groups())
     assert sum(len(group.names) for group in groups) == 9
-    assert "its images are taken once" in caplog.text
+    assert "its images are used only once" in caplog.text
 
 
 def test_folders_may_be_as_deep_as_a_path_allows(make_tree: MakeTree) -> None:

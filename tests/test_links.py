@@ -50,7 +50,7 @@ def test_a_folder_follows_links_and_says_once_how_many_items_lie_outside(
         "a/1.jpg", "a/2.jpg", "a/inner.jpg", "a/outer.jpg", "a/more/other.jpg", "a/more/secret.jpg",
     ]  # fmt: skip
     (said,) = [record.getMessage() for record in caplog.records if "outside" in record.getMessage()]
-    assert said.endswith("3 items lie outside of it, where symbolic links lead; --no-follow-links leaves them out")
+    assert said.endswith("3 items are outside of it, behind symbolic links; use --no-follow-links to omit them")
 
 
 @pytest.mark.usefixtures("src")
@@ -66,7 +66,7 @@ def test_no_follow_links_leaves_all_links_out_and_says_how_many(src: Path, caplo
     caplog.set_level(logging.WARNING)
     assert paths(src, follow_links=False) == ["a/1.jpg", "a/2.jpg"]
     (said,) = [record.getMessage() for record in caplog.records if "links" in record.getMessage()]
-    assert said.endswith("3 symbolic links are left out (--no-follow-links)")
+    assert said.endswith("3 symbolic links are omitted (--no-follow-links)")
 
 
 @pytest.mark.parametrize("cell", ["a/outer.jpg", "a/more/secret.jpg", "a/more/../outer.jpg"])

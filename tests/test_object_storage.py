@@ -293,7 +293,9 @@ def test_a_shard_that_arrives_changed_is_sent_again_and_given_up_in_the_end(
             storage.publish(temporary, "shard")
             assert storage.read("shard") == b"content"
         else:
-            with pytest.raises(StorageError, match=r"out/shard': .*what arrived is not what was sent; the store"):
+            with pytest.raises(
+                StorageError, match=r"out/shard': .*the stored object differs from the data that was sent; the store"
+            ):
                 storage.publish(temporary, "shard")
             assert storage.names() == []
         assert len(sent) == 3
@@ -380,7 +382,7 @@ def test_a_plan_without_a_shard_is_replaced_in_a_bucket_too(
 
 def test_a_foreign_prefix_is_not_written_to(src: Path, out: str) -> None:
     open_storage(out).write("notes.txt", b"precious")
-    with pytest.raises(StorageError, match="is not empty and holds no dataset"):
+    with pytest.raises(StorageError, match="is not empty and is not a gpu-npz dataset"):
         build(src, out, SETTINGS)
     assert contents(out) == {"notes.txt": b"precious"}
 
@@ -442,7 +444,9 @@ def test_uploads_that_are_cut_again_and_again_leave_nothing_and_the_same_build_f
 ) -> None:
     hit = puts(rb"\S*/" + name.encode())
     proxy.rule = lambda data: None if hit(data) else data
-    with pytest.raises(StorageError, match=rf"/{name}': .*; the store does not answer; .* same command to resume"):
+    with pytest.raises(
+        StorageError, match=rf"/{name}': .*; the object store does not respond; .* same command to resume"
+    ):
         build(src, out, SETTINGS)
     left = contents(out)
     assert not [path for path in left if path.endswith(name) or path.startswith((LOCK, ".gpu-npz/beat"))]
@@ -465,7 +469,7 @@ def test_a_multipart_upload_that_is_cut_leaves_no_object(
     temporary = storage.temporary("shard")
     Path(temporary).write_bytes(bytes(12 << 20))
     proxy.rule = lambda data: None if re.match(rb"PUT \S*partNumber=2", data) else data
-    with pytest.raises(StorageError, match="the store does not answer"):
+    with pytest.raises(StorageError, match="the object store does not respond"):
         storage.publish(temporary, "shard")
     assert storage.names() == []
     proxy.rule = lambda data: data
@@ -532,7 +536,7 @@ def test_a_store_that_refuses_is_not_asked_twice_and_the_rights_are_named(src: P
         return answer("403 Forbidden", "AccessDenied")
 
     proxy.rule = refuse
-    with pytest.raises(StorageError, match="as the test says; ask for the right to list the bucket, and to get, put"):
+    with pytest.raises(StorageError, match="as the test says; request permission to list the bucket and to get, put"):
         build(src, out, SETTINGS)
     assert len(asked) == 1
     proxy.rule = lambda data: data
@@ -559,7 +563,9 @@ def test_a_server_that_is_not_there_is_told(src: Path, out: str, monkeypatch: py
     with socket.create_server(("127.0.0.1", 0)) as taken:
         closed = taken.getsockname()[1]
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://127.0.0.1:{closed}"})
-    with pytest.raises(StorageError, match=f"127.0.0.1:{closed}.*; the store does not answer; check the network"):
+    with pytest.raises(
+        StorageError, match=f"127.0.0.1:{closed}.*; the object store does not respond; check the network"
+    ):
         build(src, out, SETTINGS)
 
 
@@ -722,7 +728,7 @@ def test_who_lost_the_lock_publishes_nothing_more(storage: ObjectStorage) -> Non
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": null}', b"\xff\x00"])
 def test_a_lock_that_says_nothing_is_respected_and_the_way_out_is_told(storage: ObjectStorage, content: bytes) -> None:
     storage.put(LOCK, content)
-    with pytest.raises(LockedError, match=f"if no build is at work, delete '{storage.path(LOCK)}'$"), storage.lock():
+    with pytest.raises(LockedError, match=f"if no build is running, delete '{storage.path(LOCK)}'$"), storage.lock():
         pass
     assert storage.read(LOCK) == content
 

@@ -125,8 +125,8 @@ def test_rejects_are_drawn_as_far_as_they_can_be_decoded(rejecting: Path, tmp_pa
         ({"path": "/secret.jpg", "index": -100}, "is said to be item -100 of|item -?\\d+ has the path "),
         ({"path": "a\0.jpg", "index": 100}, "is said to be item 100 of|item -?\\d+ has the path "),
         ({"path": "a\ud800.jpg", "index": 100}, "is said to be item 100 of|item -?\\d+ has the path "),
-        ({"path": 5}, "not a reject a line: .*path"),
-        ({"code": 7}, "not a reject a line: .*code"),
+        ({"path": 5}, "not one reject per line: .*path"),
+        ({"code": 7}, "not one reject per line: .*code"),
     ],
 )
 def test_rejects_that_name_other_files_are_refused(
@@ -215,8 +215,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a huge count": ({"count": 10**12}, r"--count: got 1000000000000; allowed: 1 to \d+ tiles of 128 pixels"),
     "a count of none": ({"count": 0}, "--count: got 0"),
     "a huge tile": ({"tile": 10**6}, "--tile: got 1000000; allowed: 16 to 1024"),
-    "no rejects": ({"show": "rejects"}, "was rejected; leave --rejects out"),
-    "a source for nothing": ({"source": "x"}, "--source goes with --rejects"),
+    "no rejects": ({"show": "rejects"}, "was rejected; omit --rejects"),
+    "a source for nothing": ({"source": "x"}, "--source requires --rejects"),
 }
 
 
@@ -234,7 +234,7 @@ def test_datasets_that_are_empty_unfinished_or_damaged_say_so(make_tree: MakeTre
 
     out = build(make_tree({"a/0.jpg": "text"}), tmp_path / "out")
     for show in ("random", "class"):
-        with pytest.raises(UsageError, match="all its items were rejected; --rejects shows them"):
+        with pytest.raises(UsageError, match="all items were rejected; use --rejects"):
             sheet(show=show)
     (tmp_path / "images").rename(tmp_path / "moved")
     with pytest.raises(SourceError, match="give --source SRC"):
@@ -244,7 +244,7 @@ def test_datasets_that_are_empty_unfinished_or_damaged_say_so(make_tree: MakeTre
     with pytest.raises(SourceError, match=r"job\.json.* is missing; give --source SRC"):
         sheet(show="rejects")
     (out / "rejects.jsonl").write_text("[]\n")
-    with pytest.raises(FormatError, match="not a reject a line"):
+    with pytest.raises(FormatError, match="not one reject per line"):
         sheet(show="rejects")
     (tmp_path / "folder.png").mkdir()
     other = build(tmp_path / "moved", tmp_path / "other")
@@ -257,7 +257,7 @@ def test_datasets_that_are_empty_unfinished_or_damaged_say_so(make_tree: MakeTre
     (out / "dataset.json").unlink()
     with pytest.raises(IncompleteError, match="is not complete"):
         sheet()
-    with pytest.raises(FormatError, match="holds no dataset"):
+    with pytest.raises(FormatError, match="is not a dataset"):
         preview(tmp_path / "nothing", tmp_path / "sheet.png")
 
 

@@ -626,7 +626,7 @@ def test_the_committed_shards_of_a_build_that_goes_on_can_be_read(tree: Path, tm
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(partial))[-1], whole[rows[-1]])
     for path in out.glob("shard-*.npz"):
         path.unlink()
-    with pytest.raises(IncompleteError, match=f"has no shard yet, of {shards}"):
+    with pytest.raises(IncompleteError, match=f"has none of its {shards} shards yet"):
         gpu_npz.open_dataset(out, partial=True)
     np.testing.assert_array_equal(gpu_npz.open_dataset(whole.path, partial=True)[:], whole[:])
 

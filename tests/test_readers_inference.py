@@ -182,9 +182,9 @@ def test_its_description_says_each_step() -> None:
     config = BuildConfig(size="20x24", resize_mode="center-crop", channels="bgr", dtype="uint8", layout="NHWC")
     text = Preprocess(config, (20, 24)).describe()
     assert text.splitlines() == [
-        "turned upright, as EXIF says: yes",
-        "8 bits a channel, blue, green, red; what is transparent lies on colour (0, 0, 0)",
-        "resized to cover 23 x 27, of which the middle 20 x 24 is cut out, by bilinear interpolation, antialiased; "
+        "rotated by EXIF orientation: yes",
+        "8 bits per channel, blue, green, red; transparent pixels on color (0, 0, 0)",
+        "resized to cover 23 x 27, then cropped to the 20 x 24 in the middle, by bilinear interpolation, antialiased; "
         "large JPEGs are decoded at a half or less first",
         "values: levels of 0 to 255 are stored; read as (level / 255 - mean) / std, with mean 0.406, 0.456, 0.485 and "
         "std 0.225, 0.224, 0.229 for b, g, r",
@@ -202,7 +202,7 @@ def test_its_description_says_each_step() -> None:
     assert "values: (level - min) / (max - min) of all values of the image\n" in own.describe()
     assert own.differences(logarithm) == ["normalize: minmax and log"]
     window = Preprocess(BuildConfig(window="20,200.5"), (8, 8))
-    assert "(level - LO) / (HI - LO), cut off at 0 and 1, with LO 20 and HI 200.5\n" in window.describe()
+    assert "(level - LO) / (HI - LO), clipped to 0 to 1, with LO 20 and HI 200.5\n" in window.describe()
     assert window.differences(logarithm) == ["normalize: window and log", "window: (20.0, 200.5) and None"]
 
 

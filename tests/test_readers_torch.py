@@ -602,5 +602,5 @@ def test_two_datasets_that_are_not_preprocessed_alike_are_told_once(
         loader(path, 4, device="cpu")
     said = [record.getMessage() for record in caplog.records if str(other) in record.getMessage()]
     assert len([text for text in said if str(out) in text]) == 1
-    assert "are not preprocessed alike" in said[0]
+    assert "are preprocessed differently" in said[0]
     assert "mean: (0.0, 0.0, 0.0) and (0.485, 0.456, 0.406)" in said[0]

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from support import MakeDataset, file_bytes, read_shards, readme_example
 
 import gpu_npz
 from gpu_npz.errors import UsageError
+from gpu_npz.readers.dali import source
 from gpu_npz.readers.order import kept_rows
 from gpu_npz.readers.views import Rows
 
@@ -612,6 +614,18 @@ def test_keras_takes_views_and_the_epochs_of_a_mix(a: gpu_npz.Dataset, b: gpu_np
             np.testing.assert_array_equal(np.concatenate(images), data.normalized(rows).transpose(0, 2, 3, 1))
             np.testing.assert_array_equal(np.concatenate(labels), np.asarray(data.labels)[rows])
             batches.on_epoch_end()
+
+
+def test_dali_takes_views_and_the_epochs_of_a_mix(a: gpu_npz.Dataset, b: gpu_npz.Dataset) -> None:
+    view, mixed = shuffled_view(a, b), gpu_npz.mix({a: 1, b: 2})
+    for data, rows_of in ((view, lambda epoch: kept_rows(view, False)), (mixed, mixed.epoch_rows)):
+        batches = source(data, 8)
+        for epoch in range(3):
+            rows = rows_of(epoch)
+            pairs = [batches(SimpleNamespace(iteration=number, epoch_idx=epoch)) for number in range(len(batches))]
+            images, labels = zip(*pairs, strict=True)
+            np.testing.assert_array_equal(np.concatenate(images), data[rows])
+            np.testing.assert_array_equal(np.concatenate(labels), np.asarray(data.labels)[rows])
 
 
 def test_tensorflow_takes_views_and_the_epochs_of_a_mix(a: gpu_npz.Dataset, b: gpu_npz.Dataset) -> None:

@@ -186,7 +186,7 @@ def test_a_plan_without_a_shard_is_replaced_where_the_settings_differ(
     assert not any("other settings" in text for text in estimate(tree, settings(**values), out, seconds=0).warnings)
     report = build(tree, out, settings(**values))
     assert report.complete or "part" in values
-    assert "has a plan with other settings and no shard yet; the plan is replaced" in caplog.text
+    assert "has a plan with other settings, but no shard yet; the plan is replaced" in caplog.text
     for name in values.keys() - {"part", "backend"}:
         assert getattr(Job.open(LocalStorage(out)).settings, name) == getattr(settings(**values), name)
 
@@ -226,7 +226,7 @@ def test_the_plan_of_a_part_at_work_is_not_replaced(tree: Path, out: Path, kille
         before = files(out)
         with pytest.raises(MismatchError, match="or delete OUT and start all parts again"):
             build(tree, out, settings(dtype="uint8", part="2/3"))
-        with pytest.raises(LockedError, match="a part of the build is at work"):
+        with pytest.raises(LockedError, match="a part of the build is still running"):
             build(tree, out, settings(dtype="uint8"))
         assert files(out) == before
         assert any(
@@ -246,5 +246,5 @@ def test_a_plan_without_a_shard_makes_way_for_a_split_and_a_dataset_does_not(
 ) -> None:
     killed()
     assert build_split(tree, out, settings(split="val=0.2"))["val"].rows == 8
-    with pytest.raises(StorageError, match="is a dataset; give --split an OUT of its own"):
+    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for --split"):
         build_split(tree, out / "train", settings(split="val=0.2"))

@@ -63,6 +63,38 @@ def test_pixels_are_within_two_levels_of_pillows(good_kinds: tuple[str, ...], mo
         assert difference.mean() < 0.5, kind
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [
+        ((640, 480), (224, 224)),
+        ((300, 200), (32, 500)),
+        ((1, 1), (9, 7)),
+        ((2, 3), (224, 224)),
+        ((5000, 1), (3, 4)),
+        ((1, 4000), (224, 1)),
+        ((3000, 2000), (1, 1)),
+    ],
+)
+def test_pixels_of_any_size_have_no_bias(size: tuple[int, int], target: tuple[int, int], mode: str) -> None:
+    channels = len(mode)
+    noise = np.random.default_rng(size).integers(0, 256, (size[1], size[0], channels), np.uint8)
+    image = Image.fromarray(noise[..., 0] if channels == 1 else noise)
+    ours = resize.SimdResizer("bilinear").resize(image, *target).astype(int)
+    difference = ours - np.asarray(image.resize(target[::-1], Image.Resampling.BILINEAR))
+    assert np.abs(difference).max() <= 2
+    assert abs(difference.mean()) <= (0.05 if difference.size > 10_000 else 1)
+
+
+def test_without_resizing_the_resizer_changes_nothing() -> None:
+    given: dict[str, Any] = {"resize_mode": "none", "size": None}
+    data = file_bytes("jpeg")
+    with Image.open(io.BytesIO(data)) as image:
+        size = image.size[::-1]
+    ours, pillows = (decode(data, resizer=each, **{**given, "size": size}) for each in ("simd", "pillow"))
+    np.testing.assert_array_equal(ours, pillows)
+
+
 def test_threads_that_share_a_decoder_get_the_same_pixels() -> None:
     resizer = resize.SimdResizer("bilinear")
     with Image.open(io.BytesIO(file_bytes("jpeg"))) as image:
@@ -97,7 +129,7 @@ def test_a_build_records_its_resizer_and_keeps_it(src: Path, out: Path, monkeypa
     assert json.loads((out / ".gpu-npz/job.json").read_text())["resizer"] == "simd"
     assert "resizer" not in Manifest.load(str(out)).settings
     (out / "shard-00001.npz").unlink()
-    with pytest.raises(MismatchError, match="OUT was begun with --resizer simd; --resizer pillow asks for another"):
+    with pytest.raises(MismatchError, match="OUT was started with --resizer simd; --resizer pillow asks for another"):
         build(src, out, settings(resizer="pillow"))
     monkeypatch.setattr(resize, "is_simd", lambda: True)  # for which a new build would take Pillow
     assert build(src, out, settings()).built_shards == 1
@@ -127,7 +159,7 @@ def test_a_resume_without_simd_is_refused(src: Path, out: Path, monkeypatch: pyt
     build(src, out, settings())
     (out / "shard-00001.npz").unlink()
     monkeypatch.setattr(resize, "_library", lambda: None)
-    with pytest.raises(BackendError, match=r"(?s)OUT was begun with.*pip install 'cykooz-resizer.*'"):
+    with pytest.raises(BackendError, match=r"(?s)OUT was started with.*pip install 'cykooz-resizer.*'"):
         build(src, out, settings())
 
 

@@ -127,7 +127,7 @@ def test_what_has_no_name_of_an_image_is_counted(tmp_path: Path, caplog: pytest.
         caplog.clear()
         assert len(taken(open_source(src))) == 2
         (record,) = caplog.records
-        assert ": 2 files are left out by their names (1 " in record.getMessage()
+        assert ": 2 files are ignored because of their names (1 " in record.getMessage()
         assert "images have one of .bmp .dcm" in record.getMessage()
 
 
@@ -149,8 +149,8 @@ def test_classes_that_look_like_the_folder_above_are_doubted(
     taken(source)
     root = names[0].partition("/")[0]
     expected = (
-        f"{source.location!r}: the classes are {classes} alone; if they should be folders below, --root {root} takes "
-        "those in that one"
+        f"{source.location!r}: the only classes are {classes}; if the classes should be the folders below, --root "
+        f"{root} takes those in that one"
     )
     assert [record.getMessage()[: len(expected)] for record in caplog.records] == [expected] * (classes is not None)
 
@@ -390,7 +390,7 @@ SEVERAL = Listing(
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        (classes(3, 3), {"split": "val=0.01/val"}, "6 items of '/listing' leave none for 'val'"),
+        (classes(3, 3), {"split": "val=0.01/val"}, "6 items of '/listing' are too few for 'val' to get one"),
         (classes(3, 3), {"split": "val=0.2/val", "split_by": "patient"}, "no such column"),
         (SEVERAL, {"split": "val=0.5/val", "split_by": "label"}, "no single column"),
         (SEVERAL, {"per_class": 3}, "has no classes; --limit N takes N"),
@@ -413,7 +413,7 @@ def test_a_split_is_read() -> None:
     config = BuildConfig(split=" val=.10, test=0.25/test")
     assert (config.split, config.side) == ("val=0.1,test=0.25/test", "test")
     assert {name: float(share) for name, share in config.shares.items()} == {"val": 0.1, "test": 0.25}
-    with pytest.raises(UsageError, match="go with --split"):
+    with pytest.raises(UsageError, match="require --split"):
         BuildConfig(split_seed=1)
 
 
@@ -442,7 +442,7 @@ def test_a_split_builds_datasets_with_the_same_classes(tree: Path, tmp_path: Pat
         assert gpu_npz.verify(tmp_path / "out" / side).ok
     with pytest.raises(FormatError, match=r"is no dataset, but holds train, val; give one of these, .*out/train"):
         gpu_npz.open_dataset(tmp_path / "out")
-    with pytest.raises(StorageError, match="is a dataset; give --split an OUT of its own"):
+    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for --split"):
         build_split(tree, tmp_path / "whole", BuildConfig(**SETTINGS))
     with pytest.raises(MismatchError, match="split-seed: 0 there, 1 asked for"):
         build_split(tree, tmp_path / "out", BuildConfig(**SETTINGS, split_seed=1))

@@ -165,7 +165,7 @@ def test_files_of_other_names_are_counted_anew_by_each_listing(tmp_path: Path) -
         assert len(listed(source)) == 1
         assert source.left_out == {"": 2, ".avif": 1, ".txt": 1}
     assert files_left_out(source.left_out) == (
-        "4 files are left out by their names (2 without extension, 1 .txt, 1 .avif)"
+        "4 files are ignored because of their names (2 without extension, 1 .txt, 1 .avif)"
     )
 
 
@@ -292,7 +292,7 @@ def test_classes_are_numbered_by_a_list_where_one_is_given(tmp_path: Path) -> No
 
 def test_classes_that_the_list_does_not_have_are_named(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "x/2.jpg", "y/3.jpg")
-    with pytest.raises(SourceError, match=r"--classes-from does not name: 'x', 'y'; leave these items out"):
+    with pytest.raises(SourceError, match=r"--classes-from does not name: 'x', 'y'; omit these items"):
         FolderSource(tmp_path, ["a", "b"])
     with pytest.raises(SourceError, match=r"does not name: 'c0', 'c1', 'c2', 'c3', 'c4', \.\.\.;"):
         FolderSource(touch(tmp_path / "many", *(f"c{number}/1.jpg" for number in range(9))), ["a"])
@@ -373,7 +373,9 @@ def test_what_is_not_a_regular_file_is_left_out_and_never_hangs_a_read(
     (root / "a" / "3.jpg").symlink_to("/dev/null")
     source = FolderSource(root)
     assert paths(source) == ["a/1.jpg"]
-    assert [record.getMessage().endswith(".jpg' is no file and is left out") for record in caplog.records] == [True] * 2
+    assert [record.getMessage().endswith(".jpg' is not a file and is ignored") for record in caplog.records] == [
+        True
+    ] * 2
     assert reject_of(source, "a/2.jpg") == ("unreadable", "not a regular file")
     assert reject_of(source, "a/3.jpg") == ("unreadable", "not a regular file")
     (root / "a" / "1.jpg").unlink()
@@ -412,7 +414,7 @@ def test_folders_beyond_the_longest_path_are_left_out_and_do_not_stop_a_build(
         os.chdir("d" * 200)
     Path("2.jpg").touch()
     assert paths(FolderSource(root)) == ["a/1.jpg"]
-    assert ["lies too deep" in record.getMessage() for record in caplog.records] == [True]
+    assert ["is nested too deeply" in record.getMessage() for record in caplog.records] == [True]
 
 
 @pytest.fixture

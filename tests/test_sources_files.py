@@ -73,7 +73,7 @@ def test_ranges_are_padded_as_bash_pads_them() -> None:
     assert list(files_module._expanded("{a,b}{1..2}")) == ["a1", "a2", "b1", "b2"]
     assert list(files_module._expanded("{1..2}{a,b}")) == ["1a", "1b", "2a", "2b"]
     assert list(files_module._expanded("{a}{}")) == ["{a}{}"]
-    with pytest.raises(SourceError, match="stands for more than 1000000 files"):
+    with pytest.raises(SourceError, match="expands to more than 1000000 files"):
         files_module._expanded("{0..9999999999}")
     for pattern in (f"{{0..{'9' * 5000}}}", f"{{{'0' * 4000}..1}}", "{1..1}" * 2000, "{a,b}" * 2000):
         with pytest.raises(SourceError, match=r"its \{\.\.\.\} are too many, or have numbers of more than 18 digits"):
@@ -163,7 +163,7 @@ def test_a_file_is_opened_to_read_and_to_seek(tmp_path: Path) -> None:
         assert (file.read(7), file.seek(-5, os.SEEK_END), file.read()) == (CONTENT[:7], 2995, CONTENT[-5:])
     files.check()
     os.remove(tmp_path / "f")
-    with pytest.raises(SourceError, match="is gone; bring it back"):
+    with pytest.raises(SourceError, match="is missing; restore it"):
         Files.check(pickle.loads(pickle.dumps(files)))
 
 

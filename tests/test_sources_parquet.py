@@ -340,7 +340,7 @@ def test_a_place_that_is_not_there_is_a_reject_and_a_file_that_is_gone_stops_the
         assert reject(source, Item(0, "n.parquet/000000", None, place))[0] == "unreadable"
     copy = pickle.loads(pickle.dumps(source))
     numbers.rename(numbers.with_suffix(".away"))
-    with pytest.raises(SourceError, match="is gone; bring it back"):
+    with pytest.raises(SourceError, match="is missing; restore it"):
         read_item(copy, listed[0])
 
 
@@ -431,7 +431,9 @@ def test_columns_that_are_not_there_or_of_another_type_are_refused(tmp_path: Pat
     assert "has 2 columns of bytes among 'a', 'c'; --image-column NAME says" in refusal(path)
     pq.write_table(arrow.table([[b"1"], [b"2"]], ["image", "image"]), path)
     assert "two columns of one name" in refusal(path)
-    assert "--root goes with folder, table, tar, zip; " in refusal(write(path, [b"a"]), root=str(tmp_path))
+    assert "--root requires SRC of the kind folder or table or tar or zip; " in refusal(
+        write(path, [b"a"]), root=str(tmp_path)
+    )
 
 
 def test_files_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:

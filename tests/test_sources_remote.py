@@ -220,7 +220,7 @@ def test_without_permission_an_object_is_a_reject_and_a_bucket_is_an_error(put: 
         raise PermissionError("ExpiredToken")
 
     store.wrong, store.info = [PermissionError("ExpiredToken")], expired  # type: ignore[attr-defined]
-    with pytest.raises(SourceError, match="no permission; ask for the right to list"):
+    with pytest.raises(SourceError, match="no permission; request permission to list"):
         read_item(source, item)
 
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_listed_is_refused_with_advice(
             open_source(wrong)
     with pytest.raises(SourceError, match="is a file; give SRC as a folder"):
         open_source(f"{url}/b.jpg")
-    with pytest.raises(SourceError, match=r"gives no list of a folder; give a table .* --root .*\.tar or \.zip"):
+    with pytest.raises(SourceError, match=r"cannot list a folder; give a table .* --root .*\.tar or \.zip"):
         open_source("https://host/images")
     with pytest.raises(SourceError, match="give a path, s3://"):
         open_source("nonsense://host/images")

@@ -190,7 +190,7 @@ def test_paths_are_relative_to_the_table_or_to_root_and_full_ones_below_it_are_m
     shutil.move(written, root / "t.csv")
     assert read_item(opened(root / "t.csv"), Item(0, "a.jpg", None)) == b"a"
     shutil.rmtree(root)
-    with pytest.raises(SourceError, match="is gone; bring it back"):
+    with pytest.raises(SourceError, match="is missing; restore it"):
         read_item(source, Item(0, "a.jpg", None))
 
 

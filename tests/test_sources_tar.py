@@ -125,14 +125,14 @@ def test_links_devices_and_sparse_files_are_left_out_with_one_warning(
         source = opened(path)
         assert [source.read(item) for item in items(source)] == [b"abc"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{str(path)!r}: 5 links, devices or sparse files ('a/0.jpg', ...) are left out; unpack it and give the folder "
-        "to have them"
+        f"{str(path)!r}: 5 links, devices or sparse files ('a/0.jpg', ...) are omitted; to use them, unpack it and "
+        "give the folder as SRC"
     ]
 
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
     path = pack(tmp_path / "t.tar", {"a/1.jpg": b"1", "a/2.jpg": b"2", "./a//1.jpg": b"3"})
-    with pytest.raises(SourceError, match=r"holds 'a/1\.jpg' twice; make it again"):
+    with pytest.raises(SourceError, match=r"holds 'a/1\.jpg' twice; unpack it and create it again"):
         opened(path)
 
 
@@ -202,7 +202,7 @@ def test_a_zero_byte_in_a_name_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
 def test_headers_of_absurd_size_are_refused_and_not_read(tmp_path: Path, kind: bytes) -> None:
     path = raw(tmp_path / "t.tar", (info_of("p", type=kind, size=4 << 30), b""))
-    with pytest.raises(SourceError, match=r"is cut: it ends at byte 1536, within a header|within 'p'"):
+    with pytest.raises(SourceError, match=r"is truncated: it ends at byte 1536, within a header|within 'p'"):
         opened(path)
     os.truncate(path, 9 << 30)
     with pytest.raises(SourceError, match=f"a header of {4 << 30} bytes at byte 512; at most 1048576 are allowed"):
@@ -215,7 +215,7 @@ def test_headers_of_absurd_size_are_refused_and_not_read(tmp_path: Path, kind: b
 )
 def test_a_size_beyond_the_end_is_a_cut_tar(tmp_path: Path, record: bytes) -> None:
     path = raw(tmp_path / "t.tar", (info_of("p", type=b"x", size=len(record)), record), (info_of("a/1.jpg"), b""))
-    with pytest.raises(SourceError, match=r"is cut: it ends at byte \d+, within 'a/1\.jpg', which has \d+ bytes"):
+    with pytest.raises(SourceError, match=r"is truncated: it ends at byte \d+, within 'a/1\.jpg', which has \d+ bytes"):
         opened(path)
 
 
@@ -247,7 +247,7 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path: Path, form: int) -> None:
     end += -end % 512
     for cut in [*range(0, end + 1, 512), *range(100, end, 512)]:
         path.write_bytes(data[:cut])
-        with pytest.raises(SourceError, match=r"is cut: it ends .*; download or make it again"):
+        with pytest.raises(SourceError, match=r"is truncated: it ends .*; download or make it again"):
             opened(path)
     path.write_bytes(data[: end + 512])
     assert len(items(opened(path))) == 2
@@ -268,7 +268,7 @@ def test_what_follows_the_end_mark_is_named(tmp_path: Path, caplog: pytest.LogCa
     assert not caplog.records
     os.truncate(path, 4 << 20)
     opened(path)
-    assert "ends at byte 1024 of 4194304, as tar reads it; what follows is left out" in caplog.text
+    assert "ends at byte 1024 of 4194304, as tar reads it; what follows is omitted" in caplog.text
 
 
 def test_a_tar_behind_another_is_named_however_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -277,7 +277,9 @@ def test_a_tar_behind_another_is_named_however_small(tmp_path: Path, caplog: pyt
         caplog.clear()
         (tmp_path / "c.tar").write_bytes(first + bytes(padding) + second)
         assert labelled(opened(tmp_path / "c.tar")) == [("a/1.jpg", 0)]
-        assert "as tar reads it; what follows is left out: give tars that were joined by cat one by one" in caplog.text
+        assert (
+            "as tar reads it; what follows is omitted: if tars were joined with cat, by cat one by one" in caplog.text
+        )
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,7 @@ def test_places_are_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ShardError, match="has become shorter"):
         read_item(source, Item(0, "a/1.jpg", None, (0, 2**40, 5)))
     (tmp_path / "t.tar").unlink()
-    with pytest.raises(SourceError, match="is gone; bring it back"):
+    with pytest.raises(SourceError, match="is missing; restore it"):
         read_item(opened_again(source), items_place())
 
 

@@ -96,7 +96,7 @@ def test_a_tar_is_one_where_an_image_and_a_label_have_the_same_key(tmp_path: Pat
 def test_a_sample_without_an_image_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = pack(tmp_path / "t.tar", {"1.cls": b"1", "2.jpg": b"", "2.cls": b"2", "3.txt": b""})
     assert labelled(opened(path)) == [("2.jpg", 2)]
-    assert "2 samples without an image ('1', ...) are left out" in caplog.text
+    assert "2 samples without an image ('1', ...) are omitted" in caplog.text
 
 
 @pytest.mark.parametrize(

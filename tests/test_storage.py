@@ -393,7 +393,9 @@ def test_the_lock_of_another_host_whose_heart_stands_still_is_taken_over(
     storage.write(LOCK, json.dumps({"host": "node-17", "process": 4711, "beat": 3}).encode())
     with storage.lock():
         assert json.loads(storage.read(LOCK) or b"")["process"] == os.getpid()
-    assert "is held by process 4711 on host node-17; looking for up to 0.3 s whether it lives" in caplog.text
+    assert (
+        "is held by process 4711 on host node-17; checking for up to 0.3 s whether it is still running" in caplog.text
+    )
     assert files(storage) == set()
 
 

@@ -310,8 +310,8 @@ def change_pixel(arrays: Arrays) -> None:
 
 
 REPLACED: dict[str, tuple[Change, str]] = {
-    "a pixel": (change_pixel, "the file was replaced by another whole one"),
-    "a path": (lambda arrays: arrays["paths"].__setitem__(0, "b/X.jpg"), "the file was replaced by another whole one"),
+    "a pixel": (change_pixel, "the file was replaced by another intact file"),
+    "a path": (lambda arrays: arrays["paths"].__setitem__(0, "b/X.jpg"), "was replaced by another intact file"),
     "a label": (lambda arrays: arrays["labels"].__setitem__(0, 2), "labels differs from the index"),
     "a place": (lambda arrays: arrays["index"].__setitem__(0, 5), "index differs from the index"),
     "a row less": (
@@ -437,19 +437,19 @@ def test_labels_that_only_the_index_has_changed_are_found(out: Path) -> None:
 
 
 REJECTS: dict[str, tuple[Callable[[list[str]], object], str]] = {
-    "a line less": (lambda lines: lines.pop(), "2 lines; the manifest says 3\nitem 7 of the plan's 10 is not exactly"),
-    "a line doubled": (lambda lines: lines.append(lines[0]), "4 lines; the manifest says 3\nitem 1 of the plan's 10"),
-    "a line for another": (lambda lines: lines.__setitem__(0, lines[1]), "item 1 of the plan's 10 is not exactly one"),
-    "an item that has a row": (lambda lines: edit_line(lines, index=2), "item 1 of the plan's 10"),
-    "an item that is none": (lambda lines: edit_line(lines, index=10), "item 1 of the plan's 10"),
+    "a line less": (lambda lines: lines.pop(), "2 lines; the manifest says 3\nitem 7 of 10 in the plan does not"),
+    "a line doubled": (lambda lines: lines.append(lines[0]), "4 lines; the manifest says 3\nitem 1 of 10 in the plan"),
+    "a line for another": (lambda lines: lines.__setitem__(0, lines[1]), "item 1 of 10 in the plan does not have"),
+    "an item that has a row": (lambda lines: edit_line(lines, index=2), "item 1 of 10 in the plan"),
+    "an item that is none": (lambda lines: edit_line(lines, index=10), "item 1 of 10 in the plan"),
     "a negative item": (lambda lines: edit_line(lines, index=-1), "item -1 of the plan's 10"),
-    "a huge item": (lambda lines: edit_line(lines, index=10**30), "not a reject a line"),
+    "a huge item": (lambda lines: edit_line(lines, index=10**30), "not one reject per line"),
     "another code": (lambda lines: edit_line(lines, code="missing"), "codes {'empty': 1, 'missing': 1, "),
-    "no code": (lambda lines: lines.__setitem__(0, '{"index": 1}'), "not a reject a line: "),
-    "codes of two kinds": (lambda lines: edit_line(lines, code=None), "not a reject a line: "),
-    "no JSON": (lambda lines: lines.__setitem__(0, "truncated"), "not a reject a line"),
-    "no object": (lambda lines: lines.__setitem__(0, "[3]"), "not a reject a line"),
-    "an empty line": (lambda lines: lines.insert(0, ""), "not a reject a line"),
+    "no code": (lambda lines: lines.__setitem__(0, '{"index": 1}'), "not one reject per line: "),
+    "codes of two kinds": (lambda lines: edit_line(lines, code=None), "not one reject per line: "),
+    "no JSON": (lambda lines: lines.__setitem__(0, "truncated"), "not one reject per line"),
+    "no object": (lambda lines: lines.__setitem__(0, "[3]"), "not one reject per line"),
+    "an empty line": (lambda lines: lines.insert(0, ""), "not one reject per line"),
 }  # fmt: skip
 
 
@@ -472,7 +472,9 @@ def test_a_last_item_that_nobody_has_is_found(images: Path, tmp_path: Path) -> N
     out = build(images / "b", tmp_path / "out")
     lines = (out / "rejects.jsonl").read_text().splitlines(keepends=True)
     (out / "rejects.jsonl").write_text(lines[0])
-    assert problems(out)["rejects.jsonl"].endswith("item 3 of the plan's 4 is not exactly one row or one reject")
+    assert problems(out)["rejects.jsonl"].endswith(
+        "item 3 of 4 in the plan does not have exactly one row or one reject"
+    )
 
 
 def test_a_missing_list_of_rejects_is_found(out: Path) -> None:
@@ -485,7 +487,8 @@ def test_rejects_of_a_dataset_with_blank_rows_are_counted_as_well(images: Path, 
     lines = (out / "rejects.jsonl").read_text().splitlines(keepends=True)
     (out / "rejects.jsonl").write_text("".join(lines[1:]))
     assert problems(out) == {
-        "rejects.jsonl": "2 lines; the manifest says 3\nitem 1 of the plan's 10 is not exactly one row or one reject"
+        "rejects.jsonl": "2 lines; the manifest says 3\n"
+        "item 1 of 10 in the plan does not have exactly one row or one reject"
     }
 
 

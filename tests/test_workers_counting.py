@@ -71,6 +71,6 @@ def test_the_command_line_knows_it(make_tree: MakeTree, tmp_path: Path, capsys: 
     assert run(["build", str(src), str(tmp_path / "out"), *options]) == 0
     capsys.readouterr()
     found = estimate(src, settings(), seconds=0)
-    assert any("nearly twice the duration" in warning for warning in found.warnings)
+    assert any("nearly twice as long" in warning for warning in found.warnings)
     assert run(["bench", "pipeline", str(src), "--images", "2", "--rounds", "1", *options[:-2]]) == 2
     assert "give --mean and --std here" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_an_image_that_hangs_the_decoder_becomes_a_reject(
 ) -> None:
     monkeypatch.setattr(local, "_LOOK_S", 0.1)
     report = build(src("hang.jpg"), tmp_path / "out", settings(worker_timeout=3, on_reject=on_reject))
-    assert rejects(tmp_path / "out")["hang.jpg"] == ("timed-out", "the decoder gave no sign of life for 3 s")
+    assert rejects(tmp_path / "out")["hang.jpg"] == ("timed-out", "the decoder did not respond for 3 s")
     assert report.rejects == 2
     assert gpu_npz.verify(tmp_path / "out").ok
 

@@ -95,7 +95,7 @@ os.write(1, b"on stdout\nno line's end")
     process.wait()
     found = output.close()
     assert found == Counter({"Bogus DQT index #": 2, "[ERROR] [jpeg_parser] Invalid marker": 1})
-    assert shown(caplog) == ["a worker process writes:", r"  never seen \xff", "  on stdout", "  no line's end"]
+    assert shown(caplog) == ["output of a worker process:", r"  never seen \xff", "  on stdout", "  no line's end"]
     assert output.close() == NOTHING
 
 
@@ -118,7 +118,7 @@ os.write(2, b"ne\n")
     process.stdin.close()
     process.wait()
     output.close()
-    assert shown(caplog) == ["a worker process writes:", "  half a line"]
+    assert shown(caplog) == ["output of a worker process:", "  half a line"]
 
 
 def test_a_process_that_writes_more_than_a_pipe_holds_waits_for_nobody(
@@ -141,7 +141,7 @@ os.abort()
     )
     process.wait()
     assert output.close(died=True) == Counter({"Bogus DAC index #": 1})
-    assert shown(caplog) == ["a worker process writes:", *(f"  line {number}" for number in range(12))]
+    assert shown(caplog) == ["output of a worker process:", *(f"  line {number}" for number in range(12))]
     last = [*(f"  line {number}" for number in range(12, 20)), "  Bogus DAC index 5", "  terminate called"]
     assert output.last_words.splitlines() == ["", "It wrote last:", *last]
 

@@ -333,7 +333,7 @@ def test_an_out_that_is_not_shared_is_refused(
         monkeypatch.setattr(engine, "_probe_name", lambda token: f".gpu-npz/.elsewhere-{token}.0-0.tmp")
     else:
         monkeypatch.setattr(engine, "_appears", lambda *_: False)
-    with pytest.raises(StorageError, match=r"node .* does not see OUT .*use a folder that all nodes share"):
+    with pytest.raises(StorageError, match=r"node .* does not see the same OUT .*use a folder that all nodes share"):
         built(pair)
     assert not [name for name in contents(tmp_path / "out") if name.endswith((".tmp", "npz")) and "plan" not in name]
 

@@ -135,24 +135,25 @@ def preview(
         raise UsageError(f"-o {target!r}: a sheet is an image; let its name end with {', '.join(FORMATS)}")
     if not TILE_SIDES[0] <= tile <= TILE_SIDES[1]:
         raise UsageError(f"--tile: got {tile}; allowed: {TILE_SIDES[0]} to {TILE_SIDES[1]}")
-    most = _SHEET_PIXELS // ((tile + _GAP) * (tile + _CAPTION + _GAP))
+    data = open_dataset(out)
+    cell = (tile, tile) if show == "rejects" else _scaled_size(data.manifest.images.size[::-1], tile)
+    most = _SHEET_PIXELS // ((cell[0] + _GAP) * (cell[1] + _CAPTION + _GAP))
     count = min(COUNTS[show], most) if count is None else count
     if not 1 <= count <= most:
         raise UsageError(f"--count: got {count}; allowed: 1 to {most} tiles of {tile} pixels on one sheet")
     if show != "rejects" and source is not None:
-        raise UsageError("--source goes with --rejects; leave it out")
-    data = open_dataset(out)
+        raise UsageError("--source requires --rejects; omit it, or add --rejects")
     if show == "class":
         groups, left_out = _by_class(data, count, most // count, seed)
-        sheet = _drawn(groups, count, tile, _StoredPixels(data))
+        sheet = _drawn(groups, cell, tile, _StoredPixels(data))
     elif show == "random":
         groups, left_out = _random(data, count, seed), 0
-        sheet = _drawn(groups, 1, tile, _StoredPixels(data))
+        sheet = _drawn(_lines(groups), cell, tile, _StoredPixels(data))
     else:
         storage = LocalStorage(data.path)
         groups, left_out = _rejects(storage, count, seed)
         with _Thumbnails(originals(storage, data.manifest, source), data.manifest, tile) as thumbnails:
-            sheet = _drawn(groups, 1, tile, thumbnails)
+            sheet = _drawn(_lines(groups), cell, tile, thumbnails)
     content = io.BytesIO()
     sheet.save(content, kind)
     folder, name = os.path.split(target)
@@ -166,7 +167,7 @@ def preview(
 def _random(data: Dataset, count: int, seed: int) -> list[list[Tile]]:
     rows = np.arange(len(data)) if data.valid is None else np.flatnonzero(data.valid)
     if not len(rows):
-        raise UsageError(f"{data.path!r} holds no images: all its items were rejected; --rejects shows them")
+        raise UsageError(f"{data.path!r} has no images, because all items were rejected; use --rejects to see them")
     return [[_tile(data, int(rows[at]))] for at in _some(len(rows), count, seed)]
 
 
@@ -182,12 +183,12 @@ def _by_class(data: Dataset, count: int, most: int, seed: int) -> tuple[list[lis
         found = ", ".join(map(str, data.label_columns))
         raise UsageError(
             f"{data.path!r} has labels of other kinds, {found}; --by class takes one column of classes or whole "
-            "numbers: leave it out"
+            "numbers: omit it"
         )
     valid = np.ones(len(data), bool) if data.valid is None else data.valid
     present = np.unique(data.labels[valid]).tolist()
     if not present:
-        raise UsageError(f"{data.path!r} holds no images: all its items were rejected; --rejects shows them")
+        raise UsageError(f"{data.path!r} has no images, because all items were rejected; use --rejects to see them")
     groups = []
     for label in present[:most]:
         rows = np.flatnonzero(valid & (data.labels == label))
@@ -202,11 +203,11 @@ def _rejects(storage: Storage, count: int, seed: int) -> tuple[list[list[Tile]],
         raise FormatError(f"{storage.path(REJECTS)!r} is missing; gpu-npz verify --repair rewrites it")
     lines = content.splitlines()
     if not lines:
-        raise UsageError(f"no item of {storage.root!r} was rejected; leave --rejects out")
+        raise UsageError(f"no item of {storage.root!r} was rejected; omit --rejects")
     try:
         rejects = [reject_of(lines[at]) for at in _some(len(lines), count, seed)]
     except ValueError as exc:
-        raise FormatError(f"{storage.path(REJECTS)!r}: not a reject a line: {exc}; the file is damaged") from exc
+        raise FormatError(f"{storage.path(REJECTS)!r}: not one reject per line: {exc}; the file is damaged") from exc
     return [[Tile(reject.path, index=reject.index, code=reject.code)] for reject in rejects], max(0, len(lines) - count)
 
 
@@ -282,36 +283,39 @@ class _Thumbnails:
         return None
 
 
-def _drawn(groups: Sequence[Sequence[Tile]], places: int, side: int, picture: Picture) -> Image.Image:
-    """Draws the sheet, row by row from left to right.
+def _drawn(lines: Sequence[Sequence[Tile]], cell: tuple[int, int], side: int, picture: Picture) -> Image.Image:
+    """Draws the sheet.
 
     Args:
-        groups: the tiles.
-        places: the number of positions reserved for each group; a smaller group leaves the others empty.
-        side: the side of a tile's image, in pixels.
+        lines: the tiles of each line, from left to right.
+        cell: the width and height in which each image is drawn, in pixels.
+        side: the longer side of a tile's image, in pixels.
         picture: returns the image of a tile; None if it cannot be decoded.
     """
-    total = len(groups) * places if len(groups) > 1 else len(groups[0])
-    columns = math.ceil(math.sqrt(total))
-    if places <= columns:
-        columns -= columns % places  # aligns the groups in columns
-    width, height = side + _GAP, side + _CAPTION + _GAP
-    sheet = Image.new("RGB", (_GAP + columns * width, _GAP + -(-total // columns) * height), "white")
+    width, height = cell[0] + _GAP, cell[1] + _CAPTION + _GAP
+    sheet = Image.new("RGB", (_GAP + max(map(len, lines)) * width, _GAP + len(lines) * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for at, tile in (
-        (at * places + place, tile) for at, group in enumerate(groups) for place, tile in enumerate(group)
+    for line, column, tile in (
+        (line, column, tile) for line, row in enumerate(lines) for column, tile in enumerate(row)
     ):
-        left, top = _GAP + at % columns * width, _GAP + at // columns * height
+        left, top = _GAP + column * width, _GAP + line * height
         image = picture(tile)
         if image is None:
-            draw.rectangle((left, top, left + side - 1, top + side - 1), fill=_UNREADABLE)
+            draw.rectangle((left, top, left + cell[0] - 1, top + cell[1] - 1), fill=_UNREADABLE)
         else:
             image = _scaled(image, side)
-            sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
-        for line, text in enumerate(tile.caption()):
-            fitted = _fitted(text, side, font, from_end=line == 0 and text == tile.path)
-            draw.text((left, top + side + 1 + line * _LINE), fitted, fill="black", font=font)
+            sheet.paste(image, (left + (cell[0] - image.width) // 2, top + (cell[1] - image.height) // 2))
+        for number, text in enumerate(tile.caption()):
+            fitted = _fitted(text, cell[0], font, from_end=number == 0 and text == tile.path)
+            draw.text((left, top + cell[1] + 1 + number * _LINE), fitted, fill="black", font=font)
     return sheet
+
+
+def _lines(groups: Sequence[Sequence[Tile]]) -> list[list[Tile]]:
+    """Arranges all tiles in lines of equal length, in about as many lines as columns."""
+    tiles = list(itertools.chain(*groups))
+    columns = math.ceil(math.sqrt(len(tiles)))
+    return [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
 
 
 def _scaled(image: Image.Image, side: int) -> Image.Image:
@@ -319,8 +323,14 @@ def _scaled(image: Image.Image, side: int) -> Image.Image:
     longer = max(image.size)
     if longer == side:
         return image
-    width, height = (max(1, round(length * side / longer)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.NEAREST if longer < side else Image.Resampling.BILINEAR)
+    resampling = Image.Resampling.NEAREST if longer < side else Image.Resampling.BILINEAR
+    return image.resize(_scaled_size(image.size, side), resampling)
+
+
+def _scaled_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Scales width and height so that the longer one is `side`."""
+    width, height = (max(1, round(length * side / max(size))) for length in size)
+    return width, height
 
 
 def _fitted(text: str, width: int, font: Any, *, from_end: bool) -> str:

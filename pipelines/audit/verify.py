@@ -152,7 +152,7 @@ class _ShardChecker:
         if reader.directory.file_bytes != size:
             yield f"{reader.directory.file_bytes} bytes; the index says {size}"
         if reader.directory.digest != self._index["shard_digest"][shard].tobytes().hex():
-            yield "its directory is not the one that was committed: the file was replaced by another whole one"
+            yield "its zip directory differs from the committed one: the file was replaced by another intact file"
         if len(reader.rows("images")) != rows:
             yield f"{len(reader.rows('images'))} rows; the index says {rows}"
             return
@@ -269,7 +269,7 @@ def _reject_faults(storage: Storage, manifest: Manifest, index: NpzReader | None
         rejects = [reject_of(line) for line in content.splitlines()]
         places = np.array([reject.index for reject in rejects], np.int64)
     except (ValueError, OverflowError) as exc:
-        yield f"not a reject a line: {exc}"
+        yield f"not one reject per line: {exc}"
         return
     codes = Counter(reject.code for reject in rejects)
     if len(places) != manifest.counts.rejects:
@@ -285,4 +285,4 @@ def _reject_faults(storage: Storage, manifest: Manifest, index: NpzReader | None
     wrong = np.flatnonzero(places != np.arange(len(places)))
     if len(wrong) or len(places) != items:
         item = min(wrong[0], places[wrong[0]]) if len(wrong) else min(len(places), items)
-        yield f"item {item} of the plan's {items} is not exactly one row or one reject"
+        yield f"item {item} of {items} in the plan does not have exactly one row or one reject"

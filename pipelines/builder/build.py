@@ -68,7 +68,8 @@ def _build(
     part = None if config.part is None else Part.of(config.part, os.environ)
     if part and config.overwrite:
         raise UsageError(
-            "--part and --overwrite: the parts would delete each other's shards; delete OUT, then start them"
+            "--part and --overwrite: the parts would delete each other's shards; delete OUT yourself, then start the "
+            "parts"
         )
     source = open_source(src, config, class_list(config.classes_from))
     require_own(storage)

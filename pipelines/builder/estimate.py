@@ -26,7 +26,7 @@ _MANY_SHARDS = 100_000
 # Memory of a worker that has decoded only tiny images: Python, NumPy and the decoder's library; for DALI without CUDA.
 _PROCESS_BYTES = {"pillow": 60 * 10**6, "dali": 220 * 10**6}
 
-_MEASURES_FIRST = "--normalize dataset decodes every image once before the build: it takes nearly twice the duration"
+_MEASURES_FIRST = "--normalize dataset decodes every image once before the build: the build takes nearly twice as long"
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,14 @@ def _try_measuring(
     if found.config.engine == "ray":
         return (
             None,
-            "the duration is not known: with --engine ray it depends on the nodes, and nothing is measured here",
+            "the duration is unknown, because with --engine ray it depends on the nodes",
         )
     if left == 0:
         return None, None
     try:
         return measure(found, seconds, folder, progress), None
     except StorageError as exc:
-        return None, f"the duration is not known: {exc}; --folder DIR measures elsewhere"
+        return None, f"the duration is unknown: {exc}; use --folder DIR to measure in another folder"
 
 
 def _rejected(measured: ShortRun | None) -> str | None:
@@ -219,7 +219,7 @@ def _advice(found: Inspection, needed_bytes: int) -> Iterator[str]:
     expected = rejects * plan.item_count // sample.items
     if expected > config.reject_limit(plan.item_count):
         yield (
-            f"{rejects} of {sample.items} sampled items would be rejected, so some {expected} in all; --max-rejects "
+            f"{rejects} of {sample.items} sampled items would be rejected, so about {expected} in all; --max-rejects "
             f"{config.max_rejects} allows {config.reject_limit(plan.item_count)}: fix them, or raise it"
         )
     if sample.over_max_pixels:
@@ -229,8 +229,8 @@ def _advice(found: Inspection, needed_bytes: int) -> Iterator[str]:
         )
     if sample.sixteen_bit and config.bit_depth == 8:
         yield (
-            f"{sample.sixteen_bit} of {sample.items} sampled images have 16 bits a channel, of which 8 are kept; "
-            "--bit-depth 16 keeps them all"
+            f"{sample.sixteen_bit} of {sample.items} sampled images have 16 bits per channel, of which 8 are kept; "
+            "--bit-depth 16 keeps all of them"
         )
     if plan.shard_count > _MANY_SHARDS:
-        yield f"{plan.shard_count} shards are slow to list and to check; a larger --shard-size makes fewer"
+        yield f"{plan.shard_count} shards are slow to list and to check; use a larger --shard-size"

@@ -78,7 +78,9 @@ def finalize(out: str | os.PathLike[str], config: BuildConfig | None = None) -> 
         missing = [shard for shard in range(job.plan.shard_count) if shard not in records]
         if missing:
             parts = live_parts(storage)
-            advice = f"these are at work: {', '.join(parts)}" if parts else "run the same gpu-npz build again"
+            advice = (
+                f"these parts are still running: {', '.join(parts)}" if parts else "run the same gpu-npz build again"
+            )
             raise IncompleteError(
                 f"{storage.root!r} is not complete: {len(records)} of {job.plan.shard_count} shards are built, and "
                 f"shard {missing[0]} is not; {advice}"
@@ -224,10 +226,10 @@ def _require_rows(
     what = f"{len(lost)} images ({lost[0].path!r} for one: {lost[0].code}, {lost[0].detail})"
     if len(lost) + other_rejects > allowed:
         raise SourceError(
-            f"{what} could be built before and cannot now, so that their rows would be lost; nothing was changed. "
-            f"Bring them back, or give --max-rejects {len(lost) + other_rejects}; {config.max_rejects} allows {allowed}"
+            f"{what} could be built before and cannot be built now, so their rows would be lost. Nothing was changed. "
+            f"Restore them, or give --max-rejects {len(lost) + other_rejects}; {config.max_rejects} allows {allowed}"
         )
-    log.warning("%s could be built before and cannot now: their rows are lost", what)
+    log.warning("%s could be built before and cannot be built now; their rows are lost", what)
 
 
 def _require_decoder(job: Job, source: Source, config: BuildConfig, records: Mapping[int, CommitRecord]) -> None:

@@ -73,4 +73,4 @@ def require_no_parts(storage: Storage) -> None:
         with ThreadPoolExecutor() as pool:  # it may take a while to find out whether a holder is alive
             list(pool.map(look, live_parts(storage)))
     except LockedError as exc:
-        raise LockedError(f"a part of the build is at work: {exc}") from exc
+        raise LockedError(f"a part of the build is still running: {exc}") from exc

@@ -81,7 +81,7 @@ def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
         source, out = os.path.realpath(source), os.path.realpath(out)
         inside = os.path.commonpath([source, out]) == source and os.path.isdir(source)
     if inside:
-        raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of it")
+        raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of SRC")
 
 
 def places(src: str | os.PathLike[str], out: str | os.PathLike[str], config: BuildConfig) -> dict[str, Storage]:
@@ -93,7 +93,7 @@ def places(src: str | os.PathLike[str], out: str | os.PathLike[str], config: Bui
     """
     storage = open_storage(out)
     if config.sides and storage.size(JOB) is not None:
-        raise StorageError(f"{storage.root!r} is a dataset; give --split an OUT of its own")
+        raise StorageError(f"{storage.root!r} is a dataset already; choose another OUT for --split")
     found = {side: open_storage(storage.path(side)) for side in config.sides} or {"": storage}
     for each in found.values():
         check_places(src, each)
@@ -143,7 +143,7 @@ def planned(
             _require_same_backend(job, config)
         except MismatchError:
             if is_replaceable(storage):
-                log.warning("%r has a plan with other settings and no shard yet; the plan is replaced", storage.root)
+                log.warning("%r has a plan with other settings, but no shard yet; the plan is replaced", storage.root)
                 job = None
             elif job is None:
                 raise  # another backend does not matter if nothing is left to build; if something is, `backend` raises
@@ -271,8 +271,8 @@ def hints(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool
     if config.dtype == "float32" and output_bytes > _LARGE_BYTES:
         smaller = space.format_bytes(output_bytes * config.bit_depth // 32)
         yield (
-            f"--dtype {config.pixel_dtype} would take some {smaller} instead of {space.format_bytes(output_bytes)}; "
-            "readers then normalize, with equal values"
+            f"--dtype {config.pixel_dtype} would take about {smaller} instead of {space.format_bytes(output_bytes)}; "
+            "the readers then normalize, with the same values"
         )
     if labelled and config.shuffle is None and shards > 1:
         yield "shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order"
@@ -282,8 +282,8 @@ def warnings(config: BuildConfig) -> Iterator[str]:
     """Yields warnings about settings that are allowed but are probably mistakes."""
     if config.normalize == "dataset" and config.mean is None and config.classes_from is not None:
         yield (
-            "--normalize dataset measures these images; for a validation set give those of its training set, as "
-            "`gpu-npz info` shows them: --mean R,G,B --std R,G,B"
+            "--normalize dataset measures these images; for a validation set, use the values of its training "
+            "set, which `gpu-npz info` shows: --mean R,G,B --std R,G,B"
         )
 
 
@@ -307,8 +307,8 @@ def require_scaled(config: BuildConfig) -> None:
     )
     way = "`gpu-npz stats SRC` finds those of your images"
     if max(*scaled["mean"], *scaled["std"]) <= 1:
-        way = f"if these are of levels 0 to {level}, give {advised}"
-    raise UsageError(f"{refused}: pixels are scaled to 0..1 before, so neither a mean nor a std is above 1; {way}")
+        way = f"if these are for levels from 0 to {level}, give {advised}"
+    raise UsageError(f"{refused}: pixels are scaled to 0 to 1 first, so no mean or std is larger than 1; {way}")
 
 
 def _measured(
@@ -326,11 +326,13 @@ def _measured(
     tally = count_source(plan, source, config, size, choice, lambda *done: progress(Measuring(*done)))
     counts = tally.counts.tolist()
     if not all(map(sum, counts)):
-        raise SourceError(f"{source.location!r}: no image can be decoded, so --normalize dataset finds no statistics")
+        raise SourceError(
+            f"{source.location!r}: no image can be decoded, so --normalize dataset has nothing to measure"
+        )
     mean, std = [float(mean_of(channel)) for channel in counts], [std_of(channel) for channel in counts]
     if min(std) < MIN_STD:
         raise UsageError(
-            f"--normalize dataset: a channel of {source.location!r} has one level alone (std {min(std):g}); choose "
+            f"--normalize dataset: a channel of {source.location!r} has only one level (std {min(std):g}); choose "
             "another --normalize"
         )
     log.info("mean %s and std %s of %d items", mean, std, plan.item_count)
@@ -355,8 +357,8 @@ def resume(storage: Storage, source: Source, config: BuildConfig) -> Job:
         require_moved(job, source)
     if job.record.source_listing is not None and source.listing != job.record.source_listing:
         log.warning(
-            "the table of %r names other images or labels than when the build began; OUT keeps those of then, and "
-            "--overwrite starts over with those of now",
+            "the table of %r has changed since the build started; OUT keeps the images and labels from then, and "
+            "--overwrite starts over with the current ones",
             source.location,
         )
     return job
@@ -380,7 +382,7 @@ def backend(job: Job, config: BuildConfig) -> Choice:
         return environment.choose(config, inspect(config))
     except BackendError as exc:
         raise BackendError(
-            f"OUT was begun with backend {record.backend} on {record.device}, which cannot be used here: {exc}\n"
+            f"OUT was started with backend {record.backend} on {record.device}, which cannot be used here: {exc}\n"
             "resume where it can, or start over with --overwrite"
         ) from exc
 
@@ -389,15 +391,15 @@ def _require_same_backend(job: Job, config: BuildConfig) -> None:
     record = job.record
     if config.resizer not in ("auto", record.resizer):
         raise MismatchError(
-            f"OUT was begun with --resizer {record.resizer}; --resizer {config.resizer} asks for another; leave it out "
+            f"OUT was started with --resizer {record.resizer}; --resizer {config.resizer} asks for another; omit it "
             "to resume, or start over with --overwrite"
         )
     other = config.backend not in ("auto", record.backend)
     other |= config.device == "cpu" if record.device == "cuda" else config.require_gpu
     if other:
         raise MismatchError(
-            f"OUT was begun with backend {record.backend} on {record.device}; --backend {config.backend} and --device "
-            f"{config.device} ask for another; leave them out to resume, or start over with --overwrite"
+            f"OUT was started with backend {record.backend} on {record.device}; --backend {config.backend} and "
+            f"--device {config.device} ask for another; omit them to resume, or start over with --overwrite"
         )
 
 

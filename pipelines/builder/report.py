@@ -146,8 +146,8 @@ def hints_for(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[
     if changed:
         rows = sum(record.rows for record in records)
         found.append(
-            f"{changed} files were written to, or went, while the build read them, so rows may be of parts of them; "
-            f"when nothing writes to SRC any more, `gpu-npz verify OUT --deep {rows}` names those that differ"
+            f"{changed} files were changed or removed while the build read them, so their rows may be incomplete; "
+            f"when nothing writes to SRC any more, `gpu-npz verify OUT --deep {rows}` lists the rows that differ"
         )
     if job.record.backend == "pillow" and (faster := advice(job.settings)):
         found.append(faster)
@@ -171,7 +171,7 @@ def too_many_rejects(storage: Storage, source: Source, report: BuildReport, conf
     codes = ", ".join(f"{count} {code}" for code, count in report.rejects_by_code.items())
     return (
         f"{report.rejects} of {report.items} items were rejected ({codes}); --max-rejects "
-        f"{config.max_rejects} allows {config.reject_limit(report.items)}. All shards are built and stay; "
+        f"{config.max_rejects} allows {config.reject_limit(report.items)}. All shards are built and kept; "
         f"{storage.path(REJECTS)!r} names the items. {advice_on(source, report.rejects_by_code)}; run the same command "
         "with a higher --max-rejects to finish at once"
     )

@@ -161,7 +161,8 @@ def _require_resumable(
     require_revision(records)
     if records and job.record.device == "cpu" and config.device not in ("auto", "cpu"):
         log.warning(
-            "OUT was begun on the CPU and continues there, not on GPU %s; --overwrite starts over", config.device
+            "this build was started on the CPU and continues there, not on GPU %s; use --overwrite to start over",
+            config.device,
         )
     require_room(storage, job.plan, config, _row_bytes(job), missing)
 

@@ -83,7 +83,7 @@ class Watch:
             if event.sixteen_bit and not self._sixteen_bit:
                 self._sixteen_bit = True
                 log.warning(
-                    "%r, for one, has 16 bits a channel, of which 8 are kept; --bit-depth 16 keeps them all",
+                    "%r, for one, has 16 bits per channel, of which 8 are kept; --bit-depth 16 keeps all of them",
                     event.sixteen_bit,
                 )
             self._look()
@@ -113,6 +113,6 @@ class Watch:
         if free_bytes is not None and free_bytes < self._floor:
             raise StorageError(
                 f"{self._root!r}: its filesystem has {format_bytes(free_bytes)} free, less than the "
-                f"{format_bytes(self._floor)} that a build leaves; stopped before it is full. Free some space, then "
-                "run the same command to resume (--no-preflight does not look)"
+                f"{format_bytes(self._floor)} that a build leaves free, so it has stopped. Free some space, then "
+                "run the same command to resume (--no-preflight turns this check off)"
             )

@@ -22,6 +22,6 @@ def image_size(plan: Plan, source: Source, config: BuildConfig) -> tuple[int, in
     size = first_size(source, (item for at in range(plan.item_count) for item in plan.items(at, at + 1)), config)
     if size is None:
         raise SourceError(
-            f"{source.location!r}: no image can be decoded, so --resize-mode none finds no size; give --size"
+            f"{source.location!r}: no image can be decoded, so --resize-mode none has no size to use; give --size"
         )
     return size

@@ -172,7 +172,7 @@ class Job:
         except ValueError as exc:
             raise SourceError(
                 f"{source.location!r} has {len(source.files)} files and {len(source.class_names or ())} classes, too "
-                f"many for one dataset ({exc}); build parts of it, each with an OUT of its own"
+                f"many for one dataset ({exc}); build it in several parts, each with its own OUT"
             ) from exc
         store_arrays(storage, PLAN, plan.arrays, f"gpu-npz plan {record.id}")
         storage.write(JOB, content)  # written last: if it exists, the plan is complete
@@ -188,13 +188,13 @@ class Job:
         content = read_json(storage, JOB)
         if content is None:
             refuse_several(storage)
-            raise FormatError(f"{storage.path(JOB)!r} is missing; {storage.root!r} was not begun by gpu-npz build")
+            raise FormatError(f"{storage.path(JOB)!r} is missing; {storage.root!r} was not created by gpu-npz build")
         label = storage.path(JOB)
         record = from_json(JobRecord, content, label)
         labels = record.class_names, record.columns
         if record.id != dataset_id(record.settings, *labels, record.image_size, record.plan_digest):
             raise FormatError(
-                f"{label}: its id is not that of its settings; the file was altered. --overwrite starts over"
+                f"{label}: its id does not match its settings, so the file was altered; use --overwrite to start over"
             )
         try:
             reader = open_npz(storage, PLAN)
@@ -242,7 +242,7 @@ class Job:
         if differences:
             anew = "delete OUT and start all parts again" if config.part else "--overwrite to start over"
             raise MismatchError(
-                "OUT was begun with other settings:\n" + "\n".join(differences) + "\n"
+                "OUT was started with other settings:\n" + "\n".join(differences) + "\n"
                 f"give the same settings to resume, another OUT, or {anew}"
             )
 

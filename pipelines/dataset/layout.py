@@ -64,7 +64,7 @@ def require_own(storage: Storage) -> None:
     foreign = [name for name in storage.names() if name != PRIVATE]
     if foreign and storage.size(JOB) is None and storage.size(MANIFEST) is None:
         raise StorageError(
-            f"{storage.root!r} is not empty and holds no dataset of gpu-npz ({foreign[0]!r}, ...); choose a new or "
+            f"{storage.root!r} is not empty and is not a gpu-npz dataset ({foreign[0]!r}, ...); choose a new or "
             "empty folder"
         )
 
@@ -85,7 +85,7 @@ def refuse_several(storage: Storage) -> None:
     """Raises FormatError if OUT contains the datasets of a split, each in its own folder."""
     if sides := sides_of_split(storage):
         raise FormatError(
-            f"{storage.root!r} is no dataset, but holds {', '.join(sides)}; give one of these, such as "
+            f"{storage.root!r} is no dataset, but holds {', '.join(sides)}; give one of them, such as "
             f"{storage.path(sides[0])!r}"
         )
 

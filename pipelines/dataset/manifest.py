@@ -154,7 +154,7 @@ class Manifest(BaseModel):
             head = loads(content)
             version, requires = int(head["version"]), list(head.get("requires", []))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
-            raise FormatError(f"{label}: {exc!r}; not a dataset of gpu-npz, or damaged") from exc
+            raise FormatError(f"{label}: {exc!r}; not a gpu-npz dataset, or damaged") from exc
         unknown = [name for name in requires if name not in _KNOWN]
         if version > FORMAT_VERSION or unknown:
             wanted = f"format version {version}" + (f" with {unknown}" if unknown else "")
@@ -199,7 +199,7 @@ def class_list(classes_from: str | None) -> tuple[str, ...] | None:
         manifest = Manifest.load(classes_from)
         if manifest.classes is None:
             found = f"labels {', '.join(map(str, manifest.columns))}, no classes" if manifest.columns else "no labels"
-            raise UsageError(f"{option}: that dataset has {found}; leave the option out")
+            raise UsageError(f"{option}: that dataset has {found}; omit the option")
         return manifest.classes
     try:
         with path.open("rb") as file:
@@ -209,13 +209,13 @@ def class_list(classes_from: str | None) -> tuple[str, ...] | None:
         lines = as_text(content).split("\n")
     except OSError as exc:
         raise UsageError(
-            f"{option}: {exc.strerror}; give a finished dataset or a text file with a name a line"
+            f"{option}: {exc.strerror}; give a finished dataset or a text file with one name per line"
         ) from exc
     names = tuple(line.removesuffix("\r") for line in lines if line.strip())
     doubles = [name for name, count in Counter(names).items() if count > 1]
     if doubles or not names:
         fault = f"names {doubles[0]!r} twice" if doubles else "names no class"
-        raise UsageError(f"{option} {fault}; give each class once, a name a line")
+        raise UsageError(f"{option} {fault}; list each class once, one name per line")
     return names
 
 
@@ -274,7 +274,7 @@ def publish(storage: Storage, job: Job, records: Mapping[int, CommitRecord], con
     made_with = {json.dumps(record.provenance, sort_keys=True): record.shard for record in ordered}
     if len(made_with) > 1 and not config.accept_environment:
         raise MismatchError(
-            "shards were made in several environments, whose pixels may differ:\n"
+            "the shards were built in several environments, whose pixels may differ:\n"
             + "\n".join(f"  shard {shard}, for one: {made}" for made, shard in made_with.items())
             + "\nadd --accept-environment to mix them, or start over with --overwrite"
         )
@@ -374,10 +374,10 @@ def _index(job: Job, records: Sequence[CommitRecord]) -> dict[str, NDArray[Any]]
 def _no_manifest(storage: Storage) -> IncompleteError | FormatError:
     if storage.size(JOB) is None:
         refuse_several(storage)
-        return FormatError(f"{storage.root!r} holds no dataset ({MANIFEST} is missing); give a folder that build made")
+        return FormatError(f"{storage.root!r} is not a dataset ({MANIFEST} is missing); give the OUT of a build")
     job = Job.open(storage)
     done, shards = len(committed(storage, job)), job.plan.shard_count
-    more = ", with a higher --max-rejects if it asks for one" if done == shards else ""
+    more = ", with a higher --max-rejects if it requires one" if done == shards else ""
     return IncompleteError(
         f"{storage.root!r} is not complete: {done} of {shards} shards; run the same gpu-npz build again{more}"
     )

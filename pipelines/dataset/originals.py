@@ -116,8 +116,8 @@ def require_moved(job: Job, source: Source) -> None:
     probe = job.plan.items(0, min(_PROBED_ITEMS, job.plan.item_count))
     if not any(_is_there(source, item) for item in probe):
         raise MismatchError(
-            f"OUT was built from {job.record.source_location!r}, and {source.location!r} is something else: it has "
-            f"none of the first {len(probe)} items. Give the same images, or another OUT"
+            f"OUT was built from {job.record.source_location!r}, and {source.location!r} is something else, because it "
+            f"has none of the first {len(probe)} items. Give the same images, or choose another OUT"
         )
     log.warning("SRC was %r when the build began and is %r now", job.record.source_location, source.location)
 

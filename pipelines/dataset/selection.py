@@ -69,12 +69,12 @@ def _warn_of_listing(source: Source, config: BuildConfig, arrays: Mapping[str, N
         )
     if source.outside:
         log.warning(
-            "%r: %d items lie outside of it, where symbolic links lead; --no-follow-links leaves them out",
+            "%r: %d items are outside of it, behind symbolic links; use --no-follow-links to omit them",
             source.location,
             source.outside,
         )
     if source.unfollowed:
-        log.warning("%r: %d symbolic links are left out (--no-follow-links)", source.location, source.unfollowed)
+        log.warning("%r: %d symbolic links are omitted (--no-follow-links)", source.location, source.unfollowed)
     if source.impossible:
         log.warning(
             "%r: %d names that no folder could have are left out, with all that is below them (%s); copy that to keys "
@@ -90,7 +90,7 @@ def _warn_of_listing(source: Source, config: BuildConfig, arrays: Mapping[str, N
         if "labels" not in arrays and (arrays["group_labels"] < 0).all():
             log.warning("%r has images and no class folders, so the dataset has no labels; %s", *_unlabelled(source))
         elif (doubt := _doubtful_classes(source, arrays)) is not None:
-            log.warning("%r: the classes are %s alone; if they should be folders below, %s", *doubt)
+            log.warning("%r: the only classes are %s; if the classes should be the folders below, %s", *doubt)
 
 
 def _unlabelled(source: Source) -> tuple[str, str]:
@@ -240,8 +240,8 @@ def _require_every_side(source: Source, config: BuildConfig, sides: Positions, n
     for number, name in enumerate(names):
         if not (sides == number).any():
             raise UsageError(
-                f"--split {config.split}: {len(sides)} items of {source.location!r} leave none for {name!r}; give "
-                "larger shares, or another --split-by"
+                f"--split {config.split}: {len(sides)} items of {source.location!r} are too few for {name!r} to get "
+                "one; give larger shares, or another --split-by"
             )
 
 

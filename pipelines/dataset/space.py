@@ -57,9 +57,7 @@ def require_space(
     item_bytes, pixel_bytes = np.dtype(dtype).itemsize, np.dtype(pixel_dtype).itemsize
     pixels = format_bytes(_at_most(rows, row_bytes * pixel_bytes // item_bytes, shards) - freed_bytes)
     smaller = f"--dtype {pixel_dtype} would take {pixels}; " if item_bytes > pixel_bytes else ""
-    raise StorageError(
-        f"{lack}. {smaller}free some space, choose another OUT, or start all the same with --no-preflight"
-    )
+    raise StorageError(f"{lack}. {smaller}free some space, choose another OUT, or start anyway with --no-preflight")
 
 
 def output_bytes(plan: Plan, config: BuildConfig, shape: tuple[int, ...], *, label_columns: int) -> int:

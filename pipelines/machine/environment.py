@@ -159,7 +159,7 @@ def _choose(config: BuildConfig, machine: Machine) -> Choice:
     if config.bit_depth == 16:
         return _choose_16bit(config)
     if config.backend == "pillow" and config.require_gpu:
-        raise UsageError("--require-gpu and --backend pillow contradict each other; leave one out")
+        raise UsageError("--require-gpu and --backend pillow contradict each other; omit one of them")
     on_cpu: BackendName = "dali" if config.backend == "dali" else "pillow"
     if config.device == "cpu" or config.backend == "pillow":
         return _choose_cpu(on_cpu, machine)

@@ -144,7 +144,7 @@ class NpzReader:
         """The array `name`, as a view of the map. Raises FormatError if it is missing or deflated."""
         member = self._member(name)
         if member.runs_bytes is not None:
-            raise FormatError(f"{name} is deflated, which no view can show; it is read by rows", self.path)
+            raise FormatError(f"{name} is deflated, so there is no view of it; read it by rows", self.path)
         count = math.prod(member.shape)
         if not count or not member.dtype.itemsize:
             return np.empty(member.shape, member.dtype)

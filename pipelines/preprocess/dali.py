@@ -140,7 +140,7 @@ class DaliDecoder:
             self._open.close()
             advice = "see what `gpu-npz doctor` finds"
             if _NO_MEMORY.search(str(exc)):
-                advice = "`nvidia-smi` shows which processes hold the GPU's memory; end them, or take another GPU"
+                advice = "`nvidia-smi` shows which processes hold the GPU's memory; end them, or choose another GPU"
             raise BackendError(f"DALI does not start ({_reason(exc)}); {advice}") from exc
         if self._device is not None:
             with self._on_stream:  # CuPy compiles this once; better now than in the middle of a build
@@ -168,7 +168,7 @@ class DaliDecoder:
         failure = next((outputs for outputs in results if isinstance(outputs, Exception)), None)
         if failure is not None:
             raise BackendError(
-                f"DALI decodes no JPEG here ({_reason(failure)}); nvImageCodec needs its plug-ins, by links in the "
+                f"DALI cannot decode JPEGs here ({_reason(failure)}); nvImageCodec needs its plug-ins, by links in the "
                 f"temporary folder {tempfile.gettempdir()!r}, whose name must have no colon. If TMPDIR and "
                 "NVIMGCODEC_EXTENSIONS_PATH are in order, reinstall nvidia-nvimgcodec"
             ) from failure

@@ -113,7 +113,7 @@ def _open(data: bytes) -> Image.Image:
                     detail = f"a {name} file whose header is damaged or of a kind that Pillow does not read ({exc})"
                     raise BadItem("decode", "undecodable", detail) from exc
         if (other := format_of(data)) is not None:
-            detail = f"{other}, which is not decoded; allowed are JPEG, PNG, WebP, GIF, BMP, TIFF, PPM and DICOM"
+            detail = f"{other}, which is not supported; allowed are JPEG, PNG, WebP, GIF, BMP, TIFF, PPM and DICOM"
             raise BadItem("decode", "undecodable", detail) from None
         raise
 
@@ -134,7 +134,7 @@ def as_bad_item(path: str) -> Iterator[None]:
     except BackendError as exc:  # an optional library is missing, which most builds do not need
         raise BadItem("decode", "undecodable", str(exc)) from exc
     except UnidentifiedImageError as exc:
-        raise BadItem("decode", "not-an-image", "no decoder knows this content") from exc
+        raise BadItem("decode", "not-an-image", "the content is not a known image format") from exc
     except Exception as exc:
         # Pillow's plug-ins raise many kinds of exceptions for damaged or hostile data. The bytes are in memory by now,
         # so every error is a property of the file.

@@ -65,7 +65,7 @@ def advice(config: BuildConfig) -> str | None:
     if not has_wheel or not fits or is_simd() or _library() is not None:
         return None
     command = install_command("simd")
-    return f"{command} makes resizing on the CPU several times as fast, for datasets that are built from then on"
+    return f"{command} makes resizing on the CPU faster, for datasets that you build from then on"
 
 
 class SimdResizer:
@@ -117,8 +117,8 @@ def simd_resizer(config: BuildConfig) -> SimdResizer | None:
 @functools.cache
 def _warn_once() -> None:
     log.warning(
-        "the dataset was resized by cykooz-resizer, which is not installed here; Pillow resizes, by a level or two of "
-        "255 differently in places. %s gives the same pixels",
+        "the dataset was resized by cykooz-resizer, which is not installed here, so Pillow resizes; some pixels "
+        "differ by a level or two of 255. To get the same pixels, run: %s",
         install_command("simd"),
     )
 

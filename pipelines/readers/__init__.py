@@ -1,1 +1,1 @@
-"""Reads finished datasets: as arrays, in PyTorch, Keras and TensorFlow, and their preprocessing at inference."""
+"""Reads finished datasets: as arrays, in PyTorch, Keras, TensorFlow and DALI, and their preprocessing at inference."""

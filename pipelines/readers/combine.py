@@ -16,15 +16,15 @@ from ..errors import UsageError
 from .dataset import Dataset
 from .views import Numbers, Rows, View, columns_of
 
-Source = str | os.PathLike[str] | Rows
+Openable = str | os.PathLike[str] | Rows
 
 
-def opened(source: Source) -> Rows:
+def opened(source: Openable) -> Rows:
     """The dataset at a path; what is open already stays as it is. Raises as `Dataset`."""
     return source if isinstance(source, Rows) else Dataset(source)
 
 
-def concat(sources: Sequence[Source]) -> View:
+def concat(sources: Sequence[Openable]) -> View:
     """The rows of several datasets as one, in the order given.
 
     Classes are matched by name: the classes are those of the first dataset, then those that the second one adds, and so

@@ -23,7 +23,8 @@ def _compare(data: Rows) -> None:
     for path, other in _seen.items():
         if differences := data.preprocess.differences(other):
             log.warning(
-                "%r and %r are not preprocessed alike, so a model that is trained on one is wrong for the other: %s",
+                "%r and %r are preprocessed differently, so a model that is trained on one gives wrong results on the "
+                "other: %s",
                 data.path, path, "; ".join(differences),
             )  # fmt: skip
     _seen[data.path] = data.preprocess

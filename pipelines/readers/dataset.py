@@ -84,7 +84,7 @@ class Dataset(Rows):
             self.manifest, index, self._numbers = so_far(self._storage)
             if not self._numbers:
                 shards = self.manifest.counts.shards
-                raise IncompleteError(f"{self.path!r} has no shard yet, of {shards}; wait for the build")
+                raise IncompleteError(f"{self.path!r} has none of its {shards} shards yet; wait for the build")
         else:
             self.manifest = Manifest.load(self.path)
             index = open_index(self._storage, self.manifest)
@@ -394,7 +394,7 @@ def _opened(storage: Storage, name: str, before: CachedDirectory | None = None) 
     except OSError as exc:
         if exc.errno in (errno.EMFILE, errno.ENFILE):
             raise StorageError(
-                f"{path}: {exc.strerror}; copy rows rather than keep views of many shards, or raise the limit "
+                f"{path}: {exc.strerror}; copy rows instead of keeping views of many shards, or raise the limit "
                 "(ulimit -n)"
             ) from exc
         repair = f"gpu-npz verify {shlex.quote(storage.root)} --repair"

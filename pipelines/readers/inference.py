@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ..preprocess.pillow import PillowDecoder
 
 _RESIZE = {
-    "stretch": "resized to {size}, whatever its shape",
-    "center-crop": "resized to cover {cover}, of which the middle {size} is cut out",
+    "stretch": "resized to {size}, regardless of the aspect ratio",
+    "center-crop": "resized to cover {cover}, then cropped to the {size} in the middle",
     "pad": "resized to fit into {size}, in the middle of a canvas of level {pad_value}",
     "none": "left at its size, which must be {size}",
 }
@@ -155,14 +155,14 @@ class Preprocess:
         if config.dtype == config.pixel_dtype and config.normalize != "none":
             values = f"levels of 0 to {config.max_level} are stored; read as {values}"
         shape = (len(names), height, width) if config.layout == "NCHW" else (height, width, len(names))
-        colours = f"what is transparent lies on colour {config.background}"
+        colours = f"transparent pixels on color {config.background}"
         if config.dicom_window is not None:
-            colours += f"; DICOM values from {config.dicom_window} are levels"
+            colours += f"; DICOM window {config.dicom_window}"
         colour = {"rgb": "red, green, blue", "bgr": "blue, green, red", "gray": "gray"}[config.channels]
         return "\n".join(
             (
-                f"turned upright, as EXIF says: {'yes' if config.exif_orientation else 'no'}",
-                f"{config.bit_depth} bits a channel, {colour}; {colours}",
+                f"rotated by EXIF orientation: {'yes' if config.exif_orientation else 'no'}",
+                f"{config.bit_depth} bits per channel, {colour}; {colours}",
                 f"{resize}, by {config.interpolation} interpolation{antialiased}{reduced}",
                 f"values: {values}",
                 f"stored as {config.dtype} of shape {shape}",
@@ -183,7 +183,7 @@ class Preprocess:
             "minmax": f"(level - min) / (max - min) {own}",
             "maxabs": f"level / max {own}",
             "l2": f"level / sqrt(sum of squares) {own}",
-            "window": f"(level - LO) / (HI - LO), cut off at 0 and 1, with LO {low:g} and HI {high:g}",
+            "window": f"(level - LO) / (HI - LO), clipped to 0 to 1, with LO {low:g} and HI {high:g}",
         }[config.normalize]
 
     def differences(self, other: Preprocess) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, install_command
-from .combine import Source, opened
+from .combine import Openable, opened
 from .contract import compare_with_others
 from .order import Places, kept_rows, require_natural, shuffled
 
@@ -56,7 +56,7 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does no
 
     def __init__(
         self,
-        path: Source,
+        path: Openable,
         batch_size: int,
         *,
         shuffle: bool = False,

@@ -27,6 +27,11 @@ def part(count: int, number: int, parts: int) -> tuple[int, int]:
     return count * number // parts, count * (number + 1) // parts
 
 
+def share(count: int, rank: int, world_size: int, drop_last: bool) -> tuple[int, int]:
+    """Start and stop of a rank's part of an epoch of `count` images; with `drop_last`, all parts are equally long."""
+    return part(count - count % world_size if drop_last else count, rank, world_size)
+
+
 def shuffled(rows: Places, seed: int | None, epoch: int) -> Places:
     """The rows, shuffled by seed and epoch; unchanged if `seed` is None."""
     return rows if seed is None else np.random.default_rng((seed, epoch)).permutation(rows)
@@ -131,3 +136,10 @@ def require_natural(**values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name}: got {value!r}; allowed: an integer of 1 or more")
+
+
+def require_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and world size. Raises UsageError unless both are given and the rank is below the world size."""
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise UsageError(f"rank {rank}, world_size {world_size}: give both, the rank from 0 up to world_size - 1")
+    return rank, world_size

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError, install_command
-from .combine import Source, opened
+from .combine import Openable, opened
 from .contract import compare_with_others
 from .order import Places, kept_rows, require_natural, shuffled
 
@@ -21,7 +21,7 @@ except ImportError as exc:
 
 
 def as_tf_dataset(
-    path: Source,
+    path: Openable,
     batch_size: int,
     *,
     shuffle: bool = False,

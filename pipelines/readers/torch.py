@@ -18,9 +18,9 @@ import numpy as np
 from ..errors import BackendError, UsageError, install_command
 from .augment import Augment, Size, crops_of
 from .buffers import Buffers
-from .combine import Source, opened
+from .combine import Openable, opened
 from .contract import compare_with_others
-from .order import ElasticOrder, Places, kept_rows, part, require_natural, windows
+from .order import ElasticOrder, Places, kept_rows, part, require_natural, share, windows
 
 try:
     import torch
@@ -81,7 +81,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def __init__(
         self,
-        path: Source,
+        path: Openable,
         transform: Transform | None = None,
         target_transform: Transform | None = None,
         *,
@@ -224,7 +224,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
 
     def __init__(
         self,
-        path: Source,
+        path: Openable,
         transform: Transform | None = None,
         target_transform: Transform | None = None,
         *,
@@ -395,10 +395,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         }
 
     def _run(self) -> tuple[int, int]:
-        count = len(self.dataset)
-        if self._drop_last:
-            count -= count % self.world_size
-        return part(count, self.rank, self.world_size)
+        return share(len(self.dataset), self.rank, self.world_size, self._drop_last)
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the images of this process's stream and their order."""
@@ -432,6 +429,6 @@ def _require_same(state: dict[str, Any], own: dict[str, Any], position: set[str]
     others = [f"{name} {state.get(name)!r}, not {value!r}" for name, value in own.items() if state.get(name) != value]
     if others or not position <= state.keys():
         raise UsageError(
-            f"a state of another stream cannot be resumed: {'; '.join(others) or 'no epoch'}; make the dataset and its "
-            "loader as they were, or restart the epoch"
+            f"a state of another stream cannot be resumed: {'; '.join(others) or 'no epoch'}; create the dataset and "
+            "its loader with the same arguments, or restart the epoch"
         )

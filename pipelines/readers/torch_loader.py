@@ -17,9 +17,9 @@ from ..errors import BackendError, UsageError
 from ..machine.environment import usable_cpus
 from .augment import Augment, Boxes, Crops, Size, crops_of
 from .buffers import Buffers, fresh
-from .combine import Source, opened
+from .combine import Openable, opened
 from .contract import compare_with_others
-from .order import Places, kept_rows, part, require_natural, shuffled
+from .order import Places, kept_rows, part, require_natural, require_rank, share, shuffled
 from .torch_crops import cropped, read
 from .views import Rows
 
@@ -28,7 +28,7 @@ _HELD = 4  # batches beside those read ahead: one being delivered, the caller's,
 
 
 def loader(
-    path: Source,
+    path: Openable,
     batch_size: int,
     *,
     device: str | torch.device = "cuda",
@@ -167,11 +167,7 @@ class Loader:
             copies.wait()
 
     def _run(self) -> tuple[int, int]:
-        rank, world_size = self.ranks
-        count = len(self.rows)
-        if self.drop_last:
-            count -= count % world_size
-        return part(count, rank, world_size)
+        return share(len(self.rows), *self.ranks, self.drop_last)
 
     @property
     def _on_host(self) -> bool:
@@ -302,6 +298,4 @@ def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank}, world_size {world_size}: give both, the rank from 0 up to world_size - 1")
-    return rank, world_size
+    return require_rank(rank, world_size)

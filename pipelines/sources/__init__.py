@@ -52,7 +52,7 @@ def open_source(
     """
     config = config or BuildConfig()
     if classes is not None and config.labels == "none":
-        raise UsageError("--labels none and --classes-from contradict each other; leave one out")
+        raise UsageError("--labels none and --classes-from contradict each other; omit one of them")
     source = _opened(src, config, classes)
     if classes is not None and source.class_names is None:
         raise SourceError(
@@ -67,7 +67,8 @@ def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[
     for name, kinds in _KINDS_WITH.items():
         if getattr(config, name) is not None and kind not in kinds:
             raise UsageError(
-                f"--{name.replace('_', '-')} goes with {', '.join(kinds)}; {location!r} is of the kind {kind}"
+                f"--{name.replace('_', '-')} requires SRC of the kind {' or '.join(kinds)}; {location!r} is of "
+                f"the kind {kind}"
             )
     if kind == "folder" and config.root is not None:
         location = _within(location, config.root)

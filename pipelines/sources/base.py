@@ -192,7 +192,7 @@ def read_item(source: Source, item: Item) -> bytes:
             raise BadItem("read", "unreadable", reason) from exc
         raise ShardError(
             f"reading {item.path!r} failed {len(RETRY_DELAYS_S) + 1} times: {reason}; "
-            f"see to {source.location!r}, then run the same command to resume"
+            f"check {source.location!r}, then run the same command to resume"
         ) from exc
     if not data:
         raise BadItem("read", "empty", "zero bytes")
@@ -267,7 +267,7 @@ def files_left_out(left_out: Mapping[str, int]) -> str:
     """How many files were skipped because of their names, for messages."""
     shown = [f"{count} {extension or 'without extension'}" for extension, count in Counter(left_out).most_common(5)]
     kinds = ", ".join(shown) + (", ..." if len(left_out) > 5 else "")
-    return f"{sum(left_out.values())} files are left out by their names ({kinds})"
+    return f"{sum(left_out.values())} files are ignored because of their names ({kinds})"
 
 
 def no_images(location: str, left_out: Mapping[str, int]) -> SourceError:
@@ -313,9 +313,9 @@ def refuse_sides(location: str, folders: Mapping[str, Iterable[str]], command: C
         first, second, *_ = sorted(folders, key=lambda side: "train" not in side.lower())
         raise SourceError(
             f"{location!r} has {', '.join(map(repr, folders))} side by side, with the same folders in them "
-            f"({some(common)}): these look like the sides of a split, not like classes. Build each by itself: "
+            f"({some(common)}): these look like the sides of a split, not like classes. Build each one separately: "
             f"{command(first)} {quote(f'OUT/{first}')}, then {command(second)} {quote(f'OUT/{second}')} --classes-from "
-            f"{quote(f'OUT/{first}')}; or say --labels class-dir if they are classes"
+            f"{quote(f'OUT/{first}')}; or use --labels class-dir if they are classes"
         )
 
 
@@ -330,7 +330,7 @@ def numbered(class_names: list[str], found: list[str], location: str) -> dict[st
     if unknown:
         raise SourceError(
             f"{location!r} has {len(unknown)} classes that --classes-from does not name: {some(unknown)}; "
-            "leave these items out, or give a list that names them"
+            "omit these items, or give a list that names these classes"
         )
     return {name: numbers[name] for name in found}
 

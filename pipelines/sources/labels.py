@@ -149,12 +149,12 @@ def read_labels(
         UsageError: `classes` are given for several columns, or for one of kind float.
     """
     if classes is not None and len(asked) > 1:
-        raise UsageError(f"--classes-from names one column's classes, and {location!r} has {len(asked)}; leave it out")
+        raise UsageError(f"--classes-from names one column's classes, and {location!r} has {len(asked)}; omit it")
     columns: list[LabelColumn] = []
     numbers: list[NDArray[Any]] = []
     for (name, kind), entries in zip(asked, values, strict=True):
         if classes is not None and kind == "float":
-            raise UsageError(f"--labels {name}:float and --classes-from contradict each other; leave one out")
+            raise UsageError(f"--labels {name}:float and --classes-from contradict each other; omit one of them")
         stripped = [entry.strip() if isinstance(entry, str) else entry for entry in entries]
         column, found = _Column(name, stripped, location, where).read(kind, classes, (known or {}).get(name))
         columns.append(column)

@@ -30,5 +30,8 @@ def open_storage(out: str | os.PathLike[str], under: Fence | None = None) -> Sto
     if url[2]:
         return ObjectStorage(text, under)
     if url[1] in PACKAGES:
-        raise StorageError(f"OUT {text!r} lacks a slash, as pathlib.Path leaves it; give {url[1]}://... as a str")
+        raise StorageError(
+            f"OUT {text!r} has one slash too few, because pathlib.Path removes double slashes; give {url[1]}://... "
+            "as a str"
+        )
     return LocalStorage(text, under)

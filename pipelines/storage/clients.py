@@ -52,13 +52,15 @@ def is_transient(exc: Exception) -> bool:
 def write_advice(exc: Exception) -> str:
     """What to do about an error of the store that holds OUT."""
     if is_transient(exc):
-        return "the store does not answer; check the network and the endpoint, then run the same command to resume"
+        return (
+            "the object store does not respond; check the network and the endpoint, then run the same command to resume"
+        )
     if code(exc) == "NoSuchBucket":
-        return "make the bucket, or give another OUT"
+        return "create the bucket, or choose another OUT"
     if _lacks_credentials(exc):
         return f"{_LOG_IN})"
     if isinstance(exc, PermissionError):
-        return "ask for the right to list the bucket, and to get, put and delete objects there, or give another OUT"
+        return "request permission to list the bucket and to get, put and delete objects in it, or choose another OUT"
     return "check the store, then run the same command to resume"
 
 
@@ -67,7 +69,7 @@ def read_advice(exc: OSError) -> str:
     if _lacks_credentials(exc):
         return f"{_LOG_IN}; FSSPEC_S3_ANON=true for a public bucket)"
     if exc.errno == errno.EACCES:
-        return "ask for the right to list and to get what is there, or log in as another user"
+        return "request permission to list and read it, or log in as another user"
     if exc.errno == errno.ENOENT:
         return "check the names of bucket and folder in SRC"
     return "check the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL), then run the command again"

@@ -180,8 +180,8 @@ class FileLock:
             if not FileLock._told:
                 FileLock._told = True
                 log.warning(
-                    "the filesystem of %r has no flock (%s): heartbeats alone tell whether a build lives, so that one "
-                    "that another host's crash left is taken over after %g s",
+                    "the filesystem of %r has no flock (%s): only heartbeats show whether a build is alive, so the "
+                    "lock of one that crashed on another host is taken over after %g s",
                     self._root, exc.strerror, heartbeats.STALE_S,
                 )  # fmt: skip
             return None

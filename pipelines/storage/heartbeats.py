@@ -55,6 +55,6 @@ class HeartbeatWatch:
 def warn_of_wait(lock: str, holder: Holder) -> None:
     """Logs that a lock is being watched; `lock` is how to show its place."""
     log.warning(
-        "%s is held by process %s on host %s; looking for up to %g s whether it lives",
+        "%s is held by process %s on host %s; checking for up to %g s whether it is still running",
         lock, holder.process, holder.host, STALE_S,
     )  # fmt: skip

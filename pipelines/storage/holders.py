@@ -107,12 +107,12 @@ def require_held(storage: FencedStorage, fences: Iterable[Fence]) -> None:
                 who = (
                     f"process {holder.process} on host {holder.host}"
                     if holder.host
-                    else "another build, which has ended since"
+                    else "another build, which has finished since"
                 )
                 raise LockedError(
-                    f"{storage.root!r} was taken over by {who}: this build gave no sign of life for too long, or its "
-                    "lock was deleted. It changes nothing more and leaves OUT to the other; wait for that one, or "
-                    "give another OUT"
+                    f"{storage.root!r} was taken over by {who}: this build did not respond for too long, or its "
+                    "lock was deleted. It has stopped and changes nothing more; wait for the other build, or choose "
+                    "another OUT"
                 )
             time.sleep(_LOOK_S)
 

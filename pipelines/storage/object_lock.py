@@ -181,7 +181,7 @@ class Lease:
 
     def _refusal(self, holder: Holder) -> str:
         place = self._store.path(self._name)
-        rest = "" if holder.token else f"; if no build is at work, delete {place!r}"
+        rest = "" if holder.token else f"; if no build is running, delete {place!r}"
         return (
             f"{self._store.root!r} is in use by process {holder.process or '?'} on host "
             f"{holder.host or '?'} ({place!r}); wait for it, or stop it and run the same command{rest}"

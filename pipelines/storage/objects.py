@@ -180,10 +180,10 @@ class ObjectStorage:
                         return  # the response to an earlier attempt was lost
                     self._displace(name)
                 else:
-                    raise OSError(errno.EBUSY, "another object takes its place again and again")
+                    raise OSError(errno.EBUSY, "another object keeps replacing it")
             if check and not is_whole():
                 self._displace(name)
-                raise OSError(errno.EPIPE, "what arrived is not what was sent")
+                raise OSError(errno.EPIPE, "the stored object differs from the data that was sent")
 
         self.require_held()
         self._written(name, attempt)
@@ -385,7 +385,7 @@ class ObjectStorage:
         try:
             return self._ask(name, action)
         except FileNotFoundError as exc:
-            raise self._error(name, exc, "the bucket does not exist; make it, or give another OUT") from exc
+            raise self._error(name, exc, "the bucket does not exist; create it, or choose another OUT") from exc
 
     def _ask(self, name: str, action: Callable[[], Answer]) -> Answer:
         """The result of a request, with retries. FileNotFoundError counts as a result."""

@@ -222,8 +222,8 @@ def _explained(output: Output) -> Iterator[None]:
     except (EOFError, OSError) as exc:
         output.close(died=True)
         raise ShardError(
-            "a process that decodes images died, of one of them or because memory is short; try fewer --workers. "
-            f"`gpu-npz build` finds an image that ends its decoder{output.last_words}"
+            "a process that decodes images died, because of an image or for lack of memory; try fewer --workers. "
+            f"`gpu-npz build` finds an image that crashes its decoder{output.last_words}"
         ) from exc
 
 

@@ -157,7 +157,7 @@ class _LocalWorkers:
                     if code or worker.progress or worker.dismissed is None:
                         yield from self._lost(worker, code)
                     elif not worker.dismissed and self._shards.left(isolated=worker.task.isolated):
-                        log.info("a worker process has grown too large; another takes its place")
+                        log.info("a worker process uses too much memory; another one replaces it")
                         self.start(worker.task)
                     continue
                 if isinstance(message, BaseException):
@@ -202,7 +202,7 @@ class _LocalWorkers:
             ShardError: continuing is pointless.
         """
         self._deaths += 1
-        cause = f"gave no sign of life for {self._timeout_s:.0f} s" if worker.hung else _cause(code)
+        cause = f"did not respond for {self._timeout_s:.0f} s" if worker.hung else _cause(code)
         last = worker.output.last_words
         if (code >= 0 and not worker.progress) or self._deaths > _MAX_DEATHS:  # the former if it cannot even start
             raise ShardError(_epitaph(cause, self._deaths) + last)
@@ -276,4 +276,5 @@ def _cause(code: int) -> str:
 
 def _epitaph(cause: str, deaths: int) -> str:
     times = f", the last of {deaths}," if deaths > 1 else ""
-    return f"a worker process{times} {cause}; run the same command to resume, with fewer --workers if memory is short"
+    advice = "run the same command to resume, with fewer --workers if there is not enough memory"
+    return f"a worker process{times} {cause}; {advice}"

@@ -171,7 +171,7 @@ class Output:
         if more:
             others.append(f"(and {more} more lines)")
         if others:
-            log.warning("a worker process writes:%s", _indented(others))
+            log.warning("output of a worker process:%s", _indented(others))
         return counts
 
     def _follow(self) -> None:

@@ -258,14 +258,14 @@ class _RayActors:
             worker.silent_s += elapsed_s
             # An actor in isolation mode itself watches a process for `timeout_s`, and reports afterwards.
             if worker.silent_s > self._timeout_s * (2 if worker.isolated else 1):
-                yield from self._lost(call, f"gave no sign of life for {worker.silent_s:.0f} s")
+                yield from self._lost(call, f"did not respond for {worker.silent_s:.0f} s")
         if at_work:
             self._idle_s = 0.0
         elif self._idle_s is not None:
             self._idle_s += elapsed_s
             if self._idle_s > _PATIENCE_S:
                 self._idle_s = None
-                log.warning("no worker runs: waiting until the Ray cluster has room for one (see `ray status`)")
+                log.warning("no worker is running: waiting until the Ray cluster has room for one (see `ray status`)")
 
     def _lost(self, call: Any, cause: str) -> Iterator[Event]:
         """Puts the shards of a lost actor back.
@@ -284,10 +284,11 @@ class _RayActors:
         if hopeless or self._losses_without_shard >= _MAX_LOSSES:
             raise ShardError(
                 f"{place} was lost, the last of {_MAX_LOSSES}: {cause}\nRay's logs on that node say more; run the same "
-                "command to resume, with fewer --workers if memory is short"
+                "command to resume, with fewer --workers if there is not enough memory"
             )
         log.warning(
-            "%s was lost, and its %d unfinished shards go to others: %s (Ray's logs on that node have its last lines)",
+            "%s was lost, and other workers take over its %d unfinished shards: %s (Ray's logs on that node show its "
+            "last output)",
             place, len(worker.progress), cause.split("\n")[0],
         )  # fmt: skip
         remove_leftovers(self._task, worker.progress)
@@ -398,7 +399,7 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
         raise BackendError(
             f"the Ray cluster {f'at {address!r} ' if address else ''}cannot be used: {exc}\ncheck --ray-address and "
-            "RAY_ADDRESS, and `ray status` on its head node; without an address one is started here"
+            "RAY_ADDRESS, and `ray status` on its head node; without an address, Ray is started here"
         ) from exc
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -481,8 +482,8 @@ def _appears(out: str, name: str, token: str) -> bool:
 
 def _unshared(node: str, out: str) -> StorageError:
     return StorageError(
-        f"node {node} does not see OUT {out!r} as it is here; use a folder that all nodes share under this path, or an "
-        "object store"
+        f"node {node} does not see the same OUT {out!r} as this machine; use a folder that all nodes share under this "
+        "path, or an object store"
     )
 
 

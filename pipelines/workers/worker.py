@@ -267,15 +267,15 @@ def _explained(task: Task) -> Iterator[None]:
         yield
     except MemoryError as exc:  # CuPy's, too
         raise ShardError(
-            f"no memory for batches of {task.tuning.batch_size} images in {task.tuning.open_shards} open shards; "
-            "lower --batch-size, --open-shards or --workers, and run the command again to resume"
+            f"not enough memory for batches of {task.tuning.batch_size} images in {task.tuning.open_shards} open "
+            "shards; lower --batch-size, --open-shards or --workers, and run the command again to resume"
         ) from exc
     except Exception as exc:
         if not type(exc).__module__.startswith("cupy"):
             raise
         raise ShardError(
-            f"GPU {task.gpu} failed ({clean(str(exc))}); `nvidia-smi` shows its memory and who holds it, dmesg its "
-            "errors (Xid). Run the same command to resume"
+            f"GPU {task.gpu} failed ({clean(str(exc))}); `nvidia-smi` shows its memory and the processes that use it, "
+            "dmesg shows its errors (Xid). Run the same command to resume"
         ) from exc
 
 
@@ -319,11 +319,13 @@ def require_provenance(expected: dict[str, Any] | None, found: dict[str, Any]) -
         return
     names = sorted({*expected, *found})
     differences = [
-        f"  {name}: {expected.get(name)} made them, {found.get(name)} is here"
+        f"  {name}: {expected.get(name)} then, {found.get(name)} now"
         for name in names
         if expected.get(name) != found.get(name)
     ]
     raise MismatchError(
-        "the shards so far were made in another environment, whose pixels may differ:\n" + "\n".join(differences) + "\n"
-        "resume where they were made, or add --accept-environment to mix the two"
+        "the existing shards were built in another environment, whose pixels may differ:\n"
+        + "\n".join(differences)
+        + "\n"
+        "resume in that environment, or add --accept-environment to mix the two"
     )

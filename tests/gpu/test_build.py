@@ -69,7 +69,7 @@ def test_a_gpu_build_that_lost_shards_goes_on_on_the_gpu_and_never_on_the_cpu(tr
     build(tree, out, device="0", reproducible=True)
     before = {path.name: path.read_bytes() for path in out.glob("*") if path.is_file()}
     (out / "shard-00001.npz").unlink()
-    with pytest.raises(gpu_npz.GpuNpzError, match="begun with backend dali on cuda"):
+    with pytest.raises(gpu_npz.GpuNpzError, match="started with backend dali on cuda"):
         build(tree, out, device="cpu", reproducible=True)
     build(tree, out, reproducible=True)
     assert before == {path.name: path.read_bytes() for path in out.glob("*") if path.is_file()}

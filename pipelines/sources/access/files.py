@@ -171,7 +171,7 @@ class Files:
                     os.close(open_regular(path, os.O_RDONLY))
             except OSError as exc:
                 if exc.errno in (errno.ENOENT, errno.ENOTDIR):
-                    raise SourceError(f"{path!r} is gone; bring it back, then run the same command to resume") from exc
+                    raise SourceError(f"{path!r} is missing; restore it, then run the same command to resume") from exc
                 if exc.errno in (errno.EACCES, errno.EPERM):
                     raise SourceError(
                         f"{path!r}: {exc.strerror}; make it readable, then run the same command to resume"
@@ -238,8 +238,7 @@ class Files:
             raise self._open_error(url, exc) from exc
         if size is None:
             raise SourceError(
-                f"{url!r}: the server does not tell its size, so that no part of it can be read alone; download it "
-                "first"
+                f"{url!r}: the server does not report its size, so parts of it cannot be read; download it first"
             )
         return size
 
@@ -305,7 +304,7 @@ def _expanded(pattern: str) -> Iterable[str]:
             "fewer files at a time"
         ) from exc
     if len(names) > _MAX_FILES:
-        raise SourceError(f"{pattern[:200]!r} stands for more than {_MAX_FILES} files; give fewer at a time")
+        raise SourceError(f"{pattern[:200]!r} expands to more than {_MAX_FILES} files; give fewer at a time")
     return names
 
 

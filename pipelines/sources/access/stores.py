@@ -143,7 +143,7 @@ def _require_success(answer: Any, url: str) -> None:
         raise OSError(errno.EINVAL, f"HTTP status {answer.status}")
     encoding = answer.headers.get("Content-Encoding", "identity")
     if encoding.lower() not in ("identity", ""):
-        raise OSError(errno.EINVAL, f"the server compresses it ({encoding[:50]}), although asked not to")
+        raise OSError(errno.EINVAL, f"the server compresses it ({encoding[:50]}), against the request")
 
 
 async def _whole(answer: Any, size: int, share: Share | None) -> bytes:

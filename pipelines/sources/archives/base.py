@@ -107,7 +107,7 @@ class ArchiveSource(Source):
         if inventory.loose is not None and inventory.filed is not None:
             raise SourceError(
                 f"{self.location!r} holds both images in no folder ({as_text(inventory.loose)!r}, ...) and images in "
-                f"folders ({as_text(inventory.filed)!r}, ...); move those into a folder of their class, or say "
+                f"folders ({as_text(inventory.filed)!r}, ...); move the former into a folder of their class, or use "
                 "--labels none"
             )
         if inventory.loose is not None:
@@ -152,7 +152,9 @@ class ArchiveSource(Source):
     def _known_label(self, path: bytes) -> int:
         label = self._label(path)
         if label is None:
-            raise SourceError(f"{as_text(path)!r} of {self.location!r} has no label; give one that knows it")
+            raise SourceError(
+                f"{as_text(path)!r} of {self.location!r} has no label; give --classes-from a file that lists it"
+            )
         return label
 
     def _images(self, number: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:
@@ -232,8 +234,8 @@ class Names:
             if hash(path) in repeated:
                 if path in seen:
                     raise SourceError(
-                        f"{self._archive!r} holds {as_text(path)!r} twice; make it again with one of them, from what "
-                        "it unpacks to"
+                        f"{self._archive!r} holds {as_text(path)!r} twice; unpack it and create it again with only "
+                        "one of them"
                     )
                 seen.add(path)
 
@@ -253,7 +255,7 @@ def path_of(name: bytes, archive: str) -> bytes:
         what = "has a zero byte in its name"
     else:
         return b"/".join(parts)
-    raise SourceError(f"{archive!r}: member {as_text(name[:200])!r} {what}; make the archive again without it")
+    raise SourceError(f"{archive!r}: member {as_text(name[:200])!r} {what}; create the archive again without it")
 
 
 def is_image(path: bytes) -> bool:
@@ -264,7 +266,8 @@ def is_image(path: bytes) -> bool:
 def warn_of_others(archive: str, count: int, first: bytes) -> None:
     """Logs that members that are not files were skipped."""
     log.warning(
-        "%r: %d links, devices or sparse files (%r, ...) are left out; unpack it and give the folder to have them",
+        "%r: %d links, devices or sparse files (%r, ...) are omitted; to use them, unpack it and give the folder as "
+        "SRC",
         archive,
         count,
         as_text(first[:200]),

@@ -143,8 +143,8 @@ def _warn_of_rest(file: BinaryIO, position: int, end: int, archive: str) -> None
     rest = end - position
     if rest > _MAX_PADDING or _read(file, position, rest, archive).strip(b"\0"):
         log.warning(
-            "%r ends at byte %d of %d, as tar reads it; what follows is left out: give tars that were joined "
-            "by cat one by one, or join them by tar --concatenate",
+            "%r ends at byte %d of %d, as tar reads it; what follows is omitted: if tars were joined with cat, "
+            "give them one by one, or join them with tar --concatenate",
             archive, position, end,
         )  # fmt: skip
 
@@ -236,13 +236,13 @@ def _compressed(file: BinaryIO, start: int, archive: str) -> SourceError | None:
     if command is None:
         return None
     return SourceError(
-        f"{archive!r} is compressed, so that nothing in it can be read alone; run: {command} "
+        f"{archive!r} is compressed, so no file in it can be read separately; run: {command} "
         f"{os.path.basename(archive)!r} and give the .tar"
     )
 
 
 def _cut(archive: str, where: str) -> SourceError:
     return SourceError(
-        f"{archive!r} is cut: it ends {where}; download or make it again, or, if it is whole but for its end mark, add "
-        "1,024 zero bytes"
+        f"{archive!r} is truncated: it ends {where}; download or make it again, or, if it is whole but for its end "
+        "mark, add 1,024 zero bytes"
     )

@@ -97,7 +97,7 @@ class WebDatasetSource(TarSource, LabelledSource[_WebDatasetListing]):
                 names.add(image[0])
                 yield image[0], [_label(file, key, sample, name, archive) for name, _ in self._asked]
         if without:
-            log.warning("%r: %d samples without an image (%r, ...) are left out", archive, without, as_text(first))
+            log.warning("%r: %d samples without an image (%r, ...) are omitted", archive, without, as_text(first))
         names.require_unique(path for path, _ in self._images(number))
 
     def _images(self, number: int) -> Iterator[tuple[bytes, tuple[int, ...]]]:

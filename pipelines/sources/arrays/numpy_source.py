@@ -96,8 +96,8 @@ class NumpySource(LabelledSource[Listing]):
             self._start += npy.member_start(self._files, member)
         if self._deflated:
             log.warning(
-                "%s is compressed, so each process that reads it inflates it once, into %d MB in %s; np.savez, which "
-                "does not compress, spares that",
+                "%s is compressed, so each process that reads it decompresses it once, into %d MB in %s; to avoid "
+                "this, save it with np.savez, which does not compress",
                 self._array.where, self._array.size >> 20, tempfile.gettempdir(),
             )  # fmt: skip
         self._take_labels()
@@ -330,5 +330,5 @@ def _layout(array: Array) -> tuple[bool, int]:
         raise SourceError(f"{got}, which is no image at all; give an array with images")
     channels = shape[1] if first else shape[3] if last else 1
     if channels == 4 and dtype.itemsize == 2:
-        raise SourceError(f"{got}; alpha goes with uint8 alone: leave it out, array[..., :3], or convert to uint8")
+        raise SourceError(f"{got}; alpha goes with uint8 alone: omit it, array[..., :3], or convert to uint8")
     return first, channels

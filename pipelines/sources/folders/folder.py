@@ -151,7 +151,9 @@ class TreeSource(Source):
             folder = waiting.pop()
             identity = self._identity(folder)
             if identity in seen:
-                log.warning("%r leads to a folder that was listed already; its images are taken once", as_text(folder))
+                log.warning(
+                    "%r leads to a folder that is listed already; its images are used only once", as_text(folder)
+                )
                 continue
             seen.add(identity)
             found = self._scan(folder)
@@ -176,8 +178,8 @@ class TreeSource(Source):
             if next(self._walk(folder + b"/", -1), None):
                 raise SourceError(
                     f"{self.location!r} holds both images ({as_text(top.names[0])!r}, ...) and folders of images "
-                    f"({as_text(folder)!r}, ...); move the images into a folder of their class, or out, or "
-                    "say --labels none"
+                    f"({as_text(folder)!r}, ...); move the images into a folder of their class or elsewhere, "
+                    "or use --labels none"
                 )
 
 
@@ -342,7 +344,7 @@ def _scan(root: bytes, folder: bytes, links: _Links | None) -> Scan:
                     if len(entry.path) < _PATH_MAX:
                         folders.append(name)
                     else:
-                        log.warning("%r ... lies too deep (%d bytes) and is left out", *_shown(entry.path))
+                        log.warning("%r ... is nested too deeply (%d bytes) and is ignored", *_shown(entry.path))
                 elif not is_image(name):
                     others[extension_of(name)] += 1
                 elif _may_be_image(entry):
@@ -363,7 +365,7 @@ def _may_be_image(entry: os.DirEntry[bytes]) -> bool:
     there = os.path.exists(entry.path) if entry.is_symlink() else True  # costs a stat for links only
     fits = not there or entry.is_file()
     if not fits:
-        log.warning("%r is no file and is left out", as_text(entry.path))
+        log.warning("%r is not a file and is ignored", as_text(entry.path))
     return fits
 
 

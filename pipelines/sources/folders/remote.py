@@ -29,7 +29,7 @@ class RemoteSource(TreeSource):
     def __init__(self, location: str, config: BuildConfig | None = None, classes: Sequence[str] | None = None) -> None:
         if is_web(location):
             raise SourceError(
-                f"{location!r}: a web server gives no list of a folder; give a table of its images with --root "
+                f"{location!r}: a web server cannot list a folder; give a table of its images with --root "
                 f"{location}, or a .tar or .zip that it has"
             )
         self._fs: Any = None

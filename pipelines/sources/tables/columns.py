@@ -47,7 +47,7 @@ def label_columns(labels: str | None, columns: Sequence[str], location: str) -> 
     found = named_columns(labels, columns, location)
     if not found and len(columns) > 1:
         log.warning(
-            "%r has no column with a usual name of labels, but %s; it is built without labels unless --labels A,B "
+            "%r has no column with a usual name of labels, but %s; the dataset gets no labels unless --labels A,B "
             "names columns",
             location, _shown(columns),
         )  # fmt: skip

@@ -94,7 +94,7 @@ class TableSource(LabelledSource[TableListing]):
     def check(self) -> None:
         """Raises SourceError if the root of the paths is gone, or a store refuses every request."""
         if self.file_per_item and not os.path.isdir(self._root):
-            raise SourceError(f"{self._root!r} is gone; bring it back, then run the same command to resume")
+            raise SourceError(f"{self._root!r} is missing; restore it, then run the same command to resume")
 
         if self._files is None and not is_web(self._root):
             try:
