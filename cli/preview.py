@@ -33,8 +33,8 @@ from gpu_npz.errors import UsageError
 @click.option(
     "--seed", type=int, default=0, show_default=True, metavar="SEED", help="The seed that selects the images."
 )
-@click.option("--rejects", is_flag=True, help="Draw the rejects instead, as far as they can be decoded.")
-@click.option("--source", metavar="SRC", help="For --rejects: the new place of the images, if they were moved.")
+@click.option("--rejects", is_flag=True, help="Draw the rejected images that can be decoded.")
+@click.option("--source", metavar="SRC", help="For --rejects: where the images are now, if they have moved.")
 @click.option(
     "--tile", type=int, default=128, show_default=True, metavar="PIXELS", help="The side of each image in the picture."
 )

@@ -15,7 +15,7 @@ from gpu_npz.cli.progress import Bar
 
 @click.command("retry", cls=ConfigCommand)
 @click.argument("out", metavar="OUT")
-@click.option("--source", metavar="SRC", help="The new place of the images, if they were moved.")
+@click.option("--source", metavar="SRC", help="Where the images are now, if they have moved.")
 @config_options(*OPERATIONAL)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(out: str, source: str | None, as_json: bool, **given: Any) -> None:

@@ -29,9 +29,7 @@ from gpu_npz.errors import FormatError, UsageError
 @click.option(
     "--seed", type=int, default=0, show_default=True, metavar="SEED", help="For --deep: the seed that selects the rows."
 )
-@click.option(
-    "--source", metavar="SRC", help="For --repair and --deep: the new place of the images, if they were moved."
-)
+@click.option("--source", metavar="SRC", help="For --repair and --deep: where the images are now, if they have moved.")
 @config_options(*OPERATIONAL)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def command(

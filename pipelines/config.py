@@ -87,7 +87,8 @@ class BuildConfig(BaseModel):
         "environment",
         "speed",
         "auto",
-        "Where to decode: auto takes a GPU if there is a usable one, else the CPU; 0 or 0,1,2 names GPUs.",
+        "Where to decode. auto uses a GPU if one is usable, otherwise the CPU; all uses all GPUs; 0 or 0,1,2 selects "
+        "GPUs.",
         "auto, cpu, all, or numbers of GPUs: 0 or 0,1,2",
         "auto|cpu|all|N,...",
     )
@@ -98,8 +99,9 @@ class BuildConfig(BaseModel):
         "environment",
         "speed",
         "auto",
-        "What resizes images on the CPU. simd is faster, and its pixels differ from those of pillow by at most 2 "
-        "levels of 255. auto is simd for bilinear if it is installed and Pillow-SIMD is not.",
+        "The library that resizes on the CPU. simd is faster; with bilinear, its pixels differ from those of pillow "
+        "by at most 2 levels of 255 (by more with bicubic and lanczos). auto uses simd for bilinear if it is "
+        "installed and Pillow-SIMD is not.",
     )
     require_gpu: bool = _advanced(
         "environment", "speed", False, "Fail if there is no usable GPU, instead of using the CPU."
@@ -124,9 +126,9 @@ class BuildConfig(BaseModel):
         "identity",
         "pixels",
         "stretch",
-        "How images are brought to --size. stretch changes the aspect ratio; center-crop resizes the image to cover "
-        "the size and crops the center; pad resizes it to fit inside and fills the border; none takes only images "
-        "that have the size already.",
+        "How images are resized to --size. stretch changes the aspect ratio; center-crop resizes the image to cover "
+        "the size and crops the center; pad resizes it to fit inside and fills the border; none accepts only images "
+        "that already have the size.",
     )
     crop_pct: float = _setting(
         "identity",
@@ -144,8 +146,9 @@ class BuildConfig(BaseModel):
         "identity",
         "pixels",
         True,
-        "Let Pillow decode JPEGs that are at least four times as large as --size at a half of their size or less, "
-        "which is faster. Without it, Preprocess gives the same row for a file and for its decoded pixels.",
+        "Let Pillow decode JPEGs at half their size or less if they are at least four times as large as the resized "
+        "image. This is faster, but may change pixels slightly. If off, Preprocess gives the same row for a file and "
+        "for its decoded pixels.",
     )
     exif_orientation: bool = _advanced(
         "identity", "pixels", True, "Rotate images by their EXIF orientation, and TIFFs by their Orientation tag."
@@ -156,7 +159,7 @@ class BuildConfig(BaseModel):
     dicom_window: tuple[float, float] | None = _advanced(
         "identity", "pixels", None,
         "For DICOM: the values (after rescaling, such as HU) that become black and white in every file. By default, "
-        "each file's own window counts.",
+        "each file's own window is used.",
         "LO,HI with LO < HI", "LO,HI",
     )  # fmt: skip
     max_pixels: int = _advanced(
@@ -175,10 +178,10 @@ class BuildConfig(BaseModel):
         "identity",
         "pixels",
         "imagenet",
-        "How pixels become values. imagenet, mean-std: (pixel / 255 - mean) / std; dataset: the same, with the mean "
+        "How pixels are normalized. imagenet, mean-std: (pixel / 255 - mean) / std; dataset: the same, with the mean "
         "and std of SRC, which takes an additional pass over it; unit: 0 to 1; signed: -1 to 1; log: log(1 + level), "
-        "scaled to 0 to 1; window: see --window. standardize (mean 0, deviation 1), minmax (0 to 1), maxabs and l2 "
-        "use the statistics of each image over all of its channels.",
+        "scaled to 0 to 1; window: see --window. standardize (mean 0, standard deviation 1), minmax (0 to 1), maxabs "
+        "and l2 use the statistics of each image over all of its channels.",
     )
     mean: tuple[float, ...] | None = _setting(
         "identity",
@@ -206,8 +209,8 @@ class BuildConfig(BaseModel):
         "identity",
         "pixels",
         "float32",
-        "The type of the stored values. uint8 (or uint16, with --bit-depth 16) stores pixels, which take a quarter of "
-        "the space, and the readers normalize them.",
+        "The type of the stored values. uint8 (or uint16, with --bit-depth 16) stores pixels, in a quarter (or half) "
+        "of the space of float32, and the readers normalize them.",
     )
     clip: bool = _advanced(
         "identity",
@@ -223,11 +226,11 @@ class BuildConfig(BaseModel):
         "identity",
         "input",
         None,
-        "Where the labels are. For a folder or an archive: class-dir (the default: the name of the first folder), a "
-        "table FILE, or csv:NAME (a table of this name in every folder). For a table or Parquet: columns (A,B), each "
-        "with its kind if you like (A:class, A:integer, A:float); also after a table (FILE:A,B). For a WebDataset: "
-        "cls (the default), txt or json:FIELD. For CIFAR-100: coarse. For arrays: the name of an array, or an .npy "
-        "FILE. none: no labels.",
+        "Where the labels are. For a folder or an archive: class-dir (the default: the top-level folder is the "
+        "class), a table FILE, or csv:NAME (a table of this name in every folder). For a table or Parquet: columns "
+        "A,B, each with an optional kind (A:class, A:integer, A:float); also after a table (FILE:A,B). For a "
+        "WebDataset: cls (the default), txt or json:FIELD. For CIFAR-100: coarse. For arrays: the name of an array, "
+        "or an .npy FILE. none: no labels.",
         "class-dir, none, a table's path, csv:NAME, columns, cls, txt, json:FIELD, coarse, an array or FILE.npy",
         "WHERE",
     )
@@ -244,7 +247,7 @@ class BuildConfig(BaseModel):
         "identity",
         "input",
         None,
-        "Use only the first N items of each class, counted after --shuffle.",
+        "Use only the first N items of each class, after --shuffle.",
         "a positive number",
         "N",
     )
@@ -253,7 +256,7 @@ class BuildConfig(BaseModel):
         "input",
         None,
         "Split the items: val=0.1 puts 10% of them into OUT/val and the others into OUT/train; val=0.1,test=0.1 makes "
-        "three sides; val=0.1/val builds only that side, in OUT.",
+        "train, val and test; val=0.1/val builds only val, directly in OUT.",
         "NAME=SHARE[,NAME=SHARE...], shares such as 0.1 that sum up to less than 1, /NAME behind it for one side alone",
         "NAME=SHARE",
     )
@@ -295,7 +298,7 @@ class BuildConfig(BaseModel):
         "SEED",
     )
     limit: int | None = _setting(
-        "identity", "input", None, "Use only the first N items, counted after --shuffle.", "a positive number", "N"
+        "identity", "input", None, "Use only the first N items, after --shuffle.", "a positive number", "N"
     )
     on_reject: Literal["skip", "blank", "fail"] = _setting(
         "identity",
@@ -329,8 +332,8 @@ class BuildConfig(BaseModel):
         "operational",
         "output",
         "1%",
-        f"Stop with exit code 3 if more items than this are rejected. A percentage always allows {MIN_REJECT_LIMIT} "
-        "rejects, but, below 100%, never all items.",
+        f"Exit with code 3 if more items are rejected. A percentage always allows up to {MIN_REJECT_LIMIT} rejects, "
+        "but never all items unless it is 100%.",
         "a number of items (50) or a percentage of the plan (0.5%)",
         "N|P%",
     )

@@ -513,7 +513,7 @@ def test_retry_on_the_datasets_of_a_split_names_them_and_says_which_path_to_give
     split: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["retry", split]) == 1
-    expected = f"{split!r} is no dataset, but holds train, val; give one of them, such as {split + '/train'!r}"
+    expected = f"{split!r} is not a dataset, but holds train, val; give one of them, such as {split + '/train'!r}"
     assert capsys.readouterr().err == f"gpu-npz: {expected}\n"
 
 

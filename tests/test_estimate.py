@@ -353,7 +353,7 @@ def test_float32_is_warned_of_with_the_size_of_uint8_where_that_saves_something(
     size = look(tree).output_bytes
     smaller = f"{space.format_bytes(size // 4)} instead of {space.format_bytes(size)}"
     assert smaller.count("kB") == 2
-    assert warned(look(tree), f"--dtype uint8 would take about {smaller}; readers then normalize")
+    assert warned(look(tree), f"--dtype uint8 would take about {smaller}; the readers then normalize")
 
 
 def test_shards_sorted_by_class_are_warned_of_where_there_are_labels(tree: Path, make_tree: MakeTree) -> None:

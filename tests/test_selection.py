@@ -440,7 +440,7 @@ def test_a_split_builds_datasets_with_the_same_classes(tree: Path, tmp_path: Pat
     assert [report.built_shards for report in again.values()] == [0, 0]
     for side in reports:
         assert gpu_npz.verify(tmp_path / "out" / side).ok
-    with pytest.raises(FormatError, match=r"is no dataset, but holds train, val; give one of these, .*out/train"):
+    with pytest.raises(FormatError, match=r"is not a dataset, but holds train, val; give one of them, .*out/train"):
         gpu_npz.open_dataset(tmp_path / "out")
     with pytest.raises(StorageError, match="is a dataset already; choose another OUT for --split"):
         build_split(tree, tmp_path / "whole", BuildConfig(**SETTINGS))

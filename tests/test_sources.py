@@ -445,7 +445,7 @@ def test_an_error_of_the_disk_that_one_file_alone_gives_is_a_reject(tmp_path: Pa
 def test_an_error_of_the_disk_that_other_files_give_too_stops_the_shard(tmp_path: Path, bad_sectors: set[str]) -> None:
     source = FolderSource(touch(tmp_path, "a/1.jpg", "b/2.jpg", "b/3.jpg"))
     bad_sectors |= {"1.jpg", "2.jpg", "3.jpg"}
-    with pytest.raises(ShardError, match=r"reading 'a/1\.jpg' failed 4 times: Input/output error; see to .* resume"):
+    with pytest.raises(ShardError, match=r"reading 'a/1\.jpg' failed 4 times: Input/output error; check .* resume"):
         read_item(source, Item(0, "a/1.jpg", None))
 
 

@@ -95,7 +95,7 @@ def test_a_deflated_array_is_inflated_once_with_a_warning(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with caplog.at_level(logging.WARNING):
         source = open_source(str(tmp_path / "a.npz"))
-    assert "each process that reads it inflates it once" in caplog.text
+    assert "each process that reads it decompresses it once" in caplog.text
     copy = pickle.loads(pickle.dumps(source))
     for each in (source, copy):
         assert (np.stack([np.asarray(picture) for picture in pictures(each)]) == RGB).all()

@@ -464,7 +464,7 @@ def test_what_a_server_answers_for_one_image_alone_is_a_reject(
     name = next(iter(images))
     ways = {
         "refused": "HTTP status 414",
-        "compressed": "the server compresses it (gzip), although asked not to",
+        "compressed": "the server compresses it (gzip), against the request",
         "to-file": "it leads out of SRC, to file://",
         "to-elsewhere": "it leads out of SRC, to http://localhost",
         "to-itself": "more than 10 redirects",

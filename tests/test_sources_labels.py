@@ -52,7 +52,7 @@ def test_folders_are_just_folders_where_there_are_no_labels(tmp_path: Path) -> N
     source = opened(root, labels="none")
     assert (source.class_names, source.columns, source.kind) == (None, (), "folder")
     assert labelled(source) == [("z.jpg", None), ("a/deep/2.jpg", None), ("b/1.jpg", None)]
-    assert "or say --labels none" in refusal(root)
+    assert "or use --labels none" in refusal(root)
     assert "contradict each other" in refusal(root, ["a"], labels="none")
 
 

@@ -278,7 +278,8 @@ def test_a_tar_behind_another_is_named_however_small(tmp_path: Path, caplog: pyt
         (tmp_path / "c.tar").write_bytes(first + bytes(padding) + second)
         assert labelled(opened(tmp_path / "c.tar")) == [("a/1.jpg", 0)]
         assert (
-            "as tar reads it; what follows is omitted: if tars were joined with cat, by cat one by one" in caplog.text
+            "as tar reads it; what follows is omitted: if tars were joined with cat, give them one by one"
+            in caplog.text
         )
 
 

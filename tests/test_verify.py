@@ -442,7 +442,7 @@ REJECTS: dict[str, tuple[Callable[[list[str]], object], str]] = {
     "a line for another": (lambda lines: lines.__setitem__(0, lines[1]), "item 1 of 10 in the plan does not have"),
     "an item that has a row": (lambda lines: edit_line(lines, index=2), "item 1 of 10 in the plan"),
     "an item that is none": (lambda lines: edit_line(lines, index=10), "item 1 of 10 in the plan"),
-    "a negative item": (lambda lines: edit_line(lines, index=-1), "item -1 of the plan's 10"),
+    "a negative item": (lambda lines: edit_line(lines, index=-1), "item -1 of 10 in the plan"),
     "a huge item": (lambda lines: edit_line(lines, index=10**30), "not one reject per line"),
     "another code": (lambda lines: edit_line(lines, code="missing"), "codes {'empty': 1, 'missing': 1, "),
     "no code": (lambda lines: lines.__setitem__(0, '{"index": 1}'), "not one reject per line: "),

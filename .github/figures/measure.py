@@ -18,7 +18,7 @@ from typing import Any
 
 FIGURES = Path(__file__).with_name("figures.json")
 README = Path(__file__).parents[2] / "README.md"
-HEAD = "| what, in images/s | gpu-npz | instead | times |\n|---|---|---|---|\n"
+HEAD = "| images/s | gpu-npz | alternative | speedup |\n|---|---|---|---|\n"
 BENCHES = {
     "pipeline": ["pipeline", "--device", "cpu", "--images", "1500", "--rounds", "3"],
     "storage": ["storage", "--dtype", "uint8", "--images", "1500", "--rounds", "3"],

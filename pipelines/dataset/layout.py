@@ -85,7 +85,7 @@ def refuse_several(storage: Storage) -> None:
     """Raises FormatError if OUT contains the datasets of a split, each in its own folder."""
     if sides := sides_of_split(storage):
         raise FormatError(
-            f"{storage.root!r} is no dataset, but holds {', '.join(sides)}; give one of them, such as "
+            f"{storage.root!r} is not a dataset, but holds {', '.join(sides)}; give one of them, such as "
             f"{storage.path(sides[0])!r}"
         )
 
