@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from .dataset.manifest import Manifest
     from .errors import GpuNpzError
     from .export.run import export_dataset
+    from .readers.combine import Mix, concat, mix
     from .readers.dataset import Dataset, open_dataset
     from .readers.inference import Preprocess
+    from .readers.views import View
     from .workers.events import Committed, Progress, WorkerEnded
 
 _HOMES = {
@@ -34,15 +36,19 @@ _HOMES = {
     "GpuNpzError": "errors",
     "Manifest": "dataset.manifest",
     "Measuring": "builder.planning",
+    "Mix": "readers.combine",
     "Preprocess": "readers.inference",
     "Problem": "audit.verify",
     "Progress": "workers.events",
     "Started": "builder.report",
     "Verification": "audit.verify",
+    "View": "readers.views",
     "WorkerEnded": "workers.events",
     "build": "builder.build",
     "build_split": "builder.build",
+    "concat": "readers.combine",
     "export_dataset": "export.run",
+    "mix": "readers.combine",
     "open_dataset": "readers.dataset",
     "verify": "audit.verify",
 }
@@ -54,16 +60,20 @@ __all__ = [
     "GpuNpzError",
     "Manifest",
     "Measuring",
+    "Mix",
     "Preprocess",
     "Problem",
     "Progress",
     "Started",
     "Verification",
+    "View",
     "WorkerEnded",
     "__version__",
     "build",
     "build_split",
+    "concat",
     "export_dataset",
+    "mix",
     "open_dataset",
     "verify",
 ]

@@ -88,8 +88,10 @@ ROOMS = {
         "errors config storage machine npz sources preprocess dataset",
         [
             "readers inference buffers",
-            "dataset",
-            "contract order",
+            "views",
+            "dataset contract order",
+            "combine augment",
+            "torch_crops",
             "torch_loader torch_workers keras tensorflow dali",
             "torch",
         ],

@@ -483,7 +483,7 @@ def test_an_unfinished_build_is_refused(make_dataset: MakeDataset, tmp_path: Pat
     (out / "dataset.json").unlink()
     with pytest.raises(IncompleteError, match="is not complete: 6 of 6 shards; run the same gpu-npz build again"):
         export(out, place(tmp_path, kind), kind)
-    with pytest.raises(FormatError, match="holds no dataset"):
+    with pytest.raises(FormatError, match="is not a dataset"):
         export(tmp_path / "nothing", place(tmp_path, kind), kind)
     assert not [*tmp_path.iterdir()]
 

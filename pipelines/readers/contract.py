@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 
-from .dataset import Dataset
 from .inference import Preprocess
+from .views import Rows
 
 log = logging.getLogger(__name__)
 _seen: dict[str, Preprocess] = {}
 
 
-def compare_with_others(data: Dataset) -> None:
+def compare_with_others(data: Rows) -> None:
     """Warns, once per pair, if a dataset that this process opened before is preprocessed differently."""
+    for each in data.datasets:
+        _compare(each)
+
+
+def _compare(data: Rows) -> None:
     if _seen.get(data.path) == data.preprocess:
         return
     for path, other in _seen.items():

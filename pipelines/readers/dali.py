@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +9,16 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 from .buffers import Buffers
+from .combine import Openable, opened
 from .contract import compare_with_others
-from .dataset import Dataset
 from .order import Places, kept_rows, require_natural, require_rank, share, shuffled
+from .views import Rows
 
 _HELD = 2  # batches: one that is filled, and one that a worker process of DALI still copies
 
 
 def source(
-    path: str | os.PathLike[str],
+    path: Openable,
     batch_size: int,
     *,
     shuffle: bool = False,
@@ -52,7 +52,7 @@ def source(
     reads in processes, as many as `py_num_workers` of the pipeline says.
 
     Args:
-        path: OUT.
+        path: OUT, or a dataset, view or mix.
         batch_size: images per batch, at most the batch size of the pipeline; the last batch of an epoch may be smaller.
         shuffle: shuffle all images in each epoch.
         seed: decides the order.
@@ -67,9 +67,10 @@ def source(
     """
     require_natural(batch_size=batch_size)
     require_rank(rank, world_size)
-    data = Dataset(path)
+    data = opened(path)
     compare_with_others(data)
-    return Source(data, kept_rows(data, keep_blank), batch_size, seed if shuffle else None, rank, world_size, drop_last)
+    rows = kept_rows(data, keep_blank)
+    return Source(data, rows, keep_blank, batch_size, seed if shuffle else None, rank, world_size, drop_last)
 
 
 @dataclass(eq=False)
@@ -78,11 +79,12 @@ class Source:
 
     Attributes:
         data: the dataset as arrays, with `manifest`, `class_names` and so on.
-        rows: the row of each image of an epoch in `data`, int64 (N,), before they are shuffled and shared.
+        rows: the row of each image of epoch 0 in `data`, int64 (N,), before they are shuffled and shared.
     """
 
-    data: Dataset
+    data: Rows
     rows: Places
+    keep_blank: bool
     batch_size: int
     seed: int | None
     rank: int
@@ -95,7 +97,7 @@ class Source:
     def options(self) -> dict[str, Any]:
         """What `external_source` has to know: the number of outputs, their layouts, and that epochs are counted."""
         outputs = 1 if self.data.labels is None else 2
-        layout = self.data.manifest.images.layout.removeprefix("N")
+        layout = self.data.layout.removeprefix("N")
         return {"num_outputs": outputs, "layout": [layout], "batch_info": True}
 
     def __len__(self) -> int:
@@ -131,5 +133,6 @@ class Source:
     def _order(self, epoch: int) -> Places:
         """The rows of this rank in an epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, shuffled(self.rows, self.seed, epoch)[slice(*self._share())]
+            rows = kept_rows(self.data, self.keep_blank, epoch)
+            self._epoch = epoch, shuffled(rows, self.seed, epoch)[slice(*self._share())]
         return self._epoch[1]

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, SupportsIndex, overload
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from ..sources.base import label_form
 from ..storage.base import Storage, is_remote
 from ..storage.local import LocalStorage
 from .inference import Preprocess
+from .views import RowIndex, Rows
 
 # Shards that stay mapped. Before Python 3.13, each map holds a file descriptor; the usual limit is 1,024 per process.
 _OPEN_SHARDS = 1024 if sys.version_info >= (3, 13) else 64
@@ -43,10 +44,8 @@ def _renew_locks() -> None:
 
 os.register_at_fork(after_in_child=_renew_locks)  # a thread that the child does not have may hold a lock
 
-RowIndex = SupportsIndex | slice | Sequence[int] | NDArray[np.integer[Any]]
 
-
-class Dataset:
+class Dataset(Rows):
     """The images of a finished dataset, one per row, in the order of its plan. It is pickled as its path.
 
     `dataset[i]` is the image of row i as stored, (C, H, W) or (H, W, C): a view of the mapped file. `dataset[a:b]` is a
@@ -99,15 +98,11 @@ class Dataset:
         ends = np.cumsum(self.shard_rows).tolist()
         self.class_names = self.manifest.classes
         self.label_columns = self.manifest.columns
-        self.paths: Sequence[str] = _Paths(self)
         self._ends: list[int] = ends
         self._shards: dict[int, NpzReader] = {}  # the first that was opened is the first to be closed
         self._known: dict[int, CachedDirectory] = {}
         self._lock = threading.Lock()
         _datasets.add(self)
-
-    def __len__(self) -> int:
-        return len(self.index)
 
     def __repr__(self) -> str:
         images = self.manifest.images
@@ -115,6 +110,21 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, tuple[str, bool]]:
         return open_dataset, (self.path, self._partial)
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """This dataset alone; a view may have several."""
+        return (self,)
+
+    @property
+    def id(self) -> str:
+        """The id in the manifest."""
+        return self.manifest.id
+
+    @property
+    def layout(self) -> Literal["NCHW", "NHWC"]:
+        """The order of the axes of stored images."""
+        return self.manifest.images.layout
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -166,18 +176,6 @@ class Dataset:
             )
         places = [self._find(int(row)) for row in wanted]
         return self._gather(name, [(shard, at, at + 1) for shard, at in places])
-
-    def normalized(self, rows: RowIndex) -> NDArray[np.float32]:
-        """Images as normalized float32, (C, H, W) or (H, W, C), with a leading N unless `rows` is a single row.
-
-        If the dataset stores uint8 pixels, the values are exactly those that a float32 build of the same images stores;
-        blank rows stay zero. If it stores float32, this is `dataset[rows]`.
-        """
-        images = self[rows]
-        values = self.preprocess.values(images)
-        if self.valid is not None and values is not images:
-            values[~self.valid[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]] = 0
-        return values
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any], *, normalize: bool = False) -> None:
         """Reads images into memory that exists already, as stored or normalized.
@@ -294,24 +292,6 @@ class Dataset:
     @functools.cached_property
     def _threads(self) -> int:
         return usable_cpus()
-
-
-class _Paths(Sequence[str]):
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    @overload
-    def __getitem__(self, rows: int) -> str: ...
-
-    @overload
-    def __getitem__(self, rows: slice) -> list[str]: ...
-
-    def __getitem__(self, rows: int | slice) -> str | list[str]:
-        paths = self._dataset.column("paths", rows)
-        return paths.tolist() if isinstance(rows, slice) else str(paths)
 
 
 def open_dataset(path: str | os.PathLike[str], partial: bool = False) -> Dataset:

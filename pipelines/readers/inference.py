@@ -109,15 +109,20 @@ class Preprocess:
         values: NDArray[np.float32] = apply_table(self.tables(rows), rows, self.config.layout)
         return values
 
-    def write(self, row: NDArray[Any], out: NDArray[Any]) -> None:
+    def write(self, row: NDArray[Any], out: NDArray[Any], *, whole: NDArray[Any] | None = None) -> None:
         """Writes the values of one stored row to `out`, float32 or float16 of the same shape.
 
         The values are those of `values`; in float16, those that a float16 build of the same pixels stores.
+
+        Args:
+            row: (C, H, W) or (H, W, C), as stored.
+            out: of the same shape.
+            whole: the stored row of which `row` is a part, if its statistics are to be used.
         """
         if row.dtype.kind != "u":
             np.copyto(out, row, casting="same_kind")
             return
-        values = self.tables(row, out.dtype.name)
+        values = self.tables(row if whole is None else whole, out.dtype.name)
         if self.config.layout == "NHWC":
             row, out = row.transpose(2, 0, 1), out.transpose(2, 0, 1)
         look_up(values if values.ndim == 2 else np.broadcast_to(values[0], (len(row), values.shape[-1])), row, out)

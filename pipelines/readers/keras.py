@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 
 from ..errors import BackendError, install_command
+from .combine import Openable, opened
 from .contract import compare_with_others
-from .dataset import Dataset
-from .order import kept_rows, require_natural, shuffled
+from .order import Places, kept_rows, require_natural, shuffled
 
 try:
     import keras
@@ -37,7 +36,7 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does no
         data: the dataset as arrays, with `class_names`, `labels`, `paths` and so on.
 
     Args:
-        path: OUT.
+        path: OUT, or a dataset, view or mix.
         batch_size: images per batch; the last batch of an epoch may be smaller.
         shuffle: shuffle all images in each epoch. `fit` also shuffles the batches unless it is called with
             `shuffle=False`.
@@ -57,7 +56,7 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does no
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: Openable,
         batch_size: int,
         *,
         shuffle: bool = False,
@@ -70,15 +69,15 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does no
     ) -> None:
         super().__init__(workers=workers, use_multiprocessing=use_multiprocessing, max_queue_size=max_queue_size)
         require_natural(batch_size=batch_size)
-        self.data = Dataset(path)
+        self.data = opened(path)
         compare_with_others(self.data)
         self._batch_size = batch_size
         self._normalize = normalize
         self._seed = seed if shuffle else None
         self._epoch = 0
-        self._rows = kept_rows(self.data, keep_blank)
-        self._order = shuffled(self._rows, self._seed, self._epoch)
-        stored, wanted = self.data.manifest.images.layout, keras.config.image_data_format()
+        self._keep_blank = keep_blank
+        self._order = self._epoch_order()
+        stored, wanted = self.data.layout, keras.config.image_data_format()
         self._axes = {
             ("NCHW", "channels_last"): (0, 2, 3, 1),
             ("NHWC", "channels_first"): (0, 3, 1, 2),
@@ -86,7 +85,7 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does no
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return -(-len(self._rows) // self._batch_size)
+        return -(-len(self._order) // self._batch_size)
 
     def __getitem__(self, number: int) -> Any:
         """One batch of the current epoch.
@@ -105,4 +104,7 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does no
     def on_epoch_end(self) -> None:
         """Shuffles for the next epoch; Keras calls it."""
         self._epoch += 1
-        self._order = shuffled(self._rows, self._seed, self._epoch)
+        self._order = self._epoch_order()
+
+    def _epoch_order(self) -> Places:
+        return shuffled(kept_rows(self.data, self._keep_blank, self._epoch), self._seed, self._epoch)

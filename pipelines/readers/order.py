@@ -8,16 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
-from .dataset import Dataset
+from .views import Rows
 
 Places = NDArray[np.int64]
 
 
-def kept_rows(data: Dataset, keep_blank: bool) -> Places:
-    """The rows to train on, int64, ascending: without the zero rows of `--on-reject blank` unless `keep_blank`."""
-    if data.valid is None or keep_blank:
-        return np.arange(len(data))
-    return np.flatnonzero(data.valid)
+def kept_rows(data: Rows, keep_blank: bool, epoch: int = 0) -> Places:
+    """The rows to train on, int64, without the zero rows of `--on-reject blank` unless `keep_blank`.
+
+    They are ascending, and only those of a mix depend on the epoch. Their number does not.
+    """
+    rows = data.epoch_rows(epoch)
+    return rows if data.valid is None or keep_blank else rows[data.valid[rows]]
 
 
 def part(count: int, number: int, parts: int) -> tuple[int, int]:

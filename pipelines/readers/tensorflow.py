@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError, install_command
+from .combine import Openable, opened
 from .contract import compare_with_others
-from .dataset import Dataset
 from .order import Places, kept_rows, require_natural, shuffled
 
 try:
@@ -22,7 +21,7 @@ except ImportError as exc:
 
 
 def as_tf_dataset(
-    path: str | os.PathLike[str],
+    path: Openable,
     batch_size: int,
     *,
     shuffle: bool = False,
@@ -41,7 +40,7 @@ def as_tf_dataset(
     sent to another machine. A damaged shard raises an error of TensorFlow, whose message contains the FormatError.
 
     Args:
-        path: OUT.
+        path: OUT, or a dataset, view or mix; a mix has the rows of its epoch 0 unless `shuffle`.
         batch_size: images per batch.
         shuffle: shuffle all images each time that the dataset is iterated.
         seed: decides the order.
@@ -54,15 +53,15 @@ def as_tf_dataset(
         IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
     """
     require_natural(batch_size=batch_size)
-    data = Dataset(path)
+    data = opened(path)
     compare_with_others(data)
     rows = kept_rows(data, keep_blank)
-    axes = (0, 1, 2, 3) if data.manifest.images.layout == "NHWC" else (0, 2, 3, 1)
+    axes = (0, 1, 2, 3) if data.layout == "NHWC" else (0, 2, 3, 1)
     shape = [data.image_shape[axis - 1] for axis in axes[1:]]
     dtype = tf.as_dtype(np.float32 if normalize else data.dtype)
 
     def order(number: np.int64) -> Places:
-        return shuffled(rows, seed, int(number))
+        return shuffled(kept_rows(data, keep_blank, int(number)), seed, int(number))
 
     def read(wanted: Places) -> NDArray[Any]:
         images = data.normalized(wanted) if normalize else data[wanted]

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import BackendError, UsageError, install_command
+from .augment import Augment, Size, crops_of
 from .buffers import Buffers
+from .combine import Openable, opened
 from .contract import compare_with_others
-from .dataset import Dataset
 from .order import ElasticOrder, Places, kept_rows, part, require_natural, share, windows
 
 try:
@@ -29,6 +29,7 @@ try:
 except ImportError as exc:
     raise BackendError(f"gpu_npz.readers.torch needs PyTorch ({exc}); run: {install_command('torch')}") from exc
 
+from .torch_crops import read
 from .torch_loader import Loader, loader, look_up, ranks
 from .torch_workers import KEPT, Batch, collate, shared_buffers, tensor
 
@@ -41,6 +42,12 @@ _CHUNK = 16  # rows that a stream reads at a time
 class ShardDataset(torch.utils.data.Dataset[Any]):
     """The images of OUT by index, in the form of torchvision's ImageFolder: (image, label), where the label is an int.
 
+    With a mix, `set_epoch` decides which of its rows these are; they are those of epoch 0 until it is called.
+
+    With `augment="rrc-flip"`, each image is a random part of the stored one, resized, and flipped half of the time, as
+    by torchvision's RandomResizedCrop and RandomHorizontalFlip. After `set_epoch`, the parts depend only on `seed`, the
+    epoch and the row. Until then, they depend on torch's random numbers, as a transform would, and differ each time.
+
     If nothing has to be computed, an image is a view of the mapped shard, which is read on access. Changes to a view
     stay in this process, but are visible in later views of the image. A transform gets its own copy, so it may work in
     place. A DataLoader reads each batch at once (`__getitems__`), which keeps no shard open; with `collate_fn=collate`,
@@ -50,19 +57,23 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     Attributes:
         data: the dataset as arrays, with `paths`, `manifest` and so on.
-        rows: the row of each image in `data`, int64 (N,).
         classes: the class names by label; None without classes.
         class_to_idx: the labels by class name; None without classes.
         targets: the label of each image, from index.npz, so that no shard is opened; None without labels.
 
     Args:
-        path: OUT.
+        path: OUT, or a dataset, view or mix.
         transform: applied to the image, a tensor (C, H, W).
         target_transform: applied to the label.
         normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
+        augment: "rrc-flip" for random parts.
+        size: height and width of images, or one number for both; as stored by default. Without `augment`, the middle of
+            the stored image is cut out.
+        seed: decides the random parts.
 
     Raises:
+        UsageError: a value that is not allowed.
         IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`; on access, FormatError names the
             shard.
         IndexError: on access, an index is out of range.
@@ -70,16 +81,22 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: Openable,
         transform: Transform | None = None,
         target_transform: Transform | None = None,
         *,
         normalize: bool = True,
         keep_blank: bool = False,
+        augment: Augment | None = None,
+        size: Size | None = None,
+        seed: int = 0,
     ) -> None:
-        self.data = Dataset(path)
+        self.data = opened(path)
         compare_with_others(self.data)
-        self.rows: Places = kept_rows(self.data, keep_blank)
+        self._keep_blank = keep_blank
+        self._crops = crops_of(self.data, augment, size, seed)
+        self._epoch = _shared_number(-1)  # until it is set
+        self._drawn = 0, kept_rows(self.data, keep_blank)
         self.transform = transform
         self.target_transform = target_transform
         self.normalize = normalize
@@ -88,29 +105,57 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         self.classes = None if names is None else list(names)
         self.class_to_idx = None if names is None else {name: label for label, name in enumerate(names)}
 
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, on which the rows of a mix depend; workers that exist already follow."""
+        self._epoch.fill_(epoch)
+        self.__dict__.pop("targets", None)
+
+    @property
+    def rows(self) -> Places:
+        """The row of each image in `data`, int64 (N,)."""
+        return self.rows_of(max(0, int(self._epoch)))
+
+    def rows_of(self, epoch: int) -> Places:
+        """The row of each image of an epoch, int64 (N,)."""
+        if self._drawn[0] != epoch:
+            self._drawn = epoch, kept_rows(self.data, self._keep_blank, epoch)
+        return self._drawn[1]
+
     @functools.cached_property
     def targets(self) -> list[Any] | None:
         """The label of each image; with several label columns, a list per image."""
         return None if self.data.labels is None else self.data.labels[self.rows].tolist()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._drawn[1])
 
     def __getitem__(self, index: int) -> Any:
+        if self._crops is not None:
+            return self.__getitems__([index])[0]
         row = int(self.rows[operator.index(index)])
         image = self.data.normalized(row) if self.normalize else self.data[row]
         if self.transform is not None and not image.flags.owndata:
             image = image.copy()
-        return self._sample(tensor(image, self.data.manifest.images.layout), row)
+        return self._sample(tensor(image, self.data.layout), row)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The images of a batch, which are read at once, into memory that is used again when all of them are gone."""
-        rows = self.rows[[operator.index(index) for index in indices]]
+        epoch = int(self._epoch)
+        if epoch < 0 and self._crops is not None:
+            epoch = int(torch.empty((), dtype=torch.int64).random_())
+        return self.samples(self.rows[[operator.index(index) for index in indices]], epoch)
+
+    def samples(self, rows: Places, epoch: int) -> list[Any]:
+        """The images of some rows of `data` in an epoch, as `__getitems__`."""
         buffers = self._buffers if torch.utils.data.get_worker_info() is None else self._shared
         dtype = np.dtype(np.float32) if self.normalize else self.data.dtype
-        images = buffers.take((len(rows), *self.data.image_shape), dtype)
-        self.data.read(rows, images, normalize=self.normalize)
-        layout = self.data.manifest.images.layout
+        shape = self.data.image_shape if self._crops is None else self._crops.shape
+        images = buffers.take((len(rows), *shape), dtype)
+        if self._crops is None:
+            self.data.read(rows, images, normalize=self.normalize)
+        else:
+            read(self.data, rows, self._crops.boxes(rows, epoch), self._crops, images, normalize=self.normalize)
+        layout = self.data.layout
         if self.transform is None and self.target_transform is None:
             return Batch(images, None if self.data.labels is None else self.data.labels[rows], layout)
         return [self._sample(image, row) for image, row in zip(tensor(images, layout), rows.tolist(), strict=True)]
@@ -154,11 +199,11 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         world_size: how many processes share an epoch.
 
     Args:
-        path: OUT.
+        path: OUT, or a dataset, view or mix.
         transform: as for ShardDataset; a transform may work in place.
         target_transform: as for ShardDataset.
         shuffle: whether to shuffle.
-        seed: decides the order.
+        seed: decides the order, and the random parts.
         buffer: how many consecutive images are shuffled together.
         rank: defaults to that of torch.distributed if it is initialized, else 0.
         world_size: defaults to that of torch.distributed if it is initialized, else 1.
@@ -167,6 +212,9 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         keep_blank: as for ShardDataset.
         global_batch: images per step of all ranks together; the stream gives single images unless set.
         lanes: with `global_batch`, which it divides: the parts of the order from which each step takes equally many.
+        augment: "rrc-flip" for random parts of images, as for ShardDataset. They depend only on `seed`, the epoch and
+            the row, so call `set_epoch`.
+        size: as for ShardDataset.
 
     Raises:
         UsageError: a value that is not allowed; when an iteration begins, or, with `global_batch`, when a state is
@@ -176,7 +224,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: Openable,
         transform: Transform | None = None,
         target_transform: Transform | None = None,
         *,
@@ -190,15 +238,26 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         keep_blank: bool = False,
         global_batch: int | None = None,
         lanes: int = 8,
+        augment: Augment | None = None,
+        size: Size | None = None,
     ) -> None:
         require_natural(buffer=buffer, lanes=lanes)
-        self.dataset = ShardDataset(path, transform, target_transform, normalize=normalize, keep_blank=keep_blank)
+        data = opened(path)
+        self.dataset = ShardDataset(
+            data.by_shard() if shuffle else data,
+            transform,
+            target_transform,
+            normalize=normalize,
+            keep_blank=keep_blank,
+            augment=augment,
+            size=size,
+            seed=seed,
+        )
         self.rank, self.world_size = ranks(rank, world_size)
         self._seed = seed if shuffle else None
         self._buffer = buffer
         self._drop_last = drop_last
-        self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # untyped in torch; workers see what set_epoch writes
+        self._epoch = _shared_number(0)
         self._keep_blank = keep_blank
         self._global_batch, self._lanes = global_batch, lanes
         if global_batch is not None:
@@ -281,22 +340,17 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         start, stop = self._run()
         worker, workers = _worker()
         first, last = part(stop - start, worker, workers)
-        bounds = self._bounds()
+        rows = self.dataset.rows_of(epoch)
+        bounds = self.dataset.data.bounds(rows)
         skipped = done % self._buffer
         begin = start + first + done - skipped
         for places in windows(bounds, begin, start + last, self._buffer, self._seed, epoch):
             for at in range(skipped, len(places), _CHUNK):
-                for sample in self.dataset.__getitems__(places[at : at + _CHUNK].tolist()):
+                for sample in self.dataset.samples(rows[places[at : at + _CHUNK]], epoch):
                     done += 1
                     self._begun = epoch, done
                     yield sample
             skipped = 0
-
-    def _bounds(self) -> Places:
-        """Shard k has the images from bounds[k] up to bounds[k + 1]."""
-        ends = np.cumsum(self.dataset.data.shard_rows)
-        bounds: Places = np.searchsorted(self.dataset.rows, np.concatenate([[0], ends]))
-        return bounds
 
     def _resumed_at(self) -> tuple[int, int]:
         """The epoch and the step at which the next iteration begins."""
@@ -305,9 +359,8 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
 
     def _elastic(self, epoch: int) -> ElasticOrder:
         assert self._global_batch is not None
-        return ElasticOrder(
-            self._bounds(), self._global_batch, self._lanes, self._buffer, self._seed, epoch, self._drop_last
-        )
+        bounds = self.dataset.data.bounds(self.dataset.rows_of(epoch))
+        return ElasticOrder(bounds, self._global_batch, self._lanes, self._buffer, self._seed, epoch, self._drop_last)
 
     def _steps(self, order: ElasticOrder) -> int:
         """The steps in which this rank has a batch."""
@@ -318,20 +371,20 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
 
     def _batches(self, epoch: int, first: int) -> Iterator[Any]:
         """This worker's share of the rank's batches from step `first` on."""
-        order = self._elastic(epoch)
+        order, rows = self._elastic(epoch), self.dataset.rows_of(epoch)
         worker, workers = _worker()
         self._begun = epoch, first
         for step in range(first + worker, self._steps(order), workers):
             places = order.step(step)
             start, stop = part(len(places), self.rank, self.world_size)
-            samples = self.dataset.__getitems__(places[start:stop].tolist())
+            samples = self.dataset.samples(rows[places[start:stop]], epoch)
             self._begun = epoch, step + 1
             yield collate(samples)
 
     def _elastic_identity(self) -> dict[str, Any]:
         """Everything that decides the images of each step."""
         return {
-            "dataset": self.dataset.data.manifest.id,
+            "dataset": self.dataset.data.id,
             "rows": len(self.dataset),
             "seed": self._seed or 0,
             "shuffle": self._seed is not None,
@@ -348,7 +401,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         """Everything that decides the images of this process's stream and their order."""
         worker, workers = _worker()
         return {
-            "dataset": self.dataset.data.manifest.id,
+            "dataset": self.dataset.data.id,
             "images": len(self.dataset),
             "seed": self._seed,
             "buffer": self._buffer,
@@ -358,6 +411,13 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
             "worker": worker,
             "workers": workers,
         }
+
+
+def _shared_number(value: int) -> torch.Tensor:
+    """A number in shared memory: worker processes see what `fill_` writes."""
+    number = torch.tensor(value)
+    number.share_memory_()  # type: ignore[no-untyped-call]  # untyped in torch
+    return number
 
 
 def _worker() -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,17 +15,20 @@ from numpy.typing import NDArray
 
 from ..errors import BackendError, UsageError
 from ..machine.environment import usable_cpus
+from .augment import Augment, Boxes, Crops, Size, crops_of
 from .buffers import Buffers, fresh
+from .combine import Openable, opened
 from .contract import compare_with_others
-from .dataset import Dataset
 from .order import Places, kept_rows, part, require_natural, require_rank, share, shuffled
+from .torch_crops import cropped, read
+from .views import Rows
 
 _MOST_THREADS = 8
 _HELD = 4  # batches beside those read ahead: one being delivered, the caller's, and what it kept for a moment
 
 
 def loader(
-    path: str | os.PathLike[str],
+    path: Openable,
     batch_size: int,
     *,
     device: str | torch.device = "cuda",
@@ -39,6 +41,8 @@ def loader(
     dtype: Literal["float32", "float16"] = "float32",
     channels_last: bool | None = None,
     keep_blank: bool = False,
+    augment: Augment | None = None,
+    size: Size | None = None,
     prefetch: int = 2,
     threads: int | None = None,
 ) -> Loader:
@@ -49,12 +53,16 @@ def loader(
     threads also normalize. For a GPU, pixels are copied as stored, through pinned memory, and normalized there, with
     exactly the values of a float32 build. This has not been tried on a GPU yet.
 
+    With `augment="rrc-flip"`, each image is a random part of the stored one, resized, and flipped half of the time, as
+    by torchvision's RandomResizedCrop and RandomHorizontalFlip. For a GPU, torch does that there; this has not been run
+    on a GPU either.
+
     Args:
-        path: OUT.
+        path: OUT, or a dataset, view or mix.
         batch_size: images per batch.
         device: the device of the tensors.
         shuffle: shuffle all images in each epoch.
-        seed: decides the order.
+        seed: decides the order, and the random parts.
         drop_last: omit the last batch if it is smaller, and the images that some ranks would have more than others.
         rank: defaults to that of torch.distributed if it is initialized, else 0.
         world_size: defaults to that of torch.distributed if it is initialized, else 1.
@@ -62,6 +70,9 @@ def loader(
         dtype: of normalized images. If pixels are stored, float16 gives the values of a float16 build.
         channels_last: whether batches are in the `channels_last` memory format; as the dataset stores them by default.
         keep_blank: keep the zero rows of `--on-reject blank`.
+        augment: "rrc-flip" for random parts, which depend only on `seed`, the epoch and the row.
+        size: height and width of a batch's images, or one number for both; as stored by default. Without `augment`, the
+            middle of the stored image is cut out.
         prefetch: how many batches are read ahead.
         threads: how many threads read each batch together; by default one per usable core, at most 8.
 
@@ -77,11 +88,12 @@ def loader(
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {str(place)!r}: PyTorch finds no usable GPU; give device='cpu'")
-    data = Dataset(path)
+    data = opened(path)
     compare_with_others(data)
     return Loader(
         data=data,
         rows=kept_rows(data, keep_blank),
+        keep_blank=keep_blank,
         batch_size=batch_size,
         device=place,
         seed=seed if shuffle else None,
@@ -92,6 +104,7 @@ def loader(
         channels_last=channels_last,
         prefetch=prefetch,
         threads=threads,
+        crops=crops_of(data, augment, size, seed),
         buffers=Buffers(prefetch + _HELD, _pinned if place.type == "cuda" else fresh),
     )
 
@@ -105,8 +118,9 @@ class Loader:
     comes once, and ranks differ by at most one image and one batch; with `drop_last`, they do not differ.
     """
 
-    data: Dataset
+    data: Rows
     rows: Places
+    keep_blank: bool
     batch_size: int
     device: torch.device
     seed: int | None
@@ -117,6 +131,7 @@ class Loader:
     channels_last: bool | None
     prefetch: int
     threads: int
+    crops: Crops | None
     buffers: Buffers
     epoch: int = 0
 
@@ -135,14 +150,14 @@ class Loader:
 
     def _batches(self, epoch: int) -> Iterator[Any]:
         start, stop = self._run()
-        order = shuffled(self.rows, self.seed, epoch)[start:stop]
+        order = shuffled(kept_rows(self.data, self.keep_blank, epoch), self.seed, epoch)[start:stop]
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="gpu-npz-loader")
         ahead: deque[_Batch] = deque()
         copies = _Copies(self.prefetch)
         try:
             for number in range(len(self)):
                 copies.forget_finished()
-                ahead.append(self._begin(pool, order[number * self.batch_size :][: self.batch_size]))
+                ahead.append(self._begin(pool, order[number * self.batch_size :][: self.batch_size], epoch))
                 if len(ahead) > self.prefetch:
                     yield self._placed(ahead.popleft(), copies)
             while ahead:
@@ -159,23 +174,30 @@ class Loader:
         """Whether the threads normalize. Otherwise the device does."""
         return self.normalize and self.device.type == "cpu"
 
-    def _begin(self, pool: ThreadPoolExecutor, rows: Places) -> _Batch:
+    def _begin(self, pool: ThreadPoolExecutor, rows: Places, epoch: int) -> _Batch:
         """Makes the threads read a batch, each a part of its rows."""
-        layout = self.data.manifest.images.layout
+        layout = self.data.layout
         last = layout == "NHWC"
         if self.device.type == "cpu" and self.channels_last is not None:
             last = self.channels_last
-        shape = self.data.image_shape
+        shape: tuple[int, ...] = self.data.image_shape
+        if self.crops is not None and self.device.type == "cpu":
+            shape = self.crops.shape
         if last != (layout == "NHWC"):
             shape = (*shape[1:], shape[0]) if last else (shape[2], *shape[:2])
         images = self.buffers.take((len(rows), *shape), self.dtype if self._on_host else self.data.dtype)
         images = images.transpose(0, 3, 1, 2) if last else images
         stored = images.transpose(0, 2, 3, 1) if layout == "NHWC" else images
         spans = [slice(*part(len(rows), number, self.threads)) for number in range(self.threads)]
-        return _Batch(images, rows, [pool.submit(self._fill, rows[span], stored[span]) for span in spans])
+        boxes = None if self.crops is None else self.crops.boxes(rows, epoch)
+        parts = [(rows[span], stored[span], None if boxes is None else boxes[span]) for span in spans]
+        return _Batch(images, rows, boxes, [pool.submit(self._fill, *each) for each in parts])
 
-    def _fill(self, rows: Places, out: NDArray[Any]) -> NDArray[Any] | None:
+    def _fill(self, rows: Places, out: NDArray[Any], boxes: Boxes | None) -> NDArray[Any] | None:
         """Reads rows, and returns the tables with which the device normalizes them, or None."""
+        if self.crops is not None and boxes is not None and self.device.type == "cpu":
+            read(self.data, rows, boxes, self.crops, out, normalize=self._on_host)
+            return None
         self.data.read(rows, out, normalize=self._on_host)
         if self.normalize and not self._on_host and self.data.dtype.kind == "u":
             return self.data.preprocess.tables(out, self.dtype.name)
@@ -186,6 +208,8 @@ class Loader:
         images = torch.from_numpy(batch.images)
         if self.device.type != "cpu":
             images = copies.to(self.device, images)
+            if self.crops is not None and batch.boxes is not None:
+                images = cropped(images, batch.boxes, self.crops)
             images = self._finished(images, tables, batch.rows)
         if self.data.labels is None:
             return images
@@ -211,6 +235,7 @@ class _Batch:
 
     images: NDArray[Any]
     rows: Places
+    boxes: Boxes | None
     futures: list[Future[NDArray[Any] | None]]
 
 
