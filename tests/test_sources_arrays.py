@@ -430,7 +430,7 @@ def test_what_is_wrong_with_other_arrays_does_not_matter(tmp_path: Path) -> None
     assert labels_of(open_source(save(tmp_path / "a.npz", arrays))) == LABELS.tolist()
     for labels, message in ((LABELS.astype(object), "Python objects"), (LABELS.astype("M8[s]"), "numbers or texts")):
         location = save(tmp_path / "a.npz", {"images": RGB, "labels": labels})
-        with pytest.raises(SourceError, match=rf"array 'labels' .*{message}"):
+        with pytest.raises(SourceError, match=rf"array 'labels'.*{message}"):
             open_source(location)
         assert labels_of(open_source(location, BuildConfig(labels="none"))) == [None] * 6
 
@@ -456,11 +456,186 @@ def test_damaged_npz_are_refused(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(SourceError, match=message):
             open_source(str(path))
-    save(tmp_path / "b.npz", {"images": RGB})
-    with pytest.raises(SourceError, match=r"are 2 files; give one \.npy or \.npz"):
-        open_source(f"{tmp_path}/*.npz", BuildConfig(source="numpy"))
     with pytest.raises(SourceError, match=r"c\.npz.*No such file"):
         open_source(str(tmp_path / "c.npz"))
+
+
+# Several files, and downsampled ImageNet
+
+
+def test_files_are_read_in_the_order_of_their_names_and_rows(tmp_path: Path) -> None:
+    for number in (0, 2, 10):
+        save(tmp_path / f"part_{number}.npz", {"images": RGB + np.uint8(number), "labels": LABELS + number})
+    np.savez_compressed(tmp_path / "part_2.npz", images=RGB + np.uint8(2), labels=LABELS + 2)
+    order = (0, 10, 2)
+    for location in (str(tmp_path), f"{tmp_path}/part_*.npz", f"{tmp_path}/part_*.npz/images.npy"):
+        source = open_source(location)
+        assert source.kind == "numpy"
+        found = items(source)
+        assert [item.path for item in found] == [f"part_{part}/{row:05d}" for part in order for row in range(6)]
+        assert labels_of(source) == [label + part for part in order for label in LABELS.tolist()]
+        pixels = np.concatenate([RGB + np.uint8(part) for part in order])
+        copy = pickle.loads(pickle.dumps(source))
+        assert (np.stack([np.asarray(picture) for picture in pictures(copy)]) == pixels).all()
+        assert [name for name, _ in source.files] == [f"part_{part}.npz" for part in order]
+    source = open_source(f"{tmp_path}/part_{{0,2,10}}.npz")
+    assert [item.path[:8] for item in items(source)][::6] == ["part_0/0", "part_2/0", "part_10/"]
+    for place in [(3, 0), (-1, 0), (0, 6), (0,), ()]:
+        with pytest.raises(BadItem) as caught:
+            source.read(Item(0, "x", None, place))
+        assert caught.value.code == "missing"
+
+
+def test_files_of_one_stem_keep_their_extensions(tmp_path: Path) -> None:
+    (tmp_path / "a.b").mkdir()
+    for name in ("a.npy", "b.npy", "a.NPY"):
+        save(tmp_path / name.replace("NPY", "x.npy"), RGB)
+    os.rename(tmp_path / "a.x.npy", tmp_path / "a.npz")
+    paths = [item.path for item in items(open_source(f"{tmp_path}/*.np[yz]", BuildConfig(source="numpy")))]
+    assert paths[::6] == ["a.npy/00000", "a.npz/00000", "b.npy/00000"]
+    assert len({*paths}) == 18
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": RGB}, r"b\.npz' has the arrays 'images' uint8 .*a\.npz' 'images' .* 'labels'"),
+        ({"pictures": RGB, "labels": LABELS}, r"b\.npz' has the arrays 'pictures'"),
+        ({"images": RGB.astype(np.uint16), "labels": LABELS}, r"b\.npz': array 'images' has uint16"),
+        ({"images": RGB[:, :8], "labels": LABELS}, r"b\.npz': array 'images' has uint8 \(6, 8, 7, 3\), and .*a\.npz"),
+        ({"images": RGB, "labels": LABELS[:5]}, r"b\.npz': array 'labels' has shape \(5,\)"),
+        ({"images": RGB, "labels": LABELS / 2}, r"b\.npz': array 'labels' has float64"),
+        ({"images": RGB, "labels": np.array(list("abcdef"))}, r"b\.npz': array 'labels' has <U1"),
+        ({"images": RGB, "labels": np.eye(6)}, r"b\.npz': array 'labels' has float64"),
+    ],
+)
+def test_a_file_that_differs_from_the_first_is_named(tmp_path: Path, arrays: Any, message: str) -> None:
+    save(tmp_path / "a.npz", {"images": RGB, "labels": LABELS})
+    save(tmp_path / "b.npz", arrays)
+    with pytest.raises(SourceError, match=message):
+        open_source(tmp_path)
+
+
+def test_a_folder_with_sides_of_a_split_or_with_labels_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "x_test.npy", RGB)
+    save(tmp_path / "x_train.npy", RGB)
+    with pytest.raises(SourceError, match=r"'x_test\.npy', 'x_train\.npy', which look like the sides of a split"):
+        open_source(tmp_path)
+    assert len(items(open_source(f"{tmp_path}/x_*.npy"))) == 12
+    os.rename(tmp_path / "x_test.npy", tmp_path / "images.npy")
+    save(tmp_path / "x_train.npy", LABELS)
+    with pytest.raises(SourceError, match=r"x_train\.npy' has int64 \(6,\).*images alone as SRC, and --labels FILE"):
+        open_source(tmp_path)
+    save(tmp_path / "labels.npy", np.r_[LABELS, LABELS])
+    save(tmp_path / "x_train.npy", RGB)
+    labels = BuildConfig(labels=str(tmp_path / "labels.npy"))
+    assert labels_of(open_source(f"{tmp_path}/{{images,x_train}}.npy", labels)) == [*LABELS.tolist()] * 2
+
+
+def planes(images: Any) -> Any:
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
+
+
+SQUARES = RANDOM.integers(0, 256, (6, 8, 8, 3), np.uint8)
+
+
+def test_rows_of_downsampled_imagenet_are_planes_and_its_labels_classes(tmp_path: Path) -> None:
+    arrays = {"data": planes(SQUARES), "labels": LABELS + 1, "mean": planes(SQUARES).mean(axis=0)}
+    source = open_source(save(tmp_path / "a.npz", arrays))
+    assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == SQUARES).all()
+    assert (labels_of(source), source.class_names) == (LABELS.tolist(), ("1", "2", "3"))
+    few = {"data": planes(SQUARES), "labels": np.array([2, 2, 3, 3, 2, 3])}
+    assert labels_in(tmp_path, few, classes=("1", "2", "3"))[:2] == [[1, 1, 2, 2, 1, 2], ("1", "2", "3")]
+    assert labels_in(tmp_path, arrays, classes=NAMES)[:2] == [LABELS.tolist(), NAMES]
+    assert labels_in(tmp_path, {**arrays, "labels": LABELS}, classes=NAMES)[:2] == [LABELS.tolist(), NAMES]
+    with pytest.raises(SourceError, match="from 1 to 3 for 4 names of classes, which could be"):
+        labels_in(tmp_path, arrays, classes=(*NAMES, "cat"))
+    assert labels_in(tmp_path, arrays, "labels:integer")[0] == (LABELS + 1).tolist()
+    for array in (planes(SQUARES)[:, :-1], planes(SQUARES).astype(np.uint16), planes(SQUARES[:, :2, :2])):
+        with pytest.raises(SourceError, match="no array has the dimensions of images"):
+            open_source(save(tmp_path / "a.npz", {"data": array}))
+    with pytest.raises(SourceError, match=r"of rows of pixels make images, array\.reshape"):
+        open_source(save(tmp_path / "a.npy", planes(SQUARES)))
+
+
+def test_an_array_of_class_names_names_numbers_texts_and_one_hot_rows(tmp_path: Path) -> None:
+    names = {"class_names": np.array(["cat", "ant", "bee"])}
+    named = [LABELS.tolist(), ("cat", "ant", "bee")]
+    texts = names["class_names"][LABELS]
+    for labels in (LABELS, LABELS.astype(float), np.eye(3)[LABELS], texts, texts.astype("S"), LABELS[:, None]):
+        assert labels_in(tmp_path, {"images": RGB, "labels": labels, **names})[:2] == named
+    assert labels_in(tmp_path, {"images": RGB, "labels": LABELS, "class_names": texts[:0].astype("S3")})[1] is None
+    arrays = {"images": RGB, "labels": LABELS, **names}
+    assert labels_in(tmp_path, arrays, classes=("ant", "bee", "cat"))[0] == [(each + 2) % 3 for each in LABELS.tolist()]
+    assert labels_in(tmp_path, arrays, "labels:integer")[:2] == [LABELS.tolist(), None]
+    flat = {"data": planes(SQUARES), "labels": LABELS + 1, **names}
+    assert labels_in(tmp_path, flat)[:2] == named
+    for bad, message in (
+        ({"labels": LABELS + 1}, "there are names for 3 classes, 0 to 2"),
+        ({"labels": np.array(list("abcdef"))}, "classes that the array class_names does not name"),
+        ({"class_names": np.array(["a", "a", "b"])}, "an empty name, or one twice"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            labels_in(tmp_path, {**arrays, **bad})
+
+
+# One image per file
+
+
+def test_class_folders_of_arrays_are_read_like_those_of_images(tmp_path: Path, make_dataset: MakeDataset) -> None:
+    ours, theirs = tmp_path / "arrays", tmp_path / "images"
+    for row, label in enumerate(LABELS):
+        for folder in (ours, theirs):
+            (folder / NAMES[label]).mkdir(parents=True, exist_ok=True)
+        image = (RGB[row], GRAY[row], RGB[row].transpose(2, 0, 1), RGBA[row], np.asfortranarray(RGB[row]), GRAY[row])[
+            row
+        ]
+        shown = RGB[row] if row == 2 else image
+        Image.fromarray(np.ascontiguousarray(shown)).save(theirs / NAMES[label] / f"{row}.png")
+        if row % 2:
+            saving = np.savez_compressed if row == 3 else np.savez
+            saving(ours / NAMES[label] / f"{row}.npz", image=image, label=label, mask=np.zeros((2, 2, 2, 2)))
+        else:
+            save(ours / NAMES[label] / f"{row}.npy", image)
+    (ours / "bird" / "notes.txt").write_text("no image")
+    source = open_source(ours)
+    assert (source.kind, source.class_names, source.file_per_item) == ("numpy", NAMES, False)
+    assert [item.path for item in items(source)] == [
+        f"{NAMES[c]}/{row}.np{'yz'[row % 2]}" for c, row in sorted(zip(LABELS, range(6), strict=True))
+    ]
+    assert dict(source.left_out) == {".txt": 1}
+    one, other = make_dataset(ours, dtype="uint8"), make_dataset(theirs, dtype="uint8")
+    assert (read_shards(one) == read_shards(other)).all()
+    assert read_shards(one, "labels").tolist() == read_shards(other, "labels").tolist()
+    assert not gpu_npz.verify(one).problems
+    with pytest.raises(UsageError, match="whose labels are class-dir or none"):
+        open_source(ours, BuildConfig(labels="labels"))
+    Image.new("RGB", (4, 4)).save(ours / "bird" / "a.png")
+    assert open_source(ours).kind == "folder"
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        (header((5, 5), "<f4") + bytes(100), "it has float32 (5, 5); allowed are uint8 and uint16"),
+        (header((5, 5)) + bytes(24), "does not fit into"),
+        (header((5,)) + bytes(5), "allowed are (H, W)"),
+        (header((2,), "|O"), "Python objects"),
+        (b"PK\3\4" + bytes(100), "no .npz"),
+        (b"text", "no .npy"),
+    ],
+)
+def test_a_file_that_holds_no_image_is_a_reject(tmp_path: Path, content: bytes, detail: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/bad.npy").write_bytes(content)
+    (tmp_path / "a/empty.npy").write_bytes(b"")
+    source = open_source(tmp_path)
+    with pytest.raises(BadItem) as caught:
+        read_item(source, items(source)[0])
+    assert caught.value.code == "undecodable"
+    assert detail in caught.value.detail
+    with pytest.raises(BadItem, match="zero bytes"):
+        read_item(source, items(source)[1])
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "deflated.npz"])

@@ -21,7 +21,7 @@ _KINDS_WITH = {
     "root": ("folder", "table", "tar", "zip"),
     "follow_links": ("folder", "table"),
 }
-# The module and the class of each kind, imported on demand; the class is called with (src, config, classes).
+# The module of each kind, imported on demand, and its class or function, which is called with (src, config, classes).
 _SOURCES = {
     "remote": ("folders.remote", "RemoteSource"),
     "tar": ("archives.tar", "TarSource"),
@@ -31,7 +31,7 @@ _SOURCES = {
     "table": ("tables.table", "TableSource"),
     "parquet": ("tables.parquet", "ParquetSource"),
     "cifar": ("arrays.cifar", "CifarSource"),
-    "numpy": ("arrays.numpy_source", "NumpySource"),
+    "numpy": ("arrays.per_file", "open_arrays"),
 }
 
 
