@@ -59,18 +59,18 @@ def command(
     config = read_config(config_file, given, preset)
     with Bar(hidden=quiet or as_json) as bar:
         try:
-            if config.sides:
+            if config.several:
                 reports = build_split(src, out, config, progress=lambda side, event: bar(event))
             else:
                 reports = {"": build(src, out, config, progress=bar)}
         except RejectLimitError as exc:
             if as_json:
                 ended = exc.report.to_json()
-                print_json({os.path.basename(exc.report.out): ended} if config.sides else ended)
+                print_json({os.path.basename(exc.report.out): ended} if config.several else ended)
             raise
     if as_json:
         found = {side: report.to_json() for side, report in reports.items()}
-        print_json(found if config.sides else found[""])
+        print_json(found if config.several else found[""])
     elif not quiet:
         click.echo("\n".join(map(summary, reports.values())))
 

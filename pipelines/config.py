@@ -290,6 +290,11 @@ class BuildConfig(BaseModel):
     source: SourceKind = _setting(
         "operational", "input", "auto", "The form that SRC has; detected by its name and content unless given."
     )
+    splits: Literal["none", "all"] = _setting(
+        "operational", "input", "none",
+        "Build OUT/train, OUT/val and OUT/test from the arrays of each in one .npz (all), as in those of Keras and "
+        "MedMNIST.",
+    )  # fmt: skip
     root: str | None = _advanced(
         "operational", "input", None,
         "What paths in a table are relative to, the table's own folder unless given; or the folder in a folder, tar or "
@@ -566,6 +571,11 @@ class BuildConfig(BaseModel):
         if self.split is None or self.side is not None:
             return {}
         return {side: self.model_copy(update={"split": f"{self.split}/{side}"}) for side in (TRAIN, *self.shares)}
+
+    @property
+    def several(self) -> bool:
+        """Whether the build makes a dataset for each side of a split, its own or one that SRC has."""
+        return bool(self.sides) or self.splits != "none"
 
     @property
     def max_level(self) -> int:
@@ -862,6 +872,14 @@ _RULES = (
         "split split_by split_seed",
         lambda config: config.split is None and (config.split_by is not None or config.split_seed != 0),
         lambda _: "--split-by and --split-seed go with --split; add it, or leave them out",
+    ),
+    _Rule(
+        "split splits",
+        lambda config: config.split is not None and config.splits != "none",
+        lambda config: (
+            f"--split {config.split} divides SRC, and --splits {config.splits} takes the sides that it has; leave one "
+            "out"
+        ),
     ),
     _Rule(
         "ray_address engine",

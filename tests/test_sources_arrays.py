@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import MakeDataset, items, read_shards
+from support import MakeDataset, build_cpu, cpu_config, items, read_shards
 
 import gpu_npz
+from gpu_npz.builder.build import build_split
+from gpu_npz.builder.estimate import estimate
 from gpu_npz.config import BuildConfig
 from gpu_npz.errors import SourceError, UsageError
-from gpu_npz.sources import open_source
+from gpu_npz.sources import open_source, sides_of_source
 from gpu_npz.sources.base import Item, Source, read_item
 from gpu_npz.sources.rejects import BadItem
 
@@ -662,6 +664,79 @@ def test_a_build_from_an_array_is_one_from_the_same_images(
     assert (read_shards(ours)[order] == read_shards(theirs)).all()
     assert read_shards(ours, "labels").tolist() == LABELS.tolist()
     assert read_shards(ours).std() > 0
+
+
+# Sides of a split that a file has
+
+
+def test_sides_of_a_file_become_datasets_with_the_classes_of_train(tmp_path: Path) -> None:
+    names = np.array(["a", "b", "c"])
+    location = save(
+        tmp_path / "pathmnist.npz",
+        {"test_images": GRAY[:4], "test_labels": names[LABELS[:4], None], "train_images": GRAY, "val_images": GRAY[1:3],
+         "train_labels": names[LABELS, None], "val_labels": names[LABELS[1:3], None]},
+    )  # fmt: skip
+    config = cpu_config(splits="all", dtype="uint8", normalize="dataset", channels="gray")
+    reports = build_split(location, tmp_path / "out", config)
+    assert {side: report.rows for side, report in reports.items()} == {"train": 6, "val": 2, "test": 4}
+    for side, labels in (("train", LABELS), ("val", LABELS[1:3]), ("test", LABELS[:4])):
+        data = gpu_npz.open_dataset(tmp_path / "out" / side)
+        assert (data.labels.tolist(), data.class_names) == (labels.tolist(), ("a", "b", "c"))
+        assert data.manifest.normalization == gpu_npz.open_dataset(tmp_path / "out/train").manifest.normalization
+    alone = build_cpu(Path(f"{location}/train_images.npy"), tmp_path / "alone", dtype="uint8", channels="gray",
+                      normalize="dataset")  # fmt: skip
+    assert (alone / "shard-00000.npz").read_bytes() == (tmp_path / "out/train/shard-00000.npz").read_bytes()
+    again = build_split(location, tmp_path / "out", config)
+    assert [report.built_items for report in again.values()] == [0, 0, 0]
+    with pytest.raises(UsageError, match="call build_split, or name one array"):
+        gpu_npz.build(location, tmp_path / "other", config)
+    with pytest.raises(UsageError, match=r"plan each by itself.*pathmnist\.npz/train_images\.npy, .*val_images"):
+        estimate(location, config)
+
+
+def test_sides_of_several_files_are_those_of_all(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.npz", {"x_train": RGB, "y_train": LABELS, "x_test": RGB[:1], "y_test": LABELS[:1]})
+    for location in (tmp_path, f"{tmp_path}/*.npz"):
+        found = sides_of_source(location, BuildConfig())
+        assert found == {"train": f"{tmp_path}/*.npz/x_train.npy", "test": f"{tmp_path}/*.npz/x_test.npy"}
+        assert [len(items(open_source(each))) for each in found.values()] == [12, 2]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "labels", "message"),
+    [
+        ({"images": RGB, "labels": LABELS}, None, r"has 'images' .*x_train and x_test.*--split val=0\.1"),
+        ({"x_train": RGB, "y_train": LABELS}, None, "each side needs one array of images"),
+        ({"x_val": RGB, "x_test": RGB}, None, "each side needs one array of images"),
+        ({"x_train": RGB, "train_images": RGB, "x_test": RGB}, None, "each side needs one array of images"),
+        ({"x_train": LABELS, "x_test": LABELS}, None, "each side needs one array of images"),
+        ({"x_train": RGB, "y_train": LABELS, "x_test": RGB}, None, "labels for some sides, but none for 'x_test'"),
+        ({"x_train": RGB, "x_test": RGB}, "labels", "each side has labels of its own"),
+    ],
+)
+def test_a_file_without_sides_is_refused_with_what_it_has(
+    tmp_path: Path, arrays: Any, labels: str | None, message: str
+) -> None:
+    config = cpu_config(splits="all", labels=labels)
+    location = save(tmp_path / "a.npz", arrays)
+    with pytest.raises((SourceError, UsageError), match=message):
+        build_split(location, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+def test_sides_need_an_npz_and_labels_of_one_kind(tmp_path: Path) -> None:
+    config = cpu_config(splits="all")
+    with pytest.raises(SourceError, match=r"is no \.npz; give one with"):
+        build_split(save(tmp_path / "a.npy", RGB), tmp_path / "out", config)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UsageError, match="of the kind folder: build each side by itself"):
+        build_split(tmp_path / "images", tmp_path / "out", config)
+    location = save(tmp_path / "b.npz", {"x_train": RGB, "y_train": LABELS, "x_val": RGB, "y_val": LABELS / 2})
+    with pytest.raises(SourceError, match=r"x_val\.npy' has y_val \(float\), and .*x_train\.npy' y_train \(integer"):
+        build_split(location, tmp_path / "out", config)
+    with pytest.raises(UsageError, match=r"--split val=0\.1 divides SRC, and --splits all takes the sides"):
+        BuildConfig(split="val=0.1", splits="all")
 
 
 # CIFAR

@@ -11,9 +11,9 @@ from typing import Any
 from ..config import BuildConfig
 from ..dataset.manifest import class_list
 from ..dataset.space import free_space, held_bytes, lack_of_space
-from ..errors import StorageError
+from ..errors import StorageError, UsageError
 from ..machine.tuning import Tuning
-from ..sources import open_source
+from ..sources import open_source, sides_of_source
 from ..sources.base import LabelColumn
 from ..storage import open_storage
 from .headers import Sample
@@ -116,11 +116,14 @@ def estimate(
     """
     given = config or BuildConfig()
     require_scaled(given)
+    if given.splits != "none":
+        sides = ", ".join(sides_of_source(src, given).values())
+        raise UsageError(f"--splits {given.splits} makes several datasets; plan each by itself: SRC is one of {sides}")
     measures_first = given.normalize == "dataset" and given.mean is None
     config = BuildConfig(**{**given.model_dump(), "normalize": "unit"}) if measures_first else given  # the same work
     source = open_source(src, config, class_list(config.classes_from))
     place = os.getcwd() if out is None else open_storage(out).root
-    outs = {} if out is None else places(src, out, config)
+    outs = {} if out is None else places(src, out, config.sides)
     found = inspect_source(source, config, progress)
     plan, tuning = found.plan, found.tuning
     left, unfit = shards_left(outs, source, given, counts := found.shards)

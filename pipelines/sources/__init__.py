@@ -61,6 +61,25 @@ def open_source(
     return source
 
 
+def sides_of_source(src: str | os.PathLike[str], config: BuildConfig) -> dict[str, str]:
+    """The SRC of each side of a split that SRC itself has, train first; for `--splits all`.
+
+    Raises:
+        UsageError: SRC is not of a kind that can have sides.
+        SourceError: it has none, or cannot be read.
+    """
+    location = location_of(src)
+    kind = detected_kind(location, config.image_column) if config.source == "auto" else config.source
+    if kind != "numpy":
+        raise UsageError(
+            f"--splits all goes with an .npz that has arrays such as x_train and x_test; {location!r} is of the kind "
+            f"{kind}: build each side by itself, or divide it with --split val=0.1"
+        )
+    from .arrays.numpy_source import sides_of
+
+    return sides_of(location, config.labels)
+
+
 def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[str] | None) -> Source:
     location = location_of(src)
     kind = detected_kind(location, config.image_column) if config.source == "auto" else config.source

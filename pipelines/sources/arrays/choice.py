@@ -16,6 +16,11 @@ from .npy import Array
 log = logging.getLogger(__name__)
 _IMAGES = ("images", "image", "imgs", "img", "x", "data")  # words in names of arrays, the most likely first
 _LABELS = frozenset((*LABEL_COLUMNS, "targets", "y"))
+_SIDES = {
+    "train": frozenset({"train", "training"}),
+    "val": frozenset({"val", "valid", "validation", "dev"}),
+    "test": frozenset({"test", "testing"}),
+}  # the names of sides of a split, and the words for each
 _CLASS_NAMES = frozenset({"class", "names"})
 _WORD = re.compile(r"[xyXY](?=train|val|test|dev)|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _UNNAMED = re.compile(r"arr_(\d+)")  # what numpy.savez calls positional arrays
@@ -87,6 +92,39 @@ def label_array(images: str, arrays: Mapping[str, Array], location: str) -> str 
             location, shown(others),
         )  # fmt: skip
     return found[0] if found else None
+
+
+def image_sides(arrays: Mapping[str, Array], location: str, *, labelled: bool) -> dict[str, str]:
+    """The names of the arrays with the images of each side of a split, train first.
+
+    Args:
+        arrays: the arrays of the file.
+        location: SRC, for messages.
+        labelled: whether labels are wanted.
+
+    Raises:
+        SourceError: there are no such arrays, or only for one side; several for a side; or labels of some sides alone.
+    """
+    found: dict[str, list[str]] = {}
+    for name, array in arrays.items():
+        part = _words(name).difference(_IMAGES)
+        for side, words in _SIDES.items():
+            if len(part) == 1 and part <= words and _like_images(array) and _words(name) & {*_IMAGES}:
+                found.setdefault(side, []).append(name)
+    if len(found) < 2 or "train" not in found or any(len(names) > 1 for names in found.values()):
+        raise SourceError(
+            f"--splits all: {location!r} has {shown(arrays)}; each side needs one array of images, named for it: "
+            "x_train and x_test, or train_images, val_images and test_images. Rename them, or give one array as "
+            "FILE.npz/NAME.npy, or divide SRC with --split val=0.1"
+        )
+    sides = {side: found[side][0] for side in _SIDES if side in found}
+    lacking = [name for name in sides.values() if not _named_labels(name, arrays)]
+    if labelled and 0 < len(lacking) < len(sides):
+        raise SourceError(
+            f"--splits all: {location!r} has labels for some sides, but none for {', '.join(map(repr, lacking))}; add "
+            f"them (it has {shown(arrays)}), or say --labels none"
+        )
+    return sides
 
 
 def class_names_array(arrays: Mapping[str, Array]) -> Array | None:

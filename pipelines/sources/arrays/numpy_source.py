@@ -19,13 +19,14 @@ from ..access.files import GROUP_ITEMS, Files, place_of, read_piece
 from ..base import Group, Item, some, split_sides
 from ..labels import KINDS, Kind, LabelledSource, Listing
 from . import npy
-from .choice import class_names_array, image_array, is_flat, label_array, shown
+from .choice import class_names_array, image_array, image_sides, is_flat, label_array, shown
 from .inflation import Inflated
 from .labelling import class_names, labels_of
 from .npy import Array
 from .rows import rows_of
 
 log = logging.getLogger(__name__)
+_PATTERN = "*.np[yz]"  # of the files in a folder
 _IN_NPZ = re.compile(r"(.+\.npz)/([^/]+)\.npy", re.IGNORECASE | re.DOTALL)
 
 
@@ -71,7 +72,7 @@ class NumpySource(LabelledSource[Listing]):
         path, wanted = location, ""
         if match := _IN_NPZ.fullmatch(location):
             path, wanted = match.groups()
-        self._files = Files(path, "*.np[yz]")
+        self._files = Files(path, _PATTERN)
         self.location = self._files.location + (f"/{wanted}.npy" if wanted else "")
         self.files = self._files.stamps
         self.reads_at_once = self._files.reads_at_once
@@ -197,6 +198,30 @@ class NumpySource(LabelledSource[Listing]):
             from_one=self._flat,
         )
         return Listing(labels)
+
+
+def sides_of(location: str, labels: str | None) -> dict[str, str]:
+    """The SRC of each side of a split that a file has, or several files have, train first.
+
+    Args:
+        location: an .npz, a pattern of such, or a folder of them.
+        labels: the setting.
+
+    Raises:
+        SourceError: as `image_sides`, or the file is unreadable.
+        UsageError: `labels` names a single array.
+    """
+    if labels not in (None, "none"):
+        raise UsageError(
+            f"--labels {labels} and --splits all: each side has labels of its own, found by name, such as y_train; "
+            "leave one out, or say --labels none"
+        )
+    files = Files(location, _PATTERN)
+    inside = f"{files.location}/*.npz" if os.path.isdir(files.location) else files.location
+    if not inside.lower().endswith(".npz"):
+        raise SourceError(f"--splits all: {location!r} is no .npz; give one with arrays such as x_train and x_test")
+    found = image_sides(npy.arrays(files), location, labelled=labels is None)
+    return {side: f"{inside}/{name}.npy" for side, name in found.items()}
 
 
 def _refuse_sides(files: Files) -> None:
