@@ -33,7 +33,7 @@ DType = Literal["float32", "float16", "uint8", "uint16"]
 Layout = Literal["NCHW", "NHWC"]
 Channels = Literal["rgb", "bgr", "gray"]
 SourceKind = Literal[
-    "auto", "folder", "tar", "zip", "webdataset", "imagenet", "table", "parquet", "cifar", "numpy"
+    "auto", "folder", "tar", "zip", "webdataset", "imagenet", "table", "parquet", "cifar", "numpy", "dataset"
 ]  # fmt: skip
 
 MAX_SIDE = 16_384
@@ -45,6 +45,7 @@ DEFLATE_LEVEL = 1
 MIN_STD = 1e-9
 _MAX_TOML_BYTES = 1 << 20
 TRAIN = "train"  # the side of a split that gets all remaining items
+_LATER = ("scale",)  # identity settings that datasets of earlier versions do not name
 MIN_REJECT_LIMIT = 10  # so that a percentage of a small plan still allows a few bad files
 
 _RANGES = {
@@ -226,6 +227,13 @@ class BuildConfig(BaseModel):
         "The column of a table that has paths, or of a Parquet file that has images; found by its name unless given.",
         "the name of a column",
         "COLUMN",
+    )
+    scale: Literal["none", "255", "signed"] = _setting(
+        "identity",
+        "input",
+        "none",
+        "What arrays of floats hold: values of 0 to 1 (255) or of -1 to 1 (signed), which become levels of 0 to 255 by "
+        "rounding.",
     )
     per_class: int | None = _setting(
         "identity",
@@ -451,6 +459,7 @@ class BuildConfig(BaseModel):
     def _parse_choice(cls, value: Any, info: Any) -> Any:
         """Accepts a choice in any case and with `_` for `-`, as other tools spell it: nhwc, center_crop."""
         choices = get_args(cls.model_fields[info.field_name].annotation)
+        value = str(value) if type(value) is int and str(value) in choices else value
         if not isinstance(value, str) or not all(isinstance(choice, str) for choice in choices):
             return value
         spelled = value.strip().lower().replace("_", "-")
@@ -595,6 +604,14 @@ class BuildConfig(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Returns the settings that determine the output's bytes, as JSON values by name."""
         return self.model_dump(mode="json", include=set(settings_of("identity")))
+
+    def stored_identity(self) -> dict[str, Any]:
+        """Returns `identity` as datasets store it: without later settings that have their default.
+
+        So a build has the id, and thus the bytes, that it had before there were such settings.
+        """
+        defaults = {name: BuildConfig.model_fields[name].default for name in _LATER}
+        return {name: value for name, value in self.identity().items() if (name, value) not in defaults.items()}
 
     def for_items(self, items: int) -> BuildConfig:
         """Returns the settings for a plan of `items` items, with a `shard_size` of auto replaced by a number of rows.

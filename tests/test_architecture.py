@@ -37,7 +37,7 @@ ROOMS = {
         "errors config storage npz",
         [
             "rejects access access.read_ahead archives arrays arrays.netpbm folders tables",
-            "dicom_frames",
+            "dicom_frames arrays.scaling",
             "base",
             "labels access.local access.stores arrays.pickles",
             "access.files tables.columns tables.paths",
@@ -71,6 +71,7 @@ ROOMS = {
             "job image_size space selection",
             "commits",
             "manifest",
+            "built",
             "originals",
         ],
     ),

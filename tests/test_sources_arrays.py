@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import pickle
@@ -21,7 +22,7 @@ import gpu_npz
 from gpu_npz.builder.build import build_split
 from gpu_npz.builder.estimate import estimate
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import SourceError, UsageError
+from gpu_npz.errors import MismatchError, SourceError, UsageError
 from gpu_npz.sources import open_source, sides_of_source
 from gpu_npz.sources.base import Item, Source, read_item
 from gpu_npz.sources.rejects import BadItem
@@ -355,7 +356,8 @@ def test_arrays_that_are_left_over_are_named_where_none_has_labels(
 
 HUGE = 1 << 40
 BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
-    "float": (header((1, 5, 5), "<f4") + bytes(100), r"has float32 \(1, 5, 5\); allowed are uint8 and uint16: scale"),
+    "float": (header((1, 5, 5), "<f4") + bytes(100), r"has float32 \(1, 5, 5\), with .*: --scale 255 takes 0 to 1"),
+    "complex": (header((1, 5, 5), "<c8") + bytes(200), r"has complex64 \(1, 5, 5\); allowed are uint8 and uint16"),
     "int64": (header((1, 5, 5), "<i8") + bytes(200), r"has int64 \(1, 5, 5\); allowed are uint8 and uint16"),
     "uint32": (header((1, 5, 5), "<u4") + bytes(100), "allowed are uint8 and uint16"),
     "record": (header((1, 5, 5), [("a", "|u1")]) + bytes(25), "allowed are uint8 and uint16"),
@@ -581,7 +583,101 @@ def test_an_array_of_class_names_names_numbers_texts_and_one_hot_rows(tmp_path: 
             labels_in(tmp_path, {**arrays, **bad})
 
 
+# Floats
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8"])
+@pytest.mark.parametrize("scale", ["255", "signed"])
+def test_floats_that_were_levels_become_them_again(
+    tmp_path: Path, dtype: str, scale: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    every = np.arange(256).reshape(1, 16, 16).repeat(3, 0)
+    values = (every / 255 if scale == "255" else every / 127.5 - 1).astype(dtype)
+    config = BuildConfig(scale=scale)
+    for saved in (save(tmp_path / "a.npy", values), save(tmp_path / "a.npz", {"images": values})):
+        source = open_source(saved, config)
+        copy = pickle.loads(pickle.dumps(source))
+        assert (np.stack([np.asarray(picture) for picture in pictures(copy)]) == every).all()
+    np.savez_compressed(tmp_path / "a.npz", images=values)
+    caplog.clear()
+    source = open_source(tmp_path / "a.npz", config)
+    assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == every).all()
+    assert "rounded" not in caplog.text
+    other = "signed" if scale == "255" else "255"
+    with pytest.raises(SourceError, match=rf"with values from .* in 3 sampled images; .* --scale {scale} takes"):
+        open_source(saved, BuildConfig())
+    if scale == "255":
+        open_source(saved, BuildConfig(scale=other))
+        assert "--scale 255 is for 0 to 1" in caplog.text
+    else:
+        with pytest.raises(SourceError, match=r"--scale 255 is for 0 to 1: --scale signed takes -1 to 1"):
+            open_source(saved, BuildConfig(scale=other))
+
+
+def test_scale_is_for_floats_and_for_arrays_alone(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--scale 255 is for floats; .* has uint8 \(6, 9, 7, 3\): leave it out"):
+        open_source(save(tmp_path / "a.npy", RGB), BuildConfig(scale=255))
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UsageError, match="--scale goes with numpy"):
+        open_source(tmp_path / "a", BuildConfig(scale="signed"))
+    for values, way in ((RGB.astype(np.float32), r"save array\.round"), (RGB * 9.0, "scale them to 0 to 1")):
+        for scale in ("none", "255", "signed"):
+            with pytest.raises(SourceError, match=way):
+                open_source(save(tmp_path / "a.npy", values), BuildConfig(scale=scale))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.5, -0.01, 1.003])
+def test_an_image_with_a_value_out_of_range_is_a_reject(tmp_path: Path, value: float) -> None:
+    values = RGB / np.float32(255)
+    values[2, 4, 5, 1] = value
+    source = open_source(save(tmp_path / "a.npy", values), BuildConfig(scale="255"))
+    found = items(source)
+    with pytest.raises(BadItem, match=r"it has the value .*; --scale 255 takes 0 to 1") as caught:
+        read_item(source, found[2])
+    assert caught.value.code == "undecodable"
+    assert (np.asarray(Image.open(io.BytesIO(read_item(source, found[3])))) == RGB[3]).all()
+    values[2, 4, 5, 1] = 1.0019  # rounds to 255
+    assert len(pictures(open_source(save(tmp_path / "a.npy", values), BuildConfig(scale="255")))) == 6
+
+
+def test_floats_between_the_levels_are_rounded_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = RANDOM.random((6, 5, 5))
+    source = open_source(save(tmp_path / "a.npy", values), BuildConfig(scale="255"))
+    assert caplog.text.count("lie between the levels of 0 to 255; they are rounded, which loses") == 1
+    assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == np.rint(values * 255)).all()
+
+
+def test_scale_is_stored_where_it_is_given_and_changes_no_other_dataset(tmp_path: Path) -> None:
+    levels, floats = save(tmp_path / "l.npy", RGB), save(tmp_path / "f.npy", RGB / 255)
+    plain = build_cpu(Path(levels), tmp_path / "plain", dtype="uint8")
+    scaled = build_cpu(Path(floats), tmp_path / "scaled", dtype="uint8", scale="255")
+    assert (read_shards(plain) == read_shards(scaled)).all()
+    settings = [json.loads((out / "dataset.json").read_text())["settings"] for out in (plain, scaled)]
+    assert ["scale" in each for each in settings] == [False, True]
+    assert not gpu_npz.verify(scaled).problems
+    save(Path(floats), RGB / 127.5 - 1)
+    with pytest.raises(MismatchError, match="scale: 255 there, signed asked for"):
+        build_cpu(Path(floats), scaled, dtype="uint8", scale="signed")
+
+
 # One image per file
+
+
+def test_one_float_image_per_file_needs_a_scale_too(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    save(tmp_path / "a/0.npy", GRAY[0] / 255)
+    save(tmp_path / "a/1.npy", GRAY[1])
+    save(tmp_path / "a/2.npz", {"image": np.full((5, 5), 2.0)})
+    with pytest.raises(SourceError, match=r"'a/0\.npy' has float64 \(9, 7\), .*: --scale 255 takes 0 to 1"):
+        open_source(tmp_path)
+    source = open_source(tmp_path, BuildConfig(scale="255"))
+    first, *others = items(source)
+    assert (np.asarray(Image.open(io.BytesIO(read_item(source, first)))) == GRAY[0]).all()
+    for item, detail in zip(others, ("--scale 255 is for floats; it has uint8", "it has the value 2"), strict=True):
+        with pytest.raises(BadItem, match=detail):
+            read_item(source, item)
 
 
 def test_class_folders_of_arrays_are_read_like_those_of_images(tmp_path: Path, make_dataset: MakeDataset) -> None:
@@ -619,7 +715,7 @@ def test_class_folders_of_arrays_are_read_like_those_of_images(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("content", "detail"),
     [
-        (header((5, 5), "<f4") + bytes(100), "it has float32 (5, 5); allowed are uint8 and uint16"),
+        (header((5, 5), "<i4") + bytes(100), "it has int32 (5, 5); allowed are uint8 and uint16"),
         (header((5, 5)) + bytes(24), "does not fit into"),
         (header((5,)) + bytes(5), "allowed are (H, W)"),
         (header((2,), "|O"), "Python objects"),

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 
 from ..config import BuildConfig
+from ..dataset.built import open_images
 from ..dataset.job import Job
 from ..dataset.layout import JOB, MANIFEST, require_own
 from ..dataset.manifest import class_list
 from ..errors import GpuNpzError, UsageError
-from ..sources import open_source, sides_of_source
+from ..sources import sides_of_source
 from ..storage import open_storage
 from ..workers import ray
 from ..workers.events import Event
@@ -79,7 +80,7 @@ def _build(
         raise UsageError(
             "--part and --overwrite: the parts would delete each other's shards; delete OUT, then start them"
         )
-    source = open_source(src, config, class_list(config.classes_from) or (train and train.record.class_names))
+    source = open_images(src, config, class_list(config.classes_from) or (train and train.record.class_names))
     if train is not None:
         require_same_labels(train, source)
     require_own(storage)

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config import BuildConfig
+from ..dataset.built import open_images
 from ..dataset.manifest import class_list
 from ..dataset.space import free_space, held_bytes, lack_of_space
 from ..errors import StorageError, UsageError
 from ..machine.tuning import Tuning
-from ..sources import open_source, sides_of_source
+from ..sources import sides_of_source
 from ..sources.base import LabelColumn
 from ..storage import open_storage
 from .headers import Sample
@@ -121,7 +122,7 @@ def estimate(
         raise UsageError(f"--splits {given.splits} makes several datasets; plan each by itself: SRC is one of {sides}")
     measures_first = given.normalize == "dataset" and given.mean is None
     config = BuildConfig(**{**given.model_dump(), "normalize": "unit"}) if measures_first else given  # the same work
-    source = open_source(src, config, class_list(config.classes_from))
+    source = open_images(src, config, class_list(config.classes_from))
     place = os.getcwd() if out is None else open_storage(out).root
     outs = {} if out is None else places(src, out, config.sides)
     found = inspect_source(source, config, progress)

@@ -113,7 +113,7 @@ class LoadedArrays(Mapping[str, NDArray[Any]]):
     def _copied(self, info: ArrayInfo) -> NDArray[np.uint8]:
         data = _aligned(info)
         data[:] = np.frombuffer(self._buffer, np.uint8, info.npy_bytes, info.begin)
-        if info.crc32 not in (None, zlib.crc32(data)):
+        if info.crc32 not in (None, zlib.crc32(data.data)):
             raise FormatError("its CRC-32 is another: it is damaged; copy or make it again")
         return data
 

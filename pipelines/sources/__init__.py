@@ -20,6 +20,7 @@ _KINDS_WITH = {
     "image_column": ("table", "parquet"),
     "root": ("folder", "table", "tar", "zip"),
     "follow_links": ("folder", "table"),
+    "scale": ("numpy",),
 }
 # The module of each kind, imported on demand, and its class or function, which is called with (src, config, classes).
 _SOURCES = {
@@ -80,14 +81,19 @@ def sides_of_source(src: str | os.PathLike[str], config: BuildConfig) -> dict[st
     return sides_of(location, config.labels)
 
 
-def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[str] | None) -> Source:
-    location = location_of(src)
-    kind = detected_kind(location, config.image_column) if config.source == "auto" else config.source
+def require_settings(config: BuildConfig, kind: str, location: str) -> None:
+    """Raises UsageError if a setting is given that does not go with this kind of SRC."""
     for name, kinds in _KINDS_WITH.items():
-        if getattr(config, name) is not None and kind not in kinds:
+        if getattr(config, name) != BuildConfig.model_fields[name].default and kind not in kinds:
             raise UsageError(
                 f"--{name.replace('_', '-')} goes with {', '.join(kinds)}; {location!r} is of the kind {kind}"
             )
+
+
+def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[str] | None) -> Source:
+    location = location_of(src)
+    kind = detected_kind(location, config.image_column) if config.source == "auto" else config.source
+    require_settings(config, kind, location)
     if kind == "folder" and config.root is not None:
         location = _within(location, config.root)
     if kind == "folder" and is_remote(location):

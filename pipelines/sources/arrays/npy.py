@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +84,15 @@ def reading(file: Any) -> ReadAt:
     return read
 
 
+@contextlib.contextmanager
+def as_damage(array: Array) -> Iterator[None]:
+    """Turns errors of reading an array into SourceError."""
+    try:
+        yield
+    except (FormatError, OSError) as exc:
+        raise SourceError(f"{array.where} is damaged ({exc}); copy or make it again") from exc
+
+
 def values(files: Files, array: Array) -> NDArray[Any]:
     """Reads an array of labels. Raises SourceError if it is not of numbers or text, damaged, or too large."""
     info = array.checked().info
@@ -89,15 +100,12 @@ def values(files: Files, array: Array) -> NDArray[Any]:
         raise SourceError(f"{array.where} has {info.dtype}; labels are numbers or texts: convert it, or --labels none")
     if info.data_bytes > _MAX_VALUE_BYTES:
         raise SourceError(f"{array.where}: {info.data_bytes} bytes of labels; at most {_MAX_VALUE_BYTES} are allowed")
-    try:
-        with files.opened(array.number) as file:
-            read = reading(file)
-            if info.deflated:
-                data = b"".join(inflated(read, info))[info.header_bytes :]
-            else:
-                data = bytes(read(info.data_offset, info.data_bytes))
-    except (FormatError, OSError) as exc:
-        raise SourceError(f"{array.where} is damaged ({exc}); copy or make it again") from exc
+    with as_damage(array), files.opened(array.number) as file:
+        read = reading(file)
+        if info.deflated:
+            data = b"".join(inflated(read, info))[info.header_bytes :]
+        else:
+            data = bytes(read(info.data_offset, info.data_bytes))
     if len(data) < info.data_bytes:
         raise SourceError(f"{array.where} is cut; copy or make it again")
     found = np.frombuffer(data[: info.data_bytes], info.dtype)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...config import BuildConfig
 from ...errors import SourceError, UsageError
+from ...npz.arrays import inflated
 from ...storage.base import is_remote
 from ..access.files import GROUP_ITEMS, Files, place_of, read_piece
 from ..base import Group, Item, some, split_sides
@@ -22,11 +23,14 @@ from . import npy
 from .choice import class_names_array, image_array, image_sides, is_flat, label_array, shown
 from .inflation import Inflated
 from .labelling import class_names, labels_of
-from .npy import Array
+from .npy import Array, as_damage
 from .rows import rows_of
+from .scaling import require_scale
 
 log = logging.getLogger(__name__)
 _PATTERN = "*.np[yz]"  # of the files in a folder
+_SAMPLED = 32  # images of floats that are looked at
+_SAMPLED_BYTES = 64 << 20  # of them, at most
 _IN_NPZ = re.compile(r"(.+\.npz)/([^/]+)\.npy", re.IGNORECASE | re.DOTALL)
 
 
@@ -34,8 +38,8 @@ class NumpySource(LabelledSource[Listing]):
     """The images of an array in an .npy or .npz (`a.npz`, or `a.npz/x_test.npy` for a particular array).
 
     The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1, 3 (RGB) or 4 (uint8 with
-    alpha). An array of three dimensions whose last one is 1, 3 or 4 is probably a single image, and is refused. uint16
-    keeps its 16 bits with `--bit-depth 16`. In an .npz, the images are the only array with three or four dimensions, or
+    alpha), or floats with `--scale`. An array of three dimensions whose last one is 1, 3 or 4 is probably a single
+    image, and is refused. uint16 keeps its 16 bits with `--bit-depth 16`. In an .npz, the images are the only array with three or four dimensions, or
     the first with a usual name (images, image, imgs, img, x, data; the same with train; arr_0).
 
     SRC may also be a folder of such files, or a pattern (`part_*.npz`, `part_*.npz/x_test.npy`). All of them have
@@ -81,9 +85,12 @@ class NumpySource(LabelledSource[Listing]):
         first = npy.arrays(self._files)
         self._name = image_array(first, wanted, self.location)
         self._flat = is_flat(self._name, first[self._name])
-        self._format = rows_of(first[self._name].checked(), flat=self._flat)
+        self._format = rows_of(first[self._name].checked(), config.scale, flat=self._flat)
         found = [first, *(self._like(first, number) for number in range(1, len(self._files)))]
         self._arrays = [arrays[self._name] for arrays in found]
+        if self._format.dtype.kind == "f":
+            array = self._arrays[0]
+            require_scale(self._sample(), config.scale, f"{array.where} has {array.dtype} {array.shape}")
         self._inflated = Inflated(self._files)
         if deflated := [array.info.npy_bytes for array in self._arrays if array.info.deflated]:
             log.warning(
@@ -114,6 +121,27 @@ class NumpySource(LabelledSource[Listing]):
             )
         return found
 
+    def _sample(self) -> NDArray[Any]:
+        """Some of the images, (n, ...): of all files, or if the first is deflated, the first ones in it."""
+        size, starts = self._format.row_bytes, np.cumsum([0, *(array.shape[0] for array in self._arrays)])
+        count = max(1, min(_SAMPLED, _SAMPLED_BYTES // size, int(starts[-1])))
+        if (info := self._arrays[0].info).deflated:
+            count, data = min(count, self._arrays[0].shape[0]), bytearray()
+            with self._files.opened(0) as packed, as_damage(self._arrays[0]):
+                for piece in inflated(npy.reading(packed), info):
+                    data += piece
+                    if len(data) >= info.header_bytes + count * size:
+                        break
+            del data[: info.header_bytes]
+        else:
+            data = bytearray()
+            for row in np.linspace(0, starts[-1] - 1, count).astype(np.int64).tolist():
+                number = int(np.searchsorted(starts, row, side="right")) - 1
+                begin = self._arrays[number].info.data_offset + (row - int(starts[number])) * size
+                with as_damage(self._arrays[number]):
+                    data += self._files.read(number, begin, size)
+        return np.frombuffer(data[: count * size], self._format.dtype).reshape(count, -1)
+
     def groups(self) -> Iterator[Group]:
         """The images in the order of files and rows. Raises SourceError if the labels have changed since."""
         found, done = self._listed().labels, 0
@@ -138,7 +166,7 @@ class NumpySource(LabelledSource[Listing]):
         return [os.fsencode(name) + b"/" for name in (stems if len({*stems}) == len(names) else names)]
 
     def read(self, item: Item) -> bytes:
-        """The image as PGM, PPM or PNG. Raises OSError or BadItem as `read_piece`."""
+        """The image as PGM, PPM or PNG. Raises OSError or BadItem as `read_piece`; BadItem for floats out of range."""
         number, row = place_of(item, 2) if len(self._files) > 1 else (0, *place_of(item, 1))
         size, array = self._format.row_bytes, self._arrays[number] if 0 <= number < len(self._arrays) else None
         if array is None or not 0 <= row < array.shape[0]:

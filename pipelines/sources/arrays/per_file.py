@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ...config import BuildConfig
 from ...errors import FormatError, SourceError, UsageError
 from ...npz.arrays import inflated, read_arrays
-from ..base import Item, Source, as_bytes, is_hidden
+from ..base import Item, Source, as_bytes, as_text, is_hidden
 from ..folders.folder import LABELS, FolderSource
 from ..rejects import BadItem
 from .choice import shown, single_image
 from .npy import Array
 from .numpy_source import NumpySource
-from .rows import image_of
+from .rows import RowFormat, image_of
+from .scaling import Scale, require_scale
 
 
 def open_arrays(location: str, config: BuildConfig, classes: Sequence[str] | None) -> Source:
@@ -54,34 +58,56 @@ class ArrayFolderSource(FolderSource):
                 f"{' or '.join(LABELS)}; for other labels save all images as one array"
             )
         super().__init__(location, classes, config.labels)
+        self._scale = config.scale
+        self._check_first()
+
+    def _check_first(self) -> None:
+        """Raises SourceError or UsageError if `--scale` does not fit the first file, unless that is damaged."""
+        group = next((group for group in self.groups() if group.names), None)
+        if group is None:
+            return
+        path = as_text(group.folder + group.names[0])
+        form = None
+        with contextlib.suppress(OSError, BadItem, FormatError, SourceError):
+            form, data = _image(memoryview(super().read(Item(0, path, None))), self._scale, repr(path))
+        if form is not None and form.dtype.kind == "f":
+            sample = np.frombuffer(data, form.dtype).reshape(1, -1)
+            require_scale(sample, self._scale, f"{path!r} has {form.dtype} {form.shape}")
 
     def read(self, item: Item) -> bytes:
         """The image as PGM, PPM or PNG.
 
         Raises:
             OSError: from the system.
-            BadItem: the file is damaged, or is no image.
+            BadItem: the file is damaged, is no image, or has floats out of range.
         """
-        data = super().read(item)
-        if not data:
-            return data
+        if not (data := super().read(item)):
+            return data  # which makes it an empty file
         try:
-            return _encoded(memoryview(data))
-        except (FormatError, SourceError) as exc:
+            form, pixels = _image(memoryview(data), self._scale, "it")
+        except (FormatError, SourceError, UsageError) as exc:
             raise BadItem("read", "undecodable", str(exc)) from exc
+        if form.dtype.kind == "f" and self._scale == "none":
+            raise BadItem("read", "undecodable", f"it has {form.dtype} {form.shape}; floats need --scale")
+        return form.encode(pixels)
 
 
-def _encoded(data: memoryview) -> bytes:
-    """The image in an .npy or .npz, encoded. Raises FormatError or SourceError if there is none."""
+def _image(data: memoryview, scale: Scale, where: str) -> tuple[RowFormat, bytes]:
+    """The format and the bytes of the image in an .npy or .npz.
+
+    Raises:
+        FormatError, SourceError: there is none.
+        UsageError: `scale` is given, and it is not of floats.
+    """
 
     def read(offset: int, size: int) -> memoryview:
         return data[offset : offset + size]
 
-    found = {name: Array("it", 0, info) for name, info in read_arrays(read, len(data)).items()}
+    found = {name: Array(where, 0, info) for name, info in read_arrays(read, len(data)).items()}
     name = single_image(found)
     if name is None:
-        raise SourceError(f"no array has the dimensions of an image; it has {shown(found)}")
+        raise SourceError(f"{where}: no array has the dimensions of an image; it has {shown(found)}")
     info = found[name].info.complete()
-    form = image_of(found[name])
+    form = image_of(found[name], scale)
     npy: Any = b"".join(inflated(read, info)) if info.deflated else read(info.begin, info.npy_bytes)
-    return form.encode(bytes(npy[info.header_bytes : info.header_bytes + form.row_bytes]))
+    return form, bytes(npy[info.header_bytes : info.header_bytes + form.row_bytes])
