@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .config import BuildConfig
     from .dataset.manifest import Manifest
     from .errors import GpuNpzError
+    from .npz.load import load
     from .readers.dataset import Dataset, open_dataset
     from .readers.inference import Preprocess
     from .workers.events import Committed, Progress, WorkerEnded
@@ -41,6 +42,7 @@ _HOMES = {
     "WorkerEnded": "workers.events",
     "build": "builder.build",
     "build_split": "builder.build",
+    "load": "npz.load",
     "open_dataset": "readers.dataset",
     "verify": "audit.verify",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "__version__",
     "build",
     "build_split",
+    "load",
     "open_dataset",
     "verify",
 ]

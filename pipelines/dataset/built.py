@@ -214,6 +214,6 @@ def _invertible(manifest: Manifest, location: str) -> NDArray[Any] | None:
         why = f"{config.max_level + 1} levels do not have {config.max_level + 1} values in it"
         why += f" (--normalize {config.normalize}, {manifest.images.dtype})"
     raise SourceError(
-        f"{location!r} stores {manifest.images.dtype}, and its pixels cannot be recovered exactly: {why}. Build from the "
-        f"images that it was made of; a dataset with --dtype {config.pixel_dtype} keeps pixels"
+        f"{location!r} stores {manifest.images.dtype}, and its pixels cannot be recovered exactly: {why}. Build from "
+        f"the images that it was made of; a dataset with --dtype {config.pixel_dtype} keeps pixels"
     )

@@ -39,8 +39,9 @@ class NumpySource(LabelledSource[Listing]):
 
     The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1, 3 (RGB) or 4 (uint8 with
     alpha), or floats with `--scale`. An array of three dimensions whose last one is 1, 3 or 4 is probably a single
-    image, and is refused. uint16 keeps its 16 bits with `--bit-depth 16`. In an .npz, the images are the only array with three or four dimensions, or
-    the first with a usual name (images, image, imgs, img, x, data; the same with train; arr_0).
+    image, and is refused. uint16 keeps its 16 bits with `--bit-depth 16`. In an .npz, the images are the only array
+    with three or four dimensions, or the first with a usual name (images, image, imgs, img, x, data; the same with
+    train; arr_0).
 
     SRC may also be a folder of such files, or a pattern (`part_*.npz`, `part_*.npz/x_test.npy`). All of them have
     arrays of the same names, and images of the same dtype and shape. The order is that of the files, by the bytes of
@@ -102,6 +103,11 @@ class NumpySource(LabelledSource[Listing]):
         self._label_arrays = self._find_labels(found)
         self._names_arrays = [array for arrays in found if (array := class_names_array(arrays)) is not None]
         self._take_labels()
+
+    @property
+    def array_names(self) -> tuple[str, str]:
+        """The names of the arrays with the images and the labels; empty for an .npy, and if there are no labels."""
+        return self._name, self._column if self._label_arrays else ""
 
     def _like(self, first: Mapping[str, Array], number: int) -> dict[str, Array]:
         """The arrays of a file. Raises SourceError if they do not continue those of the first file."""
