@@ -80,7 +80,8 @@ def _build(
         raise UsageError(
             "--part and --overwrite: the parts would delete each other's shards; delete OUT, then start them"
         )
-    source = open_images(src, config, class_list(config.classes_from) or (train and train.record.class_names))
+    classes = class_list(config.classes_from)
+    source = open_images(src, config, train.record.class_names if train and classes is None else classes)
     if train is not None:
         require_same_labels(train, source)
     require_own(storage)

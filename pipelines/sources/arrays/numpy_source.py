@@ -101,7 +101,7 @@ class NumpySource(LabelledSource[Listing]):
                 tempfile.gettempdir(),
             )  # fmt: skip
         self._label_arrays = self._find_labels(found)
-        self._names_arrays = [array for arrays in found if (array := class_names_array(arrays)) is not None]
+        self._names_arrays = [named for arrays in found if (named := class_names_array(arrays)) is not None]
         self._take_labels()
 
     @property
