@@ -117,9 +117,7 @@ def estimate(
     """
     given = config or BuildConfig()
     require_scaled(given)
-    if given.splits != "none":
-        sides = ", ".join(sides_of_source(src, given).values())
-        raise UsageError(f"--splits {given.splits} makes several datasets; plan each by itself: SRC is one of {sides}")
+    _refuse_sides(src, given)
     measures_first = given.normalize == "dataset" and given.mean is None
     config = BuildConfig(**{**given.model_dump(), "normalize": "unit"}) if measures_first else given  # the same work
     source = open_images(src, config, class_list(config.classes_from))
@@ -168,6 +166,12 @@ def estimate(
         duration_s=_duration(share * plan.item_count, measured, tuning),
         warnings=tuple(doubt for doubt in doubts if doubt),
     )
+
+
+def _refuse_sides(src: str | os.PathLike[str], config: BuildConfig) -> None:
+    if config.splits != "none":
+        sides = ", ".join(sides_of_source(src, config).values())
+        raise UsageError(f"--splits {config.splits} makes several datasets; plan each by itself: SRC is one of {sides}")
 
 
 def _duration(items: float, measured: ShortRun | None, tuning: Tuning) -> float | None:

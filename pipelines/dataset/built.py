@@ -24,7 +24,7 @@ from ..storage import open_storage
 from ..storage.base import is_remote
 from .identity import index_comment, shard_comment
 from .layout import INDEX, JOB, MANIFEST, refuse_several, shard_name
-from .manifest import Manifest
+from .manifest import Manifest, shard_table_digest
 from .records import open_npz
 
 _OPEN_SHARDS = 8
@@ -91,8 +91,12 @@ class DatasetSource(Source):
         self._manifest = manifest = Manifest.load(self.location)
         self._table = _invertible(manifest, self.location)
         index = open_npz(self._storage, INDEX)
-        if index.directory.comment != index_comment(manifest.id):
+        if (
+            index.directory.comment != index_comment(manifest.id)
+            or shard_table_digest(index) != manifest.shard_table_digest
+        ):
             raise FormatError(f"{INDEX} is of another dataset; run gpu-npz verify", self.location)
+        self._digests = [bytes(digest).hex() for digest in index["shard_digest"]]
         rows, sizes = index["shard_rows"].tolist(), index["shard_bytes"].tolist()
         self.files = tuple((shard_name(shard, len(rows)), size) for shard, size in enumerate(sizes))
         self._rows: list[int] = rows
@@ -143,6 +147,8 @@ class DatasetSource(Source):
                 rows = kept[start : start + GROUP_ITEMS].astype(np.int64)
                 labels = reader["labels"][rows] if self._labelled else None
                 if labels is not None and self._renumbered is not None:
+                    if labels.min() < 0 or labels.max() >= len(self._renumbered):
+                        raise FormatError("it has labels without a class; run gpu-npz verify", reader.path)
                     labels = self._renumbered[labels]
                 paths = [as_bytes(path) for path in reader["paths"][rows].tolist()]
                 yield Group(b"", paths, labels=labels, places=np.stack([np.full_like(rows, shard), rows], axis=1))
@@ -185,10 +191,9 @@ class DatasetSource(Source):
             if shard not in self._open:
                 reader, images = open_npz(self._storage, self.files[shard][0]), self._manifest.images
                 stored = reader.rows("images")
-                found = (reader.directory.comment, stored.shape, stored.dtype.name)
-                wanted = (
-                    shard_comment(self._manifest.id, shard), (self._rows[shard], *images.shape), images.dtype,
-                )  # fmt: skip
+                shape = (self._rows[shard], *images.shape)
+                found = (reader.directory.comment, reader.directory.digest, stored.shape, stored.dtype.name)
+                wanted = (shard_comment(self._manifest.id, shard), self._digests[shard], shape, images.dtype)
                 if found != wanted:
                     raise FormatError(f"it is not shard {shard} of this dataset; copy it again", reader.path)
                 if len(self._open) >= _OPEN_SHARDS:

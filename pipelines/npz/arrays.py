@@ -99,7 +99,9 @@ class ArrayInfo:
                 "of them (of images np.stack(images)), and save that"
             )
         bound = self.dtype.itemsize * math.prod(max(side, 1) for side in self.shape)  # NumPy limits it if a side is 0
-        if min(self.shape, default=0) < 0 or bound >= 1 << 63 or self.header_bytes + self.data_bytes > self.npy_bytes:
+        taken = self.header_bytes + self.data_bytes
+        fits = taken <= self.npy_bytes if self.crc32 is None else taken == self.npy_bytes  # an .npy may hold more
+        if min(self.shape, default=0) < 0 or bound >= 1 << 63 or not fits:
             raise FormatError(
                 f"{self.dtype} {str(self.shape)[:200]} does not fit into {self.npy_bytes} bytes; {_DAMAGED}"
             )
