@@ -98,7 +98,7 @@ def test_a_deflated_array_is_inflated_once_with_a_warning(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with caplog.at_level(logging.WARNING):
         source = open_source(str(tmp_path / "a.npz"))
-    assert "each process that reads it inflates it once" in caplog.text
+    assert "each process that reads it decompresses it once" in caplog.text
     copy = pickle.loads(pickle.dumps(source))
     for each in (source, copy):
         assert (np.stack([np.asarray(picture) for picture in pictures(each)]) == RGB).all()
@@ -615,7 +615,7 @@ def test_floats_that_were_levels_become_them_again(
 
 
 def test_scale_is_for_floats_and_for_arrays_alone(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--scale 255 is for floats; .* has uint8 \(6, 9, 7, 3\): leave it out"):
+    with pytest.raises(UsageError, match=r"--scale 255 is for floats; .* has uint8 \(6, 9, 7, 3\): omit it"):
         open_source(save(tmp_path / "a.npy", RGB), BuildConfig(scale=255))
     (tmp_path / "a").mkdir()
     with pytest.raises(UsageError, match="--scale goes with numpy"):

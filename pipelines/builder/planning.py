@@ -262,7 +262,8 @@ def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source:
 def require_same_labels(train: Job, source: Source) -> None:
     """Raises SourceError if a side of a split that SRC has is labelled in another way than its train side."""
     record = train.record
-    if (source.class_names is None) == (record.class_names is None) and source.columns == record.columns:
+    kinds, trained = ([(each.kind, each.classes) for each in columns] for columns in (source.columns, record.columns))
+    if (source.class_names is None) == (record.class_names is None) and kinds == trained:  # names differ: y_test
         return
     mine, its = (
         f"{len(names)} classes" if names is not None else ", ".join(map(str, columns)) or "no labels"

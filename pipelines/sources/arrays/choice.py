@@ -54,8 +54,9 @@ def image_array(arrays: Mapping[str, Array], wanted: str, location: str) -> str:
     if name is not None and len(many) > 1:
         others = [other for other in many if other != name]
         log.warning(
-            "%r: the images are those of %r; %s may be some, too: give SRC as %s/%s.npy to have them",
+            "%r: the images are those of %r; %s may be some, too: give SRC as %s/%s.npy to have them%s",
             location, name, ", ".join(map(repr, others)), location, others[0],
+            ", or --splits all for every side" if _are_sides(_sides(arrays)) else "",
         )  # fmt: skip
     if name is None:
         raise SourceError(
@@ -105,13 +106,8 @@ def image_sides(arrays: Mapping[str, Array], location: str, *, labelled: bool) -
     Raises:
         SourceError: there are no such arrays, or only for one side; several for a side; or labels of some sides alone.
     """
-    found: dict[str, list[str]] = {}
-    for name, array in arrays.items():
-        part = _words(name).difference(_IMAGES)
-        for side, words in _SIDES.items():
-            if len(part) == 1 and part <= words and _like_images(array) and _words(name) & {*_IMAGES}:
-                found.setdefault(side, []).append(name)
-    if len(found) < 2 or "train" not in found or any(len(names) > 1 for names in found.values()):
+    found = _sides(arrays)
+    if not _are_sides(found):
         raise SourceError(
             f"--splits all: {location!r} has {shown(arrays)}; each side needs one array of images, named for it: "
             "x_train and x_test, or train_images, val_images and test_images. Rename them, or give one array as "
@@ -125,6 +121,22 @@ def image_sides(arrays: Mapping[str, Array], location: str, *, labelled: bool) -
             f"them (it has {shown(arrays)}), or say --labels none"
         )
     return sides
+
+
+def _sides(arrays: Mapping[str, Array]) -> dict[str, list[str]]:
+    """The names of the arrays that, judging by their names, hold the images of each side of a split."""
+    found: dict[str, list[str]] = {}
+    for name, array in arrays.items():
+        part = _words(name).difference(_IMAGES)
+        for side, words in _SIDES.items():
+            if len(part) == 1 and part <= words and _like_images(array) and _words(name) & {*_IMAGES}:
+                found.setdefault(side, []).append(name)
+    return found
+
+
+def _are_sides(found: Mapping[str, list[str]]) -> bool:
+    """Whether there are sides of a split, with one array each, and train among them."""
+    return len(found) > 1 and "train" in found and all(len(names) == 1 for names in found.values())
 
 
 def class_names_array(arrays: Mapping[str, Array]) -> Array | None:

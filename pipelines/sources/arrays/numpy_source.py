@@ -95,8 +95,8 @@ class NumpySource(LabelledSource[Listing]):
         self._inflated = Inflated(self._files)
         if deflated := [array.info.npy_bytes for array in self._arrays if array.info.deflated]:
             log.warning(
-                "%s is compressed, so each process that reads it inflates it once, into %d MB in %s; np.savez, which "
-                "does not compress, spares that",
+                "%s is compressed, so each process that reads it decompresses it once, into %d MB in %s; to avoid "
+                "this, save it with np.savez, which does not compress",
                 self._arrays[0].where if len(self._files) == 1 else repr(self.location), sum(deflated) >> 20,
                 tempfile.gettempdir(),
             )  # fmt: skip

@@ -120,11 +120,11 @@ def _required(array: Array, found: RowFormat, got: str) -> RowFormat:
             "(or 65535), round, and save it as .astype('uint8')"
         )
     if found.scale != "none" and not floats:
-        raise UsageError(f"--scale {found.scale} is for floats; {got}: leave it out")
+        raise UsageError(f"--scale {found.scale} is for floats; {got}: omit it")
     if 0 in array.shape:
         raise SourceError(f"{got}, which is no image at all; give an array with images")
     if found.channels == 4 and dtype.newbyteorder("=") == np.uint16:
-        raise SourceError(f"{got}; alpha goes with uint8 alone: leave it out, array[..., :3], or convert to uint8")
+        raise SourceError(f"{got}; alpha goes with uint8 alone: omit it, array[..., :3], or convert to uint8")
     if found.row_bytes > MAX_ENCODED_BYTES:
         raise SourceError(f"{array.where}: images of {found.row_bytes} bytes; at most {MAX_ENCODED_BYTES} are allowed")
     return found
