@@ -894,8 +894,8 @@ _RULES = (
         "split splits",
         lambda config: config.split is not None and config.splits != "none",
         lambda config: (
-            f"--split {config.split} divides SRC, and --splits {config.splits} takes the sides that it has; leave one "
-            "out"
+            f"--split {config.split} divides SRC, and --splits {config.splits} takes the sides that it has; omit "
+            "one of them"
         ),
     ),
     _Rule(

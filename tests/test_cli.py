@@ -500,7 +500,7 @@ def test_splits_all_builds_the_sides_that_a_file_has(
     assert run(["build", keras, out, *SMALL, "--splits", "all", "--json"]) == 0
     assert {side: each["rows"] for side, each in json.loads(capsys.readouterr().out).items()} == {"train": 6, "test": 2}
     assert run(["build", keras, out, *SMALL, "--splits", "all", "--split", "val=0.1"]) == 2
-    assert "--splits all takes the sides that it has; leave one out" in capsys.readouterr().err
+    assert "--splits all takes the sides that it has; omit one of them" in capsys.readouterr().err
     assert run(["build", keras, f"{out}2", *SMALL, "--splits", "val"]) == 2
     assert "splits: got 'val'; allowed: none, all" in capsys.readouterr().err
     assert run(["build", keras, f"{out}2", *SMALL, "--splits", "all", "--dry-run"]) == 2

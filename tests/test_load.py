@@ -291,6 +291,7 @@ def test_a_hostile_npz_is_a_format_error(tmp_path: Path, what: str) -> None:
 HUGE = str(1 << 62)
 BAD_NPYS = {
     "cut": described("(9,)") + bytes(71),
+    "negative and empty": described("(0, -9)"),
     "huge": described(f"({HUGE}, {HUGE})"),
     "huge and empty": described(f"(0, {HUGE}, {HUGE})"),
     "negative": described("(-9,)") + bytes(72),

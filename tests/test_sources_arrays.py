@@ -369,7 +369,7 @@ BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
     "no images": (header((0, 5, 5)), "no image at all; give an array with images"),
     "no rows": (header((3, 0, 5)), "no image at all"),
     "flat": (header((2, 25)) + bytes(50), r"allowed are \(N, H, W\), \(N, H, W, C\) and \(N, C, H, W\)"),
-    "scalar": (header(()) + bytes(50), r"allowed are \(N, H, W\)"),
+    "scalar": (header(()) + bytes(1), r"allowed are \(N, H, W\)"),
     "one image": (header((5, 6, 3)) + bytes(90), r"looks like one image of 3 channels; .* as array\[None\]"),
     "one with alpha": (header((5, 6, 4)) + bytes(120), r"looks like one image of 4 channels; allowed are \(N, H, W\)"),
     "one gray image": (header((5, 6, 1), "<u2") + bytes(60), r"looks like one image of 1 channels"),

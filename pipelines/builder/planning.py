@@ -270,7 +270,7 @@ def require_same_labels(train: Job, source: Source) -> None:
         for names, columns in ((source.class_names, source.columns), (record.class_names, record.columns))
     )
     raise SourceError(
-        f"{source.location!r} has {mine}, and {record.source_location!r} {its}; make their labels alike, or say "
+        f"{source.location!r} has {mine}, and {record.source_location!r} {its}; make their labels alike, or use "
         "--labels none"
     )
 

@@ -106,7 +106,7 @@ class DatasetSource(Source):
             self.class_names, self.columns = manifest.classes, manifest.columns
             self._renumber(classes)
         elif classes is not None:
-            raise SourceError(f"{self.location!r} has no labels; leave --classes-from out")
+            raise SourceError(f"{self.location!r} has no labels; omit --classes-from")
         self._reset()
 
     def _renumber(self, classes: Sequence[str] | None) -> None:
@@ -114,8 +114,8 @@ class DatasetSource(Source):
             return
         if self.class_names is None:
             raise UsageError(
-                f"--classes-from numbers classes, and {self.location!r} has {', '.join(map(str, self.columns))}; leave "
-                "it out"
+                f"--classes-from numbers classes, and {self.location!r} has {', '.join(map(str, self.columns))}; "
+                "omit it"
             )
         numbers = numbered(list(classes), list(self.class_names), self.location)
         self._renumbered = np.array([numbers[name] for name in self.class_names], np.int64)

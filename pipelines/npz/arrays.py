@@ -102,9 +102,8 @@ class ArrayInfo:
         taken = self.header_bytes + self.data_bytes
         fits = taken <= self.npy_bytes if self.crc32 is None else taken == self.npy_bytes  # an .npy may hold more
         if min(self.shape, default=0) < 0 or bound >= 1 << 63 or not fits:
-            raise FormatError(
-                f"{self.dtype} {str(self.shape)[:200]} does not fit into {self.npy_bytes} bytes; {_DAMAGED}"
-            )
+            how = "does not fill" if 0 <= taken < self.npy_bytes else "does not fit into"
+            raise FormatError(f"{self.dtype} {str(self.shape)[:200]} {how} {self.npy_bytes} bytes; {_DAMAGED}")
         return self
 
 

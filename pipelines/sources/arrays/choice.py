@@ -118,7 +118,7 @@ def image_sides(arrays: Mapping[str, Array], location: str, *, labelled: bool) -
     if labelled and 0 < len(lacking) < len(sides):
         raise SourceError(
             f"--splits all: {location!r} has labels for some sides, but none for {', '.join(map(repr, lacking))}; add "
-            f"them (it has {shown(arrays)}), or say --labels none"
+            f"them (it has {shown(arrays)}), or use --labels none"
         )
     return sides
 

@@ -60,7 +60,7 @@ def labels_of(
             except (SourceError, UnicodeDecodeError) as exc:
                 raise SourceError(
                     f"{location!r}: {column!r} has classes that the array class_names does not name; complete it, or "
-                    "say --labels none"
+                    "use --labels none"
                 ) from exc
             classes = names
         names = None
@@ -73,7 +73,7 @@ def _from_zero(column: str, values: NDArray[Any], location: str, count: int) -> 
     if low >= 1 and high < count:
         raise SourceError(
             f"{location!r}: {column!r} has labels from {low} to {high} for {count} names of classes, which could be "
-            f"those of 0 to {count - 1} or of 1 to {count}; say --labels {column}:integer for the former, or give "
+            f"those of 0 to {count - 1} or of 1 to {count}; use --labels {column}:integer for the former, or give "
             f"--classes-from the dataset that was built of all classes"
         )
     return values - 1 if low >= 1 and high == count else values

@@ -211,7 +211,7 @@ class NumpySource(LabelledSource[Listing]):
             if (mine.dtype.kind, mine.shape[1:]) != (its.dtype.kind, its.shape[1:]):
                 raise SourceError(
                     f"{mine.where} has {mine.dtype} {mine.shape}, and {its.where} {its.dtype} {its.shape}; labels of "
-                    "one SRC have one type and as many columns: convert them, or say --labels none"
+                    "one SRC have one type and as many columns: convert them, or use --labels none"
                 )
         return [(self._files, arrays[name]) for arrays in found]
 
@@ -248,7 +248,7 @@ def sides_of(location: str, labels: str | None) -> dict[str, str]:
     if labels not in (None, "none"):
         raise UsageError(
             f"--labels {labels} and --splits all: each side has labels of its own, found by name, such as y_train; "
-            "leave one out, or say --labels none"
+            "omit one of them, or use --labels none"
         )
     files = Files(location, _PATTERN)
     inside = f"{files.location}/*.npz" if os.path.isdir(files.location) else files.location

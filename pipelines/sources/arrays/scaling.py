@@ -53,7 +53,7 @@ def require_scale(sample: NDArray[Any], scale: Scale, got: str) -> None:
     elif low >= 0 and 1 < high <= 255:
         way = "if these are levels, save array.round().astype('uint8')"
     else:
-        way = "scale them to 0 to 1, and say --scale 255, or save them as uint8"
+        way = "scale them to 0 to 1, and use --scale 255, or save them as uint8"
     if scale == "none":
         raise SourceError(
             f"{seen}; floats become levels of 0 to 255 by --scale 255 (0 to 1) or signed (-1 to 1): {way}"
