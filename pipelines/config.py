@@ -232,8 +232,8 @@ class BuildConfig(BaseModel):
         "identity",
         "input",
         "none",
-        "What arrays of floats hold: values of 0 to 1 (255) or of -1 to 1 (signed), which become levels of 0 to 255 by "
-        "rounding.",
+        "For arrays of floats: 255 if the values are 0 to 1, signed if they are -1 to 1; they are rounded to levels of "
+        "0 to 255.",
     )
     per_class: int | None = _setting(
         "identity",
@@ -300,8 +300,8 @@ class BuildConfig(BaseModel):
     )
     splits: Literal["none", "all"] = _setting(
         "operational", "input", "none",
-        "Build OUT/train, OUT/val and OUT/test from the arrays of each in one .npz (all), as in those of Keras and "
-        "MedMNIST.",
+        "all builds OUT/train, OUT/val and OUT/test from the arrays of an .npz that are named so, as those of Keras "
+        "and MedMNIST.",
     )  # fmt: skip
     root: str | None = _advanced(
         "operational", "input", None,
