@@ -645,7 +645,7 @@ def test_floats_between_the_levels_are_rounded_with_one_warning(
 ) -> None:
     values = RANDOM.random((6, 5, 5))
     source = open_source(save(tmp_path / "a.npy", values), BuildConfig(scale="255"))
-    assert caplog.text.count("lie between the levels of 0 to 255; they are rounded, which loses") == 1
+    assert caplog.text.count("some lie between the levels of 0 to 255 and are rounded, which loses information") == 1
     assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == np.rint(values * 255)).all()
 
 

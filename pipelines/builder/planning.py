@@ -93,7 +93,7 @@ def places(src: str | os.PathLike[str], out: str | os.PathLike[str], sides: Coll
     """
     storage = open_storage(out)
     if sides and storage.size(JOB) is not None:
-        raise StorageError(f"{storage.root!r} is a dataset; give a split an OUT of its own")
+        raise StorageError(f"{storage.root!r} is a dataset; give --split an OUT of its own")
     found = {side: open_storage(storage.path(side)) for side in sides} or {"": storage}
     for each in found.values():
         check_places(src, each)

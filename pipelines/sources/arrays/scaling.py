@@ -65,7 +65,7 @@ def require_scale(sample: NDArray[Any], scale: Scale, got: str) -> None:
         log.warning("%s; --scale signed takes -1 to 1, so that 0 becomes gray; --scale 255 is for 0 to 1", seen)
     levels = _levels(sample[fit], scale)
     if np.abs(levels - np.rint(levels)).max() > _MOST_REMAINDER:
-        log.warning("%s lie between the levels of 0 to 255; they are rounded, which loses what is finer", seen)
+        log.warning("%s; some lie between the levels of 0 to 255 and are rounded, which loses information", seen)
 
 
 def _levels(values: NDArray[Any], scale: str) -> NDArray[np.float64]:
