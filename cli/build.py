@@ -74,14 +74,14 @@ def command(
     with Bar(hidden=quiet or as_json or lines is not None) as bar:
         on_event: Any = lines or bar
         try:
-            if config.sides:
+            if config.several:
                 by_side = (lambda side, event: lines(event, side)) if lines else (lambda side, event: bar(event))
                 reports = build_split(src, out, config, progress=by_side)
             else:
                 reports = {"": build(src, out, config, progress=on_event)}
         except RejectLimitError as exc:
             if as_json or lines:
-                _print_reports({os.path.basename(exc.report.out) if config.sides else "": exc.report}, lines)
+                _print_reports({os.path.basename(exc.report.out) if config.several else "": exc.report}, lines)
             raise
     if as_json or lines:
         _print_reports(reports, lines)

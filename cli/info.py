@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import click
 import numpy as np
 
-from gpu_npz.cli.console import class_sizes, print_lines, printable
+from gpu_npz.cli.console import class_sizes, print_json, print_lines, printable
 from gpu_npz.cli.datasets import datasets_in, print_sides
 from gpu_npz.config import BuildConfig, as_option, option_of
 from gpu_npz.dataset.manifest import Manifest, so_far
 from gpu_npz.dataset.space import format_bytes
-from gpu_npz.errors import FormatError, IncompleteError
+from gpu_npz.errors import FormatError, IncompleteError, SourceError, UsageError
+from gpu_npz.npz.load import UNNAMED, load
 from gpu_npz.readers.dataset import open_index
+from gpu_npz.sources.arrays.numpy_source import NumpySource
 from gpu_npz.storage import open_storage
 
 _ALWAYS = {"size", "resize_mode", "normalize", "dtype", "layout"}
@@ -24,18 +27,22 @@ _LAST = {"shard_table_digest", "rejects_digest"}  # manifest fields that are unk
 
 
 @click.command("info")
-@click.argument("out", metavar="OUT")
+@click.argument("out", metavar="OUT|FILE")
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print the manifest as JSON on stdout; for an unfinished build, what is known so far.",
+    help="Print the manifest as JSON on stdout; for an unfinished build, what is known so far; for a file, its arrays.",
 )
 def command(out: str, as_json: bool) -> None:
-    """Show the images, classes, counts and settings of the dataset in OUT.
+    """Show the images, classes, counts and settings of the dataset in OUT, or the arrays of an .npz or .npy FILE.
 
-    For an unfinished build, it shows what is there so far, and the exit code is 1. For a split, it shows all sides.
+    For an unfinished build, it shows what is there so far, and the exit code is 1. For a split, it shows all sides. For
+    a file, it shows what a build would use as images and labels.
     """
+    if out.lower().endswith((".npz", ".npy")) and os.path.isfile(out):
+        _show_file(out, as_json)
+        return
     found: dict[str, Any] = {}
     unfinished = None
     for side, path in datasets_in(out).items():
@@ -58,6 +65,53 @@ def command(out: str, as_json: bool) -> None:
         print_sides(found)
     if unfinished is not None:
         raise unfinished
+
+
+def _show_file(path: str, as_json: bool) -> None:
+    """Prints the arrays of a file, and what a build would make of them."""
+    infos = load(path).infos
+    arrays = {
+        name: {
+            "shape": info.shape,
+            "dtype": str(info.dtype),
+            "bytes": info.data_bytes,
+            "stored": not info.deflated,
+            "mappable": info.unmappable is None,
+            "unmappable": info.unmappable,
+        }
+        for name, info in infos.items()
+    }
+    build = _build_of(path)
+    if as_json:
+        print_json({"file": path, "arrays": arrays, "build": build})
+        return
+    rows = {}
+    for name, info in infos.items():
+        place = "deflated" if info.deflated else "stored"
+        mapped = "mappable" if info.unmappable is None else f"not mappable ({info.unmappable})"
+        rows[name] = f"{info.dtype} {info.shape}, {format_bytes(info.data_bytes)}, {place}, {mapped}"
+    if build["problem"] is None:
+        rows["a build"] = f"{build['items']} images of {build['images']!r}, {build['label_kind']}"
+        rows["a build"] += f" from {build['labels']!r}" if build["labels"] else ""
+    else:
+        rows["a build"] = f"is refused: {build['problem']}"
+    length = max(map(len, map(printable, rows)))
+    click.echo("\n".join(f"{printable(name):{length}}  {printable(text)}" for name, text in rows.items()))
+
+
+def _build_of(path: str) -> dict[str, Any]:
+    """What a build with default settings would take from a file: names of arrays, number of items, kind of labels."""
+    try:
+        source = NumpySource(path, BuildConfig(), None)
+        items = sum(len(group.names) for group in source.groups())
+    except (SourceError, UsageError) as exc:
+        return {"images": None, "labels": None, "items": 0, "label_kind": None, "problem": str(exc)}
+    names = source.class_names
+    kind = f"{len(names)} classes" if names is not None else ", ".join(map(str, source.columns)) or "no labels"
+    images, labels = source.array_names
+    return {
+        "images": images or UNNAMED, "labels": labels or None, "items": items, "label_kind": kind, "problem": None,
+    }  # fmt: skip
 
 
 def _lines(manifest: Manifest, index: Any, built: int | None) -> list[str]:

@@ -13,7 +13,7 @@ from gpu_npz.config import BuildConfig, Group, group_of, load_toml, option_of, s
 from gpu_npz.presets import settings_of_preset
 
 # OPERATIONAL: the settings that may differ from those of the build when rejects are retried or shards are rebuilt.
-_NOT = {"classes_from", "part", "overwrite", "source", "root", "follow_links"}
+_NOT = {"classes_from", "part", "overwrite", "source", "splits", "root", "follow_links"}
 OPERATIONAL = [name for name in (*settings_of("environment"), *settings_of("operational")) if name not in _NOT]
 
 # The names of options in other tools. They are accepted, but the help does not list them.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .dataset.manifest import Manifest
     from .errors import GpuNpzError
     from .export.run import export_dataset
+    from .npz.load import load
     from .readers.combine import Mix, concat, mix
     from .readers.dataset import Dataset, open_dataset
     from .readers.inference import Preprocess
@@ -48,6 +49,7 @@ _HOMES = {
     "build_split": "builder.build",
     "concat": "readers.combine",
     "export_dataset": "export.run",
+    "load": "npz.load",
     "mix": "readers.combine",
     "open_dataset": "readers.dataset",
     "verify": "audit.verify",
@@ -73,6 +75,7 @@ __all__ = [
     "build_split",
     "concat",
     "export_dataset",
+    "load",
     "mix",
     "open_dataset",
     "verify",

@@ -33,7 +33,7 @@ DType = Literal["float32", "float16", "uint8", "uint16"]
 Layout = Literal["NCHW", "NHWC"]
 Channels = Literal["rgb", "bgr", "gray"]
 SourceKind = Literal[
-    "auto", "folder", "tar", "zip", "webdataset", "imagenet", "table", "parquet", "cifar", "numpy"
+    "auto", "folder", "tar", "zip", "webdataset", "imagenet", "table", "parquet", "cifar", "numpy", "dataset"
 ]  # fmt: skip
 
 MAX_SIDE = 16_384
@@ -45,6 +45,7 @@ DEFLATE_LEVEL = 1
 MIN_STD = 1e-9
 _MAX_TOML_BYTES = 1 << 20
 TRAIN = "train"  # the side of a split that gets all remaining items
+_LATER = ("scale",)  # identity settings that datasets of earlier versions do not name
 MIN_REJECT_LIMIT = 10  # so that a percentage of a small plan still allows a few bad files
 
 _RANGES = {
@@ -243,6 +244,13 @@ class BuildConfig(BaseModel):
         "the name of a column",
         "COLUMN",
     )
+    scale: Literal["none", "255", "signed"] = _setting(
+        "identity",
+        "input",
+        "none",
+        "For arrays of floats: 255 if the values are 0 to 1, signed if they are -1 to 1; they are rounded to levels of "
+        "0 to 255.",
+    )
     per_class: int | None = _setting(
         "identity",
         "input",
@@ -316,6 +324,11 @@ class BuildConfig(BaseModel):
     source: SourceKind = _setting(
         "operational", "input", "auto", "The kind of SRC. auto detects it by name and content."
     )
+    splits: Literal["none", "all"] = _setting(
+        "operational", "input", "none",
+        "all builds OUT/train, OUT/val and OUT/test from the arrays of an .npz whose names contain these words, as in "
+        "those of Keras and MedMNIST.",
+    )  # fmt: skip
     root: str | None = _advanced(
         "operational", "input", None,
         "The folder to which the paths in a table are relative (default: the folder of the table). For a folder, tar "
@@ -474,6 +487,7 @@ class BuildConfig(BaseModel):
     def _parse_choice(cls, value: Any, info: Any) -> Any:
         """Accepts a choice in any case and with `_` for `-`, as other tools spell it: nhwc, center_crop."""
         choices = get_args(cls.model_fields[info.field_name].annotation)
+        value = str(value) if type(value) is int and str(value) in choices else value
         if not isinstance(value, str) or not all(isinstance(choice, str) for choice in choices):
             return value
         spelled = value.strip().lower().replace("_", "-")
@@ -596,6 +610,11 @@ class BuildConfig(BaseModel):
         return {side: self.model_copy(update={"split": f"{self.split}/{side}"}) for side in (TRAIN, *self.shares)}
 
     @property
+    def several(self) -> bool:
+        """Whether the build makes a dataset for each side of a split, its own or one that SRC has."""
+        return bool(self.sides) or self.splits != "none"
+
+    @property
     def max_level(self) -> int:
         """The highest level of a pixel, which means white: 255 or 65535."""
         return 255 if self.bit_depth == 8 else 65_535
@@ -613,6 +632,14 @@ class BuildConfig(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Returns the settings that determine the output's bytes, as JSON values by name."""
         return self.model_dump(mode="json", include=set(settings_of("identity")))
+
+    def stored_identity(self) -> dict[str, Any]:
+        """Returns `identity` as datasets store it: without later settings that have their default.
+
+        So a build has the id, and thus the bytes, that it had before there were such settings.
+        """
+        defaults = {name: BuildConfig.model_fields[name].default for name in _LATER}
+        return {name: value for name, value in self.identity().items() if (name, value) not in defaults.items()}
 
     def for_items(self, items: int) -> BuildConfig:
         """Returns the settings for a plan of `items` items, with a `shard_size` of auto replaced by a number of rows.
@@ -890,6 +917,14 @@ _RULES = (
         "split split_by split_seed",
         lambda config: config.split is None and (config.split_by is not None or config.split_seed != 0),
         lambda _: "--split-by and --split-seed require --split; add it, or omit them",
+    ),
+    _Rule(
+        "split splits",
+        lambda config: config.split is not None and config.splits != "none",
+        lambda config: (
+            f"--split {config.split} divides SRC, and --splits {config.splits} takes the sides that it has; omit "
+            "one of them"
+        ),
     ),
     _Rule(
         "ray_address engine",

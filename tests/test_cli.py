@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import click
+import numpy as np
 import pytest
 from support import MakeTree, contents, python
 
@@ -501,6 +502,66 @@ def test_info_of_a_killed_build_says_how_far_it_is(src: str, out: str, capsys: p
     Path(out, ".gpu-npz/commits/.shard-00003.json.12345-6.tmp").write_bytes(b"half")
     assert run(["info", out]) == 1
     assert "is not complete: 5 of 5 shards" in capsys.readouterr().err
+
+
+@pytest.fixture
+def keras(tmp_path: Path) -> str:
+    """An .npz as Keras has them, with arrays that cannot be mapped beside it."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 9, 7, 3), np.uint8)
+    labels = np.arange(6) % 3
+    path = tmp_path / "mnist.npz"
+    np.savez(path, x_train=images, y_train=labels, x_test=images[:2], y_test=labels[:2], notes=np.array([None]))
+    return str(path)
+
+
+def test_info_of_a_file_shows_its_arrays_and_what_a_build_takes(
+    keras: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["info", keras]) == 0
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["x_train"] == "uint8 (6, 9, 7, 3), 1.1 kB, stored, mappable"
+    assert re.fullmatch(r"int64 \(2,\), 16 B, stored, not mappable \(not aligned: at byte \d+\)", lines["y_test"])
+    assert lines["notes"] == "object (1,), 8 B, stored, not mappable (Python objects)"
+    assert lines["a build"] == "6 images of 'x_train', y_train (integer) from 'y_train'"
+    assert run(["info", keras, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["arrays"]["x_test"] == {
+        "shape": [2, 9, 7, 3], "dtype": "uint8", "bytes": 378, "stored": True, "mappable": True, "unmappable": None
+    }  # fmt: skip
+    assert found["build"] == {
+        "images": "x_train", "labels": "y_train", "items": 6, "label_kind": "y_train (integer)", "problem": None
+    }  # fmt: skip
+    np.savez_compressed(tmp_path / "f.npz", images=np.zeros((2, 5, 5)))
+    assert run(["info", str(tmp_path / "f.npz")]) == 0
+    printed = capsys.readouterr().out
+    assert "float64 (2, 5, 5), 400 B, deflated, not mappable (deflated)" in printed
+    assert "a build  is refused: " in printed
+    assert "--scale 255" in printed
+    np.save(tmp_path / "a.npy", np.zeros((2, 5, 5), np.uint8))
+    assert run(["info", str(tmp_path / "a.npy")]) == 0
+    assert "a build  2 images of 'arr_0', no labels" in capsys.readouterr().out
+    (tmp_path / "bad.npz").write_bytes(b"PK\3\4")
+    assert run(["info", str(tmp_path / "bad.npz")]) == 1
+    assert "bad.npz: it is no .npz, damaged or cut" in capsys.readouterr().err
+
+
+def test_splits_all_builds_the_sides_that_a_file_has(
+    keras: str, out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["build", keras, out, *SMALL, "--splits", "all"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{out}/train: 6 images" in printed
+    assert f"{out}/test: 2 images" in printed
+    assert run(["build", keras, out, *SMALL, "--splits", "all", "--json"]) == 0
+    assert {side: each["rows"] for side, each in json.loads(capsys.readouterr().out).items()} == {"train": 6, "test": 2}
+    assert run(["build", keras, out, *SMALL, "--splits", "all", "--split", "val=0.1"]) == 2
+    assert "--splits all takes the sides that it has; omit one of them" in capsys.readouterr().err
+    assert run(["build", keras, f"{out}2", *SMALL, "--splits", "val"]) == 2
+    assert "splits: got 'val'; allowed: none, all" in capsys.readouterr().err
+    assert run(["build", keras, f"{out}2", *SMALL, "--splits", "all", "--dry-run"]) == 2
+    assert f"plan each by itself: SRC is one of {keras}/x_train.npy, {keras}/x_test.npy" in capsys.readouterr().err
+    assert run(["build", f"{out}/train", f"{out}2", *SMALL, "--size", "8", "--dtype", "uint8"]) == 0
+    assert run(["verify", f"{out}2"]) == 0
 
 
 @pytest.fixture

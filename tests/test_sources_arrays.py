@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import pickle
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import MakeDataset, items, read_shards
+from support import MakeDataset, build_cpu, cpu_config, items, read_shards
 
 import gpu_npz
+from gpu_npz.builder.build import build_split
+from gpu_npz.builder.estimate import estimate
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import SourceError, UsageError
-from gpu_npz.sources import open_source
+from gpu_npz.errors import MismatchError, SourceError, UsageError
+from gpu_npz.sources import open_source, sides_of_source
 from gpu_npz.sources.base import Item, Source, read_item
 from gpu_npz.sources.rejects import BadItem
 
@@ -353,7 +356,8 @@ def test_arrays_that_are_left_over_are_named_where_none_has_labels(
 
 HUGE = 1 << 40
 BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
-    "float": (header((1, 5, 5), "<f4") + bytes(100), r"has float32 \(1, 5, 5\); allowed are uint8 and uint16: scale"),
+    "float": (header((1, 5, 5), "<f4") + bytes(100), r"has float32 \(1, 5, 5\), with .*: --scale 255 takes 0 to 1"),
+    "complex": (header((1, 5, 5), "<c8") + bytes(200), r"has complex64 \(1, 5, 5\); allowed are uint8 and uint16"),
     "int64": (header((1, 5, 5), "<i8") + bytes(200), r"has int64 \(1, 5, 5\); allowed are uint8 and uint16"),
     "uint32": (header((1, 5, 5), "<u4") + bytes(100), "allowed are uint8 and uint16"),
     "record": (header((1, 5, 5), [("a", "|u1")]) + bytes(25), "allowed are uint8 and uint16"),
@@ -365,13 +369,13 @@ BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
     "no images": (header((0, 5, 5)), "no image at all; give an array with images"),
     "no rows": (header((3, 0, 5)), "no image at all"),
     "flat": (header((2, 25)) + bytes(50), r"allowed are \(N, H, W\), \(N, H, W, C\) and \(N, C, H, W\)"),
-    "scalar": (header(()) + bytes(50), r"allowed are \(N, H, W\)"),
+    "scalar": (header(()) + bytes(1), r"allowed are \(N, H, W\)"),
     "one image": (header((5, 6, 3)) + bytes(90), r"looks like one image of 3 channels; .* as array\[None\]"),
     "one with alpha": (header((5, 6, 4)) + bytes(120), r"looks like one image of 4 channels; allowed are \(N, H, W\)"),
     "one gray image": (header((5, 6, 1), "<u2") + bytes(60), r"looks like one image of 1 channels"),
     "5 channels": (header((1, 5, 5, 5)) + bytes(125), "C being 1, 3 or 4"),
     "either": (header((1, 3, 5, 3)) + bytes(45), "channels could be first or last"),
-    "deep alpha": (header((1, 5, 5, 4), "<u2") + bytes(200), "alpha goes with uint8 alone"),
+    "deep alpha": (header((1, 5, 5, 4), "<u2") + bytes(200), "alpha is allowed with uint8 only"),
     "no header": (b"\x93NUMPY\x01\x00\xff\xff", r"no \.npy that can be read"),
     "version 9": (header((1, 5, 5)).replace(b"\x01\x00", b"\x09\x00", 1), r"no \.npy that can be read"),
     "a program": (header("__import__('os')") + bytes(9), r"no \.npy that can be read"),
@@ -430,7 +434,7 @@ def test_what_is_wrong_with_other_arrays_does_not_matter(tmp_path: Path) -> None
     assert labels_of(open_source(save(tmp_path / "a.npz", arrays))) == LABELS.tolist()
     for labels, message in ((LABELS.astype(object), "Python objects"), (LABELS.astype("M8[s]"), "numbers or texts")):
         location = save(tmp_path / "a.npz", {"images": RGB, "labels": labels})
-        with pytest.raises(SourceError, match=rf"array 'labels' .*{message}"):
+        with pytest.raises(SourceError, match=rf"array 'labels'.*{message}"):
             open_source(location)
         assert labels_of(open_source(location, BuildConfig(labels="none"))) == [None] * 6
 
@@ -456,11 +460,280 @@ def test_damaged_npz_are_refused(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(SourceError, match=message):
             open_source(str(path))
-    save(tmp_path / "b.npz", {"images": RGB})
-    with pytest.raises(SourceError, match=r"are 2 files; give one \.npy or \.npz"):
-        open_source(f"{tmp_path}/*.npz", BuildConfig(source="numpy"))
     with pytest.raises(SourceError, match=r"c\.npz.*No such file"):
         open_source(str(tmp_path / "c.npz"))
+
+
+# Several files, and downsampled ImageNet
+
+
+def test_files_are_read_in_the_order_of_their_names_and_rows(tmp_path: Path) -> None:
+    for number in (0, 2, 10):
+        save(tmp_path / f"part_{number}.npz", {"images": RGB + np.uint8(number), "labels": LABELS + number})
+    np.savez_compressed(tmp_path / "part_2.npz", images=RGB + np.uint8(2), labels=LABELS + 2)
+    order = (0, 10, 2)
+    for location in (str(tmp_path), f"{tmp_path}/part_*.npz", f"{tmp_path}/part_*.npz/images.npy"):
+        source = open_source(location)
+        assert source.kind == "numpy"
+        found = items(source)
+        assert [item.path for item in found] == [f"part_{part}/{row:05d}" for part in order for row in range(6)]
+        assert labels_of(source) == [label + part for part in order for label in LABELS.tolist()]
+        pixels = np.concatenate([RGB + np.uint8(part) for part in order])
+        copy = pickle.loads(pickle.dumps(source))
+        assert (np.stack([np.asarray(picture) for picture in pictures(copy)]) == pixels).all()
+        assert [name for name, _ in source.files] == [f"part_{part}.npz" for part in order]
+    source = open_source(f"{tmp_path}/part_{{0,2,10}}.npz")
+    assert [item.path[:8] for item in items(source)][::6] == ["part_0/0", "part_2/0", "part_10/"]
+    for place in [(3, 0), (-1, 0), (0, 6), (0,), ()]:
+        with pytest.raises(BadItem) as caught:
+            source.read(Item(0, "x", None, place))
+        assert caught.value.code == "missing"
+
+
+def test_files_of_one_stem_keep_their_extensions(tmp_path: Path) -> None:
+    (tmp_path / "a.b").mkdir()
+    for name in ("a.npy", "b.npy", "a.NPY"):
+        save(tmp_path / name.replace("NPY", "x.npy"), RGB)
+    os.rename(tmp_path / "a.x.npy", tmp_path / "a.npz")
+    paths = [item.path for item in items(open_source(f"{tmp_path}/*.np[yz]", BuildConfig(source="numpy")))]
+    assert paths[::6] == ["a.npy/00000", "a.npz/00000", "b.npy/00000"]
+    assert len({*paths}) == 18
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": RGB}, r"b\.npz' has the arrays 'images' uint8 .*a\.npz' 'images' .* 'labels'"),
+        ({"pictures": RGB, "labels": LABELS}, r"b\.npz' has the arrays 'pictures'"),
+        ({"images": RGB.astype(np.uint16), "labels": LABELS}, r"b\.npz': array 'images' has uint16"),
+        ({"images": RGB[:, :8], "labels": LABELS}, r"b\.npz': array 'images' has uint8 \(6, 8, 7, 3\), and .*a\.npz"),
+        ({"images": RGB, "labels": LABELS[:5]}, r"b\.npz': array 'labels' has shape \(5,\)"),
+        ({"images": RGB, "labels": LABELS / 2}, r"b\.npz': array 'labels' has float64"),
+        ({"images": RGB, "labels": np.array(list("abcdef"))}, r"b\.npz': array 'labels' has <U1"),
+        ({"images": RGB, "labels": np.eye(6)}, r"b\.npz': array 'labels' has float64"),
+    ],
+)
+def test_a_file_that_differs_from_the_first_is_named(tmp_path: Path, arrays: Any, message: str) -> None:
+    save(tmp_path / "a.npz", {"images": RGB, "labels": LABELS})
+    save(tmp_path / "b.npz", arrays)
+    with pytest.raises(SourceError, match=message):
+        open_source(tmp_path)
+
+
+def test_a_folder_with_sides_of_a_split_or_with_labels_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "x_test.npy", RGB)
+    save(tmp_path / "x_train.npy", RGB)
+    with pytest.raises(SourceError, match=r"'x_test\.npy', 'x_train\.npy', which look like the sides of a split"):
+        open_source(tmp_path)
+    assert len(items(open_source(f"{tmp_path}/x_*.npy"))) == 12
+    os.rename(tmp_path / "x_test.npy", tmp_path / "images.npy")
+    save(tmp_path / "x_train.npy", LABELS)
+    with pytest.raises(SourceError, match=r"x_train\.npy' has int64 \(6,\).*images alone as SRC, and --labels FILE"):
+        open_source(tmp_path)
+    save(tmp_path / "labels.npy", np.r_[LABELS, LABELS])
+    save(tmp_path / "x_train.npy", RGB)
+    labels = BuildConfig(labels=str(tmp_path / "labels.npy"))
+    assert labels_of(open_source(f"{tmp_path}/{{images,x_train}}.npy", labels)) == [*LABELS.tolist()] * 2
+
+
+def planes(images: Any) -> Any:
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
+
+
+SQUARES = RANDOM.integers(0, 256, (6, 8, 8, 3), np.uint8)
+
+
+def test_rows_of_downsampled_imagenet_are_planes_and_its_labels_classes(tmp_path: Path) -> None:
+    arrays = {"data": planes(SQUARES), "labels": LABELS + 1, "mean": planes(SQUARES).mean(axis=0)}
+    source = open_source(save(tmp_path / "a.npz", arrays))
+    assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == SQUARES).all()
+    assert (labels_of(source), source.class_names) == (LABELS.tolist(), ("1", "2", "3"))
+    few = {"data": planes(SQUARES), "labels": np.array([2, 2, 3, 3, 2, 3])}
+    assert labels_in(tmp_path, few, classes=("1", "2", "3"))[:2] == [[1, 1, 2, 2, 1, 2], ("1", "2", "3")]
+    assert labels_in(tmp_path, arrays, classes=NAMES)[:2] == [LABELS.tolist(), NAMES]
+    assert labels_in(tmp_path, {**arrays, "labels": LABELS}, classes=NAMES)[:2] == [LABELS.tolist(), NAMES]
+    with pytest.raises(SourceError, match="from 1 to 3 for 4 names of classes, which could be"):
+        labels_in(tmp_path, arrays, classes=(*NAMES, "cat"))
+    assert labels_in(tmp_path, arrays, "labels:integer")[0] == (LABELS + 1).tolist()
+    for array in (planes(SQUARES)[:, :-1], planes(SQUARES).astype(np.uint16), planes(SQUARES[:, :2, :2])):
+        with pytest.raises(SourceError, match="no array has the dimensions of images"):
+            open_source(save(tmp_path / "a.npz", {"data": array}))
+    with pytest.raises(SourceError, match=r"of rows of pixels make images, array\.reshape"):
+        open_source(save(tmp_path / "a.npy", planes(SQUARES)))
+
+
+def test_an_array_of_class_names_names_numbers_texts_and_one_hot_rows(tmp_path: Path) -> None:
+    names = {"class_names": np.array(["cat", "ant", "bee"])}
+    named = [LABELS.tolist(), ("cat", "ant", "bee")]
+    texts = names["class_names"][LABELS]
+    for labels in (LABELS, LABELS.astype(float), np.eye(3)[LABELS], texts, texts.astype("S"), LABELS[:, None]):
+        assert labels_in(tmp_path, {"images": RGB, "labels": labels, **names})[:2] == named
+    assert labels_in(tmp_path, {"images": RGB, "labels": LABELS, "class_names": texts[:0].astype("S3")})[1] is None
+    arrays = {"images": RGB, "labels": LABELS, **names}
+    assert labels_in(tmp_path, arrays, classes=("ant", "bee", "cat"))[0] == [(each + 2) % 3 for each in LABELS.tolist()]
+    assert labels_in(tmp_path, arrays, "labels:integer")[:2] == [LABELS.tolist(), None]
+    flat = {"data": planes(SQUARES), "labels": LABELS + 1, **names}
+    assert labels_in(tmp_path, flat)[:2] == named
+    for bad, message in (
+        ({"labels": LABELS + 1}, "there are names for 3 classes, 0 to 2"),
+        ({"labels": np.array(list("abcdef"))}, "classes that the array class_names does not name"),
+        ({"class_names": np.array(["a", "a", "b"])}, "an empty name, or one twice"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            labels_in(tmp_path, {**arrays, **bad})
+
+
+# Floats
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8"])
+@pytest.mark.parametrize("scale", ["255", "signed"])
+def test_floats_that_were_levels_become_them_again(
+    tmp_path: Path, dtype: str, scale: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    every = np.arange(256).reshape(1, 16, 16).repeat(3, 0)
+    values = (every / 255 if scale == "255" else every / 127.5 - 1).astype(dtype)
+    config = BuildConfig(scale=scale)
+    for saved in (save(tmp_path / "a.npy", values), save(tmp_path / "a.npz", {"images": values})):
+        source = open_source(saved, config)
+        copy = pickle.loads(pickle.dumps(source))
+        assert (np.stack([np.asarray(picture) for picture in pictures(copy)]) == every).all()
+    np.savez_compressed(tmp_path / "a.npz", images=values)
+    caplog.clear()
+    source = open_source(tmp_path / "a.npz", config)
+    assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == every).all()
+    assert "rounded" not in caplog.text
+    other = "signed" if scale == "255" else "255"
+    with pytest.raises(SourceError, match=rf"with values from .* in 3 sampled images; .* --scale {scale} takes"):
+        open_source(saved, BuildConfig())
+    if scale == "255":
+        open_source(saved, BuildConfig(scale=other))
+        assert "--scale 255 is for 0 to 1" in caplog.text
+    else:
+        with pytest.raises(SourceError, match=r"--scale 255 is for 0 to 1: --scale signed takes -1 to 1"):
+            open_source(saved, BuildConfig(scale=other))
+
+
+def test_scale_is_for_floats_and_for_arrays_alone(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--scale 255 is for floats; .* has uint8 \(6, 9, 7, 3\): omit it"):
+        open_source(save(tmp_path / "a.npy", RGB), BuildConfig(scale=255))
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UsageError, match="--scale goes with numpy"):
+        open_source(tmp_path / "a", BuildConfig(scale="signed"))
+    for values, way in ((RGB.astype(np.float32), r"save array\.round"), (RGB * 9.0, "scale them to 0 to 1")):
+        for scale in ("none", "255", "signed"):
+            with pytest.raises(SourceError, match=way):
+                open_source(save(tmp_path / "a.npy", values), BuildConfig(scale=scale))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.5, -0.01, 1.003])
+def test_an_image_with_a_value_out_of_range_is_a_reject(tmp_path: Path, value: float) -> None:
+    values = RGB / np.float32(255)
+    values[2, 4, 5, 1] = value
+    source = open_source(save(tmp_path / "a.npy", values), BuildConfig(scale="255"))
+    found = items(source)
+    with pytest.raises(BadItem, match=r"it has the value .*; --scale 255 takes 0 to 1") as caught:
+        read_item(source, found[2])
+    assert caught.value.code == "undecodable"
+    assert (np.asarray(Image.open(io.BytesIO(read_item(source, found[3])))) == RGB[3]).all()
+    values[2, 4, 5, 1] = 1.0019  # rounds to 255
+    assert len(pictures(open_source(save(tmp_path / "a.npy", values), BuildConfig(scale="255")))) == 6
+
+
+def test_floats_between_the_levels_are_rounded_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = RANDOM.random((6, 5, 5))
+    source = open_source(save(tmp_path / "a.npy", values), BuildConfig(scale="255"))
+    assert caplog.text.count("some lie between the levels of 0 to 255 and are rounded, which loses information") == 1
+    assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == np.rint(values * 255)).all()
+
+
+def test_scale_is_stored_where_it_is_given_and_changes_no_other_dataset(tmp_path: Path) -> None:
+    levels, floats = save(tmp_path / "l.npy", RGB), save(tmp_path / "f.npy", RGB / 255)
+    plain = build_cpu(Path(levels), tmp_path / "plain", dtype="uint8")
+    scaled = build_cpu(Path(floats), tmp_path / "scaled", dtype="uint8", scale="255")
+    assert (read_shards(plain) == read_shards(scaled)).all()
+    settings = [json.loads((out / "dataset.json").read_text())["settings"] for out in (plain, scaled)]
+    assert ["scale" in each for each in settings] == [False, True]
+    assert not gpu_npz.verify(scaled).problems
+    save(Path(floats), RGB / 127.5 - 1)
+    with pytest.raises(MismatchError, match="scale: 255 there, signed asked for"):
+        build_cpu(Path(floats), scaled, dtype="uint8", scale="signed")
+
+
+# One image per file
+
+
+def test_one_float_image_per_file_needs_a_scale_too(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    save(tmp_path / "a/0.npy", GRAY[0] / 255)
+    save(tmp_path / "a/1.npy", GRAY[1])
+    save(tmp_path / "a/2.npz", {"image": np.full((5, 5), 2.0)})
+    with pytest.raises(SourceError, match=r"'a/0\.npy' has float64 \(9, 7\), .*: --scale 255 takes 0 to 1"):
+        open_source(tmp_path)
+    source = open_source(tmp_path, BuildConfig(scale="255"))
+    first, *others = items(source)
+    assert (np.asarray(Image.open(io.BytesIO(read_item(source, first)))) == GRAY[0]).all()
+    for item, detail in zip(others, ("--scale 255 is for floats; it has uint8", "it has the value 2"), strict=True):
+        with pytest.raises(BadItem, match=detail):
+            read_item(source, item)
+
+
+def test_class_folders_of_arrays_are_read_like_those_of_images(tmp_path: Path, make_dataset: MakeDataset) -> None:
+    ours, theirs = tmp_path / "arrays", tmp_path / "images"
+    for row, label in enumerate(LABELS):
+        for folder in (ours, theirs):
+            (folder / NAMES[label]).mkdir(parents=True, exist_ok=True)
+        image = (RGB[row], GRAY[row], RGB[row].transpose(2, 0, 1), RGBA[row], np.asfortranarray(RGB[row]), GRAY[row])[
+            row
+        ]
+        shown = RGB[row] if row == 2 else image
+        Image.fromarray(np.ascontiguousarray(shown)).save(theirs / NAMES[label] / f"{row}.png")
+        if row % 2:
+            saving = np.savez_compressed if row == 3 else np.savez
+            saving(ours / NAMES[label] / f"{row}.npz", image=image, label=label, mask=np.zeros((2, 2, 2, 2)))
+        else:
+            save(ours / NAMES[label] / f"{row}.npy", image)
+    (ours / "bird" / "notes.txt").write_text("no image")
+    source = open_source(ours)
+    assert (source.kind, source.class_names, source.file_per_item) == ("numpy", NAMES, False)
+    assert [item.path for item in items(source)] == [
+        f"{NAMES[c]}/{row}.np{'yz'[row % 2]}" for c, row in sorted(zip(LABELS, range(6), strict=True))
+    ]
+    assert dict(source.left_out) == {".txt": 1}
+    one, other = make_dataset(ours, dtype="uint8"), make_dataset(theirs, dtype="uint8")
+    assert (read_shards(one) == read_shards(other)).all()
+    assert read_shards(one, "labels").tolist() == read_shards(other, "labels").tolist()
+    assert not gpu_npz.verify(one).problems
+    with pytest.raises(UsageError, match="whose labels are class-dir or none"):
+        open_source(ours, BuildConfig(labels="labels"))
+    Image.new("RGB", (4, 4)).save(ours / "bird" / "a.png")
+    assert open_source(ours).kind == "folder"
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        (header((5, 5), "<i4") + bytes(100), "it has int32 (5, 5); allowed are uint8 and uint16"),
+        (header((5, 5)) + bytes(24), "does not fit into"),
+        (header((5,)) + bytes(5), "allowed are (H, W)"),
+        (header((2,), "|O"), "Python objects"),
+        (b"PK\3\4" + bytes(100), "no .npz"),
+        (b"text", "no .npy"),
+    ],
+)
+def test_a_file_that_holds_no_image_is_a_reject(tmp_path: Path, content: bytes, detail: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/bad.npy").write_bytes(content)
+    (tmp_path / "a/empty.npy").write_bytes(b"")
+    source = open_source(tmp_path)
+    with pytest.raises(BadItem) as caught:
+        read_item(source, items(source)[0])
+    assert caught.value.code == "undecodable"
+    assert detail in caught.value.detail
+    with pytest.raises(BadItem, match="zero bytes"):
+        read_item(source, items(source)[1])
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "deflated.npz"])
@@ -487,6 +760,79 @@ def test_a_build_from_an_array_is_one_from_the_same_images(
     assert (read_shards(ours)[order] == read_shards(theirs)).all()
     assert read_shards(ours, "labels").tolist() == LABELS.tolist()
     assert read_shards(ours).std() > 0
+
+
+# Sides of a split that a file has
+
+
+def test_sides_of_a_file_become_datasets_with_the_classes_of_train(tmp_path: Path) -> None:
+    names = np.array(["a", "b", "c"])
+    location = save(
+        tmp_path / "pathmnist.npz",
+        {"test_images": GRAY[:4], "test_labels": names[LABELS[:4], None], "train_images": GRAY, "val_images": GRAY[1:3],
+         "train_labels": names[LABELS, None], "val_labels": names[LABELS[1:3], None]},
+    )  # fmt: skip
+    config = cpu_config(splits="all", dtype="uint8", normalize="dataset", channels="gray")
+    reports = build_split(location, tmp_path / "out", config)
+    assert {side: report.rows for side, report in reports.items()} == {"train": 6, "val": 2, "test": 4}
+    for side, labels in (("train", LABELS), ("val", LABELS[1:3]), ("test", LABELS[:4])):
+        data = gpu_npz.open_dataset(tmp_path / "out" / side)
+        assert (data.labels.tolist(), data.class_names) == (labels.tolist(), ("a", "b", "c"))
+        assert data.manifest.normalization == gpu_npz.open_dataset(tmp_path / "out/train").manifest.normalization
+    alone = build_cpu(Path(f"{location}/train_images.npy"), tmp_path / "alone", dtype="uint8", channels="gray",
+                      normalize="dataset")  # fmt: skip
+    assert (alone / "shard-00000.npz").read_bytes() == (tmp_path / "out/train/shard-00000.npz").read_bytes()
+    again = build_split(location, tmp_path / "out", config)
+    assert [report.built_items for report in again.values()] == [0, 0, 0]
+    with pytest.raises(UsageError, match="call build_split, or name one array"):
+        gpu_npz.build(location, tmp_path / "other", config)
+    with pytest.raises(UsageError, match=r"plan each by itself.*pathmnist\.npz/train_images\.npy, .*val_images"):
+        estimate(location, config)
+
+
+def test_sides_of_several_files_are_those_of_all(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.npz", {"x_train": RGB, "y_train": LABELS, "x_test": RGB[:1], "y_test": LABELS[:1]})
+    for location in (tmp_path, f"{tmp_path}/*.npz"):
+        found = sides_of_source(location, BuildConfig())
+        assert found == {"train": f"{tmp_path}/*.npz/x_train.npy", "test": f"{tmp_path}/*.npz/x_test.npy"}
+        assert [len(items(open_source(each))) for each in found.values()] == [12, 2]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "labels", "message"),
+    [
+        ({"images": RGB, "labels": LABELS}, None, r"has 'images' .*x_train and x_test.*--split val=0\.1"),
+        ({"x_train": RGB, "y_train": LABELS}, None, "each side needs one array of images"),
+        ({"x_val": RGB, "x_test": RGB}, None, "each side needs one array of images"),
+        ({"x_train": RGB, "train_images": RGB, "x_test": RGB}, None, "each side needs one array of images"),
+        ({"x_train": LABELS, "x_test": LABELS}, None, "each side needs one array of images"),
+        ({"x_train": RGB, "y_train": LABELS, "x_test": RGB}, None, "labels for some sides, but none for 'x_test'"),
+        ({"x_train": RGB, "x_test": RGB}, "labels", "each side has labels of its own"),
+    ],
+)
+def test_a_file_without_sides_is_refused_with_what_it_has(
+    tmp_path: Path, arrays: Any, labels: str | None, message: str
+) -> None:
+    config = cpu_config(splits="all", labels=labels)
+    location = save(tmp_path / "a.npz", arrays)
+    with pytest.raises((SourceError, UsageError), match=message):
+        build_split(location, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+def test_sides_need_an_npz_and_labels_of_one_kind(tmp_path: Path) -> None:
+    config = cpu_config(splits="all")
+    with pytest.raises(SourceError, match=r"is no \.npz; give one with"):
+        build_split(save(tmp_path / "a.npy", RGB), tmp_path / "out", config)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UsageError, match="of the kind folder: build each side by itself"):
+        build_split(tmp_path / "images", tmp_path / "out", config)
+    location = save(tmp_path / "b.npz", {"x_train": RGB, "y_train": LABELS, "x_val": RGB, "y_val": LABELS / 2})
+    with pytest.raises(SourceError, match=r"x_val\.npy' has y_val \(float\), and .*x_train\.npy' y_train \(integer"):
+        build_split(location, tmp_path / "out", config)
+    with pytest.raises(UsageError, match=r"--split val=0\.1 divides SRC, and --splits all takes the sides"):
+        BuildConfig(split="val=0.1", splits="all")
 
 
 # CIFAR

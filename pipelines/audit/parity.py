@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, JpegImagePlugin
 
 from ..config import BuildConfig, gpu_numbers
+from ..dataset.built import open_images
 from ..dataset.image_size import image_size
 from ..dataset.plan import Plan
 from ..dataset.selection import listed
@@ -40,7 +41,6 @@ from ..preprocess.decoders import make_decoder
 from ..preprocess.geometry import Geometry, Placement
 from ..preprocess.pillow import PillowDecoder, versions
 from ..preprocess.resize import resolved
-from ..sources import open_source
 from ..sources.base import Item, Source, read_item
 from ..sources.rejects import BadItem
 
@@ -177,7 +177,7 @@ def parity(
     if sides[0] == sides[1]:
         raise UsageError(f"both sides are {sides[0]}; choose two different decoders")
     config = config.model_copy(update={"limit": images, "labels": "none"})  # labels do not affect pixels
-    source = open_source(src, config)
+    source = open_images(src, config)
     arrays = listed(source, config)
     plan = Plan(arrays, len(arrays["name_ends"]))
     size = image_size(plan, source, config)

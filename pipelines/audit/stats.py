@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import TRAIN, BuildConfig
+from ..dataset.built import open_images
 from ..dataset.image_size import image_size
 from ..dataset.manifest import Manifest, class_list
 from ..dataset.plan import Plan
@@ -27,7 +28,6 @@ from ..errors import FormatError, SourceError
 from ..machine.environment import choose, inspect
 from ..preprocess.normalize import levels, table, tells_levels
 from ..readers.dataset import column_fault, open_index, open_shard, require_fit
-from ..sources import open_source
 from ..sources.base import LabelColumn, countable
 from ..storage import open_storage
 from ..workers.counting import count_levels, count_source, mean_of, std_of
@@ -120,7 +120,7 @@ def of_source(
     """
     config = config or BuildConfig()
     config = config.sides.get(TRAIN, config)
-    source = open_source(src, config, class_list(config.classes_from))
+    source = open_images(src, config, class_list(config.classes_from))
     choice = choose(config, inspect(config))
     if choice.warning:
         log.warning("%s", choice.warning)

@@ -10,16 +10,17 @@ import time
 from collections.abc import Callable
 
 from ..config import BuildConfig
+from ..dataset.built import open_images
 from ..dataset.job import Job
 from ..dataset.layout import JOB, MANIFEST, require_own
 from ..dataset.manifest import class_list
 from ..errors import GpuNpzError, UsageError
-from ..sources import open_source
+from ..sources import sides_of_source
 from ..storage import open_storage
 from ..workers import ray
 from ..workers.events import Event
 from .parts import PLAN_WAIT_S, Part, require_no_parts
-from .planning import Measuring, check_places, places, planned, require_scaled, withdraw
+from .planning import Measuring, check_places, places, planned, require_same_labels, require_scaled, withdraw
 from .report import BuildReport, OnEvent, Started
 from .run import run
 
@@ -46,7 +47,7 @@ def build(
         RejectLimitError: more items were rejected than `max_rejects` allows. All shards are built, unless most items
             were rejected and the build stopped early.
     """
-    return _build(src, out, config or BuildConfig(), progress, None)
+    return _build(src, out, config or BuildConfig(), progress)
 
 
 def _build(
@@ -54,13 +55,22 @@ def _build(
     out: str | os.PathLike[str],
     config: BuildConfig,
     progress: OnEvent | None,
-    beside: Job | None,
+    beside: Job | None = None,
+    train: Job | None = None,
 ) -> BuildReport:
-    """Builds one dataset, as `build` does; `beside` is the job of another side of the same split."""
+    """Builds one dataset, as `build` does.
+
+    Args:
+        src, out, config, progress: as for `build`.
+        beside: the job of another side of the same split of the same items.
+        train: the job of the train side, if SRC has the sides; its classes are numbered in the same way.
+    """
     if config.sides:
         raise UsageError(
             f"split {config.split} makes several datasets: call build_split, or name one: {config.split}/val"
         )
+    if config.several:
+        raise UsageError(f"splits {config.splits} makes several datasets: call build_split, or name one array as src")
     require_scaled(config)
     start = time.perf_counter()
     storage = open_storage(out)
@@ -71,7 +81,10 @@ def _build(
             "--part and --overwrite: the parts would delete each other's shards; delete OUT yourself, then start the "
             "parts"
         )
-    source = open_source(src, config, class_list(config.classes_from))
+    classes = class_list(config.classes_from)
+    source = open_images(src, config, train.record.class_names if train and classes is None else classes)
+    if train is not None:
+        require_same_labels(train, source)
     require_own(storage)
     untried = False  # whether this build has made a plan that no worker has started on
     try:
@@ -110,15 +123,15 @@ def build_split(
     *,
     progress: Callable[[str, Started | Measuring | Event], None] | None = None,
 ) -> dict[str, BuildReport]:
-    """Builds a dataset for each side of `config.split`: first `out`/train, then the others, such as `out`/val.
+    """Builds a dataset for each side of a split: first `out`/train, then the others, such as `out`/val.
 
-    All sides have the same class numbers. If `normalize` is "dataset", all sides use the statistics of train. Complete
-    sides are not rebuilt.
+    The sides are those of `config.split`, or those that SRC has (`config.splits`). All sides have the same class
+    numbers. If `normalize` is "dataset", all sides use the statistics of train. Complete sides are not rebuilt.
 
     Args:
         src: as for `build`.
         out: as for `build`; the datasets are folders in it.
-        config: the settings, with a split.
+        config: the settings, with `split` or `splits`.
         progress: called with the name of the side and each event.
 
     Returns:
@@ -130,15 +143,20 @@ def build_split(
         MismatchError: SRC has changed since the first side was begun.
         GpuNpzError: as for `build`.
     """
-    if not config.sides:
-        raise UsageError("split: give it as val=0.1; build makes a single dataset")
+    if not config.several:
+        raise UsageError("split: give it as val=0.1, or splits as all; build makes a single dataset")
+    own = sides_of_source(src, config) if config.splits != "none" else {}
     reports = {}
     first: Job | None = None
     if (whole := open_storage(out)).size(JOB) is not None:
         withdraw(whole)  # only if OUT has just the plan of a build without --split
-    for side, storage in places(src, out, config).items():
+    for side, storage in places(src, out, own or config.sides).items():
         on_event = functools.partial(progress, side) if progress else None
-        reports[side] = _build(src, storage.root, config.sides[side], on_event, first)
+        if own:
+            alone = config.model_copy(update={"splits": "none"})
+            reports[side] = _build(own[side], storage.root, alone, on_event, train=first)
+        else:
+            reports[side] = _build(src, storage.root, config.sides[side], on_event, first)
         if first is None:
             first = Job.open(storage)
             if config.normalize == "dataset":

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config import BuildConfig
+from ..dataset.built import open_images
 from ..dataset.manifest import class_list
 from ..dataset.space import free_space, held_bytes, lack_of_space
-from ..errors import StorageError
+from ..errors import StorageError, UsageError
 from ..machine.tuning import Tuning
-from ..sources import open_source
+from ..sources import sides_of_source
 from ..sources.base import LabelColumn
 from ..storage import open_storage
 from .headers import Sample
@@ -116,11 +117,12 @@ def estimate(
     """
     given = config or BuildConfig()
     require_scaled(given)
+    _refuse_sides(src, given)
     measures_first = given.normalize == "dataset" and given.mean is None
     config = BuildConfig(**{**given.model_dump(), "normalize": "unit"}) if measures_first else given  # the same work
-    source = open_source(src, config, class_list(config.classes_from))
+    source = open_images(src, config, class_list(config.classes_from))
     place = os.getcwd() if out is None else open_storage(out).root
-    outs = {} if out is None else places(src, out, config)
+    outs = {} if out is None else places(src, out, config.sides)
     found = inspect_source(source, config, progress)
     plan, tuning = found.plan, found.tuning
     left, unfit = shards_left(outs, source, given, counts := found.shards)
@@ -164,6 +166,12 @@ def estimate(
         duration_s=_duration(share * plan.item_count, measured, tuning),
         warnings=tuple(doubt for doubt in doubts if doubt),
     )
+
+
+def _refuse_sides(src: str | os.PathLike[str], config: BuildConfig) -> None:
+    if config.splits != "none":
+        sides = ", ".join(sides_of_source(src, config).values())
+        raise UsageError(f"--splits {config.splits} makes several datasets; plan each by itself: SRC is one of {sides}")
 
 
 def _duration(items: float, measured: ShortRun | None, tuning: Tuning) -> float | None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,17 +84,17 @@ def check_places(src: str | os.PathLike[str], storage: Storage) -> None:
         raise UsageError(f"OUT {storage.root!r} lies inside SRC {os.fspath(src)!r}; choose an OUT outside of SRC")
 
 
-def places(src: str | os.PathLike[str], out: str | os.PathLike[str], config: BuildConfig) -> dict[str, Storage]:
-    """Opens the datasets of a build, by side of a split; a single dataset has the key "".
+def places(src: str | os.PathLike[str], out: str | os.PathLike[str], sides: Collection[str]) -> dict[str, Storage]:
+    """Opens the datasets of a build, by side of a split; a single dataset, without sides, has the key "".
 
     Raises:
         UsageError: they would be inside SRC.
         StorageError: they contain files that no build made, or OUT is a dataset although a split creates several.
     """
     storage = open_storage(out)
-    if config.sides and storage.size(JOB) is not None:
+    if sides and storage.size(JOB) is not None:
         raise StorageError(f"{storage.root!r} is a dataset already; choose another OUT for --split")
-    found = {side: open_storage(storage.path(side)) for side in config.sides} or {"": storage}
+    found = {side: open_storage(storage.path(side)) for side in sides} or {"": storage}
     for each in found.values():
         check_places(src, each)
         require_own(each)
@@ -257,6 +257,22 @@ def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source:
             f"{shown_classes(source.class_names)}, now. Restore it and run the same command, or rebuild all sides "
             "with --overwrite"
         )
+
+
+def require_same_labels(train: Job, source: Source) -> None:
+    """Raises SourceError if a side of a split that SRC has is labelled in another way than its train side."""
+    record = train.record
+    kinds, trained = ([(each.kind, each.classes) for each in columns] for columns in (source.columns, record.columns))
+    if (source.class_names is None) == (record.class_names is None) and kinds == trained:  # names differ: y_test
+        return
+    mine, its = (
+        f"{len(names)} classes" if names is not None else ", ".join(map(str, columns)) or "no labels"
+        for names, columns in ((source.class_names, source.columns), (record.class_names, record.columns))
+    )
+    raise SourceError(
+        f"{source.location!r} has {mine}, and {record.source_location!r} {its}; make their labels alike, or use "
+        "--labels none"
+    )
 
 
 def hints(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool) -> Iterator[str]:

@@ -146,7 +146,7 @@ class Job:
             SourceError: the source has too many files or classes.
             StorageError: OUT cannot be written.
         """
-        settings, digest = config.identity(), plan.digest()
+        settings, digest = config.stored_identity(), plan.digest()
         labels = source.class_names, source.columns
         record = JobRecord(
             id=dataset_id(settings, *labels, image_size, digest),

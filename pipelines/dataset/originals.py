@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from ..config import BuildConfig
 from ..errors import FormatError, MismatchError, SourceError
-from ..sources import open_source
 from ..sources.base import Item, Source, as_text, read_item
 from ..sources.dicom_frames import split_frame
 from ..sources.rejects import BadItem
 from ..sources.tables.paths import relative_path
 from ..storage.base import Storage
+from .built import open_images
 from .job import Job
 from .layout import JOB
 from .manifest import Manifest
@@ -79,7 +79,7 @@ def originals(storage: Storage, manifest: Manifest, source: str | os.PathLike[st
     if storage.size(JOB) is None:
         if source is None:
             raise SourceError(f"{storage.path(JOB)!r}, which says where the images are, is missing; give --source SRC")
-        return Originals(open_source(source, manifest.config), None)
+        return Originals(open_images(source, manifest.config), None)
     job = Job.open(storage)
     return Originals(source_of(job, source), job.plan)
 
@@ -100,7 +100,7 @@ def source_of(job: Job, source: str | os.PathLike[str] | None) -> Source:
         given["follow_links"] = True  # the plan already respects the setting
     config = BuildConfig(**given)
     try:
-        found = open_source(source or record.source_location, config)
+        found = open_images(source or record.source_location, config)
     except SourceError as exc:
         if source is not None:
             raise

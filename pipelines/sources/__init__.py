@@ -20,8 +20,9 @@ _KINDS_WITH = {
     "image_column": ("table", "parquet"),
     "root": ("folder", "table", "tar", "zip"),
     "follow_links": ("folder", "table"),
+    "scale": ("numpy",),
 }
-# The module and the class of each kind, imported on demand; the class is called with (src, config, classes).
+# The module of each kind, imported on demand, and its class or function, which is called with (src, config, classes).
 _SOURCES = {
     "remote": ("folders.remote", "RemoteSource"),
     "tar": ("archives.tar", "TarSource"),
@@ -31,7 +32,7 @@ _SOURCES = {
     "table": ("tables.table", "TableSource"),
     "parquet": ("tables.parquet", "ParquetSource"),
     "cifar": ("arrays.cifar", "CifarSource"),
-    "numpy": ("arrays.numpy_source", "NumpySource"),
+    "numpy": ("arrays.per_file", "open_arrays"),
 }
 
 
@@ -61,15 +62,39 @@ def open_source(
     return source
 
 
-def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[str] | None) -> Source:
+def sides_of_source(src: str | os.PathLike[str], config: BuildConfig) -> dict[str, str]:
+    """The SRC of each side of a split that SRC itself has, train first; for `--splits all`.
+
+    Raises:
+        UsageError: SRC is not of a kind that can have sides.
+        SourceError: it has none, or cannot be read.
+    """
     location = location_of(src)
     kind = detected_kind(location, config.image_column) if config.source == "auto" else config.source
+    if kind != "numpy":
+        raise UsageError(
+            f"--splits all requires an .npz that has arrays such as x_train and x_test; {location!r} is of the kind "
+            f"{kind}: build each side by itself, or divide it with --split val=0.1"
+        )
+    from .arrays.numpy_source import sides_of
+
+    return sides_of(location, config.labels)
+
+
+def require_settings(config: BuildConfig, kind: str, location: str) -> None:
+    """Raises UsageError if a setting is given that does not go with this kind of SRC."""
     for name, kinds in _KINDS_WITH.items():
-        if getattr(config, name) is not None and kind not in kinds:
+        if getattr(config, name) != BuildConfig.model_fields[name].default and kind not in kinds:
             raise UsageError(
                 f"--{name.replace('_', '-')} requires SRC of the kind {' or '.join(kinds)}; {location!r} is of "
                 f"the kind {kind}"
             )
+
+
+def _opened(src: str | os.PathLike[str], config: BuildConfig, classes: Sequence[str] | None) -> Source:
+    location = location_of(src)
+    kind = detected_kind(location, config.image_column) if config.source == "auto" else config.source
+    require_settings(config, kind, location)
     if kind == "folder" and config.root is not None:
         location = _within(location, config.root)
     if kind == "folder" and is_remote(location):

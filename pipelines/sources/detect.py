@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
+from collections.abc import Iterator
 
 from ..errors import SourceError
 from ..storage.base import is_remote
 from .access.stores import without_query
-from .base import as_bytes, is_hidden
+from .base import as_bytes, is_hidden, is_image
 
+_LOOKED_AT = 1000  # files
 _CIFAR_FILES = ("batches.meta", "meta")
 _BY_EXTENSION = {
     ".tar": "tar", ".zip": "zip", ".csv": "table", ".tsv": "table", ".jsonl": "table", ".ndjson": "table",
@@ -44,15 +47,38 @@ def detected_kind(location: str, image_column: str | None) -> str:
         return kind
     if any(os.path.isfile(os.path.join(location, name)) for name in _CIFAR_FILES):
         return "cifar"
-    parquet = False
-    with (
-        contextlib.suppress(OSError),
-        os.scandir(location) as entries,
-    ):  # the source itself reports a folder that cannot be listed
-        for entry in entries:
-            if is_hidden(as_bytes(entry.name)):
-                continue
-            if os.path.isdir(entry.path):
-                return kind
-            parquet = parquet or entry.name.endswith(".parquet")
-    return "parquet" if parquet else kind
+    return _kind_of_folder(location)
+
+
+def _kind_of_folder(location: str) -> str:
+    """`parquet` for a folder of such files, `numpy` for one of NumPy's or of class folders of them; else `folder`.
+
+    A folder with an image is one of images; only some of the files below are looked at.
+    """
+    top: list[os.DirEntry[str]] = []
+    # The source itself reports a folder that cannot be listed.
+    with contextlib.suppress(OSError), os.scandir(location) as entries:
+        top = [entry for entry in entries if not is_hidden(as_bytes(entry.name))]
+    flat = not any(os.path.isdir(entry.path) for entry in top)
+    if flat and any(entry.name.endswith(".parquet") for entry in top):
+        return "parquet"
+    arrays = False
+    for name in itertools.islice(_files_in(location), _LOOKED_AT):
+        if is_image(as_bytes(name)):
+            return "folder"
+        arrays = arrays or _BY_EXTENSION.get(os.path.splitext(name)[1].lower()) == "numpy"
+    return "numpy" if arrays else "folder"
+
+
+def _files_in(location: str) -> Iterator[str]:
+    """The names of the files in a folder, and in those below it, without hidden ones."""
+    waiting = [location]
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if is_hidden(as_bytes(entry.name)):
+                    continue
+                if os.path.isdir(entry.path):
+                    waiting.append(entry.path)
+                else:
+                    yield entry.name

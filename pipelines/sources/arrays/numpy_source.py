@@ -1,66 +1,72 @@
-"""Images as one array in an .npy or .npz. Each image is read in place, on its own."""
+"""Images as the rows of arrays in .npy or .npz files. Each image is read in place, on its own."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import math
 import os
 import re
-import shutil
 import tempfile
-import threading
-import weakref
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...config import BuildConfig
 from ...errors import SourceError, UsageError
+from ...npz.arrays import inflated
 from ...storage.base import is_remote
 from ..access.files import GROUP_ITEMS, Files, place_of, read_piece
-from ..base import Group, Item
-from ..labels import KINDS, Kind, LabelledSource, Listing, array_labels
-from ..rejects import MAX_ENCODED_BYTES
-from ..tables.columns import LABEL_COLUMNS
+from ..base import Group, Item, some, split_sides
+from ..labels import KINDS, Kind, LabelledSource, Listing
 from . import npy
-from .netpbm import encoded
-from .npy import Array
+from .choice import class_names_array, image_array, image_sides, is_flat, label_array, shown
+from .inflation import Inflated
+from .labelling import class_names, labels_of
+from .npy import Array, as_damage
+from .rows import rows_of
+from .scaling import require_scale
 
 log = logging.getLogger(__name__)
-_CHANNELS = (1, 3, 4)
-_IMAGES = ("images", "image", "imgs", "img", "x", "data")  # words in names of arrays, the most likely first
-_LABELS = frozenset((*LABEL_COLUMNS, "targets", "y"))
-_WORD = re.compile(r"[xyXY](?=train|val|test|dev)|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-_UNNAMED = re.compile(r"arr_(\d+)")  # what numpy.savez calls positional arrays
+_PATTERN = "*.np[yz]"  # of the files in a folder
+_SAMPLED = 32  # images of floats that are looked at
+_SAMPLED_BYTES = 64 << 20  # of them, at most
+_IN_NPZ = re.compile(r"(.+\.npz)/([^/]+)\.npy", re.IGNORECASE | re.DOTALL)
 
 
 class NumpySource(LabelledSource[Listing]):
-    """The images of one array in an .npy or .npz (`a.npz`, or `a.npz/x_test.npy` for a particular array).
+    """The images of an array in an .npy or .npz (`a.npz`, or `a.npz/x_test.npy` for a particular array).
 
     The array is uint8 or uint16, (N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1, 3 (RGB) or 4 (uint8 with
-    alpha). An array of three dimensions whose last one is 1, 3 or 4 is probably a single image, and is refused. uint16
-    keeps its 16 bits with `--bit-depth 16`. In an .npz, the images are the only array with three or four dimensions, or
-    the first with a usual name (images, image, imgs, img, x, data; the same with train; arr_0).
+    alpha), or floats with `--scale`. An array of three dimensions whose last one is 1, 3 or 4 is probably a single
+    image, and is refused. uint16 keeps its 16 bits with `--bit-depth 16`. In an .npz, the images are the only array
+    with three or four dimensions, or the first with a usual name (images, image, imgs, img, x, data; the same with
+    train; arr_0).
+
+    SRC may also be a folder of such files, or a pattern (`part_*.npz`, `part_*.npz/x_test.npy`). All of them have
+    arrays of the same names, and images of the same dtype and shape. The order is that of the files, by the bytes of
+    their names, and then of the rows.
 
     Labels are numbers or text, (N,), or (N, K) for K columns, named `NAME_0` and so on. One-hot rows, with one 1 among
-    zeros, are classes. `--labels NAME` names an array of the .npz and `--labels FILE.npy` a file; both accept a kind
-    (`NAME:integer` keeps one-hot rows as columns). `none` means no labels. By default, labels are the array whose name
-    is that of the images with label, labels, class, target, targets, category or y instead of their word (y_train for
-    x_train, test_labels for test_images), or that word alone; or arr_1 for arr_0. Case is ignored.
+    zeros, are classes. `--labels NAME` names an array of the .npz and `--labels FILE.npy` a file, which has the labels
+    of all rows; both accept a kind (`NAME:integer` keeps one-hot rows as columns). `none` means no labels. By default,
+    labels are the array whose name is that of the images with label, labels, class, target, targets, category or y
+    instead of their word (y_train for x_train, test_labels for test_images), or that word alone; or arr_1 for arr_0.
+    Case is ignored. An array `class_names` has the names of classes by number.
+
+    An array `data` of uint8 (N, 3 * side * side), as in downsampled ImageNet, has rows of three planes; its labels,
+    which count from 1, are classes.
 
     Nothing is mapped or loaded in advance: each row is read on demand. Rows of an array that np.savez_compressed
     deflated cannot be read alone, so each process that reads it inflates it once into an unnamed temporary file
     (TMPDIR).
 
-    Items are named `00000` and so on. An item's place: its row.
+    Items are named `00000` and so on; with several files, `part_0/00000`. An item's place: its row; with several files,
+    the number of the file and the row.
 
     Raises:
-        SourceError: the file is unreadable, damaged or truncated; there is no such array; or labels do not fit the
-            images.
+        SourceError: a file is unreadable, damaged or truncated; there is no such array; labels do not fit the images;
+            or files differ.
         UsageError: settings contradict each other.
     """
 
@@ -69,167 +75,210 @@ class NumpySource(LabelledSource[Listing]):
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
         self._asked, self._classes = _label_spec(config.labels), classes
         path, wanted = location, ""
-        if match := re.fullmatch(r"(.+\.npz)/([^/]+)\.npy", location, re.IGNORECASE | re.DOTALL):
+        if match := _IN_NPZ.fullmatch(location):
             path, wanted = match.groups()
-        self._files = Files(path, "*.np[yz]")
-        if len(self._files) > 1:
-            raise SourceError(f"{location!r} are {len(self._files)} files; give one .npy or .npz")
+        self._files = Files(path, _PATTERN)
         self.location = self._files.location + (f"/{wanted}.npy" if wanted else "")
         self.files = self._files.stamps
         self.reads_at_once = self._files.reads_at_once
-        self._reset()
-        arrays = npy.arrays(self._files)
-        self._name = _choose(arrays, wanted, self.location)
-        self._array = arrays[self._name].checked()
-        self._planar, self._channels = _layout(self._array)
-        self._count, *self._row_shape = self._array.shape
-        self._row_bytes = self._array.dtype.itemsize * math.prod(self._row_shape)
-        if self._row_bytes > MAX_ENCODED_BYTES:
-            raise SourceError(
-                f"{self._array.where}: images of {self._row_bytes} bytes; at most {MAX_ENCODED_BYTES} are allowed"
-            )
-        member = self._array.member
-        self._deflated = member is not None and member.compress_type != zipfile.ZIP_STORED
-        # The offset of the elements in the file that rows are read from.
-        self._start = self._array.start
-        if member is not None and not self._deflated:
-            self._start += npy.member_start(self._files, member)
-        if self._deflated:
+        if len(self._files) > 1 and os.path.isdir(self._files.location):
+            _refuse_sides(self._files)
+        first = npy.arrays(self._files)
+        self._name = image_array(first, wanted, self.location)
+        self._flat = is_flat(self._name, first[self._name])
+        self._format = rows_of(first[self._name].checked(), config.scale, flat=self._flat)
+        found = [first, *(self._like(first, number) for number in range(1, len(self._files)))]
+        self._arrays = [arrays[self._name] for arrays in found]
+        if self._format.dtype.kind == "f":
+            array = self._arrays[0]
+            require_scale(self._sample(), config.scale, f"{array.where} has {array.dtype} {array.shape}")
+        self._inflated = Inflated(self._files)
+        if deflated := [array.info.npy_bytes for array in self._arrays if array.info.deflated]:
             log.warning(
                 "%s is compressed, so each process that reads it decompresses it once, into %d MB in %s; to avoid "
                 "this, save it with np.savez, which does not compress",
-                self._array.where, self._array.size >> 20, tempfile.gettempdir(),
+                self._arrays[0].where if len(self._files) == 1 else repr(self.location), sum(deflated) >> 20,
+                tempfile.gettempdir(),
             )  # fmt: skip
+        self._label_arrays = self._find_labels(found)
+        self._names_arrays = [named for arrays in found if (named := class_names_array(arrays)) is not None]
         self._take_labels()
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        return {name: value for name, value in state.items() if name not in ("_lock", "_inflated", "_pid")}
+    @property
+    def array_names(self) -> tuple[str, str]:
+        """The names of the arrays with the images and the labels; empty for an .npy, and if there are no labels."""
+        return self._name, self._column if self._label_arrays else ""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
+    def _like(self, first: Mapping[str, Array], number: int) -> dict[str, Array]:
+        """The arrays of a file. Raises SourceError if they do not continue those of the first file."""
+        found, path, one = npy.arrays(self._files, number), self._files.path(number), self._files.path(0)
+        if found.keys() != first.keys():
+            raise SourceError(
+                f"{path!r} has the arrays {shown(found)}, and {one!r} {shown(first)}; build files with other arrays "
+                "by themselves, or make their names the same"
+            )
+        mine, its = found[self._name].checked(), first[self._name]
+        if (mine.dtype, mine.shape[1:], mine.info.fortran) != (its.dtype, its.shape[1:], its.info.fortran):
+            order = " in Fortran order" if mine.info.fortran else ""
+            raise SourceError(
+                f"{mine.where} has {mine.dtype} {mine.shape}{order}, and {its.where} {its.dtype} {its.shape}; images "
+                "of one SRC have one dtype and shape: build that file by itself, or convert it"
+                + ("; for labels in an .npy give the images alone as SRC, and --labels FILE.npy" * (not self._name))
+            )
+        return found
 
-    def _reset(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._inflated: BinaryIO | None = None
+    def _sample(self) -> NDArray[Any]:
+        """Some of the images, (n, ...): of all files, or if the first is deflated, the first ones in it."""
+        size, starts = self._format.row_bytes, np.cumsum([0, *(array.shape[0] for array in self._arrays)])
+        count = max(1, min(_SAMPLED, _SAMPLED_BYTES // size, int(starts[-1])))
+        if (info := self._arrays[0].info).deflated:
+            count, data = min(count, self._arrays[0].shape[0]), bytearray()
+            with self._files.opened(0) as packed, as_damage(self._arrays[0]):
+                for piece in inflated(npy.reading(packed), info):
+                    data += piece
+                    if len(data) >= info.header_bytes + count * size:
+                        break
+            del data[: info.header_bytes]
+        else:
+            data = bytearray()
+            for row in np.linspace(0, starts[-1] - 1, count).astype(np.int64).tolist():
+                number = int(np.searchsorted(starts, row, side="right")) - 1
+                begin = self._arrays[number].info.data_offset + (row - int(starts[number])) * size
+                with as_damage(self._arrays[number]):
+                    data += self._files.read(number, begin, size)
+        return np.frombuffer(data[: count * size], self._format.dtype).reshape(count, -1)
 
     def groups(self) -> Iterator[Group]:
-        """The images in the order of their rows. Raises SourceError if the labels have changed since."""
-        found = self._listed().labels
-        for start in range(0, self._count, GROUP_ITEMS):
-            rows = np.arange(start, min(start + GROUP_ITEMS, self._count), dtype=np.int64)
-            yield Group(
-                b"",
-                [b"%05d" % row for row in rows.tolist()],
-                labels=None if found is None else found.values[rows],
-                places=rows[:, None],
-            )
+        """The images in the order of files and rows. Raises SourceError if the labels have changed since."""
+        found, done = self._listed().labels, 0
+        several = len(self._files) > 1
+        for number, (folder, array) in enumerate(zip(self._folders(), self._arrays, strict=True)):
+            for start in range(0, array.shape[0], GROUP_ITEMS):
+                rows = np.arange(start, min(start + GROUP_ITEMS, array.shape[0]), dtype=np.int64)
+                yield Group(
+                    folder,
+                    [b"%05d" % row for row in rows.tolist()],
+                    labels=None if found is None else found.values[done + rows],
+                    places=np.stack([np.full_like(rows, number), rows], axis=1) if several else rows[:, None],
+                )
+            done += array.shape[0]
+
+    def _folders(self) -> list[bytes]:
+        """The first part of the items' paths in each file: its name without extension, if all of these differ."""
+        names = self._files.names
+        if len(names) == 1:
+            return [b""]
+        stems = [os.path.splitext(name)[0] for name in names]
+        return [os.fsencode(name) + b"/" for name in (stems if len({*stems}) == len(names) else names)]
 
     def read(self, item: Item) -> bytes:
-        """The image as PGM, PPM or PNG. Raises OSError or BadItem as `read_piece`."""
-        (row,) = place_of(item, 1)
-        start = self._start + row * self._row_bytes if 0 <= row < self._count else -1
-        if self._deflated and start >= 0:
-            data = os.pread(self._temporary().fileno(), self._row_bytes, start)
+        """The image as PGM, PPM or PNG. Raises OSError or BadItem as `read_piece`; BadItem for floats out of range."""
+        number, row = place_of(item, 2) if len(self._files) > 1 else (0, *place_of(item, 1))
+        size, array = self._format.row_bytes, self._arrays[number] if 0 <= number < len(self._arrays) else None
+        if array is None or not 0 <= row < array.shape[0]:
+            data = read_piece(self._files, number, -1, size)  # raises that it is missing
+        elif array.info.deflated:
+            data = self._inflated.read(array, array.info.data_offset + row * size, size)
         else:
-            data = read_piece(self._files, 0, start, self._row_bytes)
-        if len(data) < self._row_bytes:
-            raise OSError(errno.EIO, "the temporary file has become shorter")
-        pixels = np.frombuffer(data, self._array.dtype).reshape(self._row_shape)
-        pixels = pixels.transpose(1, 2, 0) if self._planar else pixels
-        return encoded(pixels.reshape(*pixels.shape[:2], self._channels))
+            data = read_piece(self._files, number, array.info.data_offset + row * size, size)
+        return self._format.encode(data)
 
     def check(self) -> None:
-        """Raises SourceError if the file is gone or no longer readable."""
+        """Raises SourceError if a file is gone or no longer readable."""
         self._files.check()
 
-    def _temporary(self) -> BinaryIO:
-        """The inflated .npy."""
-        if self._pid != os.getpid():  # after a fork, the lock may be held by a thread that does not exist here
-            self._reset()
-        with self._lock:
-            if self._inflated is None:
-                self._inflated = self._inflate()
-                weakref.finalize(self, self._inflated.close)
-            return self._inflated
-
-    def _inflate(self) -> BinaryIO:
-        assert self._array.member is not None
-        size, place = self._array.start + self._array.size, tempfile.gettempdir()
-        if shutil.disk_usage(place).free < size:
-            raise OSError(errno.ENOSPC, f"no space for {size} bytes in {place}; set TMPDIR to a larger folder")
-        file: Any = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the source
-        try:
-            with (
-                self._files.opened(0) as packed,
-                zipfile.ZipFile(packed) as archive,
-                archive.open(self._array.member.filename) as member,
-            ):
-                while left := size - file.tell():
-                    if not (data := member.read(min(left, 1 << 20))):
-                        raise OSError(errno.EIO, f"{self._array.where} ends early; it is damaged or cut")
-                    file.write(data)
-                member.read(1)  # at the end, this verifies the CRC-32
-            file.flush()
-        except (SourceError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as exc:
-            file.close()
-            raise OSError(errno.EIO, f"{self._array.where}: {exc}") from exc
-        except BaseException:
-            file.close()
-            raise
-        made: BinaryIO = file
-        return made
-
-    def _list(self) -> Listing:
-        arrays = npy.arrays(self._files)
-        name, kind = self._asked or (self._usual_labels(arrays), None)
+    def _find_labels(self, found: Sequence[Mapping[str, Array]]) -> list[tuple[Files, Array]]:
+        """The arrays with the labels, and the files that they are in; none if there are no labels."""
+        first = found[0]
+        name = self._asked[0] if self._asked else label_array(self._name, first, self.location)
+        self._column = name or ""
         if name in (None, "none"):
-            return Listing(None)
-        files, column, array = self._files, name, arrays.get(name)
-        if array is None and name.lower().endswith(".npy"):
-            files, column = Files(name), "labels"
+            return []
+        if name not in first and name.lower().endswith(".npy"):
+            self._column, files = "labels", Files(name)
             array = npy.arrays(files).get("")
             if array is None:
                 raise SourceError(f"--labels {name} is an .npz; give an .npy, or an .npz as SRC with its images, too")
-        elif self._array.member is None:
+            _require_fit(array, sum(each.shape[0] for each in self._arrays), self._arrays[0])
+            return [(files, array)]
+        if not self._arrays[0].in_npz:
             raise UsageError(f"--labels {name}: labels of an .npy are another FILE.npy, or none")
-        elif array is None:
-            raise SourceError(f"{self.location!r} has no array {name!r}; it has {_shown(arrays)}")
-        self._require_fit(array)
-        values = npy.values(files, array)
+        if name not in first:
+            raise SourceError(f"{self.location!r} has no array {name!r}; it has {shown(first)}")
+        for arrays, images in zip(found, self._arrays, strict=True):
+            _require_fit(arrays[name], images.shape[0], images)
+            mine, its = arrays[name], first[name]
+            if (mine.dtype.kind, mine.shape[1:]) != (its.dtype.kind, its.shape[1:]):
+                raise SourceError(
+                    f"{mine.where} has {mine.dtype} {mine.shape}, and {its.where} {its.dtype} {its.shape}; labels of "
+                    "one SRC have one type and as many columns: convert them, or use --labels none"
+                )
+        return [(self._files, arrays[name]) for arrays in found]
+
+    def _list(self) -> Listing:
+        if not self._label_arrays:
+            return Listing(None)
+        pieces: list[NDArray[Any]] = [npy.values(files, array) for files, array in self._label_arrays]
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         values = values[:, 0] if values.shape[1:] == (1,) else values
-        return Listing(array_labels(column, values, self.location, self._classes, kind=kind))
-
-    def _usual_labels(self, arrays: Mapping[str, Array]) -> str | None:
-        """The array that holds the labels, judging by its name. Raises SourceError if there are several."""
-        found = _named_labels(self._name, arrays)
-        if len(found) > 1:
-            listed = ", ".join(map(repr, found))
-            raise SourceError(
-                f"{self.location!r}: {listed} have usual names of labels; --labels {found[0]} takes that one"
-            )
-        others = {name: array for name, array in arrays.items() if name != self._name and not _like_images(array)}
-        if not found and others:
-            log.warning(
-                "%r is built without labels: none of its other arrays has a usual name of labels (%s); --labels NAME "
-                "takes one of them, and --labels none is for images without labels",
-                self.location, _shown(others),
-            )  # fmt: skip
-        return found[0] if found else None
-
-    def _require_fit(self, labels: Array) -> None:
-        shape, count = labels.shape, self._count
-        if len(shape) in (1, 2) and shape[0] == count and 0 not in shape:
-            return
-        way = "fix it, or say --labels NAME for another array, or --labels none"
-        if len(shape) == 2 and shape[1] == count:
-            way = "its axes are in the wrong order: save array.T"
-        raise SourceError(
-            f"{labels.where} has shape {shape}, and {self._array.where} has {self._array.shape}; labels are one number "
-            f"or text for each of the {count} images, ({count},), or a row for each, ({count}, K): {way}"
+        kind = self._asked[1] if self._asked else None
+        labels = labels_of(
+            self._column,
+            values,
+            self.location,
+            kind=kind,
+            names=class_names(self._files, self._names_arrays),
+            classes=self._classes,
+            from_one=self._flat,
         )
+        return Listing(labels)
+
+
+def sides_of(location: str, labels: str | None) -> dict[str, str]:
+    """The SRC of each side of a split that a file has, or several files have, train first.
+
+    Args:
+        location: an .npz, a pattern of such, or a folder of them.
+        labels: the setting.
+
+    Raises:
+        SourceError: as `image_sides`, or the file is unreadable.
+        UsageError: `labels` names a single array.
+    """
+    if labels not in (None, "none"):
+        raise UsageError(
+            f"--labels {labels} and --splits all: each side has labels of its own, found by name, such as y_train; "
+            "omit one of them, or use --labels none"
+        )
+    files = Files(location, _PATTERN)
+    inside = f"{files.location}/*.npz" if os.path.isdir(files.location) else files.location
+    if not inside.lower().endswith(".npz"):
+        raise SourceError(f"--splits all: {location!r} is no .npz; give one with arrays such as x_train and x_test")
+    found = image_sides(npy.arrays(files), location, labelled=labels is None)
+    return {side: f"{inside}/{name}.npy" for side, name in found.items()}
+
+
+def _refuse_sides(files: Files) -> None:
+    """Raises SourceError if files in a folder are named like the sides of a split."""
+    stems = {os.path.splitext(name)[0]: name for name in files.names}
+    if sides := [stems[stem] for stem in split_sides(stems)]:
+        raise SourceError(
+            f"{files.location!r} has {some(sides)}, which look like the sides of a split: build each by itself, such "
+            f"as {os.path.join(files.location, sides[0])!r}, or name the files that belong together by a pattern"
+        )
+
+
+def _require_fit(labels: Array, count: int, images: Array) -> None:
+    shape = labels.shape
+    if len(shape) in (1, 2) and shape[0] == count and 0 not in shape[1:]:
+        return
+    way = "fix it, or say --labels NAME for another array, or --labels none"
+    if len(shape) == 2 and shape[1] == count:
+        way = "its axes are in the wrong order: save array.T"
+    raise SourceError(
+        f"{labels.where} has shape {shape}, and {images.where} has {images.shape}; labels are one number "
+        f"or text for each of the {count} images, ({count},), or a row for each, ({count}, K): {way}"
+    )
 
 
 def _label_spec(labels: str | None) -> tuple[str, Kind | None] | None:
@@ -242,93 +291,3 @@ def _label_spec(labels: str | None) -> tuple[str, Kind | None] | None:
     if name.lower().endswith(".npy") and not is_remote(name):
         name = os.path.abspath(name)  # another process may have another working directory
     return name, known
-
-
-def _words(name: str) -> frozenset[str]:
-    """The words in a name: `train` and `x` in `X_train`, `xtrain` and `trainX`."""
-    return frozenset(word.lower() for word in _WORD.findall(name))
-
-
-def _like_images(array: Array) -> bool:
-    return len(array.shape) in (3, 4)
-
-
-def _named_labels(images: str, arrays: Mapping[str, Array]) -> list[str]:
-    """The arrays that, judging by their names, hold the labels of an array of images; there should be at most one.
-
-    If several arrays hold images, each has its own labels, and names of just a label word do not count.
-    """
-    alone = sum(map(_like_images, arrays.values())) == 1
-    own = _words(images).difference(_IMAGES)
-    parts = [own, *([frozenset[str](), frozenset({"train"}) - own] if alone else [])]
-    others = [name for name in arrays if name != images]
-    for part in parts:
-        named = [name for name in others if _words(name) & _LABELS and _words(name) - _LABELS - {*_IMAGES} == part]
-        if named:
-            return named
-    unnamed = [name for name in others if _UNNAMED.fullmatch(name) and not _like_images(arrays[name])]
-    if (match := _UNNAMED.fullmatch(images)) is None:
-        return []
-    following = f"arr_{int(match[1]) + 1}"
-    return unnamed if alone and len(unnamed) == 1 else [name for name in unnamed if name == following]
-
-
-def _choose(arrays: dict[str, Array], wanted: str, location: str) -> str:
-    if wanted:
-        if wanted not in arrays:
-            raise SourceError(f"{location!r}: there is no array {wanted!r}; it has {_shown(arrays)}")
-        return wanted
-    if "" in arrays:
-        return ""
-    many = [name for name, array in arrays.items() if _like_images(array)]
-    usual = [{word, *part} for part in ((), ("train",)) for word in _IMAGES]
-    found = [name for words in (*usual, {"arr", "0"}) for name in many if _words(name) == words]
-    name = many[0] if len(many) == 1 else next(iter(found), None)
-    if name is not None and len(many) > 1:
-        others = [other for other in many if other != name]
-        log.warning(
-            "%r: the images are those of %r; %s may be some, too: give SRC as %s/%s.npy to have them",
-            location, name, ", ".join(map(repr, others)), location, others[0],
-        )  # fmt: skip
-    if name is None:
-        raise SourceError(
-            f"{location!r}: {'no array has' if not many else 'several arrays have'} the dimensions of images; it has "
-            f"{_shown(arrays)}; allowed is (N, H, W), (N, H, W, C) or (N, C, H, W), and {location}/NAME.npy says which"
-        )
-    return name
-
-
-def _shown(arrays: Mapping[str, Array]) -> str:
-    listed = [f"{name!r} {array.dtype} {array.shape}" for name, array in arrays.items()]
-    return ", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "") or "none"
-
-
-def _layout(array: Array) -> tuple[bool, int]:
-    """Whether channels come before rows, and how many there are. Raises SourceError if these are not images."""
-    shape, dtype = array.shape, array.dtype
-    got = f"{array.where} has {dtype} {shape}"
-    if array.fortran and len(shape) > 1:
-        raise SourceError(
-            f"{array.where} is in Fortran order; save it in C order: np.save(file, np.ascontiguousarray(array))"
-        )
-    if dtype.kind != "u" or dtype.itemsize > 2 or dtype.subdtype is not None:
-        raise SourceError(
-            f"{got}; allowed are uint8 and uint16: scale it to 0 to 255 (or 65535), round, and save "
-            "it as .astype('uint8')"
-        )
-    first, last = len(shape) == 4 and shape[1] in _CHANNELS, len(shape) == 4 and shape[3] in _CHANNELS
-    if first and last:
-        raise SourceError(f"{got}, where channels could be first or last; save it as (N, H, W) or with more columns")
-    if len(shape) == 3 and shape[2] in _CHANNELS:
-        raise SourceError(
-            f"{got}, which looks like one image of {shape[2]} channels; allowed are (N, H, W), (N, H, W, C) and (N, C, "
-            "H, W): save one image as array[None], gray ones that are so narrow as array[..., None]"
-        )
-    if len(shape) != 3 and not first and not last:
-        raise SourceError(f"{got}; allowed are (N, H, W), (N, H, W, C) and (N, C, H, W), C being 1, 3 or 4")
-    if 0 in shape:
-        raise SourceError(f"{got}, which is no image at all; give an array with images")
-    channels = shape[1] if first else shape[3] if last else 1
-    if channels == 4 and dtype.itemsize == 2:
-        raise SourceError(f"{got}; alpha goes with uint8 alone: omit it, array[..., :3], or convert to uint8")
-    return first, channels

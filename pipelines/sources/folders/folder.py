@@ -17,6 +17,7 @@ import numpy as np
 from ...errors import SourceError, UsageError
 from ..access.local import Inside, LocalFiles
 from ..base import (
+    IMAGE_EXTENSIONS,
     Group,
     Item,
     Source,
@@ -207,6 +208,7 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
     """
 
     file_per_item = True
+    extensions = IMAGE_EXTENSIONS  # of the files that are items
 
     def __init__(
         self,
@@ -265,7 +267,7 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
         yield from listing.groups()
 
     def _scan(self, folder: bytes) -> Scan:
-        return _scan(self._root, folder, self._links if self._follow_links else None)
+        return _scan(self._root, folder, self._links if self._follow_links else None, self.extensions)
 
     def _identity(self, folder: bytes) -> tuple[int, int]:
         return _identity(os.path.join(self._root, folder))
@@ -323,7 +325,7 @@ class _Links:
         return out
 
 
-def _scan(root: bytes, folder: bytes, links: _Links | None) -> Scan:
+def _scan(root: bytes, folder: bytes, links: _Links | None, extensions: frozenset[bytes]) -> Scan:
     """Lists a folder; symbolic links are skipped if `links` is None."""
     names: list[bytes] = []
     folders: list[bytes] = []
@@ -345,7 +347,7 @@ def _scan(root: bytes, folder: bytes, links: _Links | None) -> Scan:
                         folders.append(name)
                     else:
                         log.warning("%r ... is nested too deeply (%d bytes) and is ignored", *_shown(entry.path))
-                elif not is_image(name):
+                elif os.path.splitext(name)[1].lower() not in extensions:
                     others[extension_of(name)] += 1
                 elif _may_be_image(entry):
                     names.append(name)
