@@ -87,7 +87,8 @@ ROOMS = {
     "readers": (
         "errors config storage machine npz sources preprocess dataset",
         [
-            "readers inference buffers",
+            "readers inference buffers cache",
+            "remote",
             "dataset",
             "contract order",
             "torch_loader torch_workers keras tensorflow",

@@ -214,7 +214,7 @@ def read_directory(buffer: memoryview, label: str) -> Directory:
     """
 
     def form(name: str, offset: int, start: int, _: int) -> Form:
-        *_, name_bytes, field_bytes = _LOCAL.unpack_from(buffer, offset)
+        name_bytes, field_bytes = _LOCAL.unpack_from(buffer, offset)[-2:]
         block = start - NPY_HEADER_BYTES - (offset + _LOCAL.size + name_bytes + field_bytes)
         _check(block in (0, len(_STORED_BLOCK)), f"place of the data of {name}")
         return _read_npy_header(bytes(buffer[start - NPY_HEADER_BYTES : start]), name)

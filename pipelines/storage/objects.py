@@ -32,7 +32,18 @@ from typing import Any
 
 from ..errors import LockedError, StorageError, install_command
 from .base import LOCK
-from .clients import EXTRAS, PACKAGES, client, code, dataset_advice, decoded, digests, is_transient, renewed, write_advice
+from .clients import (
+    EXTRAS,
+    PACKAGES,
+    client,
+    code,
+    dataset_advice,
+    decoded,
+    digests,
+    is_transient,
+    renewed,
+    write_advice,
+)
 from .holders import PRIVATE, Fence, fenced, require_held
 from .object_lock import Lease, is_live, leftovers
 from .retries import Answer, with_retries
