@@ -88,7 +88,8 @@ class RemoteRows:
         """
         span = range(len(self))[rows]
         if not isinstance(span, range):
-            return self._read(span, span + 1)[0]
+            row: NDArray[Any] = self._read(span, span + 1)[0]
+            return row
         if not span:
             return np.empty((0, *self.shape[1:]), self.dtype)
         start = min(span)
@@ -259,7 +260,7 @@ class RemoteShards:
         """
         if self._cache is None or self._cache.is_full:
             return
-        if wait:
+        if wait and len(self._awaited) < len(self._names):
             self._awaited.update(numbers)
         if len(self._queued) == len(self._names):
             return

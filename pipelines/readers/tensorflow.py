@@ -30,6 +30,8 @@ def as_tf_dataset(
     drop_last: bool = False,
     normalize: bool = True,
     keep_blank: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | str | None = None,
 ) -> Any:
     """The batches of OUT as a tf.data.Dataset of (images, labels), or of images if there are no labels.
 
@@ -48,13 +50,14 @@ def as_tf_dataset(
         drop_last: omit the last batch if it is smaller; the batch size is then part of the `element_spec`.
         normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
+        cache, cache_size: as for `gpu_npz.open_dataset`. Batches fetch whole shards in the background.
 
     Raises:
         UsageError: a value that is not allowed.
         IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
     """
     require_natural(batch_size=batch_size)
-    data = Dataset(path)
+    data = Dataset(path, cache=cache, cache_size=cache_size)
     compare_with_others(data)
     rows = kept_rows(data, keep_blank)
     axes = (0, 1, 2, 3) if data.manifest.images.layout == "NHWC" else (0, 2, 3, 1)
@@ -65,6 +68,7 @@ def as_tf_dataset(
         return shuffled(rows, seed, int(number))
 
     def read(wanted: Places) -> NDArray[Any]:
+        data.fill(wait=not shuffle)
         images = data.normalized(wanted) if normalize else data[wanted]
         return np.ascontiguousarray(images.transpose(axes))
 

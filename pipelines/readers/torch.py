@@ -20,7 +20,7 @@ from ..errors import BackendError, UsageError, install_command
 from .buffers import Buffers
 from .contract import compare_with_others
 from .dataset import Dataset
-from .order import ElasticOrder, Places, kept_rows, part, require_natural, windows
+from .order import ElasticOrder, Places, kept_rows, part, require_natural, shards_in, windows
 
 try:
     import torch
@@ -61,6 +61,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         target_transform: applied to the label.
         normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
+        cache, cache_size: as for `gpu_npz.open_dataset`. Batches of a DataLoader fetch whole shards in the background.
 
     Raises:
         IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`; on access, FormatError names the
@@ -76,8 +77,10 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         *,
         normalize: bool = True,
         keep_blank: bool = False,
+        cache: str | os.PathLike[str] | None = None,
+        cache_size: int | str | None = None,
     ) -> None:
-        self.data = Dataset(path)
+        self.data = Dataset(path, cache=cache, cache_size=cache_size)
         compare_with_others(self.data)
         self.rows: Places = kept_rows(self.data, keep_blank)
         self.transform = transform
@@ -105,6 +108,10 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The images of a batch, which are read at once, into memory that is used again when all of them are gone."""
+        self.data.fill()
+        return self._batch(indices)
+
+    def _batch(self, indices: Sequence[int]) -> list[Any]:
         rows = self.rows[[operator.index(index) for index in indices]]
         buffers = self._buffers if torch.utils.data.get_worker_info() is None else self._shared
         dtype = np.dtype(np.float32) if self.normalize else self.data.dtype
@@ -167,6 +174,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         keep_blank: as for ShardDataset.
         global_batch: images per step of all ranks together; the stream gives single images unless set.
         lanes: with `global_batch`, which it divides: the parts of the order from which each step takes equally many.
+        cache, cache_size: as for `gpu_npz.open_dataset`. A stream fetches its shards in its order, and waits for them.
 
     Raises:
         UsageError: a value that is not allowed; when an iteration begins, or, with `global_batch`, when a state is
@@ -190,9 +198,12 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         keep_blank: bool = False,
         global_batch: int | None = None,
         lanes: int = 8,
+        cache: str | os.PathLike[str] | None = None,
+        cache_size: int | str | None = None,
     ) -> None:
         require_natural(buffer=buffer, lanes=lanes)
-        self.dataset = ShardDataset(path, transform, target_transform, normalize=normalize, keep_blank=keep_blank)
+        options: dict[str, Any] = {"normalize": normalize, "keep_blank": keep_blank}
+        self.dataset = ShardDataset(path, transform, target_transform, cache=cache, cache_size=cache_size, **options)
         self.rank, self.world_size = ranks(rank, world_size)
         self._seed = seed if shuffle else None
         self._buffer = buffer
@@ -284,13 +295,17 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         bounds = self._bounds()
         skipped = done % self._buffer
         begin = start + first + done - skipped
+        self._fill(bounds, [(begin, start + last)], epoch)
         for places in windows(bounds, begin, start + last, self._buffer, self._seed, epoch):
             for at in range(skipped, len(places), _CHUNK):
-                for sample in self.dataset.__getitems__(places[at : at + _CHUNK].tolist()):
+                for sample in self.dataset._batch(places[at : at + _CHUNK].tolist()):
                     done += 1
                     self._begun = epoch, done
                     yield sample
             skipped = 0
+
+    def _fill(self, bounds: Places, spans: list[tuple[int, int]], epoch: int) -> None:
+        self.dataset.data.fill(shards_in(bounds, spans, self._seed, epoch), wait=True)
 
     def _bounds(self) -> Places:
         """Shard k has the images from bounds[k] up to bounds[k + 1]."""
@@ -321,10 +336,11 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         order = self._elastic(epoch)
         worker, workers = _worker()
         self._begun = epoch, first
+        self._fill(self._bounds(), order.spans(first, self.rank, self.world_size), epoch)
         for step in range(first + worker, self._steps(order), workers):
             places = order.step(step)
             start, stop = part(len(places), self.rank, self.world_size)
-            samples = self.dataset.__getitems__(places[start:stop].tolist())
+            samples = self.dataset._batch(places[start:stop].tolist())
             self._begun = epoch, step + 1
             yield collate(samples)
 

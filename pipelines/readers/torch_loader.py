@@ -41,6 +41,8 @@ def loader(
     keep_blank: bool = False,
     prefetch: int = 2,
     threads: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | str | None = None,
 ) -> Loader:
     """Whole batches of OUT on a device, without a DataLoader or worker processes.
 
@@ -64,6 +66,8 @@ def loader(
         keep_blank: keep the zero rows of `--on-reject blank`.
         prefetch: how many batches are read ahead.
         threads: how many threads read each batch together; by default one per usable core, at most 8.
+        cache, cache_size: as for `gpu_npz.open_dataset`. Whole shards are fetched in the background; with `shuffle`, a
+            row whose shard is not there yet is fetched alone.
 
     Raises:
         UsageError: a value that is not allowed.
@@ -77,7 +81,7 @@ def loader(
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {str(place)!r}: PyTorch finds no usable GPU; give device='cpu'")
-    data = Dataset(path)
+    data = Dataset(path, cache=cache, cache_size=cache_size)
     compare_with_others(data)
     return Loader(
         data=data,
@@ -136,6 +140,8 @@ class Loader:
     def _batches(self, epoch: int) -> Iterator[Any]:
         start, stop = self._run()
         order = shuffled(self.rows, self.seed, epoch)[start:stop]
+        shards = np.unique(np.searchsorted(np.cumsum(self.data.shard_rows), order, side="right"))
+        self.data.fill(shards.tolist(), wait=self.seed is None)
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="gpu-npz-loader")
         ahead: deque[_Batch] = deque()
         copies = _Copies(self.prefetch)
