@@ -31,7 +31,7 @@ from ..dataset.manifest import Manifest
 from ..errors import FormatError, StorageError
 from ..npz.format import Directory, Member, read_end, read_member, rowindex
 from ..npz.reader import NpzReader, RowArray, inflated, require_rowindex
-from ..storage.objects import ObjectStorage
+from ..storage.objects import ObjectStorage, Part
 from .cache import ShardCache
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class RemoteShard:
 
     def fetch(self, start: int, stop: int) -> bytes:
         """The bytes of the shard from `start` up to `stop`, of which there is at least one, by one request."""
-        return self._shards.fetch(self._number, start, stop, self._end.tag)[0]
+        return self._shards.fetch(self._number, start, stop, self._end.tag).data
 
 
 class RemoteShards:
@@ -277,20 +277,21 @@ class RemoteShards:
         """Fetches no further shards in the background."""
         self._queue.clear()
 
-    def fetch(self, number: int, start: int, stop: int, tag: str = "") -> tuple[bytes, str]:
-        """Bytes of a shard from `start` up to `stop`, and the ETag; see `ObjectStorage.fetch`.
+    def fetch(self, number: int, start: int, stop: int, tag: str = "") -> Part:
+        """Bytes of a shard from `start` up to `stop`; see `ObjectStorage.fetch`.
 
         Raises:
-            FormatError: the shard is missing or too short.
+            FormatError: the shard is missing, or has another size than index.npz says.
             StorageError: the shard was replaced, or the store does not answer.
         """
         try:
-            data, found = self._storage.fetch(self._names[number], start, stop, tag)
+            part = self._storage.fetch(self._names[number], start, stop, tag)
         except FileNotFoundError as exc:
             raise self._fault(number, "the object is missing") from exc
-        if len(data) != stop - start:
-            raise self._fault(number, f"it ends before byte {stop}, and {INDEX} says {self._bytes[number]} bytes")
-        return data, found
+        size = self._bytes[number]
+        if len(part.data) != stop - start or part.size not in (size, None):
+            raise self._fault(number, f"its size is not {size} bytes, as {INDEX} says")
+        return part
 
     def _fault(self, number: int, problem: str) -> FormatError:
         repair = f"gpu-npz verify {shlex.quote(self._storage.root)} --repair"
@@ -303,7 +304,7 @@ class RemoteShards:
             size = self._bytes[number]
             if size < 1:
                 raise FormatError(f"{INDEX} says that it has {size} bytes; run gpu-npz verify", self.path(number))
-            data, tag = self.fetch(number, max(0, size - _END_BYTES), size)
+            data, tag, _ = self.fetch(number, max(0, size - _END_BYTES), size)
             dtype, shape = self._form
             forms = {"images": (dtype, (self._rows[number], *shape))}
             directory = read_end(memoryview(data), size, forms, self.path(number))
@@ -320,8 +321,8 @@ class RemoteShards:
             return None
         if ends is None:
             raise FormatError(f"no array {rowindex('images')!r}; copy the file again", self.path(number))
-        content, _ = self.fetch(number, ends.header_offset, ends.end, tag)
-        found = read_member(ends, content, self.path(number))
+        content = self.fetch(number, ends.header_offset, ends.end, tag)
+        found = read_member(ends, content.data, self.path(number))
         require_rowindex(found, images, self.path(number))
         return found
 
@@ -347,7 +348,7 @@ class RemoteShards:
         def fill(descriptor: int, part: str) -> None:
             size, tag = self._bytes[number], self._end(number).tag
             for start in range(0, size, _PIECE_BYTES):
-                data, _ = self.fetch(number, start, min(size, start + _PIECE_BYTES), tag)
+                data = self.fetch(number, start, min(size, start + _PIECE_BYTES), tag).data
                 done = 0
                 while done < len(data):
                     done += os.pwrite(descriptor, data[done:], start + done)

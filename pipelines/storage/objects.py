@@ -28,7 +28,7 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import LockedError, StorageError, install_command
 from .base import LOCK
@@ -60,8 +60,22 @@ _MARK = "gpu-npz-lock"  # user metadata on S3: the token under which an object w
 _CHANGED = ("PreconditionFailed", "412")
 _BEHIND_THE_END = ("InvalidRange", "416")
 _REOPEN = "it has changed since the dataset was opened; open the dataset again"
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/.+")  # RFC 9110, section 14.4
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")  # RFC 9110, section 14.4
 _UPLOADS = re.compile(r"(shard-\d{5,}|index|plan)\.npz")  # files that may be large
+
+
+class Part(NamedTuple):
+    """Some bytes of a file.
+
+    Attributes:
+        data: the bytes.
+        tag: the ETag of the file; "" if the store is not S3.
+        size: the size of the file in bytes; None if the store does not say.
+    """
+
+    data: bytes
+    tag: str = ""
+    size: int | None = None
 
 
 class ObjectStorage:
@@ -129,8 +143,8 @@ class ObjectStorage:
             return bytes(self._ask(name, lambda: self._files.cat_file(self._at(name))))
         return None
 
-    def fetch(self, name: str, start: int, stop: int, tag: str = "") -> tuple[bytes, str]:
-        """Some bytes of a file, by one request, and the file's ETag, which is "" if the store is not S3.
+    def fetch(self, name: str, start: int, stop: int, tag: str = "") -> Part:
+        """Some bytes of a file, by one request.
 
         Args:
             name: of the file.
@@ -143,9 +157,9 @@ class ObjectStorage:
             StorageError: the file was replaced since then; or as for every method.
         """
         if not self._s3:
-            return bytes(self._ask(name, lambda: self._files.cat_file(self._at(name), start=start, end=stop))), ""
+            return Part(bytes(self._ask(name, lambda: self._files.cat_file(self._at(name), start=start, end=stop))))
 
-        def get() -> tuple[bytes, str]:
+        def get() -> Part:
             from fsspec.asyn import sync
 
             files = self._files
@@ -156,7 +170,7 @@ class ObjectStorage:
                 data, part, found = sync(files.loop, _get, files, wanted)
             except OSError as exc:
                 if code(exc) in _BEHIND_THE_END:
-                    return b"", ""
+                    return Part(b"")
                 if code(exc) in _CHANGED:
                     raise self._error(name, exc, _REOPEN) from exc
                 raise
@@ -170,7 +184,7 @@ class ObjectStorage:
                 )
             if len(data) != int(span[2]) + 1 - start:
                 raise OSError(errno.EPIPE, f"{len(data)} bytes came of {part}")
-            return data, found
+            return Part(data, found, int(span[3]) if span[3].isdecimal() else None)
 
         return self._ask(name, get)
 
