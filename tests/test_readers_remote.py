@@ -599,17 +599,21 @@ def test_copies_that_are_damaged_or_of_another_name_are_refused(proxy: Requests,
         np.testing.assert_array_equal(data[row], gpu_npz.open_dataset(stored)[row])
 
 
-def test_settings_of_the_cache_are_checked_for_a_folder_too(stored: Path, tmp_path: Path) -> None:
+def test_settings_of_the_cache_are_checked_and_a_folder_needs_none(
+    proxy: Requests, stored: Path, tmp_path: Path
+) -> None:
     for size in ("much", "-1", "1.5GB", "10 parsecs", True):
         with pytest.raises(UsageError, match=r"cache_size: got .*; allowed: bytes, or a number with a unit"):
             gpu_npz.open_dataset(stored, cache=tmp_path / "cache", cache_size=size)
     with pytest.raises(UsageError, match="without cache: give the folder"):
         gpu_npz.open_dataset(stored, cache_size="1GB")
+    data = gpu_npz.open_dataset(stored, cache=tmp_path / "cache", cache_size="500M")
+    data.fill()
+    np.testing.assert_array_equal(list(data), data[:])
+    assert not (tmp_path / "cache").exists()
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"cache .*file/cache'.*give a folder on a local disk"):
-        gpu_npz.open_dataset(stored, cache=tmp_path / "file" / "cache")
-    data = gpu_npz.open_dataset(stored, cache=tmp_path / "cache", cache_size="500M")
-    np.testing.assert_array_equal(list(data), data[:])
+        gpu_npz.open_dataset(upload(stored), cache=tmp_path / "file" / "cache")
 
 
 # The readers of the frameworks

@@ -138,29 +138,24 @@ class ShardCache:
             os.close(descriptor)
 
 
-def open_cache(cache: str | os.PathLike[str] | None, cache_size: int | str | None) -> ShardCache | None:
-    """The cache in a folder; None without a folder.
-
-    Args:
-        cache: the folder.
-        cache_size: as for `Dataset`.
+def cache_limit(cache: str | os.PathLike[str] | None, cache_size: int | str | None) -> int | None:
+    """The limit of a cache in bytes, as `Dataset` takes it; None for no limit.
 
     Raises:
         UsageError: a size that is not allowed, or a size without a folder.
-        StorageError: as for `ShardCache`.
     """
+    if cache_size is None:
+        return None
     try:
-        limit = None if cache_size is None else parse_bytes(str(cache_size))
+        limit = parse_bytes(str(cache_size))
     except ValueError as exc:
         units = ", ".join(SHARD_UNITS)
         raise UsageError(
             f"cache_size: got {cache_size!r}; allowed: bytes, or a number with a unit, such as 200GB ({units})"
         ) from exc
     if cache is None:
-        if limit is not None:
-            raise UsageError(f"cache_size {cache_size!r} without cache: give the folder for the shards, too")
-        return None
-    return ShardCache(cache, limit)
+        raise UsageError(f"cache_size {cache_size!r} without cache: give the folder for the shards, too")
+    return limit
 
 
 def _is_at(descriptor: int, path: str) -> bool:

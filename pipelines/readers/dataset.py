@@ -28,7 +28,7 @@ from ..sources.base import label_form
 from ..storage import open_storage
 from ..storage.base import Storage
 from ..storage.objects import ObjectStorage
-from .cache import open_cache
+from .cache import ShardCache, cache_limit
 from .inference import Preprocess
 from .remote import READS_AT_ONCE, RemoteRows, RemoteShard, RemoteShards
 
@@ -98,8 +98,8 @@ class Dataset:
         cache: str | os.PathLike[str] | None = None,
         cache_size: int | str | None = None,
     ) -> None:
-        kept = open_cache(cache, cache_size)
-        self._options = (partial, kept and kept.folder, cache_size)
+        limit = cache_limit(cache, cache_size)
+        self._options = (partial, cache and os.path.abspath(cache), cache_size)
         self._storage = open_storage(path, only_read=True)
         self.path = self._storage.root
         index: Any
@@ -130,6 +130,7 @@ class Dataset:
         self._lock = threading.Lock()
         self._remote: RemoteShards | None = None
         if isinstance(self._storage, ObjectStorage):
+            kept = None if cache is None else ShardCache(cache, limit)
             self._remote = RemoteShards(self._storage, self.manifest, self._numbers, index, kept)
             weakref.finalize(self, self._remote.stop)
         _datasets.add(self)
@@ -362,8 +363,13 @@ class Dataset:
         wanted = np.unique(rows)
         shards = np.searchsorted(self._ends, wanted, side="right")
         unmapped = [each for each in np.unique(shards).tolist() if not isinstance(self._shards.get(each), NpzReader)]
-        opened = zip(unmapped, _concurrently(self.shard, unmapped), strict=True)
-        remote = {number: shard for number, shard in opened if isinstance(shard, RemoteShard) and not shard.is_local}
+
+        def opened(number: int) -> RemoteShard | None:
+            shard = self.shard(number)
+            return shard if isinstance(shard, RemoteShard) and not shard.is_local else None
+
+        found = zip(unmapped, _concurrently(opened, unmapped), strict=True)
+        remote = {number: shard for number, shard in found if shard is not None}
         runs = np.split(wanted, np.flatnonzero((np.diff(wanted) != 1) | (np.diff(shards) != 0)) + 1)
 
         def fetch(run: NDArray[np.int64]) -> NDArray[Any]:
