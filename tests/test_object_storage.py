@@ -489,7 +489,7 @@ def test_a_store_that_refuses_is_not_asked_twice_and_the_rights_are_named(src: P
 def test_a_bucket_that_does_not_exist_is_told(src: Path, out: str) -> None:
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/out\S*': The specified bucket does not exist; make"):
         build(src, "s3://no-such-bucket/out", SETTINGS)
-    with pytest.raises(StorageError, match="The specified bucket does not exist; make the bucket, or give another"):
+    with pytest.raises(StorageError, match="The specified bucket does not exist; check the name of the bucket"):
         Manifest.load("s3://no-such-bucket/out")
 
 

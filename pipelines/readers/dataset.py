@@ -262,7 +262,10 @@ class Dataset:
         if self._remote is not None:
             if (found := self._shards.get(number)) is not None:
                 return found
-            return self._open(number, self._remote.open(number))  # without the lock: it may take a while
+            remote = self._remote.open(number)  # without the lock: it may take a while
+            self._require_fit(number, remote)
+            with self._lock:
+                return self._keep(number, remote)
         with self._lock:
             if number in self._shards:
                 return self._shards[number]
@@ -270,18 +273,21 @@ class Dataset:
             reader = _opened(self._storage, name, self._known.get(number))
             if len(self._known) < _KNOWN_SHARDS:
                 self._known[number] = reader.known
-            return self._open(number, reader)
+            self._require_fit(number, reader)
+            return self._keep(number, reader)
 
-    def _open(self, number: int, reader: NpzReader | RemoteShard) -> NpzReader | RemoteShard:
+    def _require_fit(self, number: int, reader: NpzReader | RemoteShard) -> None:
         _require_shard(reader, self.manifest, self._numbers[number])
         rows = self._ends[number] - (self._ends[number - 1] if number else 0)
         if len(reader.rows("images")) != rows:
             raise FormatError(
                 f"{len(reader.rows('images'))} rows; {INDEX} says {rows}; run gpu-npz verify", reader.path
             )
+
+    def _keep(self, number: int, reader: NpzReader | RemoteShard) -> NpzReader | RemoteShard:
         self._shards[number] = reader
         if len(self._shards) > _OPEN_SHARDS:
-            self._shards.pop(next(iter(self._shards)), None)
+            del self._shards[next(iter(self._shards))]
         return reader
 
     def _rows(self, number: int, name: str) -> NDArray[Any] | DeflatedRows | RemoteRows:
