@@ -518,12 +518,10 @@ class BuildConfig(BaseModel):
     def _parse_shard_size(cls, value: Any) -> str:
         if str(value).strip().lower() == "auto":
             return "auto"
-        match = re.fullmatch(r"(\d{1,15})\s*([a-zA-Z]*)", str(value).strip())
-        units = {unit.lower(): size for unit, size in SHARD_UNITS.items()}
-        units |= {unit.removesuffix("b"): size for unit, size in units.items() if unit != "b"}  # 500M means 500MB
-        _require(match and int(match[1]) > 0 and (not match[2] or match[2].lower() in units), value)
-        assert match
-        return str(int(match[1])) if not match[2] else f"{int(match[1]) * units[match[2].lower()]}B"
+        rows = re.fullmatch(r"\d{1,15}", str(value).strip(), re.ASCII)
+        size = int(rows[0]) if rows else parse_bytes(str(value))
+        _require(size, value)
+        return str(size) if rows else f"{size}B"
 
     @field_validator("compress", mode="before")
     @classmethod
@@ -706,6 +704,20 @@ def option_of(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{option}" if value else f"--no-{option}"
     return f"--{option} {as_option(name, value)}"
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes in a size such as 512MB, 500M, 2GiB or 4096; units are those of SHARD_UNITS, in either case.
+
+    Raises:
+        ValueError: the text is not a size.
+    """
+    match = re.fullmatch(r"(\d{1,15})\s*([a-zA-Z]*)", text.strip(), re.ASCII)
+    units = {unit.lower(): size for unit, size in SHARD_UNITS.items()}
+    units |= {unit.removesuffix("b"): size for unit, size in units.items()}  # 500M means 500MB
+    _require(match and match[2].lower() in units, text)
+    assert match
+    return int(match[1]) * units[match[2].lower()]
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""What tests share: settings, builds, contents of a dataset, processes, images, decoders, sources and tars."""
+"""What tests share: settings, builds, contents of a dataset, processes, stores, images, decoders, sources, tars."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
 import os
 import re
+import select
+import socket
 import subprocess
 import sys
 import tarfile
@@ -163,6 +166,60 @@ def assert_a_worker_needs_its_parents_lock(storage: Any) -> None:
     with storage.lock(), pytest.raises(LockedError, match=f"taken over by process {os.getpid()} "):
         worker.remove("file")
     assert storage.read("file") == b"1"
+
+
+# Object stores
+
+
+Rule = Callable[[bytes], "bytes | None"]
+
+
+class Proxy:
+    """Passes bytes on to a server. A rule is given what a client sends and says what of it to pass on.
+
+    None: the connection is cut after the first kilobyte. Bytes that begin with HTTP/ go back as the answer.
+    """
+
+    def __init__(self, server: tuple[str, int]) -> None:
+        self.rule: Rule = lambda data: data
+        self._server = server
+        self._ends: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        with self._listener:
+            self._listener.shutdown(socket.SHUT_RDWR)  # accept() returns
+            self._threads[0].join()
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self._ends.append(client)
+                self._threads.append(threading.Thread(target=self._pass, args=(client,)))
+                self._threads[-1].start()
+
+    def _pass(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._server) as server, contextlib.suppress(OSError):
+            while True:
+                ready, _, _ = select.select([client, server], [], [])
+                for end in ready:
+                    data = end.recv(1 << 16)
+                    passed = self.rule(data) if end is client else data
+                    if passed is None:
+                        server.sendall(data[:1024])
+                    if not data or passed is None:
+                        return
+                    back = end is server or passed.startswith(b"HTTP/")
+                    (client if back else server).sendall(passed)
 
 
 # Generated images

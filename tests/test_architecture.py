@@ -90,8 +90,8 @@ ROOMS = {
     "readers": (
         "errors config storage machine npz sources preprocess dataset",
         [
-            "readers inference buffers",
-            "views",
+            "readers inference buffers cache",
+            "remote views",
             "dataset contract order",
             "combine augment",
             "torch_crops",

@@ -145,7 +145,7 @@ class Manifest(BaseModel):
             IncompleteError: the build has not finished yet.
             FormatError: `folder` is not a dataset, is damaged, or was made by a later version.
         """
-        storage = open_storage(folder)
+        storage = open_storage(folder, only_read=True)
         content = read_json(storage, MANIFEST)
         if content is None:
             raise _no_manifest(storage)

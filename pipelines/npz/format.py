@@ -25,19 +25,24 @@ reading a row does not check any CRC-32. The run of a row must inflate to exactl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from isal.isal_zlib import crc32, crc32_combine
+from numpy.typing import NDArray
 
 from ..errors import FormatError
 
+Form = tuple[np.dtype[Any], tuple[int, ...]]  # dtype and shape
+_FormOf = Callable[[str, int, int, int], Form]
 ALIGNMENT = 4096
 NPY_HEADER_BYTES = 128
 _LOCAL = struct.Struct("<4sHHHHHLLLHH")
@@ -213,13 +218,85 @@ def read_directory(buffer: memoryview, label: str) -> Directory:
     Raises:
         FormatError: the file is not of this format, or is damaged.
     """
+
+    def form(name: str, offset: int, start: int, _: int) -> Form:
+        name_bytes, field_bytes = _LOCAL.unpack_from(buffer, offset)[-2:]
+        block = start - NPY_HEADER_BYTES - (offset + _LOCAL.size + name_bytes + field_bytes)
+        _check(block in (0, len(_STORED_BLOCK)), f"place of the data of {name}")
+        return _read_npy_header(bytes(buffer[start - NPY_HEADER_BYTES : start]), name)
+
+    with _explained(label):
+        directory = _read_directory(buffer, len(buffer), form)
+        for member in directory.members.values():
+            header = buffer[member.header_offset : member.data_offset]
+            _check(member_header(member) == header, f"header of {member.name}.npy")
+        return directory
+
+
+def read_end(end: memoryview, file_bytes: int, forms: Mapping[str, Form], label: str) -> Directory:
+    """Reads and validates the directory of a file of which only the end is known, not the headers of its members.
+
+    Args:
+        end: the last bytes of the file, which contain the directory.
+        file_bytes: the size of the file.
+        forms: the dtype and shape of members by name. Until `read_member` has read it, any other has the form of bytes,
+            uint8 (data_bytes,).
+        label: the name of the file in error messages.
+
+    Raises:
+        FormatError: the file is not of this format, or is damaged, or a member of `forms` has another size.
+    """
+
+    def form(name: str, _: int, __: int, size: int) -> Form:
+        _check(size >= NPY_HEADER_BYTES, f"size of {name}")
+        return forms.get(name.removesuffix(".npy"), (np.dtype(np.uint8), (size - NPY_HEADER_BYTES,)))
+
+    with _explained(label):
+        return _read_directory(end, file_bytes, form)
+
+
+def read_member(member: Member, content: bytes, label: str) -> NDArray[Any]:
+    """The array of a stored member, whose headers and CRC-32 are checked.
+
+    Args:
+        member: the member, according to the directory.
+        content: the bytes of the file from `member.header_offset` to `member.end`.
+        label: the name of the file in error messages.
+
+    Raises:
+        FormatError: the bytes are damaged, or the member is deflated.
+    """
+    start, filename = member.data_offset - member.header_offset, f"{member.name}.npy"
+    with _explained(label):
+        _check(member.runs_bytes is None, f"compression of {filename}")
+        dtype, shape = _read_npy_header(content[start - NPY_HEADER_BYTES : start], filename)
+        found = replace(member, dtype=dtype, shape=shape)
+        _check(found.end == member.end and member_header(found) == content[:start], f"header of {filename}")
+        _check(zlib.crc32(content[start - NPY_HEADER_BYTES :]) == member.crc32, f"CRC-32 of {filename}")
+    array = np.empty(shape, dtype)
+    if array.size:
+        array.reshape(-1).view(np.uint8)[:] = np.frombuffer(content, np.uint8, offset=start)
+    return array
+
+
+@contextlib.contextmanager
+def _explained(label: str) -> Iterator[None]:
     try:
-        return _read_directory(buffer)
+        yield
     except (struct.error, ValueError, TypeError, OverflowError) as exc:
         raise FormatError(f"{exc or type(exc).__name__}; not a shard of this format, or damaged", label) from exc
 
 
-def _read_directory(buffer: memoryview) -> Directory:
+def _read_directory(buffer: memoryview, file_bytes: int, form: _FormOf) -> Directory:
+    """The directory, found from the end of the file.
+
+    Args:
+        buffer: the last bytes of the file, or all of them.
+        file_bytes: the size of the file.
+        form: gives the dtype and shape of a member from its file name, the offsets of its header and of its data, and
+            its inflated size.
+    """
+    before = file_bytes - len(buffer)
     tail_offset = max(0, len(buffer) - _END.size - _MAX_COMMENT_BYTES)
     tail = bytes(buffer[tail_offset:])
     position = tail.rfind(b"PK\5\6")
@@ -233,26 +310,28 @@ def _read_directory(buffer: memoryview) -> Directory:
     if offset == _FULL:
         stop = end - _LOCATOR64.size
         locator, _, end64, _ = _LOCATOR64.unpack_from(buffer, stop)
+        end64 -= before
         signature, _, _, _, _, _, _, count, size, offset = _END64.unpack_from(buffer, end64)
         _check(locator == b"PK\6\7" and signature == b"PK\6\6" and end64 + _END64.size == stop, "zip64 end record")
         stop = end64
-    _check(offset + size == stop and size <= _MAX_DIRECTORY_BYTES, "place of the directory")
-    entries = bytes(buffer[offset:stop])
+    begin = offset - before
+    _check(begin >= 0 and begin + size == stop and size <= _MAX_DIRECTORY_BYTES, "place of the directory")
+    entries = bytes(buffer[begin:stop])
     members: dict[str, Member] = {}
     position = place = 0
     for _ in range(count):
-        member, position = _read_entry(entries, position, buffer[:offset])
+        member, position = _read_entry(entries, position, form)
         _check(member.name not in members, f"second {member.name}.npy")
         _check(member.header_offset == place, f"place of {member.name}.npy (there is a gap, or two arrays overlap)")
         members[member.name] = member
         place = member.end
     _check(place == offset, "place of the directory")
     comment = bytes(buffer[end + _END.size :]).decode("ascii")
-    _check(directory_bytes(list(members.values()), offset, comment) == buffer[offset:], "directory")
-    return Directory(members, comment, hashlib.sha256(buffer[offset:]).hexdigest(), offset, len(buffer))
+    _check(directory_bytes(list(members.values()), offset, comment) == buffer[begin:], "directory")
+    return Directory(members, comment, hashlib.sha256(buffer[begin:]).hexdigest(), offset, file_bytes)
 
 
-def _read_entry(entries: bytes, position: int, body: memoryview) -> tuple[Member, int]:
+def _read_entry(entries: bytes, position: int, form: _FormOf) -> tuple[Member, int]:
     (
         signature, _, _, flags, method, _, _, crc32, packed, size,
         name_bytes, field_bytes, comment_bytes, _, _, _, offset,
@@ -272,23 +351,17 @@ def _read_entry(entries: bytes, position: int, body: memoryview) -> tuple[Member
         offset >= 0 and packed >= 0 and (packed == size if runs_bytes is None else runs_bytes >= len(DEFLATE_END)),
         f"size of {filename}",
     )
-
-    signature, *_, local_name_bytes, local_field_bytes = _LOCAL.unpack_from(body, offset)
-    start = offset + _LOCAL.size + local_name_bytes + local_field_bytes
-    local_name = bytes(body[offset + _LOCAL.size :][:local_name_bytes])
-    _check(signature == b"PK\3\4" and local_name == filename.encode(), f"local header of {filename}")
-    name, start = filename.removesuffix(".npy"), start + block + NPY_HEADER_BYTES
-    _check(start == data_offset(offset, name, deflated=bool(method)), f"place of the data of {filename}")
-    dtype, shape = _read_npy_header(bytes(body[start - NPY_HEADER_BYTES : start]), filename)
+    name = filename.removesuffix(".npy")
+    start = data_offset(offset, name, deflated=bool(method))
+    dtype, shape = form(filename, offset, start, size)
     _check(runs_bytes is None or len(shape) > 0, f"shape () of {filename}, which is deflated by rows")
     member = Member(name, offset, start, dtype, shape, crc32, runs_bytes)
     _check(member.npy_bytes == size, f"shape {shape} of {filename}, which has {size} bytes")
     _check(size <= _MAX_RATIO * packed, f"size of {filename}: {packed} bytes cannot hold {size}")
-    _check(member_header(member) == body[offset:start], f"header of {filename}")
     return member, position + name_bytes + field_bytes + comment_bytes
 
 
-def _read_npy_header(header: bytes, filename: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+def _read_npy_header(header: bytes, filename: str) -> Form:
     fields = _NPY_FIELDS.fullmatch(header, len(_NPY_PREFIX) + 2)
     if fields is None:
         raise ValueError(f"wrong NPY header of {filename}")

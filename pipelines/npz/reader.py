@@ -72,20 +72,45 @@ class DeflatedRows:
     def inflated(self, row: int) -> bytes:
         """Returns the bytes of one row. Raises FormatError if they are damaged."""
         run = self._runs[self._ends[row] : self._ends[row + 1]]
-        stream = decompressobj(_RAW)
-        try:
-            data: bytes = stream.decompress(run, self._row_bytes + 1)  # limits memory, whatever the run contains
-            whole = not (stream.eof or stream.unconsumed_tail) and run[-4:] == _FLUSHED
-            # The final block ends the stream only if the run ends at a block boundary. The next row then begins at
-            # the same place when the whole member is inflated at once.
-            whole = whole and not stream.decompress(DEFLATE_END, 1) and stream.eof
-        except IsalError as exc:  # type: ignore[misc]  # mypy sees isal as untyped
-            raise FormatError(f"{self._name}: row {row} is damaged ({exc}); copy the file again", self._path) from exc
-        if len(data) != self._row_bytes or not whole:
-            raise FormatError(
-                f"{self._name}: row {row} is damaged (not {self._row_bytes} bytes); copy the file again", self._path
-            )
-        return data
+        return inflated(run, self._row_bytes, f"{self._name}: row {row}", self._path)
+
+
+def inflated(run: memoryview, row_bytes: int, row: str, path: str) -> bytes:
+    """Inflates the run of one row.
+
+    Args:
+        run: its bytes.
+        row_bytes: the size of the row.
+        row: the row's name, for the message.
+        path: the file, for the message.
+
+    Raises:
+        FormatError: the run is damaged.
+    """
+    stream = decompressobj(_RAW)
+    try:
+        data: bytes = stream.decompress(run, row_bytes + 1)  # limits memory, whatever the run contains
+        whole = not (stream.eof or stream.unconsumed_tail) and run[-4:] == _FLUSHED
+        # The final block ends the stream only if the run ends at a block boundary. The next row then begins at
+        # the same place when the whole member is inflated at once.
+        whole = whole and not stream.decompress(DEFLATE_END, 1) and stream.eof
+    except IsalError as exc:  # type: ignore[misc]  # mypy sees isal as untyped
+        raise FormatError(f"{row} is damaged ({exc}); copy the file again", path) from exc
+    if len(data) != row_bytes or not whole:
+        raise FormatError(f"{row} is damaged (not {row_bytes} bytes); copy the file again", path)
+    return data
+
+
+def require_rowindex(ends: NDArray[Any], member: Member, path: str) -> None:
+    """Raises FormatError if an array is not the row index of a deflated member of the file `path`."""
+    runs_bytes = member.end - member.data_offset
+    if (
+        ends.dtype != np.int64
+        or ends.shape != (member.shape[0] + 1,)
+        or (ends[0], ends[-1]) != (0, runs_bytes - len(DEFLATE_END))
+        or (ends[1:] < ends[:-1]).any()  # np.diff could overflow
+    ):
+        raise FormatError(f"{rowindex(member.name)} does not fit {member.name}; copy the file again", path)
 
 
 RowArray = NDArray[Any] | DeflatedRows
@@ -162,18 +187,12 @@ class NpzReader:
         """
         if name not in self._rows:  # cached: creating a view costs more than reading a row
             member = self._member(name)
-            self._rows[name] = self[name] if member.runs_bytes is None else self._deflated(member, member.runs_bytes)
+            self._rows[name] = self[name] if member.runs_bytes is None else self._deflated(member)
         return self._rows[name]
 
-    def _deflated(self, member: Member, runs_bytes: int) -> DeflatedRows:
-        name, ends = member.name, self[rowindex(member.name)]
-        if (
-            ends.dtype != np.int64
-            or ends.shape != (member.shape[0] + 1,)
-            or (ends[0], ends[-1]) != (0, runs_bytes - len(DEFLATE_END))
-            or (ends[1:] < ends[:-1]).any()  # np.diff could overflow
-        ):
-            raise FormatError(f"{rowindex(name)} does not fit {name}; copy the file again", self.path)
+    def _deflated(self, member: Member) -> DeflatedRows:
+        ends = self[rowindex(member.name)]
+        require_rowindex(ends, member, self.path)
         return DeflatedRows(member, self._buffer[member.data_offset : member.end], ends, self.path)
 
     def crc_matches(self, name: str) -> bool:

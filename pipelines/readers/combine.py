@@ -19,9 +19,18 @@ from .views import Numbers, Rows, View, columns_of
 Openable = str | os.PathLike[str] | Rows
 
 
-def opened(source: Openable) -> Rows:
-    """The dataset at a path; what is open already stays as it is. Raises as `Dataset`."""
-    return source if isinstance(source, Rows) else Dataset(source)
+def opened(source: Openable, cache: str | os.PathLike[str] | None = None, cache_size: int | str | None = None) -> Rows:
+    """The dataset at a path; what is open already stays as it is.
+
+    Raises:
+        UsageError: a cache is given for what is open already.
+        IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
+    """
+    if not isinstance(source, Rows):
+        return Dataset(source, cache=cache, cache_size=cache_size)
+    if cache is not None or cache_size is not None:
+        raise UsageError("cache: got an open dataset; give cache and cache_size to gpu_npz.open_dataset instead")
+    return source
 
 
 def concat(sources: Sequence[Openable]) -> View:

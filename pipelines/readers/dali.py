@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ def source(
     world_size: int = 1,
     drop_last: bool = False,
     keep_blank: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | str | None = None,
 ) -> Source:
     """The batches of OUT for a DALI pipeline, which takes them by `nvidia.dali.fn.external_source`.
 
@@ -60,6 +63,7 @@ def source(
         world_size: how many pipelines share an epoch.
         drop_last: omit the last batch if it is smaller, and the images that some ranks would have more than others.
         keep_blank: keep the zero rows of `--on-reject blank`.
+        cache, cache_size: as for `gpu_npz.open_dataset`. Batches fetch whole shards in the background.
 
     Raises:
         UsageError: a value that is not allowed.
@@ -67,7 +71,7 @@ def source(
     """
     require_natural(batch_size=batch_size)
     require_rank(rank, world_size)
-    data = opened(path)
+    data = opened(path, cache, cache_size)
     compare_with_others(data)
     rows = kept_rows(data, keep_blank)
     return Source(data, rows, keep_blank, batch_size, seed if shuffle else None, rank, world_size, drop_last)
@@ -124,6 +128,7 @@ class Source:
             raise StopIteration
         rows = self._order(batch.epoch_idx)[batch.iteration * self.batch_size :][: self.batch_size]
         images = self._buffers.take((len(rows), *self.data.image_shape), self.data.dtype)
+        self.data.fill(wait=self.seed is None)
         self.data.read(rows, images)
         return (images,) if self.data.labels is None else (images, self.data.labels[rows])
 

@@ -1,4 +1,4 @@
-"""Gives a finished dataset as NumPy arrays that are memory-mapped from its shards, so rows are read on demand."""
+"""Gives a finished dataset as NumPy arrays. Rows are read on demand: from mapped shards, or from an object store."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import shlex
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,12 @@ from ..errors import FormatError, IncompleteError, StorageError
 from ..machine.environment import usable_cpus
 from ..npz.reader import CachedDirectory, DeflatedRows, NpzReader
 from ..sources.base import label_form
-from ..storage.base import Storage, is_remote
-from ..storage.local import LocalStorage
+from ..storage import open_storage
+from ..storage.base import Storage
+from ..storage.objects import ObjectStorage
+from .cache import ShardCache, cache_limit
 from .inference import Preprocess
+from .remote import READS_AT_ONCE, RemoteRows, RemoteShard, RemoteShards
 from .views import RowIndex, Rows
 
 # Shards that stay mapped. Before Python 3.13, each map holds a file descriptor; the usual limit is 1,024 per process.
@@ -40,9 +43,13 @@ _datasets: weakref.WeakSet[Dataset] = weakref.WeakSet()
 def _renew_locks() -> None:
     for dataset in _datasets:
         dataset._lock = threading.Lock()
+        if dataset._remote is not None:
+            dataset._remote.renew()
 
 
 os.register_at_fork(after_in_child=_renew_locks)  # a thread that the child does not have may hold a lock
+
+Answer = TypeVar("Answer")
 
 
 class Dataset(Rows):
@@ -52,12 +59,20 @@ class Dataset(Rows):
     batch: a view if it lies in one shard, else a copy. `dataset[[3, 1, 2]]` is a copy. Changes to a view stay in this
     process. With a compressed dataset, all of these are copies, and only the requested rows are decompressed.
 
+    In an object store, a run of consecutive rows is one request for its bytes, and the rows of a batch are fetched
+    concurrently. With a cache, iterating over the dataset, and the readers of the frameworks, bring whole shards there,
+    from which their rows are mapped; other accesses fetch rows.
+
     Args:
-        path: the dataset's folder.
+        path: the dataset's folder, or its URL on an object store (s3://, gs://).
         partial: open a dataset whose build has not finished, with the shards that are committed so far.
+        cache: a folder on a local disk for whole shards of a dataset in an object store, which several datasets and
+            processes may share. Nothing in it is ever evicted. For a dataset in a folder, it has no effect.
+        cache_size: the most that shards in the cache may take, in bytes or with a unit, such as "200GB"; by default,
+            the disk is the limit.
 
     Attributes:
-        path: the dataset's folder.
+        path: the dataset's folder or URL.
         manifest: the contents of dataset.json.
         labels: int64 (N,), or None; for several columns (N, K), float64 if one of them has fractions.
         class_names: the class names by label, if there is one column of labels and it holds classes; else None.
@@ -70,13 +85,22 @@ class Dataset(Rows):
     Raises:
         IncompleteError: the build has not finished; with `partial`, no shard is committed yet.
         FormatError: not a dataset, damaged, or made by a later version.
-        StorageError: the process has too many open files, or the dataset is not on a disk.
+        StorageError: the process has too many open files; the store is not supported, refuses, or does not answer; a
+            shard was replaced in the meantime; the cache cannot be used.
+        UsageError: a `cache_size` that is not allowed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, partial: bool = False) -> None:
-        if is_remote(path):
-            raise StorageError(f"{os.fspath(path)!r}: only files on a disk can be mapped; {_copying(os.fspath(path))}")
-        self._storage = LocalStorage(os.fspath(path).removeprefix("file://"))
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        partial: bool = False,
+        cache: str | os.PathLike[str] | None = None,
+        cache_size: int | str | None = None,
+    ) -> None:
+        limit = cache_limit(cache, cache_size)
+        self._options = (partial, cache and os.path.abspath(cache), cache_size)
+        self._storage = open_storage(path, only_read=True)
         self.path = self._storage.root
         index: Any
         self._numbers: Sequence[int]
@@ -88,8 +112,9 @@ class Dataset(Rows):
         else:
             self.manifest = Manifest.load(self.path)
             index = open_index(self._storage, self.manifest)
+            if isinstance(self._storage, ObjectStorage):
+                _require_crcs(index)
             self._numbers = range(self.manifest.counts.shards)
-        self._partial = partial
         self.index: NDArray[np.int64] = index["index"]
         self.labels: NDArray[Any] | None = index.get("labels")
         self.valid: NDArray[np.bool_] | None = index.get("valid")
@@ -99,17 +124,22 @@ class Dataset(Rows):
         self.class_names = self.manifest.classes
         self.label_columns = self.manifest.columns
         self._ends: list[int] = ends
-        self._shards: dict[int, NpzReader] = {}  # the first that was opened is the first to be closed
+        self._shards: dict[int, NpzReader | RemoteShard] = {}  # the first that was opened is the first to be closed
         self._known: dict[int, CachedDirectory] = {}
         self._lock = threading.Lock()
+        self._remote: RemoteShards | None = None
+        if isinstance(self._storage, ObjectStorage):
+            kept = None if cache is None else ShardCache(cache, limit)
+            self._remote = RemoteShards(self._storage, self.manifest, self._numbers, index, kept)
+            weakref.finalize(self, self._remote.stop)
         _datasets.add(self)
 
     def __repr__(self) -> str:
         images = self.manifest.images
         return f"<Dataset {self.path!r}: {len(self)} images {images.shape} {images.dtype}>"
 
-    def __reduce__(self) -> tuple[Any, tuple[str, bool]]:
-        return open_dataset, (self.path, self._partial)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return open_dataset, (self.path, *self._options)
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
@@ -144,6 +174,7 @@ class Dataset(Rows):
         return self.column("images", rows)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
+        self.fill(wait=True)
         for number in range(len(self.shard_rows)):
             yield from self.shard(number).rows("images")
 
@@ -175,6 +206,8 @@ class Dataset(Rows):
                 f"rows: got {wanted.dtype} {wanted.shape}; allowed: an integer, a slice or a list of integers"
             )
         places = [self._find(int(row)) for row in wanted]
+        if name == "images" and self._remote is not None:
+            return self._images(wanted.astype(np.int64) % max(1, len(self)))
         return self._gather(name, [(shard, at, at + 1) for shard, at in places])
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any], *, normalize: bool = False) -> None:
@@ -186,10 +219,13 @@ class Dataset(Rows):
                 `normalize`, it is float32, or float16, whose values are those of a float16 build if pixels are stored.
             normalize: whether to normalize stored pixels, as `normalized` does; blank rows stay zero.
         """
+        fetched = {} if self._remote is None else self._fetched(rows)
         for place in np.argsort(rows, kind="stable").tolist():  # shard by shard
             row = int(rows[place])
-            shard, at = self._find(row)
-            image = (self._shards.get(shard) or self.shard(shard)).rows("images")[at]
+            image = fetched.get(row)
+            if image is None:
+                shard, at = self._find(row)
+                image = (self._shards.get(shard) or self.shard(shard)).rows("images")[at]
             if not normalize:
                 np.copyto(out[place], image)
             elif self.valid is None or self.valid[row]:
@@ -202,7 +238,23 @@ class Dataset(Rows):
         """The preprocessing of this dataset, to apply to other images at inference, or to compare with a dataset."""
         return Preprocess.of(self.manifest)
 
-    def shard(self, number: int) -> NpzReader:
+    def fill(self, rows: NDArray[np.int64] | None = None, *, wait: bool = False) -> None:
+        """Begins to fetch whole shards into the cache, in the background; without a cache, this does nothing.
+
+        Args:
+            rows: those that will be read, from 0 up to N - 1, in this order; all of them by default.
+            wait: whether a row of their shards waits until its shard is in the cache, if there is room for it, as is
+                best for reading most rows of a shard. Otherwise it is fetched alone until then.
+        """
+        if self._remote is None:
+            return
+        shards: Sequence[int] = range(len(self.shard_rows))
+        if rows is not None:
+            numbers = np.searchsorted(self._ends, rows, side="right")
+            shards = numbers[np.sort(np.unique(numbers, return_index=True)[1])].tolist()
+        self._remote.fill(shards, wait=wait)
+
+    def shard(self, number: int) -> NpzReader | RemoteShard:
         """One shard, which is opened unless it still is open.
 
         Args:
@@ -211,23 +263,38 @@ class Dataset(Rows):
         Raises:
             FormatError: the shard is missing, damaged, or of another dataset.
         """
+        if self._remote is not None:
+            if (found := self._shards.get(number)) is not None:
+                return found
+            remote = self._remote.open(number)  # without the lock: it may take a while
+            self._require_fit(number, remote)
+            with self._lock:
+                return self._keep(number, remote)
         with self._lock:
             if number in self._shards:
                 return self._shards[number]
-            reader = open_shard(self._storage, self.manifest, self._numbers[number], self._known.get(number))
-            rows = self._ends[number] - (self._ends[number - 1] if number else 0)
-            if len(reader.rows("images")) != rows:
-                raise FormatError(
-                    f"{len(reader.rows('images'))} rows; {INDEX} says {rows}; run gpu-npz verify", reader.path
-                )
-            self._shards[number] = reader
+            name = shard_name(self._numbers[number], self.manifest.counts.shards)
+            reader = _opened(self._storage, name, self._known.get(number))
             if len(self._known) < _KNOWN_SHARDS:
                 self._known[number] = reader.known
-            if len(self._shards) > _OPEN_SHARDS:
-                del self._shards[next(iter(self._shards))]
-            return reader
+            self._require_fit(number, reader)
+            return self._keep(number, reader)
 
-    def _rows(self, number: int, name: str) -> NDArray[Any] | DeflatedRows:
+    def _require_fit(self, number: int, reader: NpzReader | RemoteShard) -> None:
+        _require_shard(reader, self.manifest, self._numbers[number])
+        rows = self._ends[number] - (self._ends[number - 1] if number else 0)
+        if len(reader.rows("images")) != rows:
+            raise FormatError(
+                f"{len(reader.rows('images'))} rows; {INDEX} says {rows}; run gpu-npz verify", reader.path
+            )
+
+    def _keep(self, number: int, reader: NpzReader | RemoteShard) -> NpzReader | RemoteShard:
+        self._shards[number] = reader
+        if len(self._shards) > _OPEN_SHARDS:
+            del self._shards[next(iter(self._shards))]
+        return reader
+
+    def _rows(self, number: int, name: str) -> NDArray[Any] | DeflatedRows | RemoteRows:
         """An array of a shard. Raises FormatError if it does not have one entry per image."""
         reader = self.shard(number)
         rows, images = reader.rows(name), reader.rows("images")
@@ -252,7 +319,9 @@ class Dataset(Rows):
             count = min(stop, self._ends[shard]) - start
             runs.append((shard, at, at + count))
             start += count
-        if len(runs) != 1 or (name == "images" and self.manifest.deflated):
+        if len(runs) != 1 and name == "images" and self._remote is not None:
+            return self._images(np.arange(stop - sum(end - at for _, at, end in runs), stop))
+        if len(runs) != 1 or (name == "images" and self.manifest.deflated and self._remote is None):
             return self._gather(name, runs)
         ((shard, begin, end),) = runs
         view: NDArray[Any] = self._rows(shard, name)[begin:end]
@@ -266,8 +335,12 @@ class Dataset(Rows):
             return self._inflated([(shard, row) for shard, start, stop in runs for row in range(start, stop)])
         out: NDArray[Any] | None = None
         filled, count = 0, sum(stop - start for _, start, stop in runs)
-        for shard, start, stop in runs:
-            rows = self._rows(shard, name)[start:stop]
+
+        def read(run: tuple[int, int, int]) -> NDArray[Any]:
+            shard, start, stop = run
+            return self._rows(shard, name)[start:stop]
+
+        for rows in map(read, runs) if self._remote is None else _concurrently(read, runs):
             if out is None:
                 out = np.empty((count, *rows.shape[1:]), rows.dtype)
             elif rows.dtype != out.dtype:  # strings, whose width differs between shards
@@ -289,14 +362,56 @@ class Dataset(Rows):
             list(pool.map(inflate, range(len(places))))
         return out
 
+    def _images(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of the images of these rows, which are from 0 up to N - 1."""
+        out = np.empty((len(rows), *self.image_shape), self.dtype)
+        self.read(rows, out)
+        return out
+
+    def _fetched(self, rows: NDArray[np.int64]) -> dict[int, NDArray[Any]]:
+        """The images of those rows whose shards are not in the cache, by row, fetched concurrently."""
+        wanted = np.unique(rows)
+        shards = np.searchsorted(self._ends, wanted, side="right")
+        unmapped = [each for each in np.unique(shards).tolist() if not isinstance(self._shards.get(each), NpzReader)]
+
+        def opened(number: int) -> RemoteShard | None:
+            shard = self.shard(number)
+            return shard if isinstance(shard, RemoteShard) and not shard.is_local else None
+
+        found = zip(unmapped, _concurrently(opened, unmapped), strict=True)
+        remote = {number: shard for number, shard in found if shard is not None}
+        runs = np.split(wanted, np.flatnonzero((np.diff(wanted) != 1) | (np.diff(shards) != 0)) + 1)
+
+        def fetch(run: NDArray[np.int64]) -> NDArray[Any]:
+            number, start = self._find(int(run[0]))
+            return remote[number].rows("images")[start : start + len(run)]
+
+        runs = [run for run in runs if len(run) and self._find(int(run[0]))[0] in remote]
+        pairs = zip(runs, _concurrently(fetch, runs), strict=True)
+        return {row: image for run, images in pairs for row, image in zip(run.tolist(), images, strict=True)}
+
     @functools.cached_property
     def _threads(self) -> int:
         return usable_cpus()
 
 
-def open_dataset(path: str | os.PathLike[str], partial: bool = False) -> Dataset:
+def open_dataset(
+    path: str | os.PathLike[str],
+    partial: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | str | None = None,
+) -> Dataset:
     """Opens a finished dataset or, with `partial`, the committed shards of an unfinished one; see `Dataset`."""
-    return Dataset(path, partial=partial)
+    return Dataset(path, partial=partial, cache=cache, cache_size=cache_size)
+
+
+def _concurrently(call: Callable[[Any], Answer], values: Sequence[Any]) -> Iterator[Answer]:
+    """The results of a call for each value, in order, several at a time."""
+    if len(values) < 2:
+        yield from map(call, values)
+        return
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        yield from pool.map(call, values)
 
 
 def open_index(storage: Storage, manifest: Manifest) -> NpzReader:
@@ -350,9 +465,14 @@ def open_shard(storage: Storage, manifest: Manifest, number: int, before: Cached
         FormatError: the shard is missing, damaged, or of another dataset, or its images have another shape or dtype.
     """
     reader = _opened(storage, shard_name(number, manifest.counts.shards), before)
+    _require_shard(reader, manifest, number)
+    return reader
+
+
+def _require_shard(reader: NpzReader | RemoteShard, manifest: Manifest, number: int) -> None:
     _require_comment(reader, shard_comment(manifest.id, number))
     images = reader.rows("images")
-    if isinstance(images, DeflatedRows) != manifest.deflated:
+    if (reader.directory.members["images"].runs_bytes is not None) != manifest.deflated:
         raise FormatError(
             f"its images are {'stored' if manifest.deflated else 'deflated'}, unlike the manifest's; copy it again",
             reader.path,
@@ -360,7 +480,6 @@ def open_shard(storage: Storage, manifest: Manifest, number: int, before: Cached
     if images.shape[1:] != manifest.images.shape or images.dtype.name != manifest.images.dtype:
         wanted = f"{manifest.images.dtype} (N, {', '.join(map(str, manifest.images.shape))})"
         raise FormatError(f"images are {images.dtype} {images.shape}; the manifest says {wanted}", reader.path)
-    return reader
 
 
 def column_fault(reader: NpzReader, name: str, manifest: Manifest) -> str | None:
@@ -377,14 +496,16 @@ def column_fault(reader: NpzReader, name: str, manifest: Manifest) -> str | None
     return f"{name} is {column.dtype} {column.shape}; {kind!r} {shape} belongs there"
 
 
-def _require_comment(reader: NpzReader, expected: str) -> None:
+def _require_comment(reader: NpzReader | RemoteShard, expected: str) -> None:
     if (found := reader.directory.comment) != expected:
         raise FormatError(f"it is {found!r}, but {expected!r} belongs here; copy it again", reader.path)
 
 
-def _copying(url: str) -> str:
-    command = f"`aws s3 sync {url} DIR`" if url.startswith("s3:") else f"`gcloud storage rsync -r {url} DIR`"
-    return f"copy the dataset first, with {command} for one, and open DIR"
+def _require_crcs(index: NpzReader) -> None:
+    if damaged := [name for name in index.directory.members if not index.crc_matches(name)]:
+        raise FormatError(
+            f"the checksum of {', '.join(damaged)} is wrong; run gpu-npz verify on the dataset", index.path
+        )
 
 
 def _opened(storage: Storage, name: str, before: CachedDirectory | None = None) -> NpzReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does no
             when it read the first one to build the model, so its epochs are shifted by a few batches.
         use_multiprocessing: whether the workers are processes.
         max_queue_size: how many batches are prepared ahead.
+        cache, cache_size: as for `gpu_npz.open_dataset`. Batches fetch whole shards in the background.
 
     Raises:
         UsageError: a value that is not allowed.
@@ -66,10 +68,12 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does no
         workers: int = 1,
         use_multiprocessing: bool = False,
         max_queue_size: int = 10,
+        cache: str | os.PathLike[str] | None = None,
+        cache_size: int | str | None = None,
     ) -> None:
         super().__init__(workers=workers, use_multiprocessing=use_multiprocessing, max_queue_size=max_queue_size)
         require_natural(batch_size=batch_size)
-        self.data = opened(path)
+        self.data = opened(path, cache, cache_size)
         compare_with_others(self.data)
         self._batch_size = batch_size
         self._normalize = normalize
@@ -96,6 +100,7 @@ class ShardDataset(keras.utils.PyDataset):  # type: ignore[misc]  # mypy does no
         """
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of a dataset with {len(self)} batches")
+        self.data.fill(wait=self._seed is None)
         rows = self._order[number * self._batch_size :][: self._batch_size]
         images = self.data.normalized(rows) if self._normalize else self.data[rows]
         images = np.transpose(images, self._axes)

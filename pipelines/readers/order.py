@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,26 @@ def windows(bounds: Places, start: int, stop: int, size: int, seed: int | None, 
     for begin in range(start, stop, size):
         places = places_at(np.arange(begin, min(begin + size, stop)))
         yield places if seed is None else np.random.default_rng((seed, epoch, begin)).permutation(places)
+
+
+def shards_in(bounds: Places, spans: Sequence[tuple[int, int]], seed: int | None, epoch: int) -> list[int]:
+    """The shards of some spans of the sequence of `windows`, as reading all spans at the same pace needs them.
+
+    Args:
+        bounds: as for `windows`.
+        spans: start and stop of each, as positions in the sequence.
+        seed: as for `windows`.
+        epoch: as for `windows`.
+    """
+    order = shuffled(np.arange(len(bounds) - 1), seed, epoch)
+    sizes = np.diff(bounds)[order]
+    ends = np.cumsum(sizes)
+    distances: dict[int, int] = {}
+    for start, stop in spans:
+        for at in np.flatnonzero((ends > start) & (ends - sizes < stop) & (sizes > 0)).tolist():
+            distance = max(0, int(ends[at] - sizes[at]) - start)
+            distances[int(order[at])] = min(distance, distances.get(int(order[at]), distance))
+    return sorted(distances, key=lambda shard: distances[shard])
 
 
 def _sequence(bounds: Places, seed: int | None, epoch: int) -> Callable[[Places], Places]:
@@ -119,6 +139,12 @@ class ElasticOrder:
                 parts.append(self._window(lane, window)[skipped:][: end - begin])
                 begin += len(parts[-1])
         return np.concatenate(parts)
+
+    def spans(self, step: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+        """Start and stop, in the sequence of all shards, of what a rank has yet to read of each lane at this step."""
+        count = len(self._lanes)
+        lanes = self._lanes[count * rank // world_size : -(-count * (rank + 1) // world_size)]
+        return [(min(start + step * self._each, stop), stop) for start, stop in lanes]
 
     def _window(self, lane: int, number: int) -> Places:
         if self._windows.get(lane, (-1,))[0] != number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ def as_tf_dataset(
     drop_last: bool = False,
     normalize: bool = True,
     keep_blank: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | str | None = None,
 ) -> Any:
     """The batches of OUT as a tf.data.Dataset of (images, labels), or of images if there are no labels.
 
@@ -47,13 +50,14 @@ def as_tf_dataset(
         drop_last: omit the last batch if it is smaller; the batch size is then part of the `element_spec`.
         normalize: False gives the stored values.
         keep_blank: keep the zero rows of `--on-reject blank`.
+        cache, cache_size: as for `gpu_npz.open_dataset`. Batches fetch whole shards in the background.
 
     Raises:
         UsageError: a value that is not allowed.
         IncompleteError, FormatError, StorageError: as for `gpu_npz.open_dataset`.
     """
     require_natural(batch_size=batch_size)
-    data = opened(path)
+    data = opened(path, cache, cache_size)
     compare_with_others(data)
     rows = kept_rows(data, keep_blank)
     axes = (0, 1, 2, 3) if data.layout == "NHWC" else (0, 2, 3, 1)
@@ -64,6 +68,7 @@ def as_tf_dataset(
         return shuffled(kept_rows(data, keep_blank, int(number)), seed, int(number))
 
     def read(wanted: Places) -> NDArray[Any]:
+        data.fill(wait=not shuffle)
         images = data.normalized(wanted) if normalize else data[wanted]
         return np.ascontiguousarray(images.transpose(axes))
 

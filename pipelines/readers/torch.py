@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from .augment import Augment, Size, crops_of
 from .buffers import Buffers
 from .combine import Openable, opened
 from .contract import compare_with_others
-from .order import ElasticOrder, Places, kept_rows, part, require_natural, share, windows
+from .order import ElasticOrder, Places, kept_rows, part, require_natural, shards_in, share, windows
 
 try:
     import torch
@@ -71,6 +72,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         size: height and width of images, or one number for both; as stored by default. Without `augment`, the middle of
             the stored image is cut out.
         seed: decides the random parts.
+        cache, cache_size: as for `gpu_npz.open_dataset`. Batches of a DataLoader fetch whole shards in the background.
 
     Raises:
         UsageError: a value that is not allowed.
@@ -90,8 +92,10 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
         augment: Augment | None = None,
         size: Size | None = None,
         seed: int = 0,
+        cache: str | os.PathLike[str] | None = None,
+        cache_size: int | str | None = None,
     ) -> None:
-        self.data = opened(path)
+        self.data = opened(path, cache, cache_size)
         compare_with_others(self.data)
         self._keep_blank = keep_blank
         self._crops = crops_of(self.data, augment, size, seed)
@@ -140,6 +144,7 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The images of a batch, which are read at once, into memory that is used again when all of them are gone."""
+        self.data.fill()
         epoch = int(self._epoch)
         if epoch < 0 and self._crops is not None:
             epoch = int(torch.empty((), dtype=torch.int64).random_())
@@ -215,6 +220,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         augment: "rrc-flip" for random parts of images, as for ShardDataset. They depend only on `seed`, the epoch and
             the row, so call `set_epoch`.
         size: as for ShardDataset.
+        cache, cache_size: as for `gpu_npz.open_dataset`. A stream fetches its shards in its order, and waits for them.
 
     Raises:
         UsageError: a value that is not allowed; when an iteration begins, or, with `global_batch`, when a state is
@@ -240,9 +246,11 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         lanes: int = 8,
         augment: Augment | None = None,
         size: Size | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cache_size: int | str | None = None,
     ) -> None:
         require_natural(buffer=buffer, lanes=lanes)
-        data = opened(path)
+        data = opened(path, cache, cache_size)
         self.dataset = ShardDataset(
             data.by_shard() if shuffle else data,
             transform,
@@ -344,6 +352,7 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         bounds = self.dataset.data.bounds(rows)
         skipped = done % self._buffer
         begin = start + first + done - skipped
+        self._fill(bounds, [(begin, start + last)], rows, epoch)
         for places in windows(bounds, begin, start + last, self._buffer, self._seed, epoch):
             for at in range(skipped, len(places), _CHUNK):
                 for sample in self.dataset.samples(rows[places[at : at + _CHUNK]], epoch):
@@ -351,6 +360,12 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
                     self._begun = epoch, done
                     yield sample
             skipped = 0
+
+    def _fill(self, bounds: Places, spans: list[tuple[int, int]], rows: Places, epoch: int) -> None:
+        """Fetches shards ahead, as `Dataset.fill`, in the order in which spans of the sequence of shards need them."""
+        if shards := shards_in(bounds, spans, self._seed, epoch):
+            wanted = [rows[bounds[shard] : bounds[shard + 1]] for shard in shards]
+            self.dataset.data.fill(np.concatenate(wanted), wait=True)
 
     def _resumed_at(self) -> tuple[int, int]:
         """The epoch and the step at which the next iteration begins."""
@@ -374,6 +389,8 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
         order, rows = self._elastic(epoch), self.dataset.rows_of(epoch)
         worker, workers = _worker()
         self._begun = epoch, first
+        spans = order.spans(first, self.rank, self.world_size)
+        self._fill(self.dataset.data.bounds(rows), spans, rows, epoch)
         for step in range(first + worker, self._steps(order), workers):
             places = order.step(step)
             start, stop = part(len(places), self.rank, self.world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,8 @@ def loader(
     size: Size | None = None,
     prefetch: int = 2,
     threads: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | str | None = None,
 ) -> Loader:
     """Whole batches of OUT on a device, without a DataLoader or worker processes.
 
@@ -75,6 +78,8 @@ def loader(
             middle of the stored image is cut out.
         prefetch: how many batches are read ahead.
         threads: how many threads read each batch together; by default one per usable core, at most 8.
+        cache, cache_size: as for `gpu_npz.open_dataset`. Whole shards are fetched in the background; with `shuffle`, a
+            row whose shard is not there yet is fetched alone.
 
     Raises:
         UsageError: a value that is not allowed.
@@ -88,7 +93,7 @@ def loader(
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {str(place)!r}: PyTorch finds no usable GPU; give device='cpu'")
-    data = opened(path)
+    data = opened(path, cache, cache_size)
     compare_with_others(data)
     return Loader(
         data=data,
@@ -151,6 +156,7 @@ class Loader:
     def _batches(self, epoch: int) -> Iterator[Any]:
         start, stop = self._run()
         order = shuffled(kept_rows(self.data, self.keep_blank, epoch), self.seed, epoch)[start:stop]
+        self.data.fill(order, wait=self.seed is None)
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="gpu-npz-loader")
         ahead: deque[_Batch] = deque()
         copies = _Copies(self.prefetch)

@@ -139,6 +139,10 @@ class Rows(abc.ABC):
             chosen &= _matches(self, name, wanted)
         return self.subset(chosen)
 
+    @abc.abstractmethod
+    def fill(self, rows: Numbers | None = None, *, wait: bool = False) -> None:
+        """Begins to fetch the shards of some rows into the cache; see `Dataset.fill`."""
+
     def by_shard(self) -> Rows:
         """The same rows, in an order in which those of each shard are next to each other."""
         return self
@@ -279,6 +283,12 @@ class View(Rows):
         if (np.diff(shards) >= 0).all():
             return self
         return self.subset(np.argsort(shards, kind="stable"))
+
+    def fill(self, rows: Numbers | None = None, *, wait: bool = False) -> None:
+        """Begins to fetch the shards of some rows into the caches of their datasets; see `Dataset.fill`."""
+        places = self._places if rows is None else self._places[rows]
+        for number, own in self._by_dataset(places):
+            self._datasets[number].fill(places[own] - int(self._starts[number]), wait=wait)
 
     def _shards_of(self, places: Numbers) -> Numbers:
         """The number of each row's shard, counted over all datasets."""

@@ -10,12 +10,14 @@ from .holders import Fence
 from .local import LocalStorage
 
 
-def open_storage(out: str | os.PathLike[str], under: Fence | None = None) -> Storage:
+def open_storage(out: str | os.PathLike[str], under: Fence | None = None, *, only_read: bool = False) -> Storage:
     """Opens OUT: a folder, or a URL on an object store, such as s3://bucket/path.
 
     Args:
         out: a path or a URL.
         under: the lock of another process, on whose behalf this one works.
+        only_read: whether this process will write nothing, so that errors of an object store only ask for what reading
+            needs.
 
     Raises:
         StorageError: the store is not supported, or its client is not installed.
@@ -28,7 +30,7 @@ def open_storage(out: str | os.PathLike[str], under: Fence | None = None) -> Sto
     from .objects import ObjectStorage
 
     if url[2]:
-        return ObjectStorage(text, under)
+        return ObjectStorage(text, under, only_read=only_read)
     if url[1] in PACKAGES:
         raise StorageError(
             f"OUT {text!r} has one slash too few, because pathlib.Path removes double slashes; give {url[1]}://... "

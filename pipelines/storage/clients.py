@@ -15,8 +15,10 @@ _TRANSIENT = {  # errors of botocore, aiohttp and fsspec, by name since none of 
     "IncompleteReadError", "ClientPayloadError", "ClientConnectionError", "TimeoutError",
 }  # fmt: skip
 _TRANSIENT_ERRNO = {errno.EBUSY, errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, getattr(errno, "EREMOTEIO", 121)}
+_CONNECTIONS = 64  # to S3, of a process; botocore's 10 are fewer than the reads of one batch
 _NO_CREDENTIALS = re.compile(r"Credential|TokenRetrieval|SSOToken|RefreshError|ProfileNotFound")
 _LOG_IN = "log in (for S3: `aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_inherited: list[Any] = []
 
 
 def client(protocol: str) -> Any:
@@ -35,11 +37,21 @@ def client(protocol: str) -> Any:
         # Callers retry by themselves. Nested in each other, botocore's, s3fs's and our loops would spend minutes on a
         # refused connection.
         given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **given}
+        retries = {"total_max_attempts": 1}
+        options["config_kwargs"] = {"retries": retries, "max_pool_connections": _CONNECTIONS, **given}
     files = fsspec.filesystem(protocol, **options)
     if is_s3:
         files.retries = 1
     return files
+
+
+def renewed(files: Any, protocol: str) -> Any:
+    """A new client for a forked process, where the event loop of its parent's client does not run.
+
+    The parent's client is kept: its end would close connections in the loop that both processes share.
+    """
+    _inherited.append(files)
+    return client(protocol)
 
 
 def is_transient(exc: Exception) -> bool:
@@ -62,6 +74,19 @@ def write_advice(exc: Exception) -> str:
     if isinstance(exc, PermissionError):
         return "request permission to list the bucket and to get, put and delete objects in it, or choose another OUT"
     return "check the store, then run the same command to resume"
+
+
+def dataset_advice(exc: Exception) -> str:
+    """What to do about an error of the store that holds a dataset which is only read."""
+    if is_transient(exc):
+        return "the store does not answer; check the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL)"
+    if code(exc) == "NoSuchBucket":
+        return "check the name of the bucket"
+    if _lacks_credentials(exc):
+        return f"{_LOG_IN}; FSSPEC_S3_ANON=true for a public bucket)"
+    if isinstance(exc, PermissionError):
+        return "ask for the right to list the bucket and to get its objects, or log in as another user"
+    return "check the store and the name of the dataset"
 
 
 def read_advice(exc: OSError) -> str:

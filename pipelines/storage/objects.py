@@ -28,11 +28,22 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import LockedError, StorageError, install_command
 from .base import LOCK
-from .clients import EXTRAS, PACKAGES, client, code, decoded, digests, is_transient, write_advice
+from .clients import (
+    EXTRAS,
+    PACKAGES,
+    client,
+    code,
+    dataset_advice,
+    decoded,
+    digests,
+    is_transient,
+    renewed,
+    write_advice,
+)
 from .holders import PRIVATE, Fence, fenced, require_held
 from .object_lock import Lease, is_live, leftovers
 from .retries import Answer, with_retries
@@ -46,7 +57,25 @@ _PARTS = 4  # uploaded concurrently, for each shard
 _MAX_PARTS = 10_000
 _KEPT_BYTES = 1 << 20  # up to this size, a deleted object is kept until the lock has been checked again
 _MARK = "gpu-npz-lock"  # user metadata on S3: the token under which an object was made
+_CHANGED = ("PreconditionFailed", "412")
+_BEHIND_THE_END = ("InvalidRange", "416")
+_REOPEN = "it has changed since the dataset was opened; open the dataset again"
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")  # RFC 9110, section 14.4
 _UPLOADS = re.compile(r"(shard-\d{5,}|index|plan)\.npz")  # files that may be large
+
+
+class Part(NamedTuple):
+    """Some bytes of a file.
+
+    Attributes:
+        data: the bytes.
+        tag: the ETag of the file; "" if the store is not S3.
+        size: the size of the file in bytes; None if the store does not say.
+    """
+
+    data: bytes
+    tag: str = ""
+    size: int | None = None
 
 
 class ObjectStorage:
@@ -54,7 +83,7 @@ class ObjectStorage:
 
     Args:
         root: `s3://bucket/path`.
-        under: as for `storage.open_storage`.
+        under, only_read: as for `storage.open_storage`.
 
     Raises:
         StorageError: the store is not supported, or its client is not installed.
@@ -62,7 +91,7 @@ class ObjectStorage:
 
     _count = itertools.count()
 
-    def __init__(self, root: str, under: Fence | None = None) -> None:
+    def __init__(self, root: str, under: Fence | None = None, *, only_read: bool = False) -> None:
         self.root = root.rstrip("/")
         protocol, _, place = self.root.partition("://")
         if protocol not in PACKAGES:
@@ -72,7 +101,7 @@ class ObjectStorage:
         if not place.split("/")[0]:
             raise StorageError(f"OUT {root!r} names no bucket; give {protocol}://bucket/path")
         try:
-            self._files = client(protocol)
+            self._client, self._process = client(protocol), os.getpid()
         except ImportError as exc:
             raise StorageError(
                 f"OUT {root!r} needs {PACKAGES[protocol]}, which cannot be imported ({exc}); "
@@ -80,9 +109,17 @@ class ObjectStorage:
             ) from exc
         self._key = self._files._strip_protocol(self.root).rstrip("/")
         self._s3 = PACKAGES[protocol] == "s3fs"
+        self._advice = dataset_advice if only_read else write_advice
         self._fences = [under] if under else []
         self._scratch = ""
         self._conditional: bool | None = None
+
+    @property
+    def _files(self) -> Any:
+        if self._process != os.getpid():
+            self._client = renewed(self._client, self.root.partition("://")[0])
+            self._process = os.getpid()
+        return self._client
 
     @property
     def fence(self) -> Fence | None:
@@ -105,6 +142,51 @@ class ObjectStorage:
         with contextlib.suppress(FileNotFoundError):
             return bytes(self._ask(name, lambda: self._files.cat_file(self._at(name))))
         return None
+
+    def fetch(self, name: str, start: int, stop: int, tag: str = "") -> Part:
+        """Some bytes of a file, by one request.
+
+        Args:
+            name: of the file.
+            start: the offset of the first byte.
+            stop: the offset behind the last byte, more than `start`. If the file ends before, fewer bytes are returned.
+            tag: the ETag that the file had in an earlier request; "" accepts any.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            StorageError: the file was replaced since then; or as for every method.
+        """
+        if not self._s3:
+            return Part(bytes(self._ask(name, lambda: self._files.cat_file(self._at(name), start=start, end=stop))))
+
+        def get() -> Part:
+            from fsspec.asyn import sync
+
+            files = self._files
+            bucket, key, _ = files.split_path(self._at(name))
+            condition = {"IfMatch": tag} if tag else {}
+            wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", **condition}
+            try:
+                data, part, found = sync(files.loop, _get, files, wanted)
+            except OSError as exc:
+                if code(exc) in _BEHIND_THE_END:
+                    return Part(b"")
+                if code(exc) in _CHANGED:
+                    raise self._error(name, exc, _REOPEN) from exc
+                raise
+            if tag and found != tag:  # some servers ignore the condition
+                raise StorageError(f"{self.path(name)!r}: another object has replaced it; {_REOPEN}")
+            span = _CONTENT_RANGE.fullmatch(part)
+            if span is None or int(span[1]) != start or int(span[2]) >= stop:
+                raise StorageError(
+                    f"{self.path(name)!r}: the server sends {part or 'the whole object'}, and not bytes "
+                    f"{start}-{stop - 1} of it; copy the dataset to a disk, and open it there"
+                )
+            if len(data) != int(span[2]) + 1 - start:
+                raise OSError(errno.EPIPE, f"{len(data)} bytes came of {part}")
+            return Part(data, found, int(span[3]) if span[3].isdecimal() else None)
+
+        return self._ask(name, get)
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[str]:
@@ -405,8 +487,18 @@ class ObjectStorage:
         except Exception as exc:  # the error classes belong to clients, which may not be installed
             if isinstance(exc, FileNotFoundError) and code(exc) != "NoSuchBucket":
                 raise
-            raise self._error(name, exc, write_advice(exc)) from exc
+            raise self._error(name, exc, self._advice(exc)) from exc
 
     def _error(self, name: str, exc: Exception, advice: str) -> StorageError:
         text = " ".join(str(exc).split()) or type(exc).__name__
         return StorageError(f"{self.path(name)!r}: {text}; {advice}")
+
+
+async def _get(files: Any, wanted: dict[str, Any]) -> tuple[bytes, str, str]:
+    """The bytes, the range and the ETag of the answer to a GET of a range. s3fs' own calls cannot pass If-Match."""
+    answer = await files._call_s3("get_object", **wanted)
+    try:
+        part = str(answer.get("ContentRange", ""))
+        return (await answer["Body"].read() if part else b""), part, str(answer.get("ETag", ""))
+    finally:
+        answer["Body"].close()

@@ -25,9 +25,12 @@ def scratch_folder(owner: object) -> str:
                 break
             os.close(descriptor)
 
+    process = os.getpid()
+
     def remove() -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(descriptor)
+        if os.getpid() == process:  # a forked process has the object, too
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
 
     weakref.finalize(owner, remove)
     return path
