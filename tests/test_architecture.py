@@ -112,7 +112,12 @@ ROOMS = {
     ),
     "bench": (
         "errors config storage machine npz sources preprocess dataset workers readers audit builder",
-        ["bench pictures rates formats", "loading setup", "storage cores sources sweep worker", "plots pipeline"],
+        [
+            "bench pictures rates formats loaders",
+            "setup",
+            "loading storage cores sources sweep worker",
+            "plots pipeline",
+        ],
     ),
 }
 
