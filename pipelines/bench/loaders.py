@@ -158,6 +158,8 @@ def litdata(loading: Loading) -> Epochs:
     """LitData's StreamingDataLoader over chunks on the disk."""
     from litdata import StreamingDataLoader, StreamingDataset, optimize
 
+    for name in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER"):
+        os.environ[name] = os.fspath(loading.place / name)  # it would empty /tmp/chunks and /tmp/data
     data = open_dataset(loading.out)
     optimize(
         fn=functools.partial(_sample, data),
