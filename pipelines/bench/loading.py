@@ -222,7 +222,7 @@ def _process(way: str, loading: Loading, library: Library | None) -> Iterator[_P
         except BackendError as exc:
             if library is None:
                 raise
-            raise _LeftOut(f"{exc}; it is left out, since {library.name} {version(library.name)} fails here") from exc
+            raise _LeftOut(f"{exc}; it is left out, since {library.name} fails here") from exc
         try:
             yield process
         finally:
