@@ -24,6 +24,7 @@ from ..dataset.records import open_npz
 from ..errors import FormatError, IncompleteError, StorageError
 from ..machine.environment import usable_cpus
 from ..npz.reader import CachedDirectory, DeflatedRows, NpzReader
+from ..preprocess.normalize import images_together
 from ..sources.base import label_form
 from ..storage.base import Storage, is_remote
 from ..storage.local import LocalStorage
@@ -179,7 +180,7 @@ class Dataset:
             values[~self.valid[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]] = 0
         return values
 
-    def read(self, rows: NDArray[np.int64], out: NDArray[Any], *, normalize: bool = False) -> None:
+    def read(self, rows: NDArray[np.int64], out: NDArray[Any], *, normalize: bool = False, threads: int = 1) -> None:
         """Reads images into memory that exists already, as stored or normalized.
 
         Args:
@@ -187,17 +188,33 @@ class Dataset:
             out: (n, C, H, W) or (n, H, W, C) as stored, with any strides. Its dtype is the stored one; with
                 `normalize`, it is float32, or float16, whose values are those of a float16 build if pixels are stored.
             normalize: whether to normalize stored pixels, as `normalized` does; blank rows stay zero.
+            threads: how many threads share the rows.
         """
-        for place in np.argsort(rows, kind="stable").tolist():  # shard by shard
-            row = int(rows[place])
-            shard, at = self._find(row)
-            image = (self._shards.get(shard) or self.shard(shard)).rows("images")[at]
-            if not normalize:
-                np.copyto(out[place], image)
-            elif self.valid is None or self.valid[row]:
-                self.preprocess.write(image, out[place])
-            else:
-                out[place] = 0
+        if threads > 1 and len(rows) > 1:
+            step = -(-len(rows) // threads)
+            spans = [slice(start, start + step) for start in range(0, len(rows), step)]
+            with ThreadPoolExecutor(len(spans)) as pool:
+                list(pool.map(lambda span: self.read(rows[span], out[span], normalize=normalize), spans))
+            return
+        order = np.argsort(rows, kind="stable")  # shard by shard
+        together = min(images_together(self.image_shape), len(rows)) if normalize else 1
+        if together > 1:
+            stored, values = (np.empty((together, *self.image_shape), dtype) for dtype in (self.dtype, out.dtype))
+            for start in range(0, len(order), together):
+                places = order[start : start + together]
+                for image, row in zip(stored, rows[places].tolist(), strict=False):
+                    image[...] = self[row]
+                self.preprocess.write(stored[: len(places)], values[: len(places)])
+                out[places] = values[: len(places)]
+        else:
+            for place in order.tolist():
+                image = self[int(rows[place])]
+                if normalize:
+                    self.preprocess.write(image, out[place])
+                else:
+                    np.copyto(out[place], image)
+        if normalize and self.valid is not None:
+            out[~self.valid[rows]] = 0
 
     @functools.cached_property
     def preprocess(self) -> Preprocess:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, UsageError, install_command
+from ..machine.environment import usable_cpus
 from .buffers import Buffers
 from .contract import compare_with_others
 from .dataset import Dataset
@@ -106,10 +107,13 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The images of a batch, which are read at once, into memory that is used again when all of them are gone."""
         rows = self.rows[[operator.index(index) for index in indices]]
-        buffers = self._buffers if torch.utils.data.get_worker_info() is None else self._shared
+        alone = torch.utils.data.get_worker_info() is None
+        buffers = self._buffers if alone else self._shared
         dtype = np.dtype(np.float32) if self.normalize else self.data.dtype
         images = buffers.take((len(rows), *self.data.image_shape), dtype)
-        self.data.read(rows, images, normalize=self.normalize)
+        # Inflating takes long enough to be worth threads; workers are processes, which share the cores already.
+        threads = usable_cpus() if alone and self.data.manifest.deflated else 1
+        self.data.read(rows, images, normalize=self.normalize, threads=threads)
         layout = self.data.manifest.images.layout
         if self.transform is None and self.target_transform is None:
             return Batch(images, None if self.data.labels is None else self.data.labels[rows], layout)
