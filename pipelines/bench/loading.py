@@ -36,6 +36,7 @@ ROUNDS = 5
 BATCH_SIZE = 256
 WORKERS = 2
 _MEMORY_S = 0.1  # between two looks at the memory
+_END_S = 10.0  # for an orderly end, before the process is killed
 _NEAR = 1e-3  # difference of means: FFCV rounds values in another way
 
 
@@ -185,10 +186,11 @@ class _Process:
         self.memory_bytes.append(found.memory_bytes)
 
     def end(self) -> None:
-        """Ends the workers and removes what libraries left in shared memory."""
+        """Lets the process end its workers and remove what a library has in shared memory."""
         with contextlib.suppress(OSError, EOFError):
             self._connection.send(False)
-            self._connection.recv()
+            if self._connection.poll(_END_S):
+                self._connection.recv()
 
     def _send(self, what: Any) -> None:
         with contextlib.suppress(OSError):  # if it has ended, `_next` says so
