@@ -14,6 +14,7 @@ from gpu_npz.cli.options import config_options, read_config
 from gpu_npz.errors import UsageError
 
 if TYPE_CHECKING:
+    from gpu_npz.bench.loading import LoadingMeasurement
     from gpu_npz.bench.rates import Measurement
     from gpu_npz.bench.storage import StorageMeasurement
     from gpu_npz.bench.sweep import Sweep
@@ -228,7 +229,6 @@ def storage(
     All formats store the same images, bit for bit. Writes include the flush to the disk; reads come from the page
     cache. SRC is a folder, as for build; without it, pictures are generated.
     """
-    from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.plots import draw, require_matplotlib
     from gpu_npz.bench.storage import cifar_files, measure
     from gpu_npz.cli.console import errors, print_json, show_warnings
@@ -247,7 +247,7 @@ def storage(
             src = str(cifar_files(read_cifar(cifar), pictures, images))
         elif src is None:
             status.update("making pictures")
-            src = str(make_images(pictures, count=min(images, 300), broken=False).folder)
+            src = str(_good_pictures(pictures, images))
         result = measure(src, config, images=images, rounds=rounds, folder=folder, say=status.update)
     if plot is not None:
         draw(result, plot)
@@ -255,6 +255,102 @@ def storage(
         print_json(result.to_json())
     else:
         click.echo("\n".join(_storage_lines(result)))
+
+
+@command.command("loading")
+@click.argument("src", metavar="[SRC]", required=False)
+@click.option("--stored", is_flag=True, help="Deliver uint8 as stored rather than normalized float32.")
+@click.option(
+    "--images",
+    default=1536,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many images; files are taken again if there are fewer.",
+)
+@_rounds(5)
+@click.option(
+    "--batch-size",
+    "batch",
+    default=256,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Images per batch.",
+)
+@click.option(
+    "--workers",
+    "readers",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Threads of loader and FFCV; worker processes of the other ways.",
+)
+@_FOLDER
+@config_options("size", "resize_mode", "compress")
+@_JSON
+def loading(
+    src: str | None,
+    stored: bool,
+    images: int,
+    rounds: int,
+    batch: int,
+    readers: int,
+    folder: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Compare ways to deliver images to training: a plain loop, our readers, image files, FFCV, LitData, MosaicML.
+
+    All read the same images from the page cache, in shuffled batches; a rate is that of whole epochs. SRC is a folder
+    as for build; pictures are made up if there is none.
+    """
+    from gpu_npz.bench.loading import measure
+    from gpu_npz.cli.console import errors, print_json
+
+    config = read_config(None, given)
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
+        if src is None:
+            status.update("making pictures")
+            src = str(_good_pictures(Path(place) / "pictures", images))
+        result = measure(
+            src,
+            config,
+            images=images,
+            rounds=rounds,
+            batch_size=batch,
+            workers=readers,
+            stored=stored,
+            folder=folder,
+            say=status.update,
+        )
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo("\n".join(_loading_lines(result)))
+
+
+def _loading_lines(result: LoadingMeasurement) -> list[str]:
+    lines = [_named(result.machine), _named(result.settings), ""]
+    heads = "".join(f" {head:>10}" for head in ("images/s", "lowest", "highest"))
+    lines.append(f"{'':27}{heads}   {'memory, first and last epoch':30} share of another's rate")
+    for row in result.rows:
+        shares = ", ".join(f"{result.share(row, name):.2f} of {name}" for name in row.baselines)
+        rates = f"{row.median:10.0f} {min(row.rates):10.0f} {max(row.rates):10.0f}"
+        first, *_, last = (f"{each / 1e6:.0f} MB" if each else "-" for each in result.memory_bytes[row.name] * 2)
+        lines.append(f"{row.name:27} {rates}   {f'{first}, {last}':30} {shares}".rstrip())
+    return [*lines, *([""] if result.left_out else []), *result.left_out]
+
+
+def _good_pictures(place: Path, count: int) -> Path:
+    """Makes at most 300 pictures, all of which can be decoded; returns their folder."""
+    from gpu_npz.bench.pictures import make_images
+
+    made = make_images(place, count=min(count, 300))
+    for path in made.bad.values():
+        (made.folder / path).unlink()
+    return made.folder
 
 
 def _storage_lines(result: StorageMeasurement) -> list[str]:

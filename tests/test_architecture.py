@@ -122,9 +122,9 @@ ROOMS = {
     "bench": (
         "errors config storage machine npz sources preprocess dataset workers readers audit builder",
         [
-            "bench peers pictures rates formats",
-            "loading setup",
-            "storage cores sources sweep worker",
+            "bench peers pictures rates formats loaders",
+            "setup",
+            "loading storage cores sources sweep worker",
             "plots pipeline writers",
         ],
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from gpu_npz import build, open_dataset
-from gpu_npz.bench import peers, pipeline, storage, sweep
+from gpu_npz.bench import loading, peers, pipeline, storage, sweep
 from gpu_npz.bench.formats import Images, Npy
 from gpu_npz.bench.pictures import make_images
 from gpu_npz.bench.rates import Row, Tick, in_turns, linked, rate
@@ -424,3 +425,53 @@ def test_bench_storage_refuses_what_makes_no_sense(
 ) -> None:
     assert run(["bench", "storage", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+LOADING = ["loop", "loader", "DataLoader, collate", "DataLoader", "ShardIterable", "ShardIterable, global_batch"]
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["float32", "uint8"])
+def test_bench_loading_measures_every_way_and_says_which_others_are_missing_or_fail(
+    stored: bool, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Callable[..., Any]
+) -> None:
+    pytest.importorskip("torch")
+    libraries, place = tmp_path / "libraries", tmp_path / "place"
+    libraries.mkdir()
+    place.mkdir()
+    (libraries / "ffcv.py").write_text("raise ImportError('no turbojpeg')")
+    (libraries / "litdata.py").write_text("raise ImportError('not here')")
+    (libraries / "streaming.py").write_text("raise ValueError('of another time')")
+    monkeypatch.syspath_prepend(str(libraries))
+    monkeypatch.setattr(loading, "measure", once(loading.measure))
+    options = ["--images", "20", "--rounds", "2", "--batch-size", "6", "--size", "16", "--folder", str(place)]
+    options += ["--stored"] * stored
+    result = printed("bench", "loading", str(tree), *options, "--json")
+    assert [row["name"] for row in result["rows"]] == [*LOADING, "image files"]
+    assert [set(row["shares"]) for row in result["rows"]] == [set(), {"loop"}, *[{"loop", "loader"}] * 5]
+    assert all(len(row["rates"]) == 2 and min(row["rates"]) > 0 for row in result["rows"])
+    assert all(len(row["memory_bytes"]) == 2 for row in result["rows"])
+    if sys.platform == "linux":
+        memory = {row["name"]: min(row["memory_bytes"]) for row in result["rows"]}
+        assert memory["DataLoader"] > memory["loop"] > 1 << 20  # that of three processes, and of one
+    expected = {"images": 20, "shape": [3, 16, 16], "dtype": "uint8" if stored else "float32", "batch_size": 6}
+    assert expected.items() <= result["settings"].items()
+    assert {"torch", "pillow", "numpy", "processor"} <= result["machine"].keys()
+    ffcv, litdata, mosaicml = result["left_out"]
+    assert ffcv.startswith("FFCV is left out (no turbojpeg); run: apt-get install ")
+    assert litdata == "LitData is left out (not here); run: pip install litdata"
+    assert mosaicml.startswith("MosaicML Streaming: ValueError: of another time; it is left out")
+    assert not list(place.iterdir())
+    lines = printed("bench", "loading", str(tree), *options).splitlines()  # the same measurement, in words
+    assert lines[-3:] == result["left_out"]
+    assert any(line.startswith("image files") and line.endswith(" of loader") for line in lines)
+
+
+def test_bench_loading_refuses_a_way_that_delivers_other_images(tree: Path) -> None:
+    first = loading.Epoch(20, ("float32", (3, 16, 16)), 0.5, None)
+    with pytest.raises(FormatError, match="again: an epoch had 19 images"):
+        loading._require_same("again", dataclasses.replace(first, images=19), first, 20)
+    with pytest.raises(FormatError, match=r"mean 0.51; expected"):
+        loading._require_same("again", dataclasses.replace(first, mean=0.51), first, 20)
+    loading._require_same("again", dataclasses.replace(first, mean=0.5001), first, 20)
+    with pytest.raises(UsageError, match="choose another mode"):
+        loading.measure(tree, BuildConfig(resize_mode="none"))

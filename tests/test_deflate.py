@@ -9,6 +9,7 @@ import pickle
 import random
 import struct
 import subprocess
+import threading
 import tracemalloc
 import zipfile
 import zlib
@@ -26,7 +27,7 @@ from gpu_npz.audit.compare import compare
 from gpu_npz.audit.preview import preview
 from gpu_npz.audit.stats import of_dataset
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import FormatError, MismatchError, UsageError
+from gpu_npz.errors import BackendError, FormatError, MismatchError, UsageError
 from gpu_npz.npz import writer
 from gpu_npz.npz.format import Directory, Member, rowindex
 from gpu_npz.npz.reader import DeflatedRows, NpzReader
@@ -328,3 +329,27 @@ def test_a_stored_shard_among_compressed_ones_is_refused(src: Path, tmp_path: Pa
     (out / "dataset.json").write_text(json.dumps({**manifest, "requires": []}))
     with pytest.raises(FormatError, match="contradicts the settings"):
         gpu_npz.verify(out)
+
+
+def test_batches_in_one_process_are_inflated_by_a_thread_per_core(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("gpu_npz.readers.torch", exc_type=BackendError)
+    out = build_cpu(src, tmp_path / "out", compress="deflate", size="12x16", dtype="uint8")
+    dataset = torch.ShardDataset(out)
+    expected = dataset.data.normalized(slice(None))
+    all_at_once, inflate = threading.Barrier(2), DeflatedRows.inflated
+    begun: set[int] = set()
+
+    def inflated(self: DeflatedRows, row: int) -> bytes:
+        if threading.get_ident() not in begun:
+            begun.add(threading.get_ident())
+            all_at_once.wait(60)  # fails if a single thread inflates all rows
+        return inflate(self, row)
+
+    monkeypatch.setattr(torch, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(DeflatedRows, "inflated", inflated)
+    rows = list(range(len(dataset)))[::-1]
+    found = np.stack([image.numpy() for image, _ in dataset.__getitems__(rows)])
+    np.testing.assert_array_equal(found, expected[::-1])
+    assert len(begun) == 2

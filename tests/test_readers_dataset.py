@@ -25,6 +25,7 @@ from gpu_npz.audit.stats import of_dataset
 from gpu_npz.errors import FormatError, IncompleteError, RejectLimitError
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.npz.writer import NpzWriter
+from gpu_npz.preprocess import normalize
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -287,6 +288,39 @@ def test_normalized_blank_rows_have_the_bits_of_a_float32_build(make_tree: MakeT
     for rows in (0, 1, -1, np.int64(2), slice(None), slice(4, 1, -1), [6, 4, 1], np.array([0, 1]), []):
         found = bytes_.normalized(rows)  # type: ignore[arg-type]
         assert found.tobytes() == np.ascontiguousarray(floats[rows]).tobytes()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("large_plane", [1, 1 << 30], ids=["image by image", "images together"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_reading_into_memory_gives_the_values_of_the_table_in_any_order_and_blank_rows_as_zeros(
+    layout: str, large_plane: int, bits: int, make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(normalize, "_LARGE_PLANE", large_plane)
+    monkeypatch.setattr(normalize, "_PIXELS_TOGETHER", 3 * 12 * 16 * 3)  # three images
+    given = {"layout": layout, "bit_depth": bits, "dtype": f"uint{bits}", "on_reject": "blank", "shard_size": 2}
+    dataset = build(make_tree(SOME_BAD), tmp_path / "out", size="12x16", **given)
+    assert dataset.valid is not None
+    rows = np.random.default_rng(0).permutation(np.tile(np.arange(len(dataset)), 3))
+    tables = dataset.preprocess.tables(dataset[0])
+    expected = np.empty((len(rows), *dataset.image_shape), np.float32)
+    for place, row in enumerate(rows.tolist()):
+        channels, image = np.moveaxis(expected[place], -1 if layout == "NHWC" else 0, 0), dataset[row]
+        for channel, pixels in enumerate(np.moveaxis(image, -1 if layout == "NHWC" else 0, 0)):
+            channels[channel] = tables[channel][pixels] if dataset.valid[row] else 0
+    for threads in (1, 3, 100):
+        out = np.full_like(expected, np.nan)
+        dataset.read(rows, out, normalize=True, threads=threads)
+        assert np.array_equal(out, expected)
+    strided = np.full((*expected.shape, 2), np.nan, np.float32)
+    dataset.read(rows, strided[..., 0], normalize=True)
+    assert np.array_equal(strided[..., 0], expected)
+    assert np.isnan(strided[..., 1]).all()
+    dataset.read(rows[:0], out[:0], normalize=True, threads=2)
+    halves = np.empty(expected.shape, np.float16)
+    dataset.read(rows, halves, normalize=True)
+    assert np.allclose(halves, expected, atol=2e-3)
+    np.testing.assert_array_equal(dataset.normalized(rows), expected)
 
 
 def test_a_dataset_without_a_single_row_is_empty(make_tree: MakeTree, tmp_path: Path) -> None:

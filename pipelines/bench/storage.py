@@ -26,20 +26,21 @@ from PIL import Image
 from ..builder.build import build
 from ..config import BuildConfig
 from ..dataset.space import format_bytes, free_space
-from ..errors import FormatError, SourceError, UsageError
+from ..errors import BackendError, FormatError, SourceError, UsageError
 from ..machine.environment import available_memory
 from ..preprocess.normalize import levels, row_shape, table
 from ..preprocess.pillow import versions
 from ..readers.dataset import open_dataset
 from ..sources.arrays.cifar import Cifar
-from . import loading
+from . import loaders
 from .formats import FORMATS, OURS, OURS_DEFLATED, Array, Format, Images
 from .rates import Row, Tick, Way, in_turns, linked, machine
 
 IMAGES = 1_000
 ROUNDS = 3
 RANDOM, IN_ORDER = "read one at random", "read all in order"
-LOADER = f"DataLoader, {loading.BATCH_SIZE} a batch"
+_BATCH_SIZE = 64
+LOADER = f"DataLoader, {_BATCH_SIZE} a batch"
 _READS_S = 1.0  # of one way, one round
 _READS = 2_000
 _WRITES = 20  # stores of one image, and as many images as that in small stores
@@ -180,10 +181,11 @@ def measure(
         for what, way in ((RANDOM, _at_random), (IN_ORDER, _in_order)):
             read = _ways({each.name: way(each, stored, place / each.name) for each in formats})
             operations.append(Operation(what, len(stored), in_turns(read, rounds, say)))
-        if without_loader := loading.missing():
-            left_out = (*left_out, without_loader)
+        try:
+            loaded = _loading(loaders.Loading(place / "src", place / OURS.name, place, _BATCH_SIZE, workers=0))
+        except BackendError as exc:
+            left_out = (*left_out, f"DataLoader is left out ({exc})")
         else:
-            loaded = loading.ways(place / "src", place / OURS.name, OURS.name)
             operations.append(Operation(LOADER, len(stored), in_turns(loaded, rounds, say)))
     settings = {
         "images": len(stored),
@@ -310,6 +312,20 @@ def _in_order(each: Format, images: Images, place: Path) -> Way:
             tick(sum(1 for _ in reader.in_order()))
 
     return way
+
+
+def _loading(loading: loaders.Loading) -> dict[str, tuple[tuple[str, ...], Way]]:
+    """Epochs of PyTorch's DataLoader, in this process, over image files and over our shards."""
+
+    def way(epochs: loaders.Epochs) -> Way:
+        def load(tick: Tick) -> None:
+            for images, _ in epochs(0):
+                tick(len(images))
+
+        return load
+
+    files, ours = loaders.image_files(loading), loaders.shard_dataset(loading)
+    return {"image files": ((OURS.name,), way(files)), OURS.name: ((), way(ours))}
 
 
 def _require_equal(each: Format, images: Images, place: Path) -> None:

@@ -24,6 +24,7 @@ from ..dataset.records import open_npz
 from ..errors import FormatError, IncompleteError, StorageError
 from ..machine.environment import usable_cpus
 from ..npz.reader import CachedDirectory, DeflatedRows, NpzReader
+from ..preprocess.normalize import images_together
 from ..sources.base import label_form
 from ..storage import open_storage
 from ..storage.base import Storage
@@ -157,6 +158,11 @@ class Dataset(Rows):
         return self.manifest.images.layout
 
     @property
+    def deflated(self) -> bool:
+        """Whether stored images are compressed."""
+        return self.manifest.deflated
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """The shape of one image: (C, H, W) or (H, W, C)."""
         return self.manifest.images.shape
@@ -210,7 +216,7 @@ class Dataset(Rows):
             return self._images(wanted.astype(np.int64) % max(1, len(self)))
         return self._gather(name, [(shard, at, at + 1) for shard, at in places])
 
-    def read(self, rows: NDArray[np.int64], out: NDArray[Any], *, normalize: bool = False) -> None:
+    def read(self, rows: NDArray[np.int64], out: NDArray[Any], *, normalize: bool = False, threads: int = 1) -> None:
         """Reads images into memory that exists already, as stored or normalized.
 
         Args:
@@ -218,20 +224,35 @@ class Dataset(Rows):
             out: (n, C, H, W) or (n, H, W, C) as stored, with any strides. Its dtype is the stored one; with
                 `normalize`, it is float32, or float16, whose values are those of a float16 build if pixels are stored.
             normalize: whether to normalize stored pixels, as `normalized` does; blank rows stay zero.
+            threads: how many threads share the rows.
         """
+        if threads > 1 and len(rows) > 1:
+            step = -(-len(rows) // threads)
+            spans = [slice(start, start + step) for start in range(0, len(rows), step)]
+            with ThreadPoolExecutor(len(spans)) as pool:
+                list(pool.map(lambda span: self.read(rows[span], out[span], normalize=normalize), spans))
+            return
         fetched = {} if self._remote is None else self._fetched(rows)
-        for place in np.argsort(rows, kind="stable").tolist():  # shard by shard
-            row = int(rows[place])
-            image = fetched.get(row)
-            if image is None:
-                shard, at = self._find(row)
-                image = (self._shards.get(shard) or self.shard(shard)).rows("images")[at]
-            if not normalize:
-                np.copyto(out[place], image)
-            elif self.valid is None or self.valid[row]:
-                self.preprocess.write(image, out[place])
-            else:
-                out[place] = 0
+        order = np.argsort(rows, kind="stable")  # shard by shard
+        together = min(images_together(self.image_shape), len(rows)) if normalize else 1
+        if together > 1:
+            stored, values = (np.empty((together, *self.image_shape), dtype) for dtype in (self.dtype, out.dtype))
+            for start in range(0, len(order), together):
+                places = order[start : start + together]
+                for image, row in zip(stored, rows[places].tolist(), strict=False):
+                    image[...] = fetched[row] if row in fetched else self[row]
+                self.preprocess.write(stored[: len(places)], values[: len(places)])
+                out[places] = values[: len(places)]
+        else:
+            for place in order.tolist():
+                row = int(rows[place])
+                image = fetched[row] if row in fetched else self[row]
+                if normalize:
+                    self.preprocess.write(image, out[place])
+                else:
+                    np.copyto(out[place], image)
+        if normalize and self.valid is not None:
+            out[~self.valid[rows]] = 0
 
     @functools.cached_property
     def preprocess(self) -> Preprocess:

@@ -15,7 +15,7 @@ from ..config import BuildConfig
 from ..dataset.manifest import Manifest
 from ..errors import ImageError
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import NumpyNormalizer, apply_table, look_up, row_shape, statistics, table, tables
+from ..preprocess.normalize import NumpyNormalizer, apply_table, row_shape, statistics, table, tables
 from ..sources.dicom_frames import split_frame
 from ..sources.rejects import BadItem
 
@@ -109,8 +109,8 @@ class Preprocess:
         values: NDArray[np.float32] = apply_table(self.tables(rows), rows, self.config.layout)
         return values
 
-    def write(self, row: NDArray[Any], out: NDArray[Any], *, whole: NDArray[Any] | None = None) -> None:
-        """Writes the values of one stored row to `out`, float32 or float16 of the same shape.
+    def write(self, rows: NDArray[Any], out: NDArray[Any], *, whole: NDArray[Any] | None = None) -> None:
+        """Writes the values of stored rows (..., C, H, W) or (..., H, W, C) to `out`, float32 or float16 of this shape.
 
         The values are those of `values`; in float16, those that a float16 build of the same pixels stores.
 
@@ -119,13 +119,10 @@ class Preprocess:
             out: of the same shape.
             whole: the stored row of which `row` is a part, if its statistics are to be used.
         """
-        if row.dtype.kind != "u":
-            np.copyto(out, row, casting="same_kind")
-            return
-        values = self.tables(row if whole is None else whole, out.dtype.name)
-        if self.config.layout == "NHWC":
-            row, out = row.transpose(2, 0, 1), out.transpose(2, 0, 1)
-        look_up(values if values.ndim == 2 else np.broadcast_to(values[0], (len(row), values.shape[-1])), row, out)
+        if rows.dtype.kind != "u":
+            np.copyto(out, rows, casting="same_kind")
+        else:
+            apply_table(self.tables(rows if whole is None else whole, out.dtype.name), rows, self.config.layout, out)
 
     def tables(self, rows: NDArray[Any], dtype: str = "float32") -> NDArray[Any]:
         """The value of every level of stored uint8 rows: (channels, 256), in the stored order of channels.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, UsageError, install_command
+from ..machine.environment import usable_cpus
 from .augment import Augment, Size, crops_of
 from .buffers import Buffers
 from .combine import Openable, opened
@@ -152,12 +153,15 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def samples(self, rows: Places, epoch: int) -> list[Any]:
         """The images of some rows of `data` in an epoch, as `__getitems__`."""
-        buffers = self._buffers if torch.utils.data.get_worker_info() is None else self._shared
+        alone = torch.utils.data.get_worker_info() is None
+        buffers = self._buffers if alone else self._shared
         dtype = np.dtype(np.float32) if self.normalize else self.data.dtype
         shape = self.data.image_shape if self._crops is None else self._crops.shape
         images = buffers.take((len(rows), *shape), dtype)
         if self._crops is None:
-            self.data.read(rows, images, normalize=self.normalize)
+            # Inflating takes long enough to be worth threads; workers are processes, which share the cores already.
+            threads = usable_cpus() if alone and self.data.deflated else 1
+            self.data.read(rows, images, normalize=self.normalize, threads=threads)
         else:
             read(self.data, rows, self._crops.boxes(rows, epoch), self._crops, images, normalize=self.normalize)
         layout = self.data.layout

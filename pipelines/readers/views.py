@@ -67,6 +67,11 @@ class Rows(abc.ABC):
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    @abc.abstractmethod
+    def deflated(self) -> bool:
+        """Whether stored images are compressed."""
+
     @abc.abstractmethod
     def __getitem__(self, rows: RowIndex) -> NDArray[Any]: ...
 
@@ -78,7 +83,7 @@ class Rows(abc.ABC):
         """The entries of one array of the shards for some rows; see `Dataset.column`."""
 
     @abc.abstractmethod
-    def read(self, rows: Numbers, out: NDArray[Any], *, normalize: bool = False) -> None:
+    def read(self, rows: Numbers, out: NDArray[Any], *, normalize: bool = False, threads: int = 1) -> None:
         """Reads images into memory that exists already, as stored or normalized; see `Dataset.read`."""
 
     @property
@@ -236,6 +241,11 @@ class View(Rows):
         """The dtype of the images."""
         return self._datasets[0].dtype
 
+    @property
+    def deflated(self) -> bool:
+        """Whether the images of a dataset are compressed."""
+        return any(each.deflated for each in self._datasets)
+
     def __getitem__(self, rows: RowIndex) -> NDArray[Any]:
         if type(rows) is int and 0 <= rows < len(self):  # a fast path, as in `Dataset`
             place = int(self._places[rows])
@@ -266,7 +276,7 @@ class View(Rows):
             out[mine] = values
         return out
 
-    def read(self, rows: Numbers, out: NDArray[Any], *, normalize: bool = False) -> None:
+    def read(self, rows: Numbers, out: NDArray[Any], *, normalize: bool = False, threads: int = 1) -> None:
         """Reads images into memory that exists already, as stored or normalized; see `Dataset.read`."""
         places = self._places[rows]
         which = np.searchsorted(self._ends, places, side="right")
@@ -275,7 +285,7 @@ class View(Rows):
             if start < stop:
                 number = int(which[start])
                 mine = places[start:stop] - self._starts[number]
-                self._datasets[number].read(mine, out[start:stop], normalize=normalize)
+                self._datasets[number].read(mine, out[start:stop], normalize=normalize, threads=threads)
 
     def by_shard(self) -> Rows:
         """The same rows, in an order in which those of each shard are next to each other."""
