@@ -153,6 +153,8 @@ def _litdata(job: Job) -> Span:
     """litData: `optimize`."""
     from litdata import optimize
 
+    for name in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER"):
+        os.environ[name] = os.path.join(job["scratch"], name)  # it would empty /tmp/chunks and /tmp/data
     optimize(
         fn=functools.partial(_sample, job=job),
         inputs=_entries(job),
