@@ -424,7 +424,7 @@ def test_a_mix_names_what_it_cannot_have(a: gpu_npz.Dataset, b: gpu_npz.Dataset)
         UsageError, match=f"mix: an epoch of 40 rows would have none of '{b.path}', which has 20 to draw"
     ):
         gpu_npz.mix({a: 1000, b: 1})
-    with pytest.raises(UsageError, match=f"mix: '{b.path}' has no row to draw; leave it out"):
+    with pytest.raises(UsageError, match=f"mix: '{b.path}' has no row to draw; omit it"):
         gpu_npz.mix({a: 1, b.subset([]): 1})
     for seed in (-1, None, 0.5, "x"):
         with pytest.raises(UsageError, match=f"mix: got the seed {seed!r}; allowed: an integer of 0 or more"):

@@ -180,7 +180,7 @@ class DatasetSource(Source):
     def check(self) -> None:
         """Raises SourceError if the dataset is gone."""
         if self._storage.size(MANIFEST) is None:
-            raise SourceError(f"{self.location!r} is gone; bring it back, then run the same command to resume")
+            raise SourceError(f"{self.location!r} is missing; restore it, then run the same command to resume")
 
     def _name(self, shard: int) -> str:
         return self._storage.path(self.files[shard][0])

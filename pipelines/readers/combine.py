@@ -164,7 +164,7 @@ def _require_alike(what: str, sources: Sequence[Rows]) -> None:
             differences += [f"{name}: {mine} and {its}"] if mine != its else []
         if differences:
             raise UsageError(
-                f"{what}: {first.path!r} and {other.path!r} are not preprocessed alike: {'; '.join(differences)}; "
+                f"{what}: {first.path!r} and {other.path!r} are preprocessed differently: {'; '.join(differences)}; "
                 "build one of them again with the settings of the other"
             )
         if columns != {column.name: column.kind for column in columns_of(other)}:
@@ -179,7 +179,7 @@ def _counts(available: Sequence[int], weights: Sequence[float], names: Sequence[
     """How many rows of each dataset an epoch has: in proportion to the weights, to the nearest row."""
     for name, have in zip(names, available, strict=True):
         if not have:
-            raise UsageError(f"mix: {name!r} has no row to draw; leave it out")
+            raise UsageError(f"mix: {name!r} has no row to draw; omit it")
     exact = [Fraction(str(weight)) for weight in weights]  # 0.7 as 7/10
     rows = math.floor(min(have * sum(exact) / weight for have, weight in zip(available, exact, strict=True)))
     shares = [rows * weight / sum(exact) for weight in exact]
@@ -191,6 +191,6 @@ def _counts(available: Sequence[int], weights: Sequence[float], names: Sequence[
         if not count:
             raise UsageError(
                 f"mix: an epoch of {rows} rows would have none of {name!r}, which has {have} to draw from; give it "
-                "a larger weight, or leave it out"
+                "a larger weight, or omit it"
             )
     return counts
