@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -77,6 +79,23 @@ def test_the_readme_has_the_two_commands_on_one_line_each() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 180
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
+    path = ROOT / ".github" / "figures" / "measure.py"
+    spec = importlib.util.spec_from_file_location("measure", path)
+    assert spec is not None
+    assert spec.loader is not None
+    measure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure)
+    figures = json.loads(measure.FIGURES.read_text())
+    assert measure.table(figures) in README.read_text(), "run .github/figures/measure.py"
+
+
+def test_pictures_are_small() -> None:
+    pictures = [path for path in (ROOT / ".github" / "assets").iterdir() if path.is_file()]
+    assert pictures
+    assert all(path.stat().st_size < 300_000 for path in pictures)
 
 
 def test_every_link_from_one_page_to_another_leads_somewhere() -> None:
