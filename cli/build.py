@@ -102,7 +102,7 @@ def _print_reports(reports: Mapping[str, BuildReport], lines: JsonLines | None) 
 def summary(report: BuildReport) -> str:
     """Summarizes a build for humans, in several lines."""
     columns = report.label_columns
-    labels = f"labels {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
+    labels = f"labels: {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
     labels = f" ({printable(labels)})" if report.classes is None else f" of {counted(report.classes, 'class')}"
     shards = f"{counted(report.shards, 'shard')}, {format_bytes(report.dataset_bytes)}"
     lines = [

@@ -65,7 +65,7 @@ def test_a_build_says_which_labels_it_has(src: str, tmp_path: Path, capsys: pyte
         "path,grade,age\n" + "".join(f"a/{number}.jpg,1,{number}.5\n" for number in range(4))
     )
     line, warned = said("table", str(tmp_path / "t.csv"), "--root", src, "--labels", "grade,age")
-    assert line.startswith(f"{tmp_path}/table: 4 images (labels grade, age) in ")
+    assert line.startswith(f"{tmp_path}/table: 4 images (labels: grade, age) in ")
     assert not warned
 
 

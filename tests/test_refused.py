@@ -246,5 +246,5 @@ def test_a_plan_without_a_shard_makes_way_for_a_split_and_a_dataset_does_not(
 ) -> None:
     killed()
     assert build_split(tree, out, settings(split="val=0.2"))["val"].rows == 8
-    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for --split"):
+    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for the sides"):
         build_split(tree, out / "train", settings(split="val=0.2"))
