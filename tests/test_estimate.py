@@ -307,7 +307,7 @@ def test_settings_with_which_out_was_not_begun_are_warned_of_by_name(tree: Path,
     build(tree, tmp_path / "out", BuildConfig(**CPU, workers=0))
     found = look(tree, tmp_path / "out", shard_size="8", backend="dali")
     assert found.shards_left is None
-    assert warned(found, "OUT was started with other settings:\n  shard-size: 16 there, 8 asked for")
+    assert warned(found, "OUT was started with other settings:\n  shard-size: existing 16, requested 8")
     (tmp_path / "out/shard-00001.npz").unlink()
     assert warned(look(tree, tmp_path / "out", backend="dali"), "OUT was started with backend pillow on cpu")
 

@@ -445,7 +445,7 @@ def test_a_split_builds_datasets_with_the_same_classes(tree: Path, tmp_path: Pat
         gpu_npz.open_dataset(tmp_path / "out")
     with pytest.raises(StorageError, match="is a dataset already; choose another OUT for the sides"):
         build_split(tree, tmp_path / "whole", BuildConfig(**SETTINGS))
-    with pytest.raises(MismatchError, match="split-seed: 0 there, 1 asked for"):
+    with pytest.raises(MismatchError, match="split-seed: existing 0, requested 1"):
         build_split(tree, tmp_path / "out", BuildConfig(**SETTINGS, split_seed=1))
     with pytest.raises(UsageError, match="call build_split, or name one"):
         build(tree, tmp_path / "other", BuildConfig(**SETTINGS))

@@ -658,7 +658,7 @@ def test_scale_is_stored_where_it_is_given_and_changes_no_other_dataset(tmp_path
     assert ["scale" in each for each in settings] == [False, True]
     assert not gpu_npz.verify(scaled).problems
     save(Path(floats), RGB / 127.5 - 1)
-    with pytest.raises(MismatchError, match="scale: 255 there, signed asked for"):
+    with pytest.raises(MismatchError, match="scale: existing 255, requested signed"):
         build_cpu(Path(floats), scaled, dtype="uint8", scale="signed")
 
 
