@@ -116,13 +116,13 @@ def summary(report: BuildReport) -> str:
         return "\n".join([*lines, f"  {'complete; ' if report.complete else ''}nothing was left to build"])
     tuning, place = report.tuning, "GPU" if report.device == "cuda" else "CPU"
     workers = counted(tuning.workers, "worker") if tuning.workers else "no worker but itself"
-    gpu_memory = f", {format_bytes(report.gpu_memory_bytes)} on its GPU" if report.gpu_memory_bytes else ""
+    gpu_memory = f", {format_bytes(report.gpu_memory_bytes)} per GPU" if report.gpu_memory_bytes else ""
     around = f"(start-up {report.startup_seconds:.1f} s, teardown {report.teardown_seconds:.1f} s)"
     rate = f"{report.images_per_second:.0f} images/s {around}"
     lines += [
         f"  built       {report.built_items} items in {report.seconds:.1f} s: {rate}",
         f"  with        {report.backend} on the {place}, {workers}, batches of {tuning.batch_size}",
-        f"  memory      {format_bytes(report.worker_memory_bytes)} in a worker{gpu_memory}",
+        f"  memory      {format_bytes(report.worker_memory_bytes)} per worker{gpu_memory}",
     ]
     if report.decoded_by.get("dali"):
         lines.append(f"  decoders    {_decoders(report)}")

@@ -647,7 +647,7 @@ def test_doctor_tells_what_extras_are_for_and_recommends_no_gpu_packages_without
     assert (found["imagecodecs"].ok, found["imagecodecs"].found) == (False, wanted)
     assert found["imagecodecs"].remedy == "pip install 'tifffile>=2024.8.30' 'imagecodecs>=2024.9.22'"
     assert (found["pydicom"].ok, found["pydicom"].found) == (True, "3.0, for DICOM files")
-    assert (found["CuPy"].found, found["CuPy"].remedy) == ("not installed; of use on a machine with a GPU", "")
+    assert (found["CuPy"].found, found["CuPy"].remedy) == ("not installed; only needed on a machine with a GPU", "")
     extras = load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
     assert {extra for _, extra, _ in doctor._EXTRAS.values()} <= extras.keys()
 
