@@ -115,7 +115,7 @@ def summary(report: BuildReport) -> str:
     if not report.built_shards:
         return "\n".join([*lines, f"  {'complete; ' if report.complete else ''}nothing was left to build"])
     tuning, place = report.tuning, "GPU" if report.device == "cuda" else "CPU"
-    workers = counted(tuning.workers, "worker") if tuning.workers else "no worker but itself"
+    workers = counted(tuning.workers, "worker") if tuning.workers else "no worker processes"
     gpu_memory = f", {format_bytes(report.gpu_memory_bytes)} per GPU" if report.gpu_memory_bytes else ""
     around = f"(start-up {report.startup_seconds:.1f} s, teardown {report.teardown_seconds:.1f} s)"
     rate = f"{report.images_per_second:.0f} images/s {around}"

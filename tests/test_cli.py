@@ -77,7 +77,7 @@ def test_a_build_says_what_it_made_on_stdout_and_nothing_on_stderr(
     lines = captured.out.splitlines()
     assert lines[0].startswith(f"{out}: 8 images of 2 classes in 5 shards, ")
     assert lines[1] == "  rejects     2 (1 not-an-image, 1 truncated); rejects.jsonl names them"
-    assert "  with        pillow on the CPU, no worker but itself, batches of 2" in lines
+    assert "  with        pillow on the CPU, no worker processes, batches of 2" in lines
     assert any(line.startswith("  bottleneck  ") for line in lines)
     assert any("--shuffle SEED" in line for line in lines)
     assert captured.err == ""
