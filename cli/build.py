@@ -102,7 +102,7 @@ def _print_reports(reports: Mapping[str, BuildReport], lines: JsonLines | None) 
 def summary(report: BuildReport) -> str:
     """Summarizes a build for humans, in several lines."""
     columns = report.label_columns
-    labels = f"labels {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
+    labels = f"labels: {', '.join(columns[:5])}{', ...' * (len(columns) > 5)}" if columns else "no labels"
     labels = f" ({printable(labels)})" if report.classes is None else f" of {counted(report.classes, 'class')}"
     shards = f"{counted(report.shards, 'shard')}, {format_bytes(report.dataset_bytes)}"
     lines = [
@@ -115,14 +115,14 @@ def summary(report: BuildReport) -> str:
     if not report.built_shards:
         return "\n".join([*lines, f"  {'complete; ' if report.complete else ''}nothing was left to build"])
     tuning, place = report.tuning, "GPU" if report.device == "cuda" else "CPU"
-    workers = counted(tuning.workers, "worker") if tuning.workers else "no worker but itself"
-    gpu_memory = f", {format_bytes(report.gpu_memory_bytes)} on its GPU" if report.gpu_memory_bytes else ""
+    workers = counted(tuning.workers, "worker") if tuning.workers else "no worker processes"
+    gpu_memory = f", {format_bytes(report.gpu_memory_bytes)} per GPU" if report.gpu_memory_bytes else ""
     around = f"(start-up {report.startup_seconds:.1f} s, teardown {report.teardown_seconds:.1f} s)"
     rate = f"{report.images_per_second:.0f} images/s {around}"
     lines += [
         f"  built       {report.built_items} items in {report.seconds:.1f} s: {rate}",
         f"  with        {report.backend} on the {place}, {workers}, batches of {tuning.batch_size}",
-        f"  memory      {format_bytes(report.worker_memory_bytes)} in a worker{gpu_memory}",
+        f"  memory      {format_bytes(report.worker_memory_bytes)} per worker{gpu_memory}",
     ]
     if report.decoded_by.get("dali"):
         lines.append(f"  decoders    {_decoders(report)}")

@@ -70,7 +70,7 @@ def command(
 def _lines(found: Estimate) -> list[str]:
     tuning = found.tuning
     free = "" if found.free_bytes is None else f", {format_bytes(found.free_bytes)} free"
-    workers = counted(tuning.workers, "worker") if tuning.workers else "no worker but itself"
+    workers = counted(tuning.workers, "worker") if tuning.workers else "no worker processes"
     shape = f"{found.image_size[0]} x {found.image_size[1]}"
     shards = (
         f"{counted(found.shards, 'shard')} of up to {found.shard_rows} rows, {format_bytes(found.output_bytes)}{free}"

@@ -65,7 +65,7 @@ def test_a_build_says_which_labels_it_has(src: str, tmp_path: Path, capsys: pyte
         "path,grade,age\n" + "".join(f"a/{number}.jpg,1,{number}.5\n" for number in range(4))
     )
     line, warned = said("table", str(tmp_path / "t.csv"), "--root", src, "--labels", "grade,age")
-    assert line.startswith(f"{tmp_path}/table: 4 images (labels grade, age) in ")
+    assert line.startswith(f"{tmp_path}/table: 4 images (labels: grade, age) in ")
     assert not warned
 
 
@@ -77,7 +77,7 @@ def test_a_build_says_what_it_made_on_stdout_and_nothing_on_stderr(
     lines = captured.out.splitlines()
     assert lines[0].startswith(f"{out}: 8 images of 2 classes in 5 shards, ")
     assert lines[1] == "  rejects     2 (1 not-an-image, 1 truncated); rejects.jsonl names them"
-    assert "  with        pillow on the CPU, no worker but itself, batches of 2" in lines
+    assert "  with        pillow on the CPU, no worker processes, batches of 2" in lines
     assert any(line.startswith("  bottleneck  ") for line in lines)
     assert any("--shuffle SEED" in line for line in lines)
     assert captured.err == ""
@@ -244,7 +244,7 @@ def test_wrong_usage_is_2_and_says_what_is_allowed(
         (["build", "SRC/gone", "OUT"], "No such file or directory; give SRC as a folder"),
         (["build", "SRC", "SRC/a/0.jpg/out"], "lies inside SRC"),
         (["info", "SRC"], "is not a dataset (dataset.json is missing); give the OUT of a build"),
-        (["verify", "OUT"], "is not a dataset"),
+        (["verify", "OUT"], "is not a dataset (it does not exist); give the OUT of a build"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -647,7 +647,7 @@ def test_doctor_tells_what_extras_are_for_and_recommends_no_gpu_packages_without
     assert (found["imagecodecs"].ok, found["imagecodecs"].found) == (False, wanted)
     assert found["imagecodecs"].remedy == "pip install 'tifffile>=2024.8.30' 'imagecodecs>=2024.9.22'"
     assert (found["pydicom"].ok, found["pydicom"].found) == (True, "3.0, for DICOM files")
-    assert (found["CuPy"].found, found["CuPy"].remedy) == ("not installed; of use on a machine with a GPU", "")
+    assert (found["CuPy"].found, found["CuPy"].remedy) == ("not installed; only needed on a machine with a GPU", "")
     extras = load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
     assert {extra for _, extra, _ in doctor._EXTRAS.values()} <= extras.keys()
 

@@ -286,9 +286,9 @@ def test_workers_and_runs_make_the_same_bytes(src: Path, tmp_path: Path) -> None
 
 def test_another_level_or_none_does_not_resume(src: Path, tmp_path: Path) -> None:
     build(src, tmp_path / "out", compress="deflate")
-    with pytest.raises(MismatchError, match="compress: deflate:1 there, deflate:2 asked for"):
+    with pytest.raises(MismatchError, match="compress: existing deflate:1, requested deflate:2"):
         build(src, tmp_path / "out", compress="deflate:2")
-    with pytest.raises(MismatchError, match="compress: deflate:1 there, none asked for"):
+    with pytest.raises(MismatchError, match="compress: existing deflate:1, requested none"):
         build(src, tmp_path / "out")
 
 

@@ -270,7 +270,7 @@ def test_a_split_is_told_by_its_sides_which_are_those_of_the_build(tree: Path, t
     assert look(tree, split="val=0.2/val").sides == {"val": 8}
     assert look(tree, split="val=0.2/val").items == 8
     assert look(tree).sides == {}
-    with pytest.raises(UsageError, match="are too few for 'val' to get one; give larger shares"):
+    with pytest.raises(UsageError, match=r"'val' would get none of the 2 items of .*give larger shares"):
         look(tree, limit=2, split="val=0.2")
 
 
@@ -307,7 +307,7 @@ def test_settings_with_which_out_was_not_begun_are_warned_of_by_name(tree: Path,
     build(tree, tmp_path / "out", BuildConfig(**CPU, workers=0))
     found = look(tree, tmp_path / "out", shard_size="8", backend="dali")
     assert found.shards_left is None
-    assert warned(found, "OUT was started with other settings:\n  shard-size: 16 there, 8 asked for")
+    assert warned(found, "OUT was started with other settings:\n  shard-size: existing 16, requested 8")
     (tmp_path / "out/shard-00001.npz").unlink()
     assert warned(look(tree, tmp_path / "out", backend="dali"), "OUT was started with backend pillow on cpu")
 
@@ -330,7 +330,7 @@ def test_what_is_left_of_a_split_counts_the_sides_that_were_not_begun(
     assert "decodes every image once before" not in shown
     assert warned(look(tree, out, **split), f"{os.fspath(out / 'train')!r}: OUT was started with other settings")
     assert look(tree, tmp_path / "away", split="val=0.2/val", normalize="dataset").shards_left == 0
-    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for --split"):
+    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for the sides"):
         look(tree, out / "train", **split)
 
 
@@ -360,6 +360,11 @@ def test_shards_sorted_by_class_are_warned_of_where_there_are_labels(tree: Path,
     assert warned(look(tree), "--shuffle SEED")
     assert not warned(look(tree, shard_size="64"), "--shuffle SEED")
     assert not warned(look(make_tree({"1.jpg": "jpeg", "2.jpg": "jpeg"}), shard_size="1"), "--shuffle SEED")
+    mixed = make_tree({"a.jpg": "jpeg", "b.jpg": "jpeg", "c.jpg": "jpeg"}).parent / "mixed.csv"
+    for labels, hint in (("cat dog cat", False), ("cat cat dog", True)):
+        rows = zip("abc", labels.split(), strict=True)
+        mixed.write_text("path,label\n" + "".join(f"images/{name}.jpg,{label}\n" for name, label in rows))
+        assert bool(warned(look(mixed, shard_size="1"), "--shuffle SEED")) is hint
 
 
 def test_more_unreadable_headers_than_the_build_allows_are_warned_of(make_tree: MakeTree) -> None:

@@ -323,7 +323,7 @@ def test_a_plan_without_a_shard_is_replaced_in_a_bucket_too(
     with open_storage(out).lock("lock-part-2-of-2"), pytest.raises((MismatchError, LockedError)):
         build(src, out, other)
     build(src, out, other)
-    with pytest.raises(MismatchError, match="dtype: uint8 there, float32 asked for"):
+    with pytest.raises(MismatchError, match="dtype: existing uint8, requested float32"):
         build(src, out, SETTINGS.model_copy(update={"part": part}))
 
 

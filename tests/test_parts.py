@@ -119,7 +119,7 @@ def test_a_plain_build_ends_the_lock_of_a_part_that_another_host_left_over(
 
 def test_parts_with_other_settings_are_refused(src: Path, tmp_path: Path) -> None:
     build(src, tmp_path / "out", settings(part="1/3"))
-    with pytest.raises(MismatchError, match="dtype: float32 there, uint8 asked for"):
+    with pytest.raises(MismatchError, match="dtype: existing float32, requested uint8"):
         build(src, tmp_path / "out", settings(part="2/3", dtype="uint8"))
     with pytest.raises(UsageError, match="--part and --overwrite"):
         build(src, tmp_path / "out", settings(part="2/3", overwrite=True))

@@ -214,7 +214,7 @@ def test_a_plan_of_which_a_shard_was_begun_is_not_replaced(tree: Path, out: Path
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_bytes(b"")
     before = files(out / ".gpu-npz")
-    with pytest.raises(MismatchError, match="dtype: float32 there, uint8 asked for"):
+    with pytest.raises(MismatchError, match="dtype: existing float32, requested uint8"):
         build(tree, out, settings(dtype="uint8"))
     assert {**files(out / ".gpu-npz"), "lock": before["lock"]} == before
     assert (out / name).exists()
@@ -246,5 +246,5 @@ def test_a_plan_without_a_shard_makes_way_for_a_split_and_a_dataset_does_not(
 ) -> None:
     killed()
     assert build_split(tree, out, settings(split="val=0.2"))["val"].rows == 8
-    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for --split"):
+    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for the sides"):
         build_split(tree, out / "train", settings(split="val=0.2"))

@@ -390,7 +390,8 @@ SEVERAL = Listing(
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        (classes(3, 3), {"split": "val=0.01/val"}, "6 items of '/listing' are too few for 'val' to get one"),
+        (classes(3, 3), {"split": "val=0.01/val"}, "'val' would get none of the 6 items of '/listing'; give larger"),
+        (classes(1, 1), {"split": "val=0.5/val"}, r"2 items .*\(with label, the only item of a class stays in train\)"),
         (classes(3, 3), {"split": "val=0.2/val", "split_by": "patient"}, "no such column"),
         (SEVERAL, {"split": "val=0.5/val", "split_by": "label"}, "no single column"),
         (SEVERAL, {"per_class": 3}, "has no classes; --limit N takes N"),
@@ -442,9 +443,9 @@ def test_a_split_builds_datasets_with_the_same_classes(tree: Path, tmp_path: Pat
         assert gpu_npz.verify(tmp_path / "out" / side).ok
     with pytest.raises(FormatError, match=r"is not a dataset, but holds train, val; give one of them, .*out/train"):
         gpu_npz.open_dataset(tmp_path / "out")
-    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for --split"):
+    with pytest.raises(StorageError, match="is a dataset already; choose another OUT for the sides"):
         build_split(tree, tmp_path / "whole", BuildConfig(**SETTINGS))
-    with pytest.raises(MismatchError, match="split-seed: 0 there, 1 asked for"):
+    with pytest.raises(MismatchError, match="split-seed: existing 0, requested 1"):
         build_split(tree, tmp_path / "out", BuildConfig(**SETTINGS, split_seed=1))
     with pytest.raises(UsageError, match="call build_split, or name one"):
         build(tree, tmp_path / "other", BuildConfig(**SETTINGS))

@@ -137,8 +137,8 @@ def test_the_array_of_images_is_found_by_dimensions_name_or_path(
     mnist = {"x_train": GRAY, "y_train": LABELS, "x_test": GRAY[:2], "y_test": LABELS[:2]}
     location = save(tmp_path / "mnist.npz", mnist)
     assert labels_of(open_source(location)) == LABELS.tolist()
-    left = f"{location!r}: the images are those of 'x_train'; 'x_test' may be some, too: give SRC as {location}/x_test"
-    assert left in caplog.text
+    left = f"{location!r}: using the images in 'x_train'; 'x_test' may hold images, too: "
+    assert left + f"to use them, give SRC as {location}/x_test" in caplog.text
     test = open_source(location + "/x_test.npy")
     assert labels_of(test) == LABELS[:2].tolist()
     assert test.location == location + "/x_test.npy"
@@ -356,7 +356,7 @@ def test_arrays_that_are_left_over_are_named_where_none_has_labels(
 
 HUGE = 1 << 40
 BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
-    "float": (header((1, 5, 5), "<f4") + bytes(100), r"has float32 \(1, 5, 5\), with .*: --scale 255 takes 0 to 1"),
+    "float": (header((1, 5, 5), "<f4") + bytes(100), r"has float32 \(1, 5, 5\), with .*: use --scale 255"),
     "complex": (header((1, 5, 5), "<c8") + bytes(200), r"has complex64 \(1, 5, 5\); allowed are uint8 and uint16"),
     "int64": (header((1, 5, 5), "<i8") + bytes(200), r"has int64 \(1, 5, 5\); allowed are uint8 and uint16"),
     "uint32": (header((1, 5, 5), "<u4") + bytes(100), "allowed are uint8 and uint16"),
@@ -604,13 +604,13 @@ def test_floats_that_were_levels_become_them_again(
     assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == every).all()
     assert "rounded" not in caplog.text
     other = "signed" if scale == "255" else "255"
-    with pytest.raises(SourceError, match=rf"with values from .* in 3 sampled images; .* --scale {scale} takes"):
+    with pytest.raises(SourceError, match=rf"with values from .* in 3 sampled images; .*: use --scale {scale}"):
         open_source(saved, BuildConfig())
     if scale == "255":
         open_source(saved, BuildConfig(scale=other))
         assert "--scale 255 is for 0 to 1" in caplog.text
     else:
-        with pytest.raises(SourceError, match=r"--scale 255 is for 0 to 1: --scale signed takes -1 to 1"):
+        with pytest.raises(SourceError, match=r"--scale 255 is for 0 to 1: use --scale signed"):
             open_source(saved, BuildConfig(scale=other))
 
 
@@ -618,7 +618,7 @@ def test_scale_is_for_floats_and_for_arrays_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--scale 255 is for floats; .* has uint8 \(6, 9, 7, 3\): omit it"):
         open_source(save(tmp_path / "a.npy", RGB), BuildConfig(scale=255))
     (tmp_path / "a").mkdir()
-    with pytest.raises(UsageError, match="--scale goes with numpy"):
+    with pytest.raises(UsageError, match="--scale requires SRC of the kind numpy"):
         open_source(tmp_path / "a", BuildConfig(scale="signed"))
     for values, way in ((RGB.astype(np.float32), r"save array\.round"), (RGB * 9.0, "scale them to 0 to 1")):
         for scale in ("none", "255", "signed"):
@@ -658,7 +658,7 @@ def test_scale_is_stored_where_it_is_given_and_changes_no_other_dataset(tmp_path
     assert ["scale" in each for each in settings] == [False, True]
     assert not gpu_npz.verify(scaled).problems
     save(Path(floats), RGB / 127.5 - 1)
-    with pytest.raises(MismatchError, match="scale: 255 there, signed asked for"):
+    with pytest.raises(MismatchError, match="scale: existing 255, requested signed"):
         build_cpu(Path(floats), scaled, dtype="uint8", scale="signed")
 
 
@@ -670,7 +670,7 @@ def test_one_float_image_per_file_needs_a_scale_too(tmp_path: Path) -> None:
     save(tmp_path / "a/0.npy", GRAY[0] / 255)
     save(tmp_path / "a/1.npy", GRAY[1])
     save(tmp_path / "a/2.npz", {"image": np.full((5, 5), 2.0)})
-    with pytest.raises(SourceError, match=r"'a/0\.npy' has float64 \(9, 7\), .*: --scale 255 takes 0 to 1"):
+    with pytest.raises(SourceError, match=r"'a/0\.npy' has float64 \(9, 7\), .*: use --scale 255"):
         open_source(tmp_path)
     source = open_source(tmp_path, BuildConfig(scale="255"))
     first, *others = items(source)

@@ -106,7 +106,7 @@ def test_labels_and_classes_are_those_of_the_dataset_or_none_or_numbered_anew(tr
         open_images(out, classes=("ant", "bee"))
     with pytest.raises(UsageError, match="its own labels, or none, are used"):
         open_images(out, BuildConfig(labels="class-dir"))
-    with pytest.raises(UsageError, match="--scale goes with numpy"):
+    with pytest.raises(UsageError, match="--scale requires SRC of the kind numpy"):
         open_images(out, BuildConfig(scale="255"))
     (tmp_path / "table.csv").write_text("path,age,depth\nant/0.png,7,0.5\nbee/1.png,9,1.5\n")
     table = build_cpu(tmp_path / "table.csv", tmp_path / "table", root=str(tree), labels="age,depth", dtype="uint8")
@@ -140,7 +140,7 @@ def test_only_a_finished_dataset_is_a_source(tree: Path, tmp_path: Path) -> None
     (tree / "dataset.json").write_text("{}")  # as other tools write it
     assert open_images(tree).kind == "folder"
     build_split(tree, tmp_path / "sides", cpu_config(split="val=0.3", dtype="uint8"))
-    with pytest.raises(FormatError, match=r"is no dataset, but holds train, val; give one of these"):
+    with pytest.raises(FormatError, match=r"is not a dataset, but holds train, val; give one of them"):
         open_images(tmp_path / "sides")
     assert len(items(open_images(tmp_path / "sides/train"))) == 7
     shutil.rmtree(out / ".gpu-npz")
@@ -174,7 +174,7 @@ def test_a_damaged_or_changed_dataset_stops_a_build(tree: Path, tmp_path: Path) 
     with pytest.raises(MismatchError, match="has changed since the plan was made"):
         build_cpu(out, other, dtype="uint8")
     shutil.rmtree(out)
-    with pytest.raises(SourceError, match="is gone"):
+    with pytest.raises(SourceError, match="is missing; restore it"):
         source.check()
 
 

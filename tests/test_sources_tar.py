@@ -303,7 +303,7 @@ def test_a_folder_of_an_archive_is_taken_where_root_says_so(
     assert gpu_npz.open_dataset(ours).class_names == gpu_npz.open_dataset(plain).class_names
     assert {*gpu_npz.open_dataset(ours).paths[:]} == {*gpu_npz.open_dataset(plain).paths[:]}
     assert compare(ours, 10).problems == ()
-    with pytest.raises(MismatchError, match="root: data there, other asked for"):
+    with pytest.raises(MismatchError, match="root: existing data, requested other"):
         gpu_npz.build(path, ours, BuildConfig(root="other", size="12x16", dtype="float32", shard_size=7, device="cpu"))
     with pytest.raises(SourceError, match="no images below --root dat; give a folder"):
         opened(path, root="dat")

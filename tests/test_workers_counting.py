@@ -50,7 +50,7 @@ def test_it_is_measured_once_and_resumed_with_the_same_command(make_tree: MakeTr
     (src / "a/2.jpg").unlink()  # what is left would give other statistics
     assert build(src, out, settings(), progress=seen.append).complete
     assert not [event for event in seen if isinstance(event, Measuring)]
-    with pytest.raises(MismatchError, match="normalize: dataset there, imagenet asked for"):
+    with pytest.raises(MismatchError, match="normalize: existing dataset, requested imagenet"):
         build(src, out, settings(normalize="imagenet"))
     with pytest.raises(UsageError, match="measures both --mean and --std"):
         settings(mean=(0.5, 0.5, 0.5))
@@ -58,7 +58,7 @@ def test_it_is_measured_once_and_resumed_with_the_same_command(make_tree: MakeTr
 
 def test_what_cannot_be_normalized_is_told(make_tree: MakeTree, tmp_path: Path) -> None:
     black = make_tree({"a/1.png": encode(np.zeros((20, 20, 3), np.uint8), "PNG")})
-    with pytest.raises(UsageError, match=r"has one level alone .*choose another --normalize"):
+    with pytest.raises(UsageError, match=r"has only one level .*choose another --normalize"):
         build(black, tmp_path / "black", settings())
     (black / "a/1.png").write_text("no image")
     with pytest.raises(SourceError, match="no image can be decoded, so --normalize dataset"):

@@ -75,7 +75,7 @@ def _gpu(machine: Machine) -> list[Finding]:
         findings += [Finding(f"GPU {number}", True, _device(number)) for number in range(machine.gpus)]
     for what, missing in {"driver": machine.driver, "DALI": machine.dali, "CuPy": machine.cupy}.items():
         if missing and not machine.gpus and missing.reason == "not installed":
-            findings.append(Finding(missing.what, False, f"{missing.reason}; of use on a machine with a GPU"))
+            findings.append(Finding(missing.what, False, f"{missing.reason}; only needed on a machine with a GPU"))
         elif missing:
             findings.append(Finding(missing.what, False, missing.reason, missing.remedy))
         elif what != "driver":

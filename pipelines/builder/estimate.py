@@ -222,7 +222,7 @@ def _advice(found: Inspection, needed_bytes: int) -> Iterator[str]:
     """Yields advice about the settings, the size of the dataset, and the sampled images."""
     config, plan, sample = found.config, found.plan, found.sample
     yield from warnings(config)
-    yield from hints(config, needed_bytes, plan.shard_count, labelled=found.source.class_names is not None)
+    yield from hints(config, needed_bytes, plan)
     rejects = sample.over_max_pixels + sum(sample.unreadable.values())
     expected = rejects * plan.item_count // sample.items
     if expected > config.reject_limit(plan.item_count):

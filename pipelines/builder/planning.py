@@ -93,7 +93,7 @@ def places(src: str | os.PathLike[str], out: str | os.PathLike[str], sides: Coll
     """
     storage = open_storage(out)
     if sides and storage.size(JOB) is not None:
-        raise StorageError(f"{storage.root!r} is a dataset already; choose another OUT for --split")
+        raise StorageError(f"{storage.root!r} is a dataset already; choose another OUT for the sides of the split")
     found = {side: open_storage(storage.path(side)) for side in sides} or {"": storage}
     for each in found.values():
         check_places(src, each)
@@ -275,14 +275,13 @@ def require_same_labels(train: Job, source: Source) -> None:
     )
 
 
-def hints(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool) -> Iterator[str]:
+def hints(config: BuildConfig, output_bytes: int, plan: Plan) -> Iterator[str]:
     """Yields hints for settings that would suit most training on such a dataset better.
 
     Args:
         config: the settings.
         output_bytes: the size of the dataset.
-        shards: the number of shards.
-        labelled: whether the shards contain labels.
+        plan: the plan.
     """
     if config.dtype == "float32" and output_bytes > _LARGE_BYTES:
         smaller = space.format_bytes(output_bytes * config.bit_depth // 32)
@@ -290,8 +289,13 @@ def hints(config: BuildConfig, output_bytes: int, shards: int, *, labelled: bool
             f"--dtype {config.pixel_dtype} would take about {smaller} instead of {space.format_bytes(output_bytes)}; "
             "the readers then normalize, with the same values"
         )
-    if labelled and config.shuffle is None and shards > 1:
+    if config.shuffle is None and plan.shard_count > 1 and _is_sorted(plan.labels()):
         yield "shards are sorted by class; --shuffle SEED mixes the classes, so that shards can be read in order"
+
+
+def _is_sorted(labels: NDArray[Any]) -> bool:
+    """Whether labels of one column ascend and differ."""
+    return labels.ndim == 1 and bool((labels[:-1] <= labels[1:]).all() and labels[0] < labels[-1])
 
 
 def warnings(config: BuildConfig) -> Iterator[str]:

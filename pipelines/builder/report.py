@@ -152,7 +152,7 @@ def hints_for(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[
     if job.record.backend == "pillow" and (faster := advice(job.settings)):
         found.append(faster)
     total = sum(record.bytes for record in records)
-    found += hints(job.settings, total, len(records), labelled=job.labelled)
+    found += hints(job.settings, total, job.plan)
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..config import MAX_SIDE, BuildConfig, Resizer
+from ..config import MAX_SIDE, BuildConfig, Resizer, as_option
 from ..errors import FormatError, MismatchError, SourceError
 from ..machine.environment import BackendName, Choice
 from ..preprocess.normalize import row_shape
@@ -223,28 +223,33 @@ class Job:
         if asked["normalize"] == "dataset" and asked["mean"] is None:  # measured when the job began
             asked |= {name: stored[name] for name in ("mean", "std")}
         differences = [
-            f"  {name.replace('_', '-')}: {stored[name]} there, {asked[name]} asked for"
+            f"  {name.replace('_', '-')}: existing {_option(name, stored[name])}, "
+            f"requested {_option(name, asked[name])}"
             for name in stored
             if asked[name] != stored[name]
         ]
         record, names = self.record, source.class_names
         if source.kind != record.source_kind:
-            differences.append(f"  source: {record.source_kind} there, {source.kind} here")
+            differences.append(f"  source: existing {record.source_kind}, found {source.kind}")
         if source.files and source.root != record.source_root:  # root selects which members of the files are read
-            differences.append(f"  root: {record.source_root} there, {source.root} asked for")
+            differences.append(f"  root: existing {record.source_root}, requested {source.root}")
         if (names is None) != (record.class_names is None) or (config.classes_from and names != record.class_names):
             differences.append(
-                f"  classes: {shown_classes(record.class_names)} there, {shown_classes(names)} asked for"
+                f"  classes: existing {shown_classes(record.class_names)}, requested {shown_classes(names)}"
             )
         if source.columns != record.columns:
-            there, asked_for = (", ".join(map(str, columns)) for columns in (record.columns, source.columns))
-            differences.append(f"  labels: columns {there or 'none'} there, {asked_for or 'none'} asked for")
+            existing, requested = (", ".join(map(str, columns)) for columns in (record.columns, source.columns))
+            differences.append(f"  labels: existing {existing or 'none'}, requested {requested or 'none'}")
         if differences:
-            anew = "delete OUT and start all parts again" if config.part else "--overwrite to start over"
+            otherwise = "delete OUT and start all parts again" if config.part else "--overwrite to start over"
             raise MismatchError(
                 "OUT was started with other settings:\n" + "\n".join(differences) + "\n"
-                f"give the same settings to resume, another OUT, or {anew}"
+                f"give the same settings to resume, another OUT, or {otherwise}"
             )
+
+
+def _option(name: str, value: Any) -> str:
+    return "none" if value is None else as_option(name, value)
 
 
 def shown_classes(names: Sequence[str] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -374,7 +375,9 @@ def _index(job: Job, records: Sequence[CommitRecord]) -> dict[str, NDArray[Any]]
 def _no_manifest(storage: Storage) -> IncompleteError | FormatError:
     if storage.size(JOB) is None:
         refuse_several(storage)
-        return FormatError(f"{storage.root!r} is not a dataset ({MANIFEST} is missing); give the OUT of a build")
+        exists = is_remote(storage.root) or os.path.exists(storage.root)
+        why = f"{MANIFEST} is missing" if exists else "it does not exist"
+        return FormatError(f"{storage.root!r} is not a dataset ({why}); give the OUT of a build")
     job = Job.open(storage)
     done, shards = len(committed(storage, job)), job.plan.shard_count
     more = ", with a higher --max-rejects if it requires one" if done == shards else ""

@@ -240,8 +240,8 @@ def _require_every_side(source: Source, config: BuildConfig, sides: Positions, n
     for number, name in enumerate(names):
         if not (sides == number).any():
             raise UsageError(
-                f"--split {config.split}: {len(sides)} items of {source.location!r} are too few for {name!r} to get "
-                "one; give larger shares, or another --split-by"
+                f"--split {config.split}: {name!r} would get none of the {len(sides)} items of {source.location!r}; "
+                "give larger shares, or another --split-by (with label, the only item of a class stays in train)"
             )
 
 

@@ -54,9 +54,9 @@ def image_array(arrays: Mapping[str, Array], wanted: str, location: str) -> str:
     if name is not None and len(many) > 1:
         others = [other for other in many if other != name]
         log.warning(
-            "%r: the images are those of %r; %s may be some, too: give SRC as %s/%s.npy to have them%s",
+            "%r: using the images in %r; %s may hold images, too: to use them, give SRC as %s/%s.npy%s",
             location, name, ", ".join(map(repr, others)), location, others[0],
-            ", or --splits all for every side" if _are_sides(_sides(arrays)) else "",
+            ", or use --splits all for all sides" if _are_sides(_sides(arrays)) else "",
         )  # fmt: skip
     if name is None:
         raise SourceError(

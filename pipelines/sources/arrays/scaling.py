@@ -49,14 +49,14 @@ def require_scale(sample: NDArray[Any], scale: Scale, got: str) -> None:
     seen = f"{got}, with values from {low:.6g} to {high:.6g} in {len(sample)} sampled images"
     best = next((each for each in _RANGES if 2 * fitting[each].sum() > len(sample)), None)
     if best is not None:
-        way = f"--scale {best} takes {_RANGES[best]}"
+        way = f"use --scale {best}"
     elif low >= 0 and 1 < high <= 255:
         way = "if these are levels, save array.round().astype('uint8')"
     else:
         way = "scale them to 0 to 1, and use --scale 255, or save them as uint8"
     if scale == "none":
         raise SourceError(
-            f"{seen}; floats become levels of 0 to 255 by --scale 255 (0 to 1) or signed (-1 to 1): {way}"
+            f"{seen}; --scale converts floats to levels of 0 to 255, from 0 to 1 (255) or from -1 to 1 (signed): {way}"
         )
     fit = fitting[scale]
     if not fit.any():
