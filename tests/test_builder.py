@@ -934,7 +934,7 @@ def test_an_input_error_stops_the_build_and_mending_the_disk_lets_the_same_call_
         if isinstance(event, Progress):
             wait_for(out / ".gpu-npz/commits/shard-00000.json")
 
-    with pytest.raises(ShardError, match=r"reading 'b/1\.jpg' failed 3 times: Stale file handle; see to") as caught:
+    with pytest.raises(ShardError, match=r"reading 'b/1\.jpg' failed 3 times: Stale file handle; check") as caught:
         build(pictures, out, config, progress=commit_first)
     assert caught.value.exit_code == 1
     assert "shard-00000.npz" in shards(out)

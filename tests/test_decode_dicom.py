@@ -493,7 +493,7 @@ def test_a_build_takes_them_beside_other_images(tmp_path: Path) -> None:
     preprocess = Preprocess.from_dataset(tmp_path / "out")
     np.testing.assert_array_equal(preprocess(tmp_path / "src/a/0.jpg"), data[0])
     other = Preprocess(config.model_copy(update={"dicom_window": None}), (HEIGHT, WIDTH))
-    assert "; DICOM values from (-200.0, 300.0) are levels\n" in preprocess.describe()
+    assert "; DICOM window (-200.0, 300.0)\n" in preprocess.describe()
     assert preprocess.differences(other) == ["dicom-window: (-200.0, 300.0) and None"]
     source = FolderSource(tmp_path / "src")
     items = list(source_items(source))

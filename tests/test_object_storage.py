@@ -146,7 +146,7 @@ def test_a_place_is_a_folder_or_an_object_store_by_how_it_is_written(tmp_path: P
         "sftp://host/out": r"sftp:// cannot hold a dataset; give a folder, s3://bucket/path or gs://bucket/path",
         "simplecache::s3://bucket/out": "cannot hold a dataset",
         "s3:///out": "names no bucket; give s3://bucket/path",
-        "s3:/bucket/out": "as pathlib.Path leaves it; give s3://",
+        "s3:/bucket/out": "because pathlib.Path removes double slashes; give s3://",
     }.items():
         with pytest.raises(StorageError, match=message):
             open_storage(place)
@@ -243,7 +243,7 @@ def test_a_shard_that_arrives_changed_is_sent_again_and_given_up_in_the_end(
             assert storage.read("shard") == b"content"
         else:
             with pytest.raises(
-                StorageError, match=r"out/shard': .*the stored object differs from the data that was sent; the store"
+                StorageError, match=r"out/shard': .*the stored object differs from the data that was sent; the object store"
             ):
                 storage.publish(temporary, "shard")
             assert storage.names() == []
@@ -491,7 +491,7 @@ def test_a_store_that_refuses_is_not_asked_twice_and_the_rights_are_named(src: P
 
 
 def test_a_bucket_that_does_not_exist_is_told(src: Path, out: str) -> None:
-    with pytest.raises(StorageError, match=r"s3://no-such-bucket/out\S*': The specified bucket does not exist; make"):
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/out\S*': The specified bucket does not exist; create"):
         build(src, "s3://no-such-bucket/out", SETTINGS)
     with pytest.raises(StorageError, match="The specified bucket does not exist; check the name of the bucket"):
         Manifest.load("s3://no-such-bucket/out")
