@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -109,5 +108,9 @@ def _image(data: memoryview, scale: Scale, where: str) -> tuple[RowFormat, bytes
         raise SourceError(f"{where}: no array has the dimensions of an image; it has {shown(found)}")
     info = found[name].info.complete()
     form = image_of(found[name], scale)
-    npy: Any = b"".join(inflated(read, info)) if info.deflated else read(info.begin, info.npy_bytes)
+    if info.deflated:
+        npy: bytes | memoryview = b"".join(inflated(read, info))
+    else:
+        npy = read(info.begin, info.npy_bytes)
+        info.require_crc(npy)
     return form, bytes(npy[info.header_bytes : info.header_bytes + form.row_bytes])
