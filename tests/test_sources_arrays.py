@@ -637,7 +637,7 @@ def test_scale_is_for_floats_and_for_arrays_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--scale 255 is for floats; .* has uint8 \(6, 9, 7, 3\): omit it"):
         open_source(save(tmp_path / "a.npy", RGB), BuildConfig(scale=255))
     (tmp_path / "a").mkdir()
-    with pytest.raises(UsageError, match="--scale goes with numpy"):
+    with pytest.raises(UsageError, match="--scale requires SRC of the kind numpy"):
         open_source(tmp_path / "a", BuildConfig(scale="signed"))
     for values, way in ((RGB.astype(np.float32), r"save array\.round"), (RGB * 9.0, "scale them to 0 to 1")):
         for scale in ("none", "255", "signed"):
