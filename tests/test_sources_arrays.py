@@ -473,6 +473,14 @@ def test_stored_labels_and_names_with_another_crc_are_refused(tmp_path: Path, na
         open_source(str(location))
 
 
+def test_a_file_with_two_arrays_that_could_be_its_image_is_a_reject(tmp_path: Path) -> None:
+    (tmp_path / "src/cat").mkdir(parents=True)
+    np.savez(tmp_path / "src/cat/0.npz", a=RGB[0], b=RGB[1])
+    source = open_source(str(tmp_path / "src"))
+    with pytest.raises(BadItem, match="it has no array with .*, or several without a usual name; its arrays: 'a' "):
+        source.read(items(source)[0])
+
+
 def test_a_file_of_one_image_with_another_crc_is_a_reject(tmp_path: Path) -> None:
     path = tmp_path / "src/cat/0.npz"
     path.parent.mkdir(parents=True)

@@ -105,7 +105,10 @@ def _image(data: memoryview, scale: Scale, where: str) -> tuple[RowFormat, bytes
     found = {name: Array(where, 0, info) for name, info in read_arrays(read, len(data)).items()}
     name = single_image(found)
     if name is None:
-        raise SourceError(f"{where}: no array has the dimensions of an image; it has {shown(found)}")
+        raise SourceError(
+            f"{where} has no array with the dimensions of an image, or several without a usual name; its arrays: "
+            f"{shown(found)}"
+        )
     info = found[name].info.complete()
     form = image_of(found[name], scale)
     if info.deflated:
