@@ -477,7 +477,7 @@ def test_a_file_with_two_arrays_that_could_be_its_image_is_a_reject(tmp_path: Pa
     (tmp_path / "src/cat").mkdir(parents=True)
     np.savez(tmp_path / "src/cat/0.npz", a=RGB[0], b=RGB[1])
     source = open_source(str(tmp_path / "src"))
-    with pytest.raises(BadItem, match="it has no array with .*, or several without a usual name; its arrays: 'a' "):
+    with pytest.raises(BadItem, match=r"it has no array with .*, or several without a usual name; its arrays: 'a' "):
         source.read(items(source)[0])
 
 

@@ -106,7 +106,7 @@ def test_labels_and_classes_are_those_of_the_dataset_or_none_or_numbered_anew(tr
         open_images(out, classes=("ant", "bee"))
     with pytest.raises(UsageError, match="its own labels, or none, are used"):
         open_images(out, BuildConfig(labels="class-dir"))
-    with pytest.raises(UsageError, match="--scale goes with numpy"):
+    with pytest.raises(UsageError, match="--scale requires SRC of the kind numpy"):
         open_images(out, BuildConfig(scale="255"))
     (tmp_path / "table.csv").write_text("path,age,depth\nant/0.png,7,0.5\nbee/1.png,9,1.5\n")
     table = build_cpu(tmp_path / "table.csv", tmp_path / "table", root=str(tree), labels="age,depth", dtype="uint8")
