@@ -543,6 +543,10 @@ def test_info_of_a_file_shows_its_arrays_and_what_a_build_takes(
     (tmp_path / "bad.npz").write_bytes(b"PK\3\4")
     assert run(["info", str(tmp_path / "bad.npz")]) == 1
     assert "bad.npz: it is no .npz, damaged or cut" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name, problem in {"none.npz": "No such file or directory", "pipe.npz": "not a regular file"}.items():
+        assert run(["info", str(tmp_path / name)]) == 1
+        assert f"{name}': {problem}; give the OUT" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_splits_all_builds_the_sides_that_a_file_has(
