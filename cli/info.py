@@ -20,6 +20,7 @@ from gpu_npz.npz.load import UNNAMED, load
 from gpu_npz.readers.dataset import open_index
 from gpu_npz.sources.arrays.numpy_source import NumpySource
 from gpu_npz.storage import open_storage
+from gpu_npz.storage.base import is_remote
 
 _ALWAYS = {"size", "resize_mode", "normalize", "dtype", "layout"}
 _SHOWN_CLASSES = 8
@@ -40,7 +41,7 @@ def command(out: str, as_json: bool) -> None:
     For an unfinished build, it shows what is there so far, and the exit code is 1. For a split, it shows all sides. For
     a file, it shows what a build would use as images and labels.
     """
-    if out.lower().endswith((".npz", ".npy")) and os.path.isfile(out):
+    if out.lower().endswith((".npz", ".npy")) and not (is_remote(out) or os.path.isdir(out)):
         _show_file(out, as_json)
         return
     found: dict[str, Any] = {}
@@ -69,7 +70,10 @@ def command(out: str, as_json: bool) -> None:
 
 def _show_file(path: str, as_json: bool) -> None:
     """Prints the arrays of a file, and what a build would make of them."""
-    infos = load(path).infos
+    try:
+        infos = load(path).infos
+    except OSError as exc:
+        raise SourceError(f"{path!r}: {exc.strerror or exc}; give the OUT of a build, or an .npz or .npy") from exc
     arrays = {
         name: {
             "shape": info.shape,

@@ -719,7 +719,7 @@ def test_classes_come_from_a_file_with_a_name_a_line(val: Path, out: Path, tmp_p
 
 def test_a_class_that_the_list_does_not_have_is_named(val: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("a\nb\n")
-    with pytest.raises(SourceError, match="1 classes that --classes-from does not name: 'd'"):
+    with pytest.raises(SourceError, match="1 classes that are not in the given list: 'd'"):
         build(val, out, settings(classes_from=str(tmp_path / "names.txt")))
     assert not out.exists()
 

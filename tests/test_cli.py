@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -543,6 +543,10 @@ def test_info_of_a_file_shows_its_arrays_and_what_a_build_takes(
     (tmp_path / "bad.npz").write_bytes(b"PK\3\4")
     assert run(["info", str(tmp_path / "bad.npz")]) == 1
     assert "bad.npz: it is no .npz, damaged or cut" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name, problem in {"none.npz": "No such file or directory", "pipe.npz": "not a regular file"}.items():
+        assert run(["info", str(tmp_path / name)]) == 1
+        assert f"{name}': {problem}; give the OUT" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_splits_all_builds_the_sides_that_a_file_has(
@@ -562,6 +566,20 @@ def test_splits_all_builds_the_sides_that_a_file_has(
     assert f"plan each by itself: SRC is one of {keras}/x_train.npy, {keras}/x_test.npy" in capsys.readouterr().err
     assert run(["build", f"{out}/train", f"{out}2", *SMALL, "--size", "8", "--dtype", "uint8"]) == 0
     assert run(["verify", f"{out}2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(["a", "c"], "classes that are not in the given list: 'c'"), ([0.5, 1.5], "make their labels alike")],
+)
+def test_sides_that_do_not_fit_together_are_refused_before_any_is_built(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], labels: list[Any], message: str
+) -> None:
+    images = np.zeros((2, 8, 8), np.uint8)
+    np.savez(tmp_path / "s.npz", x_train=images, y_train=["a", "b"], x_test=images, y_test=labels)
+    assert run(["build", str(tmp_path / "s.npz"), out, *SMALL, "--splits", "all"]) == 1
+    assert message in capsys.readouterr().err
+    assert not os.path.exists(out) or os.listdir(out) == []
 
 
 @pytest.fixture

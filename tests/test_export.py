@@ -516,6 +516,14 @@ def test_a_destination_on_an_object_store_is_refused(make_dataset: MakeDataset, 
         export(make_dataset(), "s3://bucket/x.npz", kind)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_destination_behind_a_dangling_link_is_refused(make_dataset: MakeDataset, tmp_path: Path, kind: Kind) -> None:
+    (tmp_path / "new").symlink_to(tmp_path / "unmounted")
+    dest = tmp_path / "new" if kind in ("folder", "webdataset") else place(tmp_path, kind)
+    with pytest.raises(StorageError, match="No such file or directory"):
+        export(make_dataset(), dest, kind)
+
+
 @pytest.mark.parametrize("kind", ["npz", "npy"])
 def test_a_file_has_the_extension_of_its_kind_and_is_never_overwritten(
     make_dataset: MakeDataset, tmp_path: Path, kind: Kind

@@ -398,3 +398,9 @@ def test_damage_gives_an_error_or_the_same_arrays(tmp_path: Path, save: Callable
         # A name that differs in one letter is not damage that anything could find, if both headers have it.
         assert all(same(found[name], small[name]) for name in found if name in small), place
     assert refused > 500
+
+
+def test_what_is_no_file_is_named_in_the_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="not a regular file") as caught:
+        gpu_npz.load(tmp_path)
+    assert caught.value.filename == str(tmp_path)

@@ -243,7 +243,8 @@ def test_a_shard_that_arrives_changed_is_sent_again_and_given_up_in_the_end(
             assert storage.read("shard") == b"content"
         else:
             with pytest.raises(
-                StorageError, match=r"out/shard': .*the stored object differs from the data that was sent; the object store"
+                StorageError,
+                match=r"out/shard': .*the stored object differs from the data that was sent; the object store",
             ):
                 storage.publish(temporary, "shard")
             assert storage.names() == []

@@ -292,7 +292,7 @@ def test_classes_are_numbered_by_a_list_where_one_is_given(tmp_path: Path) -> No
 
 def test_classes_that_the_list_does_not_have_are_named(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "x/2.jpg", "y/3.jpg")
-    with pytest.raises(SourceError, match=r"--classes-from does not name: 'x', 'y'; omit these items"):
+    with pytest.raises(SourceError, match=r"are not in the given list: 'x', 'y'; omit these items"):
         FolderSource(tmp_path, ["a", "b"])
     with pytest.raises(SourceError, match=r"does not name: 'c0', 'c1', 'c2', 'c3', 'c4', \.\.\.;"):
         FolderSource(touch(tmp_path / "many", *(f"c{number}/1.jpg" for number in range(9))), ["a"])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import MakeDataset, build_cpu, cpu_config, items, read_shards
+from support import MakeDataset, build_cpu, cpu_config, flip_bit, items, read_shards
 
 import gpu_npz
 from gpu_npz.builder.build import build_split
@@ -462,6 +462,33 @@ def test_damaged_npz_are_refused(tmp_path: Path) -> None:
             open_source(str(path))
     with pytest.raises(SourceError, match=r"c\.npz.*No such file"):
         open_source(str(tmp_path / "c.npz"))
+
+
+@pytest.mark.parametrize("name", ["labels", "class_names"])
+def test_stored_labels_and_names_with_another_crc_are_refused(tmp_path: Path, name: str) -> None:
+    arrays = {"images": RGB, "labels": LABELS, "class_names": np.array(list("abcdefghijklmnopqrstuvwxyz"))}
+    location = Path(save(tmp_path / "a.npz", arrays))
+    flip_bit(location, location.read_bytes().index(arrays[name].tobytes()))
+    with pytest.raises(SourceError, match=f"array '{name}' .*CRC-32"):
+        open_source(str(location))
+
+
+def test_a_file_with_two_arrays_that_could_be_its_image_is_a_reject(tmp_path: Path) -> None:
+    (tmp_path / "src/cat").mkdir(parents=True)
+    np.savez(tmp_path / "src/cat/0.npz", a=RGB[0], b=RGB[1])
+    source = open_source(str(tmp_path / "src"))
+    with pytest.raises(BadItem, match=r"it has no array with .*, or several without a usual name; its arrays: 'a' "):
+        source.read(items(source)[0])
+
+
+def test_a_file_of_one_image_with_another_crc_is_a_reject(tmp_path: Path) -> None:
+    path = tmp_path / "src/cat/0.npz"
+    path.parent.mkdir(parents=True)
+    np.savez(path, image=RGB[0])
+    flip_bit(path, path.read_bytes().index(RGB[0].tobytes()))
+    source = open_source(str(tmp_path / "src"))
+    with pytest.raises(BadItem, match="CRC-32"):
+        source.read(items(source)[0])
 
 
 # Several files, and downsampled ImageNet

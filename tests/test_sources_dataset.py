@@ -102,7 +102,7 @@ def test_labels_and_classes_are_those_of_the_dataset_or_none_or_numbered_anew(tr
     assert [item.label for item in items(open_images(out, BuildConfig(labels="none")))] == [None] * 6
     source = open_images(out, classes=("cat", "bee", "ant", "dog"))
     assert [item.label for item in items(pickle.loads(pickle.dumps(source)))] == [2, 2, 1, 1, 0, 0]
-    with pytest.raises(SourceError, match="1 classes that --classes-from does not name: 'cat'"):
+    with pytest.raises(SourceError, match="1 classes that are not in the given list: 'cat'"):
         open_images(out, classes=("ant", "bee"))
     with pytest.raises(UsageError, match="its own labels, or none, are used"):
         open_images(out, BuildConfig(labels="class-dir"))

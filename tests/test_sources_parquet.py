@@ -227,7 +227,7 @@ def test_names_of_classes_come_from_the_schema_or_from_a_list(tmp_path: Path) ->
     assert (source.class_names, [item.label for item in items(source)]) == (("cat", "dog", "eel"), [2, 0])
     source = opened(path, ["eel", "dog", "cat"])
     assert (source.class_names, [item.label for item in items(source)]) == (("eel", "dog", "cat"), [0, 2])
-    assert "--classes-from does not name: 'cat', 'eel'" in refusal(path, ["dog"])
+    assert "are not in the given list: 'cat', 'eel'" in refusal(path, ["dog"])
     source = opened(path, labels="label:integer")
     assert (source.class_names, source.columns[0].kind) == (None, "integer")
     source = opened(path, labels="label:float")

@@ -111,7 +111,7 @@ def test_names_are_taken_as_from_a_disk(put: Put) -> None:
 def test_classes_flat_folders_and_mixtures_follow_the_rules_of_folders(put: Put) -> None:
     url = put({"a/1.jpg": b"x", "c/2.jpg": b"x"})
     assert labelled(open_source(url + "/", classes=["c", "b", "a"])) == [("a/1.jpg", 2), ("c/2.jpg", 0)]
-    with pytest.raises(SourceError, match="1 classes that --classes-from does not name: 'c'"):
+    with pytest.raises(SourceError, match="1 classes that are not in the given list: 'c'"):
         open_source(url, classes=["a"])
     flat = open_source(put({"2.jpg": b"x", "1.jpg": b"x"}))
     assert (flat.class_names, labelled(flat)) == (None, [("1.jpg", None), ("2.jpg", None)])

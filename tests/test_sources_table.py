@@ -126,7 +126,7 @@ def test_labels_are_left_out_or_numbered_by_a_list(tmp_path: Path) -> None:
     assert labelled(opened(path, labels="none")) == [("1.jpg", None), ("2.jpg", None)]
     source = open_source(path, BuildConfig(), ["z", "b", "a"])
     assert (source.class_names, labelled(source)) == (("z", "b", "a"), [("1.jpg", 1), ("2.jpg", 2)])
-    with pytest.raises(SourceError, match=r"--classes-from does not name: 'a'"):
+    with pytest.raises(SourceError, match=r"are not in the given list: 'a'"):
         open_source(path, BuildConfig(), ["b"])
     with pytest.raises(UsageError, match="contradict each other"):
         open_source(path, BuildConfig(labels="none"), ["b"])

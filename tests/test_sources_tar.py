@@ -103,7 +103,7 @@ def test_several_tars_stand_before_the_paths_and_share_their_classes(tmp_path: P
 def test_classes_are_numbered_by_a_list_and_what_it_lacks_is_named(tmp_path: Path) -> None:
     tar = str(pack(tmp_path / "t.tar", {"a/1.jpg": b"1", "c/1.jpg": b"1"}))
     assert labelled(TarSource(tar, BuildConfig(), ["c", "b", "a"])) == [("a/1.jpg", 2), ("c/1.jpg", 0)]
-    with pytest.raises(SourceError, match="1 classes that --classes-from does not name: 'c'"):
+    with pytest.raises(SourceError, match="1 classes that are not in the given list: 'c'"):
         TarSource(tar, BuildConfig(), ["a"])
     with pytest.raises(UsageError, match="contradict"):
         open_source(tar, BuildConfig(labels="none"), ["a"])

@@ -133,7 +133,7 @@ def built(traps: Path, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """`built(cluster, see, **settings)`: builds tmp_path/"out" by Ray, returns the events, each shown to `see`, too."""
     from gpu_npz_traps import TrappedSource
 
-    monkeypatch.setattr(build, "open_source", lambda src, config, classes: TrappedSource(src, classes))
+    monkeypatch.setattr(build, "open_images", lambda src, config, classes: TrappedSource(src, classes))
 
     def built(cluster: Any, see: Callable[[Any], None] = lambda _: None, **values: Any) -> list[Any]:
         seen: list[Any] = []

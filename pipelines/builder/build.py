@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..config import BuildConfig
 from ..dataset.built import open_images
@@ -16,6 +16,7 @@ from ..dataset.layout import JOB, MANIFEST, require_own
 from ..dataset.manifest import class_list
 from ..errors import GpuNpzError, UsageError
 from ..sources import sides_of_source
+from ..sources.base import Source
 from ..storage import open_storage
 from ..workers import ray
 from ..workers.events import Event
@@ -56,14 +57,14 @@ def _build(
     config: BuildConfig,
     progress: OnEvent | None,
     beside: Job | None = None,
-    train: Job | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> BuildReport:
     """Builds one dataset, as `build` does.
 
     Args:
         src, out, config, progress: as for `build`.
         beside: the job of another side of the same split of the same items.
-        train: the job of the train side, if SRC has the sides; its classes are numbered in the same way.
+        class_names: the classes in the order of their numbers, if `config.classes_from` does not give them.
     """
     if config.sides:
         raise UsageError(
@@ -81,10 +82,7 @@ def _build(
             "--part and --overwrite: the parts would delete each other's shards; delete OUT yourself, then start the "
             "parts"
         )
-    classes = class_list(config.classes_from)
-    source = open_images(src, config, train.record.class_names if train and classes is None else classes)
-    if train is not None:
-        require_same_labels(train, source)
+    source = open_images(src, config, class_list(config.classes_from) or class_names)
     require_own(storage)
     untried = False  # whether this build has made a plan that no worker has started on
     try:
@@ -146,6 +144,8 @@ def build_split(
     if not config.several:
         raise UsageError("split: give it as val=0.1, or splits as all; build makes a single dataset")
     own = sides_of_source(src, config) if config.splits != "none" else {}
+    alone = config.model_copy(update={"splits": "none"})
+    class_names = _class_names(list(own.values()), alone)
     reports = {}
     first: Job | None = None
     if (whole := open_storage(out)).size(JOB) is not None:
@@ -153,8 +153,8 @@ def build_split(
     for side, storage in places(src, out, own or config.sides).items():
         on_event = functools.partial(progress, side) if progress else None
         if own:
-            alone = config.model_copy(update={"splits": "none"})
-            reports[side] = _build(own[side], storage.root, alone, on_event, train=first)
+            alone = config.model_copy(update={"splits": "none"})  # with the statistics of train
+            reports[side] = _build(own[side], storage.root, alone, on_event, class_names=class_names)
         else:
             reports[side] = _build(src, storage.root, config.sides[side], on_event, first)
         if first is None:
@@ -162,3 +162,18 @@ def build_split(
             if config.normalize == "dataset":
                 config = config.model_copy(update={"mean": first.settings.mean, "std": first.settings.std})
     return reports
+
+
+def _class_names(sides: Sequence[str], config: BuildConfig) -> Sequence[str] | None:
+    """The classes of the first of the sides that SRC has; None if it has none.
+
+    Raises:
+        SourceError: a side cannot be read, has other classes, or is labelled in another way.
+    """
+    first: Source | None = None
+    given = class_list(config.classes_from)
+    for location in sides:
+        source = open_images(location, config, given or (first.class_names if first else None))
+        first = first or source
+        require_same_labels(first, source)
+    return first.class_names if first else None

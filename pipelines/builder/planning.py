@@ -259,19 +259,18 @@ def _require_same_items(beside: Job, arrays: Mapping[str, NDArray[Any]], source:
         )
 
 
-def require_same_labels(train: Job, source: Source) -> None:
+def require_same_labels(train: Source, source: Source) -> None:
     """Raises SourceError if a side of a split that SRC has is labelled in another way than its train side."""
-    record = train.record
-    kinds, trained = ([(each.kind, each.classes) for each in columns] for columns in (source.columns, record.columns))
-    if (source.class_names is None) == (record.class_names is None) and kinds == trained:  # names differ: y_test
+    kinds, trained = ([(each.kind, each.classes) for each in columns] for columns in (source.columns, train.columns))
+    if (source.class_names is None) == (train.class_names is None) and kinds == trained:  # names differ: y_test
         return
     mine, its = (
-        f"{len(names)} classes" if names is not None else ", ".join(map(str, columns)) or "no labels"
-        for names, columns in ((source.class_names, source.columns), (record.class_names, record.columns))
+        f"{len(each.class_names)} classes" if each.class_names is not None else ", ".join(map(str, each.columns))
+        for each in (source, train)
     )
     raise SourceError(
-        f"{source.location!r} has {mine}, and {record.source_location!r} {its}; make their labels alike, or use "
-        "--labels none"
+        f"{source.location!r} has {mine or 'no labels'}, and {train.location!r} {its or 'no labels'}; make their "
+        "labels alike, or use --labels none"
     )
 
 

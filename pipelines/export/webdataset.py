@@ -71,7 +71,7 @@ def _add_sample(tar: tarfile.TarFile, rows: Rows, sample: Sample, extension: str
     files = {extension: image}
     if rows.by_class and rows.labels is not None:
         files["cls"] = str(int(rows.labels[sample.position])).encode()
-    files["json"] = json.dumps({"path": sample.path} | dict(columns)).encode()
+    files["json"] = json.dumps(dict(columns) | {"path": sample.path}).encode()
     for name, data in files.items():
         info = tarfile.TarInfo(f"{sample.position:09d}.{name}")
         info.size = len(data)

@@ -106,6 +106,11 @@ class ArrayInfo:
             raise FormatError(f"{self.dtype} {str(self.shape)[:200]} {how} {self.npy_bytes} bytes; {_DAMAGED}")
         return self
 
+    def require_crc(self, data: bytes | memoryview) -> None:
+        """Raises FormatError if the NPY header and the elements, inflated, have another CRC-32 than the file says."""
+        if self.crc32 not in (None, zlib.crc32(data)):
+            raise FormatError("its CRC-32 is another: it is damaged; copy or make it again")
+
 
 class _Member(NamedTuple):
     """A member of a ZIP, as its directory describes it."""

@@ -6,7 +6,6 @@ import logging
 import mmap
 import os
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -113,8 +112,7 @@ class LoadedArrays(Mapping[str, NDArray[Any]]):
     def _copied(self, info: ArrayInfo) -> NDArray[np.uint8]:
         data = _aligned(info)
         data[:] = np.frombuffer(self._buffer, np.uint8, info.npy_bytes, info.begin)
-        if info.crc32 not in (None, zlib.crc32(data.data)):
-            raise FormatError("its CRC-32 is another: it is damaged; copy or make it again")
+        info.require_crc(data.data)
         return data
 
     def _inflated(self, info: ArrayInfo) -> NDArray[np.uint8]:

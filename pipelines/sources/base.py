@@ -329,7 +329,7 @@ def numbered(class_names: list[str], found: list[str], location: str) -> dict[st
     unknown = [name for name in found if name not in numbers]
     if unknown:
         raise SourceError(
-            f"{location!r} has {len(unknown)} classes that --classes-from does not name: {some(unknown)}; "
+            f"{location!r} has {len(unknown)} classes that are not in the given list: {some(unknown)}; "
             "omit these items, or give a list that names these classes"
         )
     return {name: numbers[name] for name in found}

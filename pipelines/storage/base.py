@@ -105,4 +105,4 @@ def open_regular(path: str | bytes | os.PathLike[str], flags: int) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a regular file")
+    raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))

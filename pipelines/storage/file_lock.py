@@ -39,6 +39,7 @@ from .names import create, move_aside, put_back, temporary_name
 log = logging.getLogger(__name__)
 _LOOK_S = 0.2
 _LINGER_S = 5.0
+_MOST_VANISHED = 100
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -74,6 +75,7 @@ class FileLock:
         self._made_folders = made
         self._own = Holder.own()
         self._descriptor = -1
+        self._vanished = 0  # how often the folder was missing when the file was created
         self._over = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="gpu-npz-lock", daemon=True)
 
@@ -151,7 +153,11 @@ class FileLock:
         temporary = temporary_name(self._path, self._own.token)
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # another holder has just removed the empty folder
+        except FileNotFoundError:
+            # Another holder may have removed the empty folder; else it is a dangling link, or takes no files (/proc).
+            self._vanished += 1
+            if self._vanished > _MOST_VANISHED:
+                raise
             return None
         try:
             self._flock(descriptor)

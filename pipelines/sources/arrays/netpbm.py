@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 
 def encoded(pixels: NDArray[Any]) -> bytes:
@@ -18,6 +17,8 @@ def encoded(pixels: NDArray[Any]) -> bytes:
     """
     height, width, channels = pixels.shape
     if channels == 4:
+        from PIL import Image  # loaded where it is needed, so that commands which decode nothing do not load it
+
         buffer = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=0)
         return buffer.getvalue()

@@ -103,10 +103,11 @@ def values(files: Files, array: Array) -> NDArray[Any]:
     with as_damage(array), files.opened(array.number) as file:
         read = reading(file)
         if info.deflated:
-            data = b"".join(inflated(read, info))[info.header_bytes :]
+            data = b"".join(inflated(read, info))
         else:
-            data = bytes(read(info.data_offset, info.data_bytes))
-    if len(data) < info.data_bytes:
+            data = bytes(read(info.begin, info.header_bytes + info.data_bytes))
+            info.require_crc(data)
+    if len(data) < info.header_bytes + info.data_bytes:
         raise SourceError(f"{array.where} is cut; copy or make it again")
-    found = np.frombuffer(data[: info.data_bytes], info.dtype)
+    found = np.frombuffer(memoryview(data)[info.header_bytes :], info.dtype)
     return found.reshape(info.shape, order="F" if info.fortran else "C")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -106,8 +105,15 @@ def _image(data: memoryview, scale: Scale, where: str) -> tuple[RowFormat, bytes
     found = {name: Array(where, 0, info) for name, info in read_arrays(read, len(data)).items()}
     name = single_image(found)
     if name is None:
-        raise SourceError(f"{where}: no array has the dimensions of an image; it has {shown(found)}")
+        raise SourceError(
+            f"{where} has no array with the dimensions of an image, or several without a usual name; its arrays: "
+            f"{shown(found)}"
+        )
     info = found[name].info.complete()
     form = image_of(found[name], scale)
-    npy: Any = b"".join(inflated(read, info)) if info.deflated else read(info.begin, info.npy_bytes)
+    if info.deflated:
+        npy: bytes | memoryview = b"".join(inflated(read, info))
+    else:
+        npy = read(info.begin, info.npy_bytes)
+        info.require_crc(npy)
     return form, bytes(npy[info.header_bytes : info.header_bytes + form.row_bytes])
