@@ -570,7 +570,7 @@ def test_splits_all_builds_the_sides_that_a_file_has(
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(["a", "c"], "classes that are not in the given list: 'c'"), ([0.5, 1.5], "make their labels alike")],
+    [(["a", "c"], "classes that are not in the given list: 'c'"), ([0.5, 1.5], "there are names for 2 classes")],
 )
 def test_sides_that_do_not_fit_together_are_refused_before_any_is_built(
     out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], labels: list[Any], message: str
