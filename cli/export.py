@@ -79,7 +79,7 @@ def command(out: str, dest: str, kind: Any, keys: str | None, as_json: bool, **g
     for each in found.values():
         existing = f", of which {each.existing} existed already" if each.existing else ""
         blank = f"; {counted(each.blank, 'blank row')} omitted" if each.blank else ""
-        click.echo(f"{printable(each.path)}: {counted(each.images, 'image')} as {kind}{existing}{blank}")
+        click.echo(f"{printable(each.path)}: exported {counted(each.images, 'image')} ({kind}){existing}{blank}")
 
 
 def _two(keys: str) -> tuple[str, str]:

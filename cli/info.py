@@ -98,7 +98,7 @@ def _show_file(path: str, as_json: bool) -> None:
         rows["a build"] = f"{build['items']} images of {build['images']!r}, {build['label_kind']}"
         rows["a build"] += f" from {build['labels']!r}" if build["labels"] else ""
     else:
-        rows["a build"] = f"is refused: {build['problem']}"
+        rows["a build"] = f"would fail: {build['problem']}"
     length = max(map(len, map(printable, rows)))
     click.echo("\n".join(f"{printable(name):{length}}  {printable(text)}" for name, text in rows.items()))
 

@@ -66,7 +66,7 @@ class ConfigCommand(click.Command):
                 known = parameter.name in BuildConfig.model_fields
                 (groups[group_of(str(parameter.name))] if known else own).append(record)
         sections = [
-            (f"{'Advanced ' * advanced}{name} options".capitalize(), found)
+            (f"{'Advanced ' * advanced}{name.removesuffix('s')} options".capitalize(), found)
             for (name, advanced), found in groups.items()
         ]
         for title, records in [*sections, ("Other options", own)]:

@@ -326,8 +326,8 @@ class BuildConfig(BaseModel):
     )
     splits: Literal["none", "all"] = _setting(
         "operational", "input", "none",
-        "all builds OUT/train, OUT/val and OUT/test from the arrays of an .npz whose names contain these words, as in "
-        "those of Keras and MedMNIST.",
+        "With all, the build writes OUT/train, OUT/val and OUT/test from the arrays of an .npz whose names contain "
+        "these words, as in those of Keras and MedMNIST.",
     )  # fmt: skip
     root: str | None = _advanced(
         "operational", "input", None,

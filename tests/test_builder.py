@@ -176,7 +176,7 @@ def test_files_that_are_written_to_while_a_build_reads_them_are_reported(
     whole, partial = (src / "a/7.jpg").read_bytes(), out.with_name("7.jpg.part")
     report = build(src, out.with_name("disturbed"), config, progress=disturb)
     assert (report.rejects_by_code, report.changed_files) == ({"missing": 1, "truncated": 1}, 1)
-    assert report.hints[0].startswith("1 files were changed or removed while the build read them")
+    assert report.hints[0].startswith("1 file changed or went missing while the build read them")
     assert "`gpu-npz verify OUT --deep 6` lists the rows that differ" in report.hints[0]
 
 
@@ -908,7 +908,7 @@ def test_a_source_that_vanishes_during_a_build_is_an_error_and_makes_no_rejects(
             wait_for(out / ".gpu-npz/commits/shard-00000.json")
             pictures.rename(tmp_path / "unmounted")
 
-    with pytest.raises(SourceError, match="is gone; mount it again, then run the same command to resume"):
+    with pytest.raises(SourceError, match="is missing; mount it again, then run the same command to resume"):
         build(pictures, out, config, progress=unmount)
     assert shards(out) == ["shard-00000.npz"]
     (tmp_path / "unmounted").rename(pictures)

@@ -535,7 +535,7 @@ def test_info_of_a_file_shows_its_arrays_and_what_a_build_takes(
     assert run(["info", str(tmp_path / "f.npz")]) == 0
     printed = capsys.readouterr().out
     assert "float64 (2, 5, 5), 400 B, deflated, not mappable (deflated)" in printed
-    assert "a build  is refused: " in printed
+    assert "a build  would fail: " in printed
     assert "--scale 255" in printed
     np.save(tmp_path / "a.npy", np.zeros((2, 5, 5), np.uint8))
     assert run(["info", str(tmp_path / "a.npy")]) == 0

@@ -533,7 +533,9 @@ def test_a_file_has_the_extension_of_its_kind_and_is_never_overwritten(
         export(out, tmp_path / "export", kind)
     dest = tmp_path / f"x.{kind}"
     dest.write_bytes(b"mine")
-    with pytest.raises(StorageError, match="exists, and an export overwrites nothing; remove it or choose another"):
+    with pytest.raises(
+        StorageError, match="already exists, and export does not overwrite files; remove it or choose another"
+    ):
         export(out, dest, kind)
     assert files_in(tmp_path) == {dest.name: b"mine"}
     if kind == "npy":
@@ -684,7 +686,7 @@ def test_a_signal_stops_the_command_and_the_same_command_makes_the_rest(tmp_path
     assert 0 < done < 1000
     assert not [*dest.rglob(".*.tmp")]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout == f"{dest}: 1000 images as folder, of which {done} existed already\n"
+    assert result.stdout == f"{dest}: exported 1000 images (folder), of which {done} existed already\n"
     assert len(pictures(dest)) == 1000
 
 
@@ -697,7 +699,7 @@ def test_the_command_says_what_it_made(
     out = str(make_dataset(dtype="uint8"))
     dest = f"{tmp_path}/x.npz"
     assert run(["export", out, dest, "--as", "npz", "--keys", "x_train, y_train"]) == 0
-    assert capsys.readouterr() == (f"{dest}: 40 images as npz\n", "")
+    assert capsys.readouterr() == (f"{dest}: exported 40 images (npz)\n", "")
     assert "y_train" in arrays_of(Path(dest))
     options = ["--as", "webdataset", "--shard-size", "15", "--format", "jpeg", "--quality", "80", "--json"]
     assert run(["export", out, f"{tmp_path}/tars", *options]) == 0
@@ -715,7 +717,7 @@ def test_the_command_exports_every_side_of_a_split(
     capsys.readouterr()
     assert run(["export", str(out), f"{tmp_path}/export", "--as", "folder"]) == 0
     assert capsys.readouterr().out == "".join(
-        f"{tmp_path}/export/{side}: 6 images as folder\n" for side in ("train", "val")
+        f"{tmp_path}/export/{side}: exported 6 images (folder)\n" for side in ("train", "val")
     )
     assert image_folder(tmp_path / "export/val")[0] == ["cats", "dogs"]
     assert run(["export", str(out), f"{tmp_path}/x.npz", "--as", "npz", "--json"]) == 0

@@ -504,7 +504,7 @@ def test_a_source_that_vanished_is_an_error_and_its_files_are_no_rejects(tmp_pat
     source = FolderSource(root)
     source.check()
     root.rename(tmp_path / "unplugged")
-    with pytest.raises(SourceError, match="is gone; mount it again, then run the same command to resume"):
+    with pytest.raises(SourceError, match="is missing; mount it again, then run the same command to resume"):
         read_item(source, Item(0, "a/1.jpg", None))
     root.mkdir()  # the folder that a disk was mounted on is still there without it
     with pytest.raises(SourceError, match="is gone"):
@@ -538,3 +538,9 @@ def test_the_status_of_files_comes_in_their_order_however_slow_the_filesystem_is
     assert [status and status.st_size for status in found] == expected
     assert len(threads) > 8
     assert statuses([]) == []
+
+
+def test_a_folder_of_tars_is_refused_with_the_pattern_that_reads_them(tmp_path: Path) -> None:
+    touch(tmp_path, "shard-000000.tar", "shard-000001.tar")
+    with pytest.raises(SourceError, match=rf"for the images in tars, give '{tmp_path}/\*\.tar'"):
+        FolderSource(tmp_path)

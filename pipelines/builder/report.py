@@ -146,7 +146,8 @@ def hints_for(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[
     if changed:
         rows = sum(record.rows for record in records)
         found.append(
-            f"{changed} files were changed or removed while the build read them, so their rows may be incomplete; "
+            f"{changed} file{'s' * (changed > 1)} changed or went missing while the build read them, so their rows may "
+            "be incomplete; "
             f"when nothing writes to SRC any more, `gpu-npz verify OUT --deep {rows}` lists the rows that differ"
         )
     if job.record.backend == "pillow" and (faster := advice(job.settings)):

@@ -35,7 +35,7 @@ def new_files(*paths: str) -> Iterator[list[str]]:
         for path in paths:
             if os.path.lexists(path):
                 raise StorageError(
-                    f"{path!r} exists, and an export overwrites nothing; remove it or choose another DEST"
+                    f"{path!r} already exists, and export does not overwrite files; remove it or choose another DEST"
                 )
         temporaries = []
         for name in names:

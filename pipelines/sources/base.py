@@ -273,6 +273,8 @@ def files_left_out(left_out: Mapping[str, int]) -> str:
 def no_images(location: str, left_out: Mapping[str, int]) -> SourceError:
     """The error for a collection without items."""
     others = f"; {files_left_out(left_out)}" if left_out else ""
+    if ".tar" in left_out:
+        others += f"; for the images in tars, give {location + '/*.tar'!r}"
     return SourceError(
         f"{location!r} holds no images ({extensions()}){others}; SRC is a folder of class folders or of images, an "
         "archive of such, or a table, which may name files of any name"

@@ -300,7 +300,7 @@ class FolderSource(TreeSource, LabelledSource[TableListing]):
         except SourceError:
             here = False
         if not here:
-            raise SourceError(f"{self.location!r} is gone; mount it again, then run the same command to resume")
+            raise SourceError(f"{self.location!r} is missing; mount it again, then run the same command to resume")
 
 
 def _group(folder: bytes, found: Scan, label: int) -> Group:
