@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -705,6 +706,21 @@ def test_one_float_image_per_file_needs_a_scale_too(tmp_path: Path) -> None:
     for item, detail in zip(others, ("--scale 255 is for floats; it has uint8", "it has the value 2"), strict=True):
         with pytest.raises(BadItem, match=detail):
             read_item(source, item)
+
+
+def test_an_image_of_too_many_pixels_is_rejected_before_it_is_decompressed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    save(tmp_path / "a/0.npy", GRAY[0])
+    np.savez_compressed(tmp_path / "a/1.npz", image=np.zeros((3000, 3000), np.uint8))
+    source = open_source(tmp_path, BuildConfig(size=8, max_pixels=1_000_000))
+    small, large = items(source)
+    read_item(source, small)
+    tracemalloc.start()
+    with pytest.raises(BadItem, match="9000000 pixels; at most 1000000") as caught:
+        read_item(source, large)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+    assert (caught.value.stage, caught.value.code) == ("decode", "too-large")
 
 
 def test_class_folders_of_arrays_are_read_like_those_of_images(tmp_path: Path, make_dataset: MakeDataset) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Sequence
 
@@ -57,7 +58,7 @@ class ArrayFolderSource(FolderSource):
                 f"{' or '.join(LABELS)}; for other labels save all images as one array"
             )
         super().__init__(location, classes, config.labels)
-        self._scale = config.scale
+        self._scale, self._max_pixels = config.scale, config.max_pixels
         self._check_first()
 
     def _check_first(self) -> None:
@@ -68,7 +69,9 @@ class ArrayFolderSource(FolderSource):
         path = as_text(group.folder + group.names[0])
         form = None
         with contextlib.suppress(OSError, BadItem, FormatError, SourceError):
-            form, data = _image(memoryview(super().read(Item(0, path, None))), self._scale, repr(path))
+            form, data = _image(
+                memoryview(super().read(Item(0, path, None))), self._scale, repr(path), self._max_pixels
+            )
         if form is not None and form.dtype.kind == "f":
             sample = np.frombuffer(data, form.dtype).reshape(1, -1)
             require_scale(sample, self._scale, f"{path!r} has {form.dtype} {form.shape}")
@@ -83,7 +86,7 @@ class ArrayFolderSource(FolderSource):
         if not (data := super().read(item)):
             return data  # which makes it an empty file
         try:
-            form, pixels = _image(memoryview(data), self._scale, "it")
+            form, pixels = _image(memoryview(data), self._scale, "it", self._max_pixels)
         except (FormatError, SourceError, UsageError) as exc:
             raise BadItem("read", "undecodable", str(exc)) from exc
         if form.dtype.kind == "f" and self._scale == "none":
@@ -91,12 +94,13 @@ class ArrayFolderSource(FolderSource):
         return form.encode(pixels)
 
 
-def _image(data: memoryview, scale: Scale, where: str) -> tuple[RowFormat, bytes]:
+def _image(data: memoryview, scale: Scale, where: str, max_pixels: int) -> tuple[RowFormat, bytes]:
     """The format and the bytes of the image in an .npy or .npz.
 
     Raises:
         FormatError, SourceError: there is none.
         UsageError: `scale` is given, and it is not of floats.
+        BadItem: it has more than `max_pixels` pixels, which are not decompressed.
     """
 
     def read(offset: int, size: int) -> memoryview:
@@ -111,6 +115,8 @@ def _image(data: memoryview, scale: Scale, where: str) -> tuple[RowFormat, bytes
         )
     info = found[name].info.complete()
     form = image_of(found[name], scale)
+    if (pixels := math.prod(form.shape) // form.channels) > max_pixels:
+        raise BadItem("decode", "too-large", f"{pixels} pixels; at most {max_pixels}")
     if info.deflated:
         npy: bytes | memoryview = b"".join(inflated(read, info))
     else:
