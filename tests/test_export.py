@@ -448,6 +448,20 @@ def test_a_build_reads_the_tars(classes: Path, table: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(read_shards(again, "labels"), read_shards(table, "labels"))
 
 
+def test_label_columns_keep_the_names_of_other_fields_free(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(file_bytes("jpeg"))
+    (tmp_path / "t.csv").write_text("file,path,file_name\na.jpg,1.5,2.5\n")
+    out = build_cpu(tmp_path / "t.csv", tmp_path / "out", image_column="file", labels="path:float,file_name:float")
+    export(out, tmp_path / "tars", "webdataset")
+    with tarfile.open(tmp_path / "tars/shard-000000.tar") as tar:
+        file = tar.extractfile("000000000.json")
+        assert file is not None
+        assert json.load(file) == {"path": "a.jpg", "path_label": 1.5, "file_name": 2.5}
+    export(out, tmp_path / "folder", "folder")
+    lines = (tmp_path / "folder/metadata.csv").read_text().splitlines()
+    assert lines == ["file_name,path,file_name_label", "a.png,1.5,2.5"]
+
+
 # What is exported, and what is refused
 
 

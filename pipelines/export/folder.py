@@ -13,7 +13,7 @@ import numpy as np
 from ..storage.local import LocalStorage
 from .arrays import Progress
 from .encoder import Encoder
-from .names import file_name, numbered, portable, repeated
+from .names import column_names, file_name, numbered, portable, repeated
 from .place import ignores_case, new_folder
 from .rows import Rows, Sample, in_order
 
@@ -107,7 +107,7 @@ def _write_table(storage: LocalStorage, rows: Rows, name_of: Callable[[int, str]
     try:
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(["file_name", *(column.name for column in rows.columns)])
+            table.writerow(["file_name", *column_names([column.name for column in rows.columns], "file_name")])
             table.writerows([name_of(position, path), *rows.label(position)] for position, path in rows.paths())
             file.flush()
             os.fsync(file.fileno())

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -48,6 +48,17 @@ def _escaped(text: str) -> str:
 def numbered(name: str, number: int) -> str:
     """A name that is unique if the number is."""
     return f"{name}~{number}"
+
+
+def column_names(names: Sequence[str], taken: str) -> list[str]:
+    """The names of label columns beside a field `taken`: a column of this name gets the suffix `_label`."""
+    found = list(names)
+    if taken in found:
+        other = f"{taken}_label"
+        while other in found:
+            other += "_label"
+        found[found.index(taken)] = other
+    return found
 
 
 def repeated(names: Iterable[str], count: int, *, ignore_case: bool) -> set[int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from .arrays import Progress
 from .encoder import Encoder
+from .names import column_names
 from .place import new_folder
 from .rows import Rows, Sample, in_order
 
@@ -67,11 +68,12 @@ def write_tars(
 
 
 def _add_sample(tar: tarfile.TarFile, rows: Rows, sample: Sample, extension: str, image: bytes) -> None:
-    columns = zip((column.name for column in rows.columns), rows.label(sample.position), strict=True)
+    names = column_names([column.name for column in rows.columns], "path")
+    columns = zip(names, rows.label(sample.position), strict=True)
     files = {extension: image}
     if rows.by_class and rows.labels is not None:
         files["cls"] = str(int(rows.labels[sample.position])).encode()
-    files["json"] = json.dumps(dict(columns) | {"path": sample.path}).encode()
+    files["json"] = json.dumps({"path": sample.path} | dict(columns)).encode()
     for name, data in files.items():
         info = tarfile.TarInfo(f"{sample.position:09d}.{name}")
         info.size = len(data)
