@@ -531,6 +531,16 @@ def test_a_destination_on_an_object_store_is_refused(make_dataset: MakeDataset, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_destination_inside_the_dataset_is_refused(make_dataset: MakeDataset, kind: Kind) -> None:
+    out = make_dataset()
+    before = sorted(out.rglob("*"))
+    for folder in (out, out / ".gpu-npz", out / "new"):
+        with pytest.raises(UsageError, match="lies inside the dataset; choose a place outside of"):
+            export(out, place(folder, kind), kind)
+    assert sorted(out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_destination_behind_a_dangling_link_is_refused(make_dataset: MakeDataset, tmp_path: Path, kind: Kind) -> None:
     (tmp_path / "new").symlink_to(tmp_path / "unmounted")
     dest = tmp_path / "new" if kind in ("folder", "webdataset") else place(tmp_path, kind)
@@ -554,7 +564,7 @@ def test_a_file_has_the_extension_of_its_kind_and_is_never_overwritten(
     assert files_in(tmp_path) == {dest.name: b"mine"}
     if kind == "npy":
         dest.rename(tmp_path / "x-labels.npy")
-        with pytest.raises(StorageError, match=r"x-labels\.npy' exists"):
+        with pytest.raises(StorageError, match=r"x-labels\.npy' already exists"):
             export(out, dest, kind)
         assert not dest.exists()
 

@@ -92,6 +92,9 @@ def export_dataset(
     if samples < 1:
         raise UsageError(f"--shard-size: got {samples}; allowed: a positive number")
     rows, existing = Rows(out), 0
+    root = os.path.realpath(rows.path)
+    if os.path.commonpath([root, os.path.realpath(place)]) == root:
+        raise UsageError(f"DEST {place!r} lies inside the dataset; choose a place outside of {rows.path!r}")
     step = progress or _silent
     if kind == "npz":
         write_npz(rows, place, keys, step)
