@@ -578,10 +578,11 @@ def test_a_folder_of_other_files_is_refused(make_dataset: MakeDataset, tmp_path:
     assert files_in(tmp_path) == {"mine.txt": b"mine"}
     with pytest.raises(StorageError, match="DEST must be a folder; choose another DEST"):
         export(out, tmp_path / "mine.txt", kind)
-    before = files_in(out)
+    other = make_dataset()
+    before = files_in(other)
     with pytest.raises(StorageError, match="is not empty and holds no export"):
-        export(out, out, kind)
-    assert files_in(out) == before
+        export(out, other, kind)
+    assert files_in(other) == before
 
 
 def test_a_folder_of_another_export_is_refused(make_dataset: MakeDataset, tmp_path: Path) -> None:
