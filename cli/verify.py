@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Any
 
 import click
@@ -91,7 +92,8 @@ def _show(result: Verification, again: Comparison | None, rebuilt: int | None) -
     for problem in result.problems:
         click.echo(f"{printable(problem.file)}: {printable(problem.what)}")
     if rebuilt is None and any(problem.file.rpartition("/")[2].startswith("shard-") for problem in result.problems):
-        click.echo("damaged and missing shards are rebuilt, where the images still are, by: verify OUT --repair")
+        command = f"gpu-npz verify {shlex.quote(printable(result.path))} --repair"
+        click.echo(f"this rebuilds damaged and missing shards, if the images are still there: {command}")
     if again is not None:
         click.echo(_compared(again))
     verdict = "OK" if result.ok else f"DAMAGED, {counted(len(result.problems), 'problem')}"

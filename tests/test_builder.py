@@ -177,7 +177,7 @@ def test_files_that_are_written_to_while_a_build_reads_them_are_reported(
     report = build(src, out.with_name("disturbed"), config, progress=disturb)
     assert (report.rejects_by_code, report.changed_files) == ({"missing": 1, "truncated": 1}, 1)
     assert report.hints[0].startswith("1 file changed or went missing while the build read them")
-    assert "`gpu-npz verify OUT --deep 6` lists the rows that differ" in report.hints[0]
+    assert report.hints[0].endswith(f"lists the rows that differ: gpu-npz verify {out.with_name('disturbed')} --deep 6")
 
 
 def test_the_report_says_what_was_built(mixed: Path, out: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import MakeDataset, Proxy, edit_json, flip_bit
+from support import MakeDataset, MakeTree, Proxy, build_cpu, edit_json, flip_bit
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -27,6 +27,7 @@ import fsspec
 from moto.server import ThreadedMotoServer
 
 import gpu_npz
+from gpu_npz.audit.preview import preview
 from gpu_npz.errors import FormatError, StorageError, UsageError
 from gpu_npz.npz.reader import NpzReader
 from gpu_npz.readers import remote
@@ -703,3 +704,15 @@ def test_tensorflow_reads_remote_shards(proxy: Requests, stored: Path, tmp_path:
     for (images, labels), (others, theirs) in zip(here, there, strict=True):
         np.testing.assert_array_equal(images, others)
         np.testing.assert_array_equal(labels, theirs)
+
+
+def test_a_contact_sheet_of_a_dataset_in_a_store_is_that_of_the_folder(
+    proxy: Requests, make_tree: MakeTree, tmp_path: Path
+) -> None:
+    src = make_tree({"a/0.jpg": "jpeg", "a/1.jpg": "gray", "b/0.jpg": "half"})
+    out = build_cpu(src, tmp_path / "out", max_rejects="100%")
+    url = upload(out)
+    for show in ("random", "class", "rejects"):
+        for place, name in ((out, "folder.png"), (url, "store.png")):
+            preview(place, tmp_path / name, show=show, tile=32)
+        assert (tmp_path / "store.png").read_bytes() == (tmp_path / "folder.png").read_bytes()

@@ -26,6 +26,7 @@ from ..preprocess.pillow_files import opened
 from ..readers.dataset import Dataset, open_dataset
 from ..sources.base import countable, read_item
 from ..sources.rejects import BadItem
+from ..storage import open_storage
 from ..storage.base import Storage
 from ..storage.local import LocalStorage
 
@@ -113,7 +114,7 @@ def preview(
     RGB. A reject is drawn as far as Pillow can decode it; if Pillow cannot decode any of it, its tile is plain gray.
 
     Args:
-        out: the dataset's folder.
+        out: the dataset's folder or URL.
         target: the file to write, .png or .jpg; an existing file is replaced.
         show: `random` for random images; `class` for some images of each class, or of each label value if labels are
             integers; `rejects` for rejected items.
@@ -127,7 +128,7 @@ def preview(
         IncompleteError: the build has not finished.
         FormatError: `out` is not a dataset, or it is damaged.
         SourceError: the source of the rejects cannot be found.
-        StorageError: `target` cannot be written, or the dataset is not on a local disk.
+        StorageError: `target` cannot be written, or a store does not answer.
     """
     target = os.path.abspath(target)
     kind = FORMATS.get(os.path.splitext(target)[1].lower())
@@ -150,7 +151,7 @@ def preview(
         groups, left_out = _random(data, count, seed), 0
         sheet = _drawn(_lines(groups), cell, tile, _StoredPixels(data))
     else:
-        storage = LocalStorage(data.path)
+        storage = open_storage(data.path)
         groups, left_out = _rejects(storage, count, seed)
         with _Thumbnails(originals(storage, data.manifest, source), data.manifest, tile) as thumbnails:
             sheet = _drawn(_lines(groups), cell, tile, thumbnails)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import socket
 import time
 from collections import Counter
@@ -141,14 +142,14 @@ def bottleneck(stages: Counter[str], tuning: Tuning) -> str | None:
     return max(busiest, key=lambda name: stages[name])
 
 
-def hints_for(job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[str, ...]:
+def hints_for(out: str, job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[str, ...]:
     found = []
     if changed:
         rows = sum(record.rows for record in records)
         found.append(
             f"{changed} file{'s' * (changed > 1)} changed or went missing while the build read them, so their rows may "
-            "be incomplete; "
-            f"when nothing writes to SRC any more, `gpu-npz verify OUT --deep {rows}` lists the rows that differ"
+            "be incomplete; when nothing writes to SRC any more, this command lists the rows that differ: "
+            f"gpu-npz verify {shlex.quote(out)} --deep {rows}"
         )
     if job.record.backend == "pillow" and (faster := advice(job.settings)):
         found.append(faster)

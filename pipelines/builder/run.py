@@ -243,7 +243,7 @@ def _report(
         spot_checks=state.counts.spot_checks,
         spot_check_differences=state.counts.spot_check_differences,
         messages=state.messages.found(),
-        hints=hints_for(job, list(records.values()), state.counts.changed_files),
+        hints=hints_for(storage.root, job, list(records.values()), state.counts.changed_files),
         timeline=state.watch.timeline,
     )
 
