@@ -324,7 +324,7 @@ def test_datasets_that_differ_are_not_joined(
         join: Callable[[], object]
         for join in (lambda: gpu_npz.concat([a.subset([1]), other]), lambda: gpu_npz.mix({a: 1, other: 1})):  # noqa: B023
             with pytest.raises(
-                UsageError, match=f"(concat|mix): '{a.path}' and '{other}' are not.*alike: .*{difference}"
+                UsageError, match=f"(concat|mix): '{a.path}' and '{other}' are preprocessed differently: .*{difference}"
             ):
                 join()
     bare = make_dataset(tree, dtype="uint8", labels="none", limit=3)

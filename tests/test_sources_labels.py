@@ -366,7 +366,7 @@ def test_another_machine_sees_the_same_folder_and_its_labels(tmp_path: Path) -> 
     root = touch(tmp_path / "images", "1.jpg", "a/2.jpg")
     source = FolderSource(root, labels="none")
     source._root_identity = (0, 0)
-    with pytest.raises(SourceError, match="is gone"):
+    with pytest.raises(SourceError, match="is missing"):
         source.check()
     other = source.anew()
     other.check()
