@@ -716,3 +716,16 @@ def test_a_contact_sheet_of_a_dataset_in_a_store_is_that_of_the_folder(
         for place, name in ((out, "folder.png"), (url, "store.png")):
             preview(place, tmp_path / name, show=show, tile=32)
         assert (tmp_path / "store.png").read_bytes() == (tmp_path / "folder.png").read_bytes()
+
+
+def test_a_view_fetches_the_shards_of_its_rows_alone(proxy: Requests, stored: Path, tmp_path: Path) -> None:
+    url, expected = upload(stored), gpu_npz.open_dataset(stored)[:]
+    for name, rows, shards in (("all", None, {0, 2}), ("one", np.array([1]), {2})):
+        data = gpu_npz.open_dataset(url, cache=tmp_path / name)
+        view = gpu_npz.concat([stored, data]).subset([40, 54, 0])  # rows 0 and 14 of the store, row 0 of the folder
+        view.fill(rows, wait=True)
+        np.testing.assert_array_equal(view[[0, 1, 2]], expected[[0, 14, 0]])
+        digests = data._remote._digests  # type: ignore[union-attr]
+        for thread in data._remote._threads:  # type: ignore[union-attr]
+            thread.join()
+        assert {path.name for path in (tmp_path / name).glob("*.npz")} == {f"{digests[each]}.npz" for each in shards}

@@ -163,6 +163,11 @@ class Dataset(Rows):
         return self.manifest.deflated
 
     @property
+    def has_cache(self) -> bool:
+        """Whether shards are fetched from an object store into a cache."""
+        return self._remote is not None and self._remote.has_cache
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """The shape of one image: (C, H, W) or (H, W, C)."""
         return self.manifest.images.shape
@@ -267,7 +272,7 @@ class Dataset(Rows):
             wait: whether a row of their shards waits until its shard is in the cache, if there is room for it, as is
                 best for reading most rows of a shard. Otherwise it is fetched alone until then.
         """
-        if self._remote is None:
+        if self._remote is None or not self.has_cache:
             return
         shards: Sequence[int] = range(len(self.shard_rows))
         if rows is not None:

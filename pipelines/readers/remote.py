@@ -208,6 +208,11 @@ class RemoteShards:
         self._awaited: set[int] = set()
         self._faults: dict[int, FormatError] = {}
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether there is a cache."""
+        return self._cache is not None
+
     def path(self, number: int) -> str:
         """The URL of a shard."""
         return self._storage.path(self._names[number])

@@ -6,6 +6,7 @@ A view costs row numbers, not copies of images. Readers take a dataset or a view
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -71,6 +72,11 @@ class Rows(abc.ABC):
     @abc.abstractmethod
     def deflated(self) -> bool:
         """Whether stored images are compressed."""
+
+    @property
+    @abc.abstractmethod
+    def has_cache(self) -> bool:
+        """Whether shards are fetched from an object store into a cache."""
 
     @abc.abstractmethod
     def __getitem__(self, rows: RowIndex) -> NDArray[Any]: ...
@@ -246,6 +252,11 @@ class View(Rows):
         """Whether the images of a dataset are compressed."""
         return any(each.deflated for each in self._datasets)
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether shards of a dataset are fetched into a cache."""
+        return any(each.has_cache for each in self._datasets)
+
     def __getitem__(self, rows: RowIndex) -> NDArray[Any]:
         if type(rows) is int and 0 <= rows < len(self):  # a fast path, as in `Dataset`
             place = int(self._places[rows])
@@ -296,9 +307,18 @@ class View(Rows):
 
     def fill(self, rows: Numbers | None = None, *, wait: bool = False) -> None:
         """Begins to fetch the shards of some rows into the caches of their datasets; see `Dataset.fill`."""
-        places = self._places if rows is None else self._places[rows]
+        if not self.has_cache:
+            return
+        places = self._in_each_shard if rows is None else self._places[rows]
         for number, own in self._by_dataset(places):
             self._datasets[number].fill(places[own] - int(self._starts[number]), wait=wait)
+
+    @functools.cached_property
+    def _in_each_shard(self) -> Numbers:
+        """The places of one row in each shard of the view, since readers ask for all shards at each batch."""
+        first = np.sort(np.unique(self._shards_of(self._places), return_index=True)[1])
+        found: Numbers = self._places[first]
+        return found
 
     def _shards_of(self, places: Numbers) -> Numbers:
         """The number of each row's shard, counted over all datasets."""
