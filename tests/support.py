@@ -372,3 +372,15 @@ def pack(path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT) ->
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def only_test_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets S3 clients find the credentials of a test, and nobody's."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import MakeTree, Proxy, assert_a_worker_needs_its_parents_lock, python, race
+from support import MakeTree, Proxy, assert_a_worker_needs_its_parents_lock, only_test_credentials, python, race
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -77,14 +77,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(heartbeats, "HEARTBEAT_S", 0.1)
     monkeypatch.setattr(heartbeats, "STALE_S", 0.7)
     monkeypatch.setattr(object_lock, "SETTLE_S", 0.3)
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+    only_test_credentials(monkeypatch)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import MakeDataset, MakeTree, Proxy, build_cpu, edit_json, flip_bit
+from support import MakeDataset, MakeTree, Proxy, build_cpu, edit_json, flip_bit, only_test_credentials
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -75,14 +75,7 @@ class Requests(Proxy):
 @pytest.fixture
 def proxy(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Requests]:
     """The proxy through which stores are reached, with nobody's credentials, and short waits."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+    only_test_credentials(monkeypatch)
     monkeypatch.setattr(objects, "RETRY_S", 0.01)
     monkeypatch.setattr(objects, "ATTEMPTS", 3)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -430,9 +423,9 @@ def test_moments_in_which_the_store_does_not_answer_pass(proxy: Requests, stored
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (answer("403 Forbidden", "AccessDenied"), "ask for the right to list the bucket and to get its objects"),
-        (answer("503 Slow Down", "SlowDown"), "the store does not answer; check the network"),
-        (None, "the store does not answer; check the network"),
+        (answer("403 Forbidden", "AccessDenied"), "request permission to list the bucket and to get its objects"),
+        (answer("503 Slow Down", "SlowDown"), "the object store does not respond; check the network"),
+        (None, "the object store does not respond; check the network"),
     ],
     ids=["403", "503", "cut"],
 )

@@ -79,13 +79,13 @@ def write_advice(exc: Exception) -> str:
 def dataset_advice(exc: Exception) -> str:
     """What to do about an error of the store that holds a dataset which is only read."""
     if is_transient(exc):
-        return "the store does not answer; check the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL)"
+        return "the object store does not respond; check the network and the endpoint (for S3: FSSPEC_S3_ENDPOINT_URL)"
     if code(exc) == "NoSuchBucket":
         return "check the name of the bucket"
     if _lacks_credentials(exc):
         return f"{_LOG_IN}; FSSPEC_S3_ANON=true for a public bucket)"
     if isinstance(exc, PermissionError):
-        return "ask for the right to list the bucket and to get its objects, or log in as another user"
+        return "request permission to list the bucket and to get its objects, or log in as another user"
     return "check the store and the name of the dataset"
 
 
