@@ -121,7 +121,7 @@ def test_a_table_of_other_images_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_train_tar_whose_inner_tar_is_cut_is_refused(tmp_path: Path) -> None:
     whole = tarred({"a_1.JPEG": bytes(2000)})
     message = refusal(tar(tmp_path / "t.tar", {f"{WNIDS[0]}.tar": whole[:1500]}), source="imagenet")
-    assert f"{WNIDS[0]}.tar' is cut" in message
+    assert f"{WNIDS[0]}.tar' is truncated" in message
     assert "for others say --source tar" in refusal(tar(tmp_path / "o.tar", {"a/1.jpg": b"1"}), source="imagenet")
 
 
