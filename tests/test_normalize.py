@@ -17,6 +17,7 @@ from gpu_npz.errors import UsageError
 from gpu_npz.preprocess import normalize, normalize_cuda
 from gpu_npz.preprocess.normalize import (
     NumpyNormalizer,
+    Quotient,
     Sums,
     apply_table,
     image_table,
@@ -383,6 +384,55 @@ def test_stored_pixels_and_the_table_give_what_a_float_build_would_have_stored(
     values = table(config_of("imagenet", channels, dtype="uint8"), dtype)
     np.testing.assert_array_equal(apply_table(values, rows["uint8"], layout), rows[dtype], strict=True)
     np.testing.assert_array_equal(apply_table(values, rows["uint8"][1], layout), rows[dtype][1], strict=True)
+
+
+STATISTICS: list[dict[str, Any]] = [
+    {"normalize": "imagenet"},
+    {"normalize": "unit"},
+    {"normalize": "signed"},
+    {"normalize": "imagenet", "bit_depth": 16},
+    {"normalize": "mean-std", "mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)},
+    {"normalize": "mean-std", "mean": (0.5, 0.25, -1.5), "std": (3.0, 0.001, 1e-4)},
+]
+
+
+@pytest.mark.parametrize("place", ["contiguous", "other layout", "every second"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("settings", STATISTICS, ids=lambda given: "-".join(map(str, given.values())))
+@pytest.mark.parametrize("shape", [(16, 24), (1, 1), (97, 131)])
+def test_arithmetic_gives_the_values_of_the_table(
+    settings: dict[str, Any], layout: Any, place: str, shape: tuple[int, int]
+) -> None:
+    config = BuildConfig(**settings, layout=layout)
+    quotient, values = Quotient.of(config), table(config)
+    assert quotient is not None
+    stored = (5, *row_shape(config, *shape))
+    pixels = np.random.default_rng(0).integers(0, config.max_level + 1, stored, config.pixel_dtype)
+    expected = apply_table(values, pixels, layout)
+    out = np.full(pixels.shape, -99, np.float32)
+    if place == "other layout":
+        axis, other = (1, 3) if layout == "NCHW" else (3, 1)
+        out = np.moveaxis(np.moveaxis(out, axis, other).copy(), other, axis)
+    elif place == "every second":
+        out = np.full((*pixels.shape, 2), -99, np.float32)[..., 0]
+    assert apply_table(values, pixels, layout, out, quotient) is out
+    np.testing.assert_array_equal(out.view(np.int32), expected.view(np.int32), strict=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"normalize": "mean-std", "mean": (0.4914009,) * 3, "std": (0.2470323,) * 3},
+        {"normalize": "mean-std", "mean": (0.5, 0.5, 0.4914009), "std": (0.5,) * 3},
+        {"normalize": "mean-std", "mean": (0.4914,) * 3, "std": (0.2473,) * 3, "bit_depth": 16},
+        {"normalize": "mean-std", "mean": (0.1234567,) * 3, "std": (1e-3,) * 3},
+        {"normalize": "log"},
+        {"normalize": "standardize"},
+    ],
+    ids=str,
+)
+def test_there_is_no_arithmetic_where_it_would_round_more_than_once(settings: dict[str, Any]) -> None:
+    assert Quotient.of(BuildConfig(**settings)) is None
 
 
 def test_the_shape_of_a_row_follows_layout_and_channels() -> None:

@@ -1,4 +1,4 @@
-"""Normalizes pixels by table look-up, in the stored dtype and layout, with NumPy; `normalize_cuda.py` does it on a GPU.
+"""Normalizes pixels in the stored dtype and layout with NumPy; `normalize_cuda.py` does it on a GPU.
 
 A pixel has one of 256 levels (65,536 in 16 bits), so every normalization is a table with one value per level and
 channel. For most kinds, each entry is the exact number rounded once to the stored type, half to even. In 16 bits, 65535
@@ -20,6 +20,9 @@ the table is computed in float64 and rounded once to the stored type:
 
 The ImageNet statistics are those of torchvision's models: mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225 for R,
 G, B.
+
+A table says what the values are. Looking them up is not the fastest way to compute them: where float32 arithmetic gives
+every entry of the table exactly, as with these statistics, it is used (`Quotient`).
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 _PER_IMAGE = ("standardize", "minmax", "maxabs", "l2")
 _LARGE_PLANE = 64 * 64  # pixels; from there on, a lookup for each channel of an image is as fast
 _PIXELS_TOGETHER = 1 << 16
+_LINE = 1 << 12  # values that arithmetic gets at a time
 _ULPS = 4  # the error bound of the float64 values of `_formulas`, in units in the last place
 _DIGITS = decimal.Context(prec=50)
 
@@ -194,10 +198,15 @@ def _formulas(config: BuildConfig) -> list[tuple[NDArray[np.float64], Exact]]:
 
 def _line(start: Fraction, step: Fraction, top: int) -> tuple[NDArray[np.float64], Exact]:
     """The formula (level - start) / step, as `_formulas` gives it."""
-    scale = math.lcm(start.denominator, step.denominator)
-    first, divisor = int(start * scale), int(step * scale)
-    values = [(level * scale - first) / divisor for level in range(top + 1)]  # quotients of integers, rounded once
+    factor, offset, divisor = _integers(start, step)
+    values = [(level * factor - offset) / divisor for level in range(top + 1)]  # quotients of integers, rounded once
     return np.array(values), lambda level: (level - start) / step
+
+
+def _integers(start: Fraction, step: Fraction) -> tuple[int, int, int]:
+    """The smallest integers with (level - start) / step = (level * factor - offset) / divisor for every level."""
+    factor = math.lcm(start.denominator, step.denominator)
+    return factor, int(start * factor), int(step * factor)
 
 
 def _rounded(values: NDArray[np.float64], exact: Exact, dtype: np.dtype[Any]) -> Array:
@@ -219,20 +228,86 @@ def _nearest(value: Fraction, dtype: np.dtype[Any]) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Quotient:
+    """Float32 arithmetic with the values of a table: (level * factor - offset) / divisor.
+
+    If the product, the difference and the divisor are integers up to 2**24, float32 holds them exactly, so that only
+    the division rounds, as the table does. That is so for 8 bits and statistics of up to four decimals, and for
+    ImageNet's in 16 bits. This is faster than a lookup, for which NumPy converts all pixels to int64.
+
+    Attributes:
+        numbers: factor, offset and divisor of each stored channel, float32 (3, C).
+    """
+
+    numbers: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, config: BuildConfig) -> Quotient | None:
+        """The arithmetic for `table(config, "float32")`; None if it would round more than once."""
+        if (found := statistics(config)) is None:
+            return None
+        top = config.max_level
+        numbers = [_integers(top * mean, top * std) for mean, std in zip(*found, strict=True)]
+        exact = all(
+            max(top * factor, abs(offset), abs(top * factor - offset), divisor) <= 1 << np.finfo(np.float32).nmant + 1
+            for factor, offset, divisor in numbers
+        )
+        return cls(np.array(numbers, np.float32).T) if exact else None
+
+    def write(self, stored: Array, layout: Layout, out: Array) -> None:
+        """Writes the values of stored pixels to memory that exists already.
+
+        Args:
+            stored: (..., C, H, W) or (..., H, W, C), with any strides.
+            layout: "NCHW" or "NHWC", the layout of `stored`.
+            out: float32 of the same shape, with any strides; fastest if it is contiguous in one of the layouts.
+        """
+        if not out.flags.c_contiguous:
+            layout, axis, place = ("NHWC", -3, -1) if layout == "NCHW" else ("NCHW", -1, -3)
+            stored, out = np.moveaxis(stored, axis, place), np.moveaxis(out, axis, place)
+        found = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+        np.copyto(found, stored)
+        factor, offset, divisor = self._operands(layout, out.shape[-3:])
+        whole = found if layout == "NCHW" else found.reshape(-1, *factor.shape)
+        np.multiply(whole, factor, out=whole)
+        np.subtract(whole, offset, out=whole)
+        np.divide(whole, divisor, out=whole)
+        if found is not out:
+            np.copyto(out, found)
+
+    def _operands(self, layout: Layout, shape: tuple[int, ...]) -> Array:
+        """The numbers as (3, C, 1, 1), or repeated as (3, lines, W, C) for NHWC: NumPy is slow at lines of C values."""
+        if layout == "NCHW":
+            return self.numbers[..., None, None]
+        if shape not in self._repeated:
+            height, width, channels = shape
+            lines = next(n for n in range(min(height, max(1, _LINE // (width * channels))), 0, -1) if height % n == 0)
+            self._repeated[shape] = np.tile(self.numbers[:, None, None], (1, lines, width, 1))
+        return self._repeated[shape]
+
+    @functools.cached_property
+    def _repeated(self) -> dict[tuple[int, ...], Array]:
+        return {}
+
+
 def row_shape(config: BuildConfig, height: int, width: int) -> tuple[int, int, int]:
     """The shape of one stored image: (C, H, W) or (H, W, C)."""
     channels = config.channel_count
     return (channels, height, width) if config.layout == "NCHW" else (height, width, channels)
 
 
-def apply_table(values: Array, stored: Array, layout: Layout, out: Array | None = None) -> Array:
-    """Looks up `values[channel, level]` for each stored pixel; the shape of `stored`, the dtype of `values`.
+def apply_table(
+    values: Array, stored: Array, layout: Layout, out: Array | None = None, quotient: Quotient | None = None
+) -> Array:
+    """Gives `values[channel, level]` for each stored pixel; the shape of `stored`, the dtype of `values`.
 
     Args:
         values: (channels, 256), or (images, 1, 256) if each image has its own table; 65536 levels for uint16 pixels.
         stored: uint8 or uint16 (..., C, H, W) or (..., H, W, C).
         layout: "NCHW" or "NHWC", the layout of `stored`.
         out: receives the values, with any strides if it is an image or a batch; a new array if None.
+        quotient: arithmetic for the same values, which is used instead of the table if they are float32.
 
     Raises:
         ValueError: the table does not fit the dtype or shape of the pixels.
@@ -246,6 +321,11 @@ def apply_table(values: Array, stored: Array, layout: Layout, out: Array | None 
     if out is None:
         out = np.empty(stored.shape, values.dtype)
     images, rows = (array.reshape(-1, *stored.shape[-3:]) for array in (stored, out))
+    if quotient is not None and out.dtype == np.float32:
+        step = images_together(stored.shape[-3:])
+        for start in range(0, len(images), step):
+            quotient.write(images[start : start + step], layout, rows[start : start + step])
+        return out
     if values.ndim == 2 and (layout == "NHWC" or math.prod(stored.shape[-2:]) < _LARGE_PLANE):
         _look_up_together(values, images, layout, rows)
         return out
@@ -370,6 +450,7 @@ class NumpyNormalizer:
     def __init__(self, config: BuildConfig) -> None:
         self._config = config
         self._table = table(config)
+        self._quotient = Quotient.of(config) if config.dtype == "float32" else None
         self._dtype = np.dtype(config.dtype)
         self._planar = config.layout == "NCHW"
         self._swap = config.channels == "bgr"  # decoders give R,G,B; the table is in stored order
@@ -390,6 +471,13 @@ class NumpyNormalizer:
             raise ValueError(f"out: got {out.dtype} {out.shape}; need {self._dtype} {rows}")
         if self._swap:
             pixels = pixels[..., ::-1]
+        if self._quotient is not None:
+            step = images_together(out.shape[1:])
+            for start in range(0, len(kept), step):
+                some = pixels[kept[start : start + step]]
+                some = some.transpose(0, 3, 1, 2) if self._planar else some
+                self._quotient.write(some, self._config.layout, out[start : start + step])
+            return _done
         plane = np.empty((height, width), out.dtype)
         for position, row in zip(kept.tolist(), out, strict=True):
             image, target = pixels[position].transpose(2, 0, 1), row if self._planar else row.transpose(2, 0, 1)

@@ -15,7 +15,7 @@ from ..config import BuildConfig
 from ..dataset.manifest import Manifest
 from ..errors import ImageError
 from ..preprocess.geometry import Geometry
-from ..preprocess.normalize import NumpyNormalizer, apply_table, row_shape, statistics, table, tables
+from ..preprocess.normalize import NumpyNormalizer, Quotient, apply_table, row_shape, statistics, table, tables
 from ..sources.dicom_frames import split_frame
 from ..sources.rejects import BadItem
 
@@ -106,7 +106,7 @@ class Preprocess:
         """The float32 values of stored rows (..., C, H, W) or (..., H, W, C): stored pixels are normalized."""
         if rows.dtype.kind != "u":
             return rows.astype(np.float32, copy=False)
-        values: NDArray[np.float32] = apply_table(self.tables(rows), rows, self.config.layout)
+        values: NDArray[np.float32] = apply_table(self.tables(rows), rows, self.config.layout, None, self._quotient)
         return values
 
     def write(self, rows: NDArray[Any], out: NDArray[Any], *, whole: NDArray[Any] | None = None) -> None:
@@ -122,7 +122,8 @@ class Preprocess:
         if rows.dtype.kind != "u":
             np.copyto(out, rows, casting="same_kind")
         else:
-            apply_table(self.tables(rows if whole is None else whole, out.dtype.name), rows, self.config.layout, out)
+            values = self.tables(rows if whole is None else whole, out.dtype.name)
+            apply_table(values, rows, self.config.layout, out, self._quotient)
 
     def tables(self, rows: NDArray[Any], dtype: str = "float32") -> NDArray[Any]:
         """The value of every level of stored uint8 rows: (channels, 256), in the stored order of channels.
@@ -227,6 +228,10 @@ class Preprocess:
     @functools.cached_property
     def _normalizer(self) -> NumpyNormalizer:
         return NumpyNormalizer(self.config)
+
+    @functools.cached_property
+    def _quotient(self) -> Quotient | None:
+        return Quotient.of(self.config)
 
     @functools.cached_property
     def _tables(self) -> dict[str, NDArray[Any] | None]:
