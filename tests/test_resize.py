@@ -208,5 +208,7 @@ def test_it_is_recommended_where_it_is_missing(src: Path, out: Path, monkeypatch
     shutil.rmtree(out)
     monkeypatch.setattr(resize, "_library", lambda: None)
     assert any("cykooz-resizer" in hint for hint in build(src, out, settings()).hints)
+    shutil.rmtree(out)
+    assert not any("cykooz-resizer" in hint for hint in build(src, out, settings(resizer="pillow")).hints)
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     assert resize.advice(BuildConfig()) is None or sys.platform == "darwin"

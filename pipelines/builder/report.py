@@ -142,7 +142,9 @@ def bottleneck(stages: Counter[str], tuning: Tuning) -> str | None:
     return max(busiest, key=lambda name: stages[name])
 
 
-def hints_for(out: str, job: Job, records: Sequence[CommitRecord], changed: int) -> tuple[str, ...]:
+def hints_for(
+    out: str, job: Job, records: Sequence[CommitRecord], config: BuildConfig, changed: int
+) -> tuple[str, ...]:
     found = []
     if changed:
         rows = sum(record.rows for record in records)
@@ -151,7 +153,7 @@ def hints_for(out: str, job: Job, records: Sequence[CommitRecord], changed: int)
             "be incomplete; when nothing writes to SRC any more, this command lists the rows that differ: "
             f"gpu-npz verify {shlex.quote(out)} --deep {rows}"
         )
-    if job.record.backend == "pillow" and (faster := advice(job.settings)):
+    if job.record.backend == "pillow" and (faster := advice(config)):
         found.append(faster)
     total = sum(record.bytes for record in records)
     found += hints(job.settings, total, job.plan)

@@ -134,7 +134,7 @@ def run(
                 if state.watch.hopeless:
                     break
     complete = _publish(storage, job, config, state, part)
-    report = _report(storage, job, state, tuning, complete, part, time.perf_counter() - start)
+    report = _report(storage, job, config, state, tuning, complete, part, time.perf_counter() - start)
     if missing:
         store_report(storage, report)
     _require_few_rejects(storage, source, config, state.watch, report)
@@ -206,7 +206,14 @@ def _publish(storage: Storage, job: Job, config: BuildConfig, state: _RunState, 
 
 
 def _report(
-    storage: Storage, job: Job, state: _RunState, tuning: Tuning, complete: bool, part: Part | None, seconds: float
+    storage: Storage,
+    job: Job,
+    config: BuildConfig,
+    state: _RunState,
+    tuning: Tuning,
+    complete: bool,
+    part: Part | None,
+    seconds: float,
 ) -> BuildReport:
     record, plan, records = job.record, job.plan, state.records
     stages: Counter[str] = Counter()
@@ -243,7 +250,7 @@ def _report(
         spot_checks=state.counts.spot_checks,
         spot_check_differences=state.counts.spot_check_differences,
         messages=state.messages.found(),
-        hints=hints_for(storage.root, job, list(records.values()), state.counts.changed_files),
+        hints=hints_for(storage.root, job, list(records.values()), config, state.counts.changed_files),
         timeline=state.watch.timeline,
     )
 

@@ -59,10 +59,10 @@ def require_simd() -> None:
 
 
 def advice(config: BuildConfig) -> str | None:
-    """How to resize faster on this machine with these settings; None if nothing can be gained."""
+    """How to resize faster on this machine with these settings; None if nothing can be gained, or Pillow was chosen."""
     has_wheel = sys.platform == "darwin" or (platform.machine() == "x86_64" and platform.libc_ver()[0] == "glibc")
     fits = config.interpolation == "bilinear" and config.bit_depth == 8 and config.resize_mode != "none"
-    if not has_wheel or not fits or is_simd() or _library() is not None:
+    if config.resizer != "auto" or not has_wheel or not fits or is_simd() or _library() is not None:
         return None
     command = install_command("simd")
     return f"{command} makes resizing on the CPU faster, for datasets that you build from then on"
