@@ -31,7 +31,7 @@ def draw(measured: StorageMeasurement, path: str | os.PathLike[str]) -> None:
     writes = [operation for operation in measured.operations if operation.name.startswith("write")]
     reads = [operation for operation in measured.operations if operation.name in (RANDOM, IN_ORDER)]
     names = [row.name for row in measured.operations[0].rows]
-    figure = Figure(figsize=(14, 10), layout="constrained")
+    figure = Figure(figsize=(14, 9), layout="constrained")
     for column, scale in enumerate(("linear", "log")):
         above, below = (figure.add_subplot(2, 2, 2 * line + column + 1) for line in range(2))
         for place, name in enumerate(names):
@@ -51,8 +51,8 @@ def draw(measured: StorageMeasurement, path: str | os.PathLike[str]) -> None:
         above.set(title=f"write ({scale})", xlabel="images in a store", ylabel="images/s", xscale=scale, yscale=scale)
         below.set(title=f"read ({scale})", ylabel="images/s", yscale=scale)
         below.margins(y=0.2)  # room for the legend
-        above.legend(fontsize="small", ncols=3)
         below.legend()
+    figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=len(names))
     try:
         figure.savefig(path, format="png")
     except OSError as exc:
