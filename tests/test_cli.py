@@ -241,7 +241,7 @@ def test_wrong_usage_is_2_and_says_what_is_allowed(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["build", "SRC/gone", "OUT"], "No such file or directory; give SRC as a folder"),
+        (["build", "SRC/gone", "OUT"], "No such file or directory; give SRC as a folder, an archive or a table"),
         (["build", "SRC", "SRC/a/0.jpg/out"], "lies inside SRC"),
         (["info", "SRC"], "is not a dataset (dataset.json is missing); give the OUT of a build"),
         (["verify", "OUT"], "is not a dataset (it does not exist); give the OUT of a build"),
