@@ -72,10 +72,11 @@ def pipeline(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Measure each stage of a build, whole builds, and the shard writer beside NumPy's.
+    """Measure each stage of a build, and whole builds.
 
-    Every line includes the stages of the lines above it, so the first line that is much slower shows the bottleneck.
-    Rates count from the first batch to the last. SRC is a folder, as for build; without it, pictures are generated.
+    The last lines compare the shard writer with NumPy's. Every line includes the stages of the lines above it, so the
+    first line that is much slower shows the bottleneck. Rates count from the first batch to the last. SRC is a folder,
+    as for build; without it, pictures are generated.
     """
     from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.pipeline import measure
@@ -109,10 +110,10 @@ def pipeline(
 @config_options("device", "batch_size", "threads", "prefetch", "pipelines", "open_shards", "hw_decoder_load")
 @_JSON
 def worker(images: int, rounds: int, folder: str | None, as_json: bool, **given: Any) -> None:
-    """Measure the time per image that a worker's main thread needs besides DALI's decoding, by stage.
+    """Measure the time per image in a worker's main thread, by stage.
 
-    The images are tiny and in memory. The time limits how many images a worker can process, however fast its decoder
-    is: 10 us per image are 100,000 images/s.
+    DALI's decoding is not included. The images are tiny and in memory. The time limits how many images a worker can
+    process, however fast its decoder is: 10 us per image are 100,000 images/s.
     """
     from gpu_npz.bench.worker import measure
     from gpu_npz.cli.console import errors, print_json
@@ -134,10 +135,11 @@ def worker(images: int, rounds: int, folder: str | None, as_json: bool, **given:
 @config_options("device", "backend", "size", "dtype")
 @_JSON
 def sources(src: str | None, images: int, rounds: int, folder: str | None, as_json: bool, **given: Any) -> None:
-    """Compare the kinds of SRC: folders, tar, zip, WebDataset, a CSV table, Parquet.
+    """Compare folders, archives, tables and Parquet as SRC.
 
-    The figures are items per second: listed, read with a decoder that does nothing, and built on one core. SRC is a
-    folder, as for build; without it, pictures are generated.
+    The archives are tar, zip and WebDataset, and the table is a CSV file. The figures are items per second: listed,
+    read with a decoder that does nothing, and built on one core. SRC is a folder, as for build; without it, pictures
+    are generated.
     """
     from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.sources import measure
@@ -176,10 +178,11 @@ def writers(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Compare builds with litData, MosaicML's MDSWriter and a script with numpy.savez, on all cores.
+    """Compare builds with LitData, MosaicML and a numpy.savez script.
 
-    Images a second from the first row to the last, flushed to the disk; a line begins when its process starts. The
-    others resize with Pillow. SRC is a folder of images that can all be decoded; pictures are made up if there is none.
+    All use all cores. The figures are images per second, from the first row to the last one on the disk. `begins in` is
+    the time from the start of a process to its first row. The others resize with Pillow. SRC is a folder of images that
+    can all be decoded; without it, pictures are generated.
     """
     from gpu_npz.bench.pictures import make_images
     from gpu_npz.bench.writers import measure
@@ -224,10 +227,11 @@ def storage(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Compare shards with PNG files, LMDB, HDF5, .npy and NumPy's NPZ: writing, reading one or all images, size.
+    """Compare shards with PNG, LMDB, HDF5, .npy and NumPy's NPZ files.
 
-    All formats store the same images, bit for bit. Writes include the flush to the disk; reads come from the page
-    cache. SRC is a folder, as for build; without it, pictures are generated.
+    The figures are for writing, for reading one image or all images, and for the size. All formats store the same
+    images, bit for bit. Writes include the flush to the disk; reads come from the page cache. SRC is a folder, as for
+    build; without it, pictures are generated.
     """
     from gpu_npz.bench.plots import draw, require_matplotlib
     from gpu_npz.bench.storage import cifar_files, measure
@@ -266,7 +270,7 @@ def storage(
     show_default=True,
     type=click.IntRange(1),
     metavar="N",
-    help="How many images; files are taken again if there are fewer.",
+    help="How many images. Files are used several times if there are fewer.",
 )
 @_rounds(5)
 @click.option(
@@ -285,7 +289,7 @@ def storage(
     show_default=True,
     type=click.IntRange(1),
     metavar="N",
-    help="Threads of loader and FFCV; worker processes of the other ways.",
+    help="The number of threads of loader and FFCV, and of worker processes of the others.",
 )
 @_FOLDER
 @config_options("size", "resize_mode", "compress")
@@ -301,10 +305,11 @@ def loading(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Compare ways to deliver images to training: a plain loop, our readers, image files, FFCV, LitData, MosaicML.
+    """Compare ways to load batches for training.
 
-    All read the same images from the page cache, in shuffled batches; a rate is that of whole epochs. SRC is a folder
-    as for build; pictures are made up if there is none.
+    These are a plain loop, gpu-npz's readers, image files, FFCV, LitData and MosaicML Streaming. All read the same
+    images from the page cache, in shuffled batches. Rates are of whole epochs. SRC is a folder, as for build; without
+    it, pictures are generated.
     """
     from gpu_npz.bench.loading import measure
     from gpu_npz.cli.console import errors, print_json

@@ -118,6 +118,8 @@ def summary(report: BuildReport) -> str:
     workers = counted(tuning.workers, "worker") if tuning.workers else "no worker processes"
     gpu_memory = f", {format_bytes(report.gpu_memory_bytes)} per GPU" if report.gpu_memory_bytes else ""
     around = f"(start-up {report.startup_seconds:.1f} s, teardown {report.teardown_seconds:.1f} s)"
+    if not report.startup_seconds and not report.teardown_seconds:
+        around = "including the start-up"  # there was only one batch
     rate = f"{report.images_per_second:.0f} images/s {around}"
     lines += [
         f"  built       {report.built_items} items in {report.seconds:.1f} s: {rate}",

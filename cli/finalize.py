@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from gpu_npz.builder.maintenance import finalize
-from gpu_npz.cli.console import printable, show_warnings
+from gpu_npz.cli.console import counted, printable, show_warnings
 from gpu_npz.cli.options import config_options, read_config
 
 
@@ -19,4 +19,4 @@ def command(out: str, **given: Any) -> None:
     show_warnings()
     manifest = finalize(out, read_config(None, given))
     counts = manifest.counts
-    click.echo(f"{printable(out)}: {counts.rows} images in {counts.shards} shards; complete")
+    click.echo(f"{printable(out)}: {counted(counts.rows, 'image')} in {counted(counts.shards, 'shard')}; complete")

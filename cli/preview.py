@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from gpu_npz.cli.console import printable
+from gpu_npz.cli.console import counted, printable
 from gpu_npz.cli.datasets import datasets_in, print_sides
 from gpu_npz.errors import UsageError
 
@@ -67,8 +67,9 @@ def command(
     if as_json:
         print_sides({side: sheet.to_json() for side, sheet in sheets.items()})
         return
-    what = "rejects" if rejects else "images"
     for sheet in sheets.values():
         left_out = f"; {sheet.left_out} more {'rejects' if rejects else 'classes'} left out" if sheet.left_out else ""
         size = f"{sheet.width} x {sheet.height} pixels"
-        click.echo(f"{printable(sheet.path)}: {len(sheet.tiles)} {what}, {size}{left_out}")
+        click.echo(
+            f"{printable(sheet.path)}: {counted(len(sheet.tiles), 'reject' if rejects else 'image')}, {size}{left_out}"
+        )

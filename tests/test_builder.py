@@ -865,9 +865,9 @@ def test_an_empty_folder_is_a_fine_out(pictures: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "error"),
     [
-        (None, "No such file or directory; give SRC as a folder"),
-        ({}, r"holds no images \(\.bmp .*\); SRC is a folder of class folders"),
-        ({"a/": b"", "b/": b""}, r"holds no images \(\.bmp .*\); SRC is a folder of class folders"),
+        (None, "No such file or directory; give SRC as a folder, an archive or a table"),
+        ({}, r"holds no images \(\.bmp .*\); give a folder of class folders"),
+        ({"a/": b"", "b/": b""}, r"holds no images \(\.bmp .*\); give a folder of class folders"),
         ({"a/IM0001": b""}, r"; 1 files are ignored because of their names \(1 without extension\); SRC is"),
         ({"1.jpg": "jpeg", "a/2.jpg": "jpeg"}, "holds both images"),
     ],
@@ -883,7 +883,7 @@ def test_a_source_without_images_is_an_error_and_makes_no_dataset(
 
 
 def test_a_source_that_is_a_file_is_an_error(make_tree: MakeTree, out: Path) -> None:
-    with pytest.raises(SourceError, match="a file of unknown kind; SRC is a folder, or a file with one of"):
+    with pytest.raises(SourceError, match="a file of unknown kind; give a folder, or a file with one of"):
         build(make_tree({"a/1.jpg": "jpeg"}) / "a/1.jpg", out, settings())
 
 

@@ -83,6 +83,15 @@ def test_a_build_says_what_it_made_on_stdout_and_nothing_on_stderr(
     assert captured.err == ""
 
 
+def test_the_rate_of_a_single_batch_is_said_to_include_the_start_up(
+    src: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["build", src, out, *SMALL]) == 0
+    assert "images/s (start-up " in capsys.readouterr().out
+    assert run(["build", src, out, *SMALL, "--overwrite", "--batch-size", "32", "--shard-size", "32"]) == 0
+    assert "images/s including the start-up" in capsys.readouterr().out
+
+
 def test_the_same_command_on_a_finished_dataset_says_so_and_exits_0(
     src: str, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +250,7 @@ def test_wrong_usage_is_2_and_says_what_is_allowed(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["build", "SRC/gone", "OUT"], "No such file or directory; give SRC as a folder"),
+        (["build", "SRC/gone", "OUT"], "No such file or directory; give SRC as a folder, an archive or a table"),
         (["build", "SRC", "SRC/a/0.jpg/out"], "lies inside SRC"),
         (["info", "SRC"], "is not a dataset (dataset.json is missing); give the OUT of a build"),
         (["verify", "OUT"], "is not a dataset (it does not exist); give the OUT of a build"),

@@ -210,8 +210,8 @@ def test_whole_numbers_are_grouped_as_classes_are_and_other_labels_are_refused(
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown extension": ({"target": "sheet.tiff"}, r"let its name end with \.png, \.jpg, \.jpeg"),
-    "no extension": ({"target": "sheet"}, "let its name end with"),
+    "an unknown extension": ({"target": "sheet.tiff"}, r"must end with \.png or \.jpg or \.jpeg"),
+    "no extension": ({"target": "sheet"}, "must end with"),
     "a huge count": ({"count": 10**12}, r"--count: got 1000000000000; allowed: 1 to \d+ tiles of 128 pixels"),
     "a count of none": ({"count": 0}, "--count: got 0"),
     "a huge tile": ({"tile": 10**6}, "--tile: got 1000000; allowed: 16 to 1024"),

@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(public_folder: P
 
 @pytest.mark.parametrize("content", [(), ("notes.txt",), (".hidden/1.jpg",)], ids=["empty", "text", "hidden"])
 def test_a_folder_with_nothing_in_it_is_refused_with_the_extensions(tmp_path: Path, content: tuple[str, ...]) -> None:
-    with pytest.raises(SourceError, match=r"holds no images \(.* \.jpg .*; SRC is"):
+    with pytest.raises(SourceError, match=r"holds no images \(.* \.jpg .*; give a folder of class folders"):
         FolderSource(touch(tmp_path, *content))
 
 
@@ -262,9 +262,11 @@ def test_folders_without_images_list_nothing(tmp_path: Path) -> None:
 
 def test_a_file_or_nothing_at_all_is_refused_as_source(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg")
-    with pytest.raises(SourceError, match=r"1\.jpg/?': Not a directory; give SRC as a folder"):
+    with pytest.raises(SourceError, match=r"1\.jpg/?': Not a directory; give SRC as a folder, an archive or a table"):
         FolderSource(tmp_path / "1.jpg")
-    with pytest.raises(SourceError, match=r"gone/?': No such file or directory; give SRC as a folder"):
+    with pytest.raises(
+        SourceError, match=r"gone/?': No such file or directory; give SRC as a folder, an archive or a table"
+    ):
         FolderSource(tmp_path / "gone")
 
 

@@ -950,7 +950,7 @@ def test_cifar_100_has_fine_labels_coarse_ones_or_none(cifar100: Path, cifar10: 
 
 
 def test_bad_cifar_is_refused(cifar10: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no file of CIFAR with images; give the folder, or one of data_batch_1"):
+    with pytest.raises(SourceError, match="not a CIFAR file with images; give the folder, or one of data_batch_1"):
         open_source(cifar10 / "batches.meta")
     with pytest.raises(SourceError, match="download and unpack it"):
         open_source("s3://bucket/cifar", BuildConfig(source="cifar"))
@@ -958,7 +958,7 @@ def test_bad_cifar_is_refused(cifar10: Path, tmp_path: Path) -> None:
         (batch(protocol=2), "does not have its pixels as one piece; unpack the original archive again"),
         (batch(ROWS[:0], []), "has no images"),
         (batch(labels=[0]), "labels is not a list of 6 numbers"),
-        (batch()[:9000], "unpack it again"),
+        (batch()[:9000], "unpack the archive again"),
         (dumped({"data": ROWS.reshape(-1, 3072), "labels": print}), "which is not allowed and was not loaded"),
     ):
         (cifar10 / "data_batch_3").write_bytes(data)

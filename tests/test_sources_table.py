@@ -269,7 +269,10 @@ def test_images_in_the_cells_of_a_table_are_refused_with_what_to_do(tmp_path: Pa
         for path in written:
             message = refusal(path)
             if (path.suffix, size) == (".csv", 500_000):
-                assert "line 3 is no CSV (field larger than field limit (131072)); leave long columns out; " in message
+                assert (
+                    "line 3 is not valid CSV (field larger than field limit (131072)); leave long columns out; "
+                    in message
+                )
             else:
                 assert "row 2 has an image in place of a path ('" in message
             assert "images themselves are read from files or from Parquet: write them there" in message
@@ -322,8 +325,8 @@ def test_wrong_labels_are_refused_with_their_row(tmp_path: Path) -> None:
         ("t.jsonl", b"\n\n", "is empty"),
         ("t.csv", b"path,label\n1.jpg,2\n3.jpg\n", "line 3 has 1 values, the first 2; fix it"),
         ("t.csv", b"path,label\n1.jpg,2,3\n", "line 2 has 3 values, the first 2; fix it"),
-        ("t.csv", b'path,label\n1.jpg,2\n"3.jpg', r"line 3 is no CSV \(unexpected end of data\)"),
-        ("t.csv", b"path\n" + b"a" * 200_000, r"line 2 is no CSV \(field larger than field limit"),
+        ("t.csv", b'path,label\n1.jpg,2\n"3.jpg', r"line 3 is not valid CSV \(unexpected end of data\)"),
+        ("t.csv", b"path\n" + b"a" * 200_000, r"line 2 is not valid CSV \(field larger than field limit"),
         ("t.csv", b"path\n1.jpg\n2\0.jpg\n", "line 3 has a NUL byte; save the table as UTF-8 text"),
         ("t.csv", "path\n1.jpg\n".encode("utf-16"), "line 1 has a NUL byte; save the table as UTF-8 text"),
         ("t.jsonl", b'{"path": "1.jpg"}\n{"path": "2.j', "line 2 is no JSON .* it may be cut"),

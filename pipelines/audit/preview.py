@@ -133,7 +133,7 @@ def preview(
     target = os.path.abspath(target)
     kind = FORMATS.get(os.path.splitext(target)[1].lower())
     if kind is None:
-        raise UsageError(f"-o {target!r}: a sheet is an image; let its name end with {', '.join(FORMATS)}")
+        raise UsageError(f"-o {target!r}: the name of a contact sheet must end with {' or '.join(FORMATS)}")
     if not TILE_SIDES[0] <= tile <= TILE_SIDES[1]:
         raise UsageError(f"--tile: got {tile}; allowed: {TILE_SIDES[0]} to {TILE_SIDES[1]}")
     data = open_dataset(out)

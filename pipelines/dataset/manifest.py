@@ -155,7 +155,8 @@ class Manifest(BaseModel):
             head = loads(content)
             version, requires = int(head["version"]), list(head.get("requires", []))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
-            raise FormatError(f"{label}: {exc!r}; not a gpu-npz dataset, or damaged") from exc
+            what = exc if isinstance(exc, ValueError) else repr(exc)  # a KeyError's text is only the key
+            raise FormatError(f"{label}: {what}; not a gpu-npz dataset, or damaged") from exc
         unknown = [name for name in requires if name not in _KNOWN]
         if version > FORMAT_VERSION or unknown:
             wanted = f"format version {version}" + (f" with {unknown}" if unknown else "")

@@ -86,7 +86,7 @@ def export_dataset(
         )
     place = open_storage(dest).root
     if kind in ("npz", "npy") and not place.endswith(f".{kind}"):
-        raise UsageError(f"DEST {place!r}: --as {kind} makes one file; let its name end with .{kind}")
+        raise UsageError(f"DEST {place!r}: --as {kind} makes one file, whose name must end with .{kind}")
     if not 1 <= quality <= 100:
         raise UsageError(f"--quality: got {quality}; allowed: 1 to 100")
     if samples < 1:

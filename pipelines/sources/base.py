@@ -276,8 +276,8 @@ def no_images(location: str, left_out: Mapping[str, int]) -> SourceError:
     if ".tar" in left_out:
         others += f"; for the images in tars, give {location + '/*.tar'!r}"
     return SourceError(
-        f"{location!r} holds no images ({extensions()}){others}; SRC is a folder of class folders or of images, an "
-        "archive of such, or a table, which may name files of any name"
+        f"{location!r} holds no images ({extensions()}){others}; give a folder of class folders or of images, an "
+        "archive of either, or a table of paths, whose files may have any extension"
     )
 
 

@@ -41,8 +41,8 @@ def detected_kind(location: str, image_column: str | None) -> str:
             if any(os.path.isfile(os.path.join(os.path.dirname(location), name)) for name in _CIFAR_FILES):
                 return "cifar"
             raise SourceError(
-                f"{location!r} is a file of unknown kind; SRC is a folder, or a file with one of "
-                f"{' '.join(_BY_EXTENSION)}; --source KIND says what it is"
+                f"{location!r} is a file of unknown kind; give a folder, or a file with one of "
+                f"{' '.join(_BY_EXTENSION)}; if it is one of these under another name, add --source KIND"
             )
         return kind
     if any(os.path.isfile(os.path.join(location, name)) for name in _CIFAR_FILES):

@@ -59,7 +59,7 @@ def measured(row: Row, folder: Path) -> Measured:
     if rejects.exists() and (lines := rejects.read_text().splitlines()):
         last = json.loads(lines[-1])
         said = f"{len(lines)} rejects: {last['code']}, {last['detail']}"
-    return Measured(size, code, peak, said.replace(f"{folder}/", "")[:120])
+    return Measured(size, code, peak, said.replace(f"{folder}/", "").removeprefix("gpu-npz: ")[:120])
 
 
 def build(src: Path | str, folder: Path, *options: str) -> Command:

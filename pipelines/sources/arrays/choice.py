@@ -56,7 +56,7 @@ def image_array(arrays: Mapping[str, Array], wanted: str, location: str) -> str:
         log.warning(
             "%r: using the images in %r; %s may hold images, too: to use them, give SRC as %s/%s.npy%s",
             location, name, ", ".join(map(repr, others)), location, others[0],
-            ", or use --splits all for all sides" if _are_sides(_sides(arrays)) else "",
+            ", or build all of them with --splits all" if _are_sides(_sides(arrays)) else "",
         )  # fmt: skip
     if name is None:
         raise SourceError(

@@ -147,7 +147,9 @@ def _text(name: bytes | str) -> str:
 
 
 def _damaged(path: Path, what: str) -> SourceError:
-    return SourceError(f"{os.fspath(path)!r}: {what}; this is no file of CIFAR's python version: unpack it again")
+    return SourceError(
+        f"{os.fspath(path)!r}: {what}; not a file of the Python version of CIFAR; unpack the archive again"
+    )
 
 
 def _bytes(path: Path) -> bytes:
@@ -166,9 +168,9 @@ def _load(path: Path, data: bytes) -> dict[str, Any]:
     try:
         found = pickles.load(data)
     except ValueError as exc:
-        raise _damaged(path, f"no pickle that can be read ({exc})") from exc
+        raise _damaged(path, f"not a readable pickle ({exc})") from exc
     if not isinstance(found, dict) or not all(isinstance(key, (bytes, str)) for key in found):
-        raise _damaged(path, "it holds no dictionary of names")
+        raise _damaged(path, "it does not contain a dictionary whose keys are names")
     return {_text(key): value for key, value in found.items()}
 
 
@@ -204,7 +206,7 @@ class CifarSource(LabelledSource[_CifarListing]):
         known = [file for files in collection.values() for file in files]
         if name and name not in known:
             raise SourceError(
-                f"{location!r} is no file of CIFAR with images; give the folder, or one of {', '.join(known)} in it"
+                f"{location!r} is not a CIFAR file with images; give the folder, or one of {', '.join(known)} in it"
             )
         allowed = ("coarse", "none") if "train" in known else ("none",)
         if config.labels not in (None, *allowed):

@@ -56,7 +56,8 @@ def require_scale(sample: NDArray[Any], scale: Scale, got: str) -> None:
         way = "scale them to 0 to 1, and use --scale 255, or save them as uint8"
     if scale == "none":
         raise SourceError(
-            f"{seen}; --scale converts floats to levels of 0 to 255, from 0 to 1 (255) or from -1 to 1 (signed): {way}"
+            f"{seen}; floats must be scaled to levels of 0 to 255, by --scale 255 (for 0 to 1) or --scale signed (for "
+            f"-1 to 1): {way}"
         )
     fit = fitting[scale]
     if not fit.any():

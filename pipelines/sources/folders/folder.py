@@ -353,7 +353,7 @@ def _scan(root: bytes, folder: bytes, links: _Links | None, extensions: frozense
                     names.append(name)
                     outside += out
     except OSError as exc:
-        advice = "give SRC as a folder" if not folder else "make it readable or move it away"
+        advice = "give SRC as a folder, an archive or a table" if not folder else "make it readable or move it away"
         raise SourceError(f"{as_text(path)!r}: {exc.strerror}; {advice}") from exc
     return Scan(sorted(names), sorted(folders), others, outside=outside, unfollowed=unfollowed)
 

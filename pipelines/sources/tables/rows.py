@@ -197,7 +197,7 @@ class Table:
         except csv.Error as exc:
             long = "field larger" in str(exc)
             advice = f"leave long columns out; {_CONTENT_ADVICE}" if long else "fix it, or write the table again"
-            raise self._damaged(reader.line_num, f"is no CSV ({exc})", advice) from exc
+            raise self._damaged(reader.line_num, f"is not valid CSV ({exc})", advice) from exc
 
     def _objects(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(self._lines(file), 1):
