@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -751,6 +752,30 @@ def test_the_help_of_all_commands_loads_no_gpu_and_no_image_library() -> None:
 def test_a_build_on_the_cpu_loads_no_gpu_library(src: str, out: str) -> None:
     modules = loaded(f"from gpu_npz.cli.main import run\nassert run({['build', src, out, *SMALL]!r}) == 0")
     assert not modules & {"torch", "cupy", "nvidia.dali", "ray"}
+
+
+def test_rich_is_loaded_only_to_print_with_it(src: str, out: str) -> None:
+    build = ["build", src, out, *SMALL]
+    code = f"from gpu_npz.cli.main import run\nassert run({[*build, '--quiet']!r}) == run({['info', out]!r}) == 0"
+    assert "rich" not in loaded(code)
+    assert "rich.progress" not in loaded(f"from gpu_npz.cli.main import run\nassert run({build!r}) == 0")
+
+
+def test_a_build_on_a_terminal_has_a_bar(src: str, out: str) -> None:
+    here, there = os.openpty()
+    command = [sys.executable, "-m", "gpu_npz", "build", src, out, *SMALL]
+    with subprocess.Popen(
+        command, stderr=there, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"}
+    ) as process:
+        os.close(there)
+        shown = b""
+        with contextlib.suppress(OSError):  # raised when the process has ended
+            while data := os.read(here, 4096):
+                shown += data
+    os.close(here)
+    assert process.returncode == 0
+    assert "building" in shown.decode()
+    assert "10/10" in shown.decode()
 
 
 @pytest.mark.parametrize(
