@@ -84,7 +84,7 @@ def pipeline(
     from gpu_npz.cli.console import errors, print_json
 
     config = read_config(None, given)
-    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors().status("") as status:
         if src is None:
             status.update("making pictures")
             src = str(make_images(Path(place) / "pictures").folder)
@@ -119,7 +119,7 @@ def worker(images: int, rounds: int, folder: str | None, as_json: bool, **given:
     from gpu_npz.cli.console import errors, print_json
 
     config = read_config(None, given)
-    with errors.status("") as status:
+    with errors().status("") as status:
         result = measure(config, images=images, rounds=rounds, folder=folder, say=status.update)
     if as_json:
         print_json(result.to_json())
@@ -146,7 +146,7 @@ def sources(src: str | None, images: int, rounds: int, folder: str | None, as_js
     from gpu_npz.cli.console import errors, print_json
 
     config = read_config(None, given)
-    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors().status("") as status:
         if src is None:
             status.update("making pictures")
             src = str(make_images(Path(place) / "pictures").folder)
@@ -189,7 +189,7 @@ def writers(
     from gpu_npz.cli.console import errors, print_json
 
     config = read_config(None, given)
-    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors().status("") as status:
         if src is None:
             status.update("making pictures")
             src = str(make_images(Path(place) / "pictures", count=min(images, 300), broken=False).folder)
@@ -244,7 +244,7 @@ def storage(
     if plot is not None:
         require_matplotlib()  # fail now rather than after minutes of measuring
     config = read_config(None, {**given, "size": given["size"] or (cifar and "32")})
-    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors().status("") as status:
         pictures = Path(place) / "pictures"
         if cifar is not None:
             status.update("reading CIFAR")
@@ -315,7 +315,7 @@ def loading(
     from gpu_npz.cli.console import errors, print_json
 
     config = read_config(None, given)
-    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors.status("") as status:
+    with tempfile.TemporaryDirectory(prefix="gpu-npz-bench-", dir=folder) as place, errors().status("") as status:
         if src is None:
             status.update("making pictures")
             src = str(_good_pictures(Path(place) / "pictures", images))

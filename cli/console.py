@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -9,13 +10,13 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
-from rich.console import Console
-from rich.markup import escape
 
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+
 _START = re.compile(r" *[a-z]+( [a-z]+)* {2,}| +")  # the indentation of a line, with its name
 
 
@@ -30,8 +31,18 @@ class _Warnings(logging.Handler):
         text = printable(record.getMessage(), keep="\n")
         if text not in self._said:
             self._said.add(text)
+            from rich.markup import escape
+
             style = "bold red" if record.levelno >= logging.WARNING else "dim"
-            errors.print(f"[{style}]{escape(wrapped(f'gpu-npz: {text}', sys.stderr))}[/]")
+            errors().print(f"[{style}]{escape(wrapped(f'gpu-npz: {text}', sys.stderr))}[/]")
+
+
+@functools.cache
+def errors() -> Console:
+    """The console on stderr. Rich is slow to import, and many commands print nothing there."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def show_warnings() -> None:

@@ -65,7 +65,7 @@ def command(out: str, dest: str, kind: Any, keys: str | None, as_json: bool, **g
     if keys is not None:
         options["keys"] = _two(keys)
     found = {}
-    with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
+    with Progress(console=errors(), transient=True, disable=as_json or not errors().is_terminal) as progress:
         for side, path in datasets_in(out).items():
             task = progress.add_task(f"exporting {side}".strip(), total=None)
 

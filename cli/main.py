@@ -98,7 +98,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _message(error: Exception) -> str:
-    from gpu_npz.cli.console import printable, wrapped  # rich is slow to import, and most commands succeed
+    from gpu_npz.cli.console import printable, wrapped  # not needed by most commands, which succeed
 
     return wrapped("gpu-npz: " + printable(str(error), keep="\n"), sys.stderr)
 

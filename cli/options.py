@@ -138,7 +138,7 @@ def read_config(config_file: str | None, given: dict[str, Any], preset: str | No
     over |= {name: value for name, value in given.items() if value is not None}
     values = settings_of_preset(preset) if preset else {}
     if preset:
-        errors.print(
+        errors().print(
             f"preset {preset}: {' '.join(option_of(*each) for each in values.items())}", markup=False, soft_wrap=True
         )
     if "normalize" in over:

@@ -35,7 +35,7 @@ def command(src: str, one: Any, other: Any, images: int, max_mean: float | None,
 
     show_warnings()
     config = read_config(None, given | {"normalize": "none"})  # the default, imagenet, is not allowed with gray
-    with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
+    with Progress(console=errors(), transient=True, disable=as_json or not errors().is_terminal) as progress:
         task = progress.add_task("comparing", total=None)
         result = parity(
             src,

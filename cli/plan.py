@@ -51,7 +51,7 @@ def command(
 
     show_warnings()
     config = read_config(config_file, given, preset)
-    with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
+    with Progress(console=errors(), transient=True, disable=as_json or not errors().is_terminal) as progress:
         task = progress.add_task("", total=None)
         found = estimate(
             src,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gpu_npz.builder.planning import Measuring
 from gpu_npz.builder.report import Started
 from gpu_npz.cli.console import counted, errors
 from gpu_npz.dataset.space import format_bytes
 from gpu_npz.workers import events
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LINE_S = 1.0  # between two JSON lines about progress
 
@@ -23,38 +25,32 @@ class Bar:
 
     def __init__(self, *, hidden: bool) -> None:
         self._hidden = hidden
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[rates]}"),
-            TimeRemainingColumn(),
-            console=errors,
-            disable=hidden or not errors.is_terminal,
-            transient=True,
-        )
-        self._task = self._progress.add_task("building", total=None, rates="", visible=False)
+        self._progress = None if hidden or not errors().is_terminal else _rich_bar()
         self._start = self._rejects = self._bytes = 0
 
     def __enter__(self) -> Bar:
-        self._progress.start()
+        if self._progress:
+            self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self._progress:
+            self._progress.stop()
 
     def __call__(self, event: Started | Measuring | events.Event) -> None:
-        task = self._progress.tasks[0]
+        if isinstance(event, Started) and 0 < event.items_done < event.items and not self._hidden:
+            errors().print(f"resuming: {event.items_done} of {counted(event.items, 'item')} are built already")
+        if self._progress:
+            self._show(event, self._progress)
+
+    def _show(self, event: Started | Measuring | events.Event, progress: Progress) -> None:
+        (task,) = progress.tasks
         if isinstance(event, Measuring):
-            self._progress.update(
-                self._task, description="measuring", total=event.items, completed=event.items_done, visible=True
+            progress.update(
+                task.id, description="measuring", total=event.items, completed=event.items_done, visible=True
             )
         elif isinstance(event, Started):
-            if 0 < event.items_done < event.items and not self._hidden:
-                errors.print(f"resuming: {event.items_done} of {counted(event.items, 'item')} are built already")
-            self._progress.reset(
-                self._task, description="building", total=event.items, completed=event.items_done, visible=True
-            )
+            progress.reset(task.id, description="building", total=event.items, completed=event.items_done, visible=True)
             self._start, self._rejects, self._bytes = event.items_done, 0, 0
         elif isinstance(event, events.Progress):
             self._rejects += event.rejects
@@ -64,7 +60,24 @@ class Bar:
             rates = (
                 f"{done / elapsed:.0f} images/s  {format_bytes(self._bytes / elapsed)}/s read  {self._rejects} rejects"
             )
-            self._progress.update(self._task, advance=event.items, rates=rates)
+            progress.update(task.id, advance=event.items, rates=rates)
+
+
+def _rich_bar() -> Progress:
+    """A progress bar with one invisible task."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[rates]}"),
+        TimeRemainingColumn(),
+        console=errors(),
+        transient=True,
+    )
+    bar.add_task("building", total=None, rates="", visible=False)
+    return bar
 
 
 class JsonLines:

@@ -33,7 +33,8 @@ def main() -> NoReturn:
     for number in _SIGNALS:
         if _signal.getsignal(number) != _signal.SIG_IGN:  # `nohup` and a shell's `&` leave a signal ignored
             _signal.signal(number, _leave)
-    atexit.register(_ignore)  # registered first, so it runs last
+    code = 1  # after an unexpected exception, whose traceback the interpreter prints
+    atexit.register(lambda: _end(code))  # registered first, so it runs last
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would look for them in every installed package
     from gpu_npz.cli.main import run
 
@@ -70,7 +71,17 @@ def _raise(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt if number == _signal.SIGINT else Terminated
 
 
-def _ignore() -> None:
-    """Ignores signals while the interpreter shuts down. Their default action would replace the exit status."""
+def _end(code: int) -> None:
+    """Ends the process without the interpreter's teardown, which takes a quarter of the time of a short command.
+
+    It is the last exit handler, so the other ones have run and the threads that are not daemons have ended. Signals are
+    ignored, since their default action would replace the exit status.
+    """
     for number in _SIGNALS:
         _signal.signal(number, _signal.SIG_IGN)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):  # there is no such stream, or its reader is gone
+        return  # the interpreter decides what that means
+    os._exit(code)

@@ -54,7 +54,7 @@ def command(src: str, config_file: str | None, as_json: bool, **given: Any) -> N
     # Normalization does not affect the statistics, and imagenet is not allowed with gray.
     values = {name: value for name, value in values.items() if name not in _NORMALIZING}
     values["normalize"] = "none"
-    with Progress(console=errors, transient=True, disable=as_json or not errors.is_terminal) as progress:
+    with Progress(console=errors(), transient=True, disable=as_json or not errors().is_terminal) as progress:
         task = progress.add_task("counting", total=None)
 
         def counted(done: int, total: int) -> None:

@@ -62,7 +62,7 @@ def _verify(
     out: str, config: BuildConfig, *, repairing: bool, deep: int | None, seed: int, source: str | None, quiet: bool
 ) -> dict[str, Any]:
     """Verifies a dataset, prints the result unless `quiet`, and returns it as JSON values."""
-    with Progress(console=errors, transient=True, disable=quiet or not errors.is_terminal) as progress:
+    with Progress(console=errors(), transient=True, disable=quiet or not errors().is_terminal) as progress:
         task = progress.add_task("verifying", total=None)
 
         def checked(done: int, total: int) -> None:

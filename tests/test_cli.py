@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -355,7 +356,7 @@ def test_an_interrupted_build_says_how_to_go_on_and_then_makes_the_same_output(
     assert contents(out) == contents(str(tmp_path / "undisturbed"))
 
 
-# Runs a command and sends itself a signal: when a module is about to be loaded, or "" when the interpreter ends.
+# Runs a command and sends itself a signal: when a module is about to be loaded, or "" when the process ends.
 SIGNALLED = """
 import os, sys
 number, moment, *sys.argv[1:] = int(sys.argv[1]), *sys.argv[2:]
@@ -364,13 +365,13 @@ class Finder:
     def find_spec(name, path=None, target=None):
         if name == moment:
             os.kill(os.getpid(), number)
-class Last:
-    def __del__(self, kill=os.kill, own=os.getpid()):
-        kill(own, number)
+def end(code, leave=os._exit):
+    os.kill(os.getpid(), number)
+    leave(code)
 sys.meta_path.insert(0, Finder)
 from gpu_npz.cli.start import main
 if not moment:
-    sys.last = Last()
+    os._exit = end
 main()
 """
 
@@ -391,6 +392,27 @@ def test_a_signal_after_all_is_done_changes_nothing(number: signal.Signals, tmp_
     result = python("-c", SIGNALLED, str(int(number)), "", "--version")
     assert result.stderr == ""
     python("-c", SIGNALLED, str(int(number)), "", "info", tmp_path, status=1)
+
+
+# Runs a command that leaves a thread and an exit handler behind, and then returns or raises what is given.
+LEAVING = """
+import atexit, sys, threading, time
+import gpu_npz.cli.main
+from gpu_npz.cli.start import main
+def run(arguments):
+    atexit.register(print, "handler", end="")
+    threading.Thread(target=lambda: (time.sleep(0.5), print("thread ", end=""))).start()
+    return eval(arguments[0])
+gpu_npz.cli.main.run = run
+main()
+"""
+
+
+@pytest.mark.parametrize(("result", "status"), [("0", 0), ("3", 3), ("1 / 0", 1)])
+def test_threads_and_exit_handlers_finish_before_the_process_ends(result: str, status: int) -> None:
+    ended = python("-c", LEAVING, result, status=status)
+    assert ended.stdout == "thread handler"
+    assert ("ZeroDivisionError" in ended.stderr) == (result == "1 / 0")
 
 
 def test_a_signal_that_the_caller_ignores_is_ignored() -> None:
@@ -739,6 +761,30 @@ def test_the_help_of_all_commands_loads_no_gpu_and_no_image_library() -> None:
 def test_a_build_on_the_cpu_loads_no_gpu_library(src: str, out: str) -> None:
     modules = loaded(f"from gpu_npz.cli.main import run\nassert run({['build', src, out, *SMALL]!r}) == 0")
     assert not modules & {"torch", "cupy", "nvidia.dali", "ray"}
+
+
+def test_rich_is_loaded_only_to_print_with_it(src: str, out: str) -> None:
+    build = ["build", src, out, *SMALL]
+    code = f"from gpu_npz.cli.main import run\nassert run({[*build, '--quiet']!r}) == run({['info', out]!r}) == 0"
+    assert "rich" not in loaded(code)
+    assert "rich.progress" not in loaded(f"from gpu_npz.cli.main import run\nassert run({build!r}) == 0")
+
+
+def test_a_build_on_a_terminal_has_a_bar(src: str, out: str) -> None:
+    here, there = os.openpty()
+    command = [sys.executable, "-m", "gpu_npz", "build", src, out, *SMALL]
+    with subprocess.Popen(
+        command, stderr=there, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"}
+    ) as process:
+        os.close(there)
+        shown = b""
+        with contextlib.suppress(OSError):  # raised when the process has ended
+            while data := os.read(here, 4096):
+                shown += data
+    os.close(here)
+    assert process.returncode == 0
+    assert "building" in shown.decode()
+    assert "10/10" in shown.decode()
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,10 @@ class _LocalWorker:
     hung: bool = False
 
 
+def _starting(worker: _LocalWorker) -> bool:
+    return worker.dismissed is None
+
+
 class _LocalWorkers:
     """The worker processes of one build.
 
@@ -123,8 +127,10 @@ class _LocalWorkers:
 
     def stop(self) -> None:
         """Stops all workers."""
-        for connection in self._workers:
+        for connection, worker in self._workers.items():
             connection.close()  # ends the worker
+            if _starting(worker):
+                worker.process.kill()  # it does not notice before it has loaded everything, and it has no shard
         for worker in self._workers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(_JOIN_S)
@@ -133,8 +139,8 @@ class _LocalWorkers:
             worker.output.close()
 
     def events(self) -> Iterator[Event]:
-        """The events of all workers, until all shards are built."""
-        while self._workers:
+        """The events of all workers, until all shards are built. It does not wait for workers that still start then."""
+        while self._workers and (len(self._shards) or not all(map(_starting, self._workers.values()))):
             begin = time.monotonic()
             ready = wait(list(self._workers), _LOOK_S)
             self._watch(ready, min(time.monotonic() - begin, 2 * _LOOK_S))  # if the machine slept, no worker hung
