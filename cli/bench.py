@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gpu_npz.bench.storage import StorageMeasurement
     from gpu_npz.bench.sweep import Sweep
     from gpu_npz.bench.worker import WorkerCost
+    from gpu_npz.readers.augment import Augment
 
 # Float32 rates vary while the kernel merges pages into huge pages and splits them. NumPy reads this variable on import.
 os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
@@ -265,6 +266,15 @@ def storage(
 @click.argument("src", metavar="[SRC]", required=False)
 @click.option("--stored", is_flag=True, help="Deliver uint8 as stored rather than normalized float32.")
 @click.option(
+    "--augment",
+    type=click.Choice(["rrc-flip"]),
+    help="Deliver random resized crops, flipped half of the time, by the ways that make them: our readers, FFCV, and "
+    "torchvision from image files.",
+)
+@click.option(
+    "--crop-size", metavar="N|HxW", help="With --augment: the size of resized crops. The default is the stored size."
+)
+@click.option(
     "--images",
     default=1536,
     show_default=True,
@@ -297,6 +307,8 @@ def storage(
 def loading(
     src: str | None,
     stored: bool,
+    augment: Augment | None,
+    crop_size: str | None,
     images: int,
     rounds: int,
     batch: int,
@@ -327,6 +339,8 @@ def loading(
             batch_size=batch,
             workers=readers,
             stored=stored,
+            augment=augment,
+            crop_size=crop_size,
             folder=folder,
             say=status.update,
         )

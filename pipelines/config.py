@@ -474,13 +474,7 @@ class BuildConfig(BaseModel):
     @field_validator("size", mode="before")
     @classmethod
     def _parse_size(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = (value, value)
-        elif isinstance(value, str):
-            match = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", value.strip())
-            value = match and (int(match[1]), int(match[2] or match[1]))
-        sides_fit = isinstance(value, (tuple, list)) and len(value) == 2
-        return _require(sides_fit and all(type(side) is int and 1 <= side <= MAX_SIDE for side in value), value)
+        return _require(sides := parse_size(value), sides)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -763,6 +757,17 @@ def _allowed(name: str) -> str:
     if choices and all(isinstance(choice, str) for choice in choices):
         return ", ".join(choices)
     return str(_extra(name)["allowed"]) or "true, false"
+
+
+def parse_size(value: Any) -> tuple[int, int] | None:
+    """Height and width of N, (H, W), "N" or "HxW"; None if that is not allowed."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value, value)
+    elif isinstance(value, str):
+        match = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", value.strip())
+        value = match and (int(match[1]), int(match[2] or match[1]))
+    sides_fit = isinstance(value, (tuple, list)) and len(value) == 2
+    return tuple(value) if sides_fit and all(type(side) is int and 1 <= side <= MAX_SIDE for side in value) else None
 
 
 def _require(condition: Any, value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import itertools
 import json
 import os
@@ -467,11 +468,49 @@ def test_bench_loading_measures_every_way_and_says_which_others_are_missing_or_f
 
 
 def test_bench_loading_refuses_a_way_that_delivers_other_images(tree: Path) -> None:
-    first = loading.Epoch(20, ("float32", (3, 16, 16)), 0.5, None)
-    with pytest.raises(FormatError, match="again: an epoch had 19 images"):
-        loading._require_same("again", dataclasses.replace(first, images=19), first, 20)
-    with pytest.raises(FormatError, match=r"mean 0.51; expected"):
-        loading._require_same("again", dataclasses.replace(first, mean=0.51), first, 20)
-    loading._require_same("again", dataclasses.replace(first, mean=0.5001), first, 20)
+    first = loading.Epoch(20, ("float32", (3, 16, 16)), 0.5, 1.0, None)
+    for change, message in (
+        ({"images": 19}, "again: an epoch had 19 images"),
+        ({"kind": ("float32", (3, 16, 17))}, r"\(3, 16, 17\)"),
+        ({"mean": 0.51}, r"mean 0.51, deviation 1; expected"),
+        ({"deviation": 0.0}, r"deviation 0; expected"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            loading._require_same("again", dataclasses.replace(first, **change), first, 0.0)
+    loading._require_same("again", dataclasses.replace(first, mean=0.5001), first, 0.0)
+    loading._require_same("again", dataclasses.replace(first, mean=0.6), first, 0.2)
     with pytest.raises(UsageError, match="choose another mode"):
         loading.measure(tree, BuildConfig(resize_mode="none"))
+
+
+def test_bench_loading_compares_random_crops(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Callable[..., Any]
+) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "ffcv.py").write_text("raise ImportError('no turbojpeg')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = ["--images", "20", "--rounds", "1", "--batch-size", "6", "--size", "16"]
+    result = printed("bench", "loading", str(tree), *options, "--augment", "rrc-flip", "--crop-size", "12x10", "--json")
+    ours, files = LOADING[1:], ["image files"] if importlib.util.find_spec("torchvision") else []
+    assert [row["name"] for row in result["rows"]] == [*ours, *files]
+    assert [set(row["shares"]) for row in result["rows"]] == [set(), *[{"loader"}] * (len([*ours, *files]) - 1)]
+    expected = {"shape": [3, 12, 10], "dtype": "float32", "augment": "rrc-flip", "stored_shape": [3, 16, 16]}
+    assert expected.items() <= result["settings"].items()
+    others, *missing = result["left_out"]
+    assert others == "not measured with --augment rrc-flip: loop, LitData, MosaicML Streaming"
+    assert [text.split(" is left out")[0] for text in missing] == ["image files"] * (not files) + ["FFCV"]
+    assert files or missing[0].endswith("run: pip install torchvision")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--crop-size", "8"], "crop-size: got '8', but whole images are delivered; give --augment rrc-flip, too"),
+        (["--crop-size", "0", "--augment", "rrc-flip"], "crop-size: got '0'; allowed: N or HxW, each side 1 to 16384"),
+    ],
+)
+def test_bench_loading_refuses_sizes_of_crops_that_make_no_sense(
+    arguments: list[str], message: str, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "loading", str(tree), *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,7 +1,8 @@
 """Ways to deliver images to training in shuffled batches: a plain loop, our readers, image files, and other libraries.
 
-All deliver the same images: as stored, or normalized to float32. Each way is a function that prepares what it reads,
-and returns its epochs. Its library is imported on its first use.
+All deliver the same images, as stored or normalized to float32; or random crops of them, flipped or not, as torchvision
+makes them. Each way has a function that prepares what it reads, and returns its epochs. Its library is imported on its
+first use.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..preprocess.normalize import statistics
+from ..readers.augment import Augment
 from ..readers.dataset import Dataset, open_dataset
-from ..readers.inference import Preprocess
 from ..readers.order import shuffled
 
 Epochs = Callable[[int], Iterable[Any]]  # the batches of an epoch, by its number: (images, labels)
@@ -36,6 +37,8 @@ class Loading:
         batch_size: images per batch.
         workers: threads of `loader` and FFCV, worker processes of the other ways.
         stored: whether to deliver images as stored, rather than normalized float32.
+        augment: "rrc-flip" to deliver random crops, rather than whole images.
+        size: height and width to which crops are resized, in pixels; None without `augment`.
     """
 
     source: Path
@@ -44,6 +47,8 @@ class Loading:
     batch_size: int
     workers: int
     stored: bool = False
+    augment: Augment | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,23 @@ class Library:
 
     name: str
     install: str
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to deliver images.
+
+    Attributes:
+        name: what tables call it.
+        prepare: prepares what it reads, and returns its epochs.
+        library: the library that it needs; None for PyTorch alone.
+        augments: the values of `Loading.augment` that it can do.
+    """
+
+    name: str
+    prepare: Callable[[Loading], Epochs]
+    library: Library | None = None
+    augments: tuple[Augment | None, ...] = (None,)
 
 
 def loop(loading: Loading) -> Epochs:
@@ -91,8 +113,8 @@ def loader(loading: Loading) -> Epochs:
         loading.batch_size,
         device="cpu",
         shuffle=True,
-        normalize=not loading.stored,
         threads=max(1, loading.workers),
+        **_of_reader(loading),
     )
     return _numbered(found, found)
 
@@ -102,7 +124,7 @@ def shard_dataset(loading: Loading, *, collated: bool = False) -> Epochs:
     from ..readers import torch as reader
 
     options = {"collate_fn": reader.collate} if collated else {}
-    dataset = reader.ShardDataset(loading.out, normalize=not loading.stored)
+    dataset = reader.ShardDataset(loading.out, **_of_reader(loading))
     return _data_loader(dataset, loading, shuffle=True, **options)
 
 
@@ -113,32 +135,51 @@ def shard_iterable(loading: Loading, *, whole: bool = False) -> Epochs:
     given: dict[str, Any] = {}
     if whole:
         given = {"global_batch": loading.batch_size, "lanes": math.gcd(loading.batch_size, 8)}
-    stream = reader.ShardIterable(loading.out, shuffle=True, normalize=not loading.stored, **given)
+    stream = reader.ShardIterable(loading.out, shuffle=True, **_of_reader(loading), **given)
     found = _data_loader(stream, loading, **({"batch_size": None} if whole else {}))
     return _numbered(found(0), stream)
 
 
 def image_files(loading: Loading) -> Epochs:
     """A DataLoader over image files, which are decoded each time."""
-    return _data_loader(_Files(loading), loading, shuffle=True)
+    data = open_dataset(loading.out)
+    values = data.preprocess if loading.stored else data.preprocess.normalized
+    return _data_loader(_Files(loading, data, values), loading, shuffle=True)
+
+
+def torchvision_files(loading: Loading) -> Epochs:
+    """A DataLoader over image files, of which torchvision decodes, crops and flips each one every time."""
+    from torchvision import transforms
+    from torchvision.datasets.folder import default_loader
+
+    data = open_dataset(loading.out)
+    steps = [default_loader, transforms.RandomResizedCrop(loading.size), transforms.RandomHorizontalFlip()]
+    if loading.stored:
+        steps += [transforms.PILToTensor()]
+    else:
+        mean, std = ([float(number) for number in numbers] for numbers in statistics(data.manifest.config) or ())
+        steps += [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return _data_loader(_Files(loading, data, transforms.Compose(steps)), loading, shuffle=True)
 
 
 def ffcv(loading: Loading) -> Epochs:
     """FFCV's Loader over raw pixels."""
     from ffcv.fields import IntField, RGBImageField
-    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import NormalizeImage, Squeeze, ToTensor, ToTorchImage
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
     from ffcv.writer import DatasetWriter
 
     data = open_dataset(loading.out)
     path = os.fspath(loading.place / "images.beton")
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
     DatasetWriter(path, fields, num_workers=1).from_indexed_dataset(_Pixels(data))
-    normalize = []
+    images = [SimpleRGBImageDecoder()]
+    if loading.augment:
+        images = [RandomResizedCropRGBImageDecoder(loading.size), RandomHorizontalFlip()]
     if not loading.stored:
         mean, std = (np.array(numbers, np.float64) * 255 for numbers in statistics(data.manifest.config) or ())
-        normalize = [NormalizeImage(mean, std, np.float32)]
+        images += [NormalizeImage(mean, std, np.float32)]
     found = Loader(
         path,
         batch_size=loading.batch_size,
@@ -147,7 +188,7 @@ def ffcv(loading: Loading) -> Epochs:
         order=OrderOption.RANDOM,
         drop_last=False,
         pipelines={
-            "image": [SimpleRGBImageDecoder(), *normalize, ToTensor(), ToTorchImage()],
+            "image": [*images, ToTensor(), ToTorchImage()],
             "label": [IntDecoder(), ToTensor(), Squeeze([1])],
         },
     )
@@ -189,25 +230,29 @@ def mosaicml(loading: Loading) -> Epochs:
 
 
 LOOP, LOADER = "loop", "loader"
-WAYS: dict[str, tuple[Callable[[Loading], Epochs], Library | None]] = {
-    LOOP: (loop, None),
-    LOADER: (loader, None),
-    "DataLoader, collate": (functools.partial(shard_dataset, collated=True), None),
-    "DataLoader": (shard_dataset, None),
-    "ShardIterable": (shard_iterable, None),
-    "ShardIterable, global_batch": (functools.partial(shard_iterable, whole=True), None),
-    "image files": (image_files, None),
-    "FFCV": (
+_EITHER: tuple[Augment | None, ...] = (None, "rrc-flip")
+WAYS = (
+    Way(LOOP, loop),
+    Way(LOADER, loader, augments=_EITHER),
+    Way("DataLoader, collate", functools.partial(shard_dataset, collated=True), augments=_EITHER),
+    Way("DataLoader", shard_dataset, augments=_EITHER),
+    Way("ShardIterable", shard_iterable, augments=_EITHER),
+    Way("ShardIterable, global_batch", functools.partial(shard_iterable, whole=True), augments=_EITHER),
+    Way("image files", image_files),
+    Way("image files", torchvision_files, Library("torchvision", "pip install torchvision"), ("rrc-flip",)),
+    Way(
+        "FFCV",
         ffcv,
         Library(
             "ffcv",
             "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install 'setuptools<81' numba "
             "opencv-python-headless && pip install --no-build-isolation ffcv",
         ),
+        _EITHER,
     ),
-    "LitData": (litdata, Library("litdata", "pip install litdata")),
-    "MosaicML Streaming": (mosaicml, Library("mosaicml-streaming", "pip install mosaicml-streaming")),
-}
+    Way("LitData", litdata, Library("litdata", "pip install litdata")),
+    Way("MosaicML Streaming", mosaicml, Library("mosaicml-streaming", "pip install mosaicml-streaming")),
+)
 
 
 def _numbered(batches: Iterable[Any], of_epochs: Any) -> Epochs:
@@ -218,6 +263,10 @@ def _numbered(batches: Iterable[Any], of_epochs: Any) -> Epochs:
         return batches
 
     return epoch
+
+
+def _of_reader(loading: Loading) -> dict[str, Any]:
+    return {"normalize": not loading.stored, "augment": loading.augment, "size": loading.size}
 
 
 def _of_data_loader(loading: Loading) -> dict[str, Any]:
@@ -266,20 +315,19 @@ class _Pixels:
 
 
 class _Files:
-    """The images of a dataset, decoded from their files when they are requested, like an ImageFolder."""
+    """The images of a dataset, which `values` makes of their files when they are requested, like an ImageFolder."""
 
-    def __init__(self, loading: Loading) -> None:
-        data = open_dataset(loading.out)
+    def __init__(self, loading: Loading, data: Dataset, values: Callable[[str], Any]) -> None:
         self._paths = [os.path.join(loading.source, path) for path in data.paths]
         self._labels = None if data.labels is None else data.labels.tolist()
-        self._preprocess: Preprocess = data.preprocess
-        self._values = data.preprocess if loading.stored else data.preprocess.normalized
+        self._last = data.layout == "NHWC"
+        self._values = values
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, number: int) -> Any:
         image = self._values(self._paths[number])
-        if self._preprocess.config.layout == "NHWC":
+        if self._last:
             image = image.transpose(2, 0, 1)
         return image, 0 if self._labels is None else self._labels[number]
