@@ -366,7 +366,7 @@ BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
     "uint32": (header((1, 5, 5), "<u4") + bytes(100), "allowed are uint8 and uint16"),
     "record": (header((1, 5, 5), [("a", "|u1")]) + bytes(25), "allowed are uint8 and uint16"),
     "objects": (header((2,), "|O") + pickle.dumps([1, 2]), r"Python objects, which are a pickle.*np\.stack"),
-    "Fortran": (header((2, 5, 5), "|u1", True) + bytes(50), "Fortran order; save it in C order"),
+    "Fortran": (header((2, 5, 5), "|u1", True) + bytes(50), "Fortran order; images are in C order"),
     "cut": (header((2, 5, 5)) + bytes(49), "does not fit into .*; it is damaged or cut"),
     "absurd": (header((HUGE, HUGE, HUGE)) + bytes(50), "does not fit into"),
     "negative": (header((-2, -5, 5)) + bytes(50), "does not fit into"),
@@ -807,6 +807,102 @@ def test_a_build_from_an_array_is_one_from_the_same_images(
     assert (read_shards(ours)[order] == read_shards(theirs)).all()
     assert read_shards(ours, "labels").tolist() == LABELS.tolist()
     assert read_shards(ours).std() > 0
+
+
+# Advice that works when it is followed
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "deflated.npz"])
+def test_an_array_in_fortran_order_is_converted_by_the_code_in_the_message(tmp_path: Path, name: str) -> None:
+    array, suffix = np.asfortranarray(RGB), Path(name).suffix
+    if name == "a.npy":
+        np.save(tmp_path / name, array)
+    else:
+        (np.savez if name == "a.npz" else np.savez_compressed)(tmp_path / name, pictures=array, labels=LABELS)
+    with pytest.raises(SourceError, match="is in Fortran order") as caught:
+        open_source(tmp_path / name)
+    code, new = str(caught.value).partition("in Python: ")[2], f"{tmp_path}/new{suffix}"
+    exec(code, {"np": np, "OLD": tmp_path / name, "NEW": new})
+    source = open_source(new)
+    assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == RGB).all()
+    assert labels_of(source) == ([None] * 6 if suffix == ".npy" else LABELS.tolist())
+
+
+@pytest.mark.parametrize(
+    ("array", "pixels"),
+    [
+        (GRAY > 99, (GRAY > 99) * np.uint8(255)),
+        (np.rec.fromarrays([RGB[..., channel] for channel in range(3)], names="r,g,b"), RGB),
+        (RGB.astype(np.int64), RGB),
+    ],
+    ids=["bool", "fields", "int64"],
+)
+def test_an_array_of_another_dtype_becomes_pixels_by_the_code_in_the_message(
+    tmp_path: Path, array: Any, pixels: Any
+) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(SourceError, match="allowed are uint8 and uint16") as caught:
+        open_source(tmp_path / "a.npy")
+    code = re.search(r"array\.astype\('uint8'\)( \* 255)?|np\.stack\(.*-1\)", str(caught.value))
+    assert code is not None
+    np.save(tmp_path / "b.npy", eval(code[0], {"np": np, "array": array}))
+    assert (np.stack([np.asarray(picture) for picture in pictures(open_source(tmp_path / "b.npy"))]) == pixels).all()
+
+
+BEYOND = np.array([0, 1, 2, 3, 4, 2**63 + 5], np.uint64)
+
+
+@pytest.mark.parametrize("labels", ["an array", "a file"])
+@pytest.mark.parametrize("kind", ["", ":integer", ":float"])
+@pytest.mark.parametrize(
+    "values",
+    [BEYOND, BEYOND + np.uint64(2**63), np.stack([BEYOND, BEYOND], 1), np.where(LABELS > 1, np.inf, LABELS)],
+    ids=["some beyond int64", "all beyond int64", "columns", "infinite"],
+)
+def test_labels_that_no_number_can_hold_are_refused_with_an_option_that_works(
+    tmp_path: Path, labels: str, kind: str, values: Any
+) -> None:
+    if labels == "an array":
+        location, given = save(tmp_path / "a.npz", {"images": RGB, "ids": values}), "ids"
+    else:
+        location, given = save(tmp_path / "a.npy", RGB), save(tmp_path / "labels.npy", values)
+    with pytest.raises(
+        SourceError, match=r"has (\d{19,}|inf) for image \d; labels are finite floats, or integers"
+    ) as caught:
+        open_source(location, BuildConfig(labels=given + kind))
+    advice = re.search(r"say --labels (\S+)", str(caught.value))
+    assert advice is not None
+    source = open_source(location, BuildConfig(labels=advice[1]))
+    if values.ndim == 1:
+        assert source.class_names is not None
+        assert [source.class_names[label] for label in labels_of(source)] == [*map(str, values.tolist())]
+    else:
+        assert [column.kind for column in source.columns] == ["class", "class"]
+
+
+def test_an_array_in_a_folder_of_an_npz_is_named_with_the_folder(tmp_path: Path) -> None:
+    arrays = {"a/images": RGB, "b/images": GRAY, "ünï/labels": LABELS}
+    location = save(tmp_path / "a.npz", arrays)
+    for name in ("a/images", "b/images"):
+        assert len(items(open_source(f"{location}/{name}.npy", BuildConfig(labels="ünï/labels")))) == 6
+    (tmp_path / "dir.npz/sub").mkdir(parents=True)
+    assert len(items(open_source(save(tmp_path / "dir.npz/sub/x.npy", RGB)))) == 6
+
+
+@pytest.mark.parametrize(
+    ("arrays", "way"),
+    [
+        ({}, r"save arrays with np\.savez"),
+        ({"images": np.array([None, RGB[0]], dtype=object)}, r"np\.stack\(list\(images\)\)"),
+        ({"images": RGB.reshape(6, -1)}, r"array\.reshape\(len\(array\), H, W, C\)"),
+        ({"images": RGB[0, :, :, 0]}, r"of one image array\[None\]"),
+    ],
+)
+def test_a_file_without_images_is_refused_with_how_to_make_some(
+    tmp_path: Path, arrays: dict[str, Any], way: str
+) -> None:
+    with pytest.raises(SourceError, match=rf"no array has the dimensions of images.*{way}"):
+        open_source(save(tmp_path / "a.npz", arrays))
 
 
 # Damage in stored images, which no single row can show

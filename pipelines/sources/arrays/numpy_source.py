@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _PATTERN = "*.np[yz]"  # of the files in a folder
 _SAMPLED = 32  # images of floats that are looked at
 _SAMPLED_BYTES = 64 << 20  # of them, at most
-_IN_NPZ = re.compile(r"(.+\.npz)/([^/]+)\.npy", re.IGNORECASE | re.DOTALL)
+_IN_NPZ = re.compile(r"(.+\.npz)/(.+)\.npy", re.IGNORECASE | re.DOTALL)
 
 
 class NumpySource(LabelledSource[Listing]):
@@ -76,7 +76,7 @@ class NumpySource(LabelledSource[Listing]):
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
         self._asked, self._classes = _label_spec(config.labels), classes
         path, wanted = location, ""
-        if match := _IN_NPZ.fullmatch(location):
+        if (match := _IN_NPZ.fullmatch(location)) and not os.path.isdir(match[1]):
             path, wanted = match.groups()
         self._files = Files(path, _PATTERN)
         self.location = self._files.location + (f"/{wanted}.npy" if wanted else "")
@@ -250,6 +250,7 @@ class NumpySource(LabelledSource[Listing]):
             names=class_names(self._files, self._names_arrays),
             classes=self._classes,
             from_one=self._flat,
+            option=self._asked[0] if self._asked else self._column,
         )
         return Listing(labels)
 
