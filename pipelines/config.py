@@ -451,7 +451,11 @@ class BuildConfig(BaseModel):
         "6.14). auto drops them if the dataset is larger than half of the available memory.",
     )
     preflight: bool = _advanced(
-        "operational", "output", True, "Refuse to start a build whose output does not fit on the disk of OUT."
+        "operational",
+        "output",
+        True,
+        "Refuse to start a build whose output does not fit on the disk of OUT, or "
+        "whose arrays in an .npz do not match their CRC-32.",
     )
     overwrite: bool = _setting("operational", "output", False, "Delete the dataset in OUT and build it again.")
     accept_environment: bool = _advanced(

@@ -20,10 +20,13 @@ from PIL import Image
 from support import MakeDataset, build_cpu, cpu_config, flip_bit, items, read_shards
 
 import gpu_npz
+from gpu_npz.audit.verify import verify
 from gpu_npz.builder.build import build_split
 from gpu_npz.builder.estimate import estimate
+from gpu_npz.builder.maintenance import repair
+from gpu_npz.builder.planning import Measuring
 from gpu_npz.config import BuildConfig
-from gpu_npz.errors import MismatchError, SourceError, UsageError
+from gpu_npz.errors import MismatchError, ShardError, SourceError, UsageError
 from gpu_npz.sources import open_source, sides_of_source
 from gpu_npz.sources.base import Item, Source, read_item
 from gpu_npz.sources.rejects import BadItem
@@ -363,7 +366,7 @@ BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
     "uint32": (header((1, 5, 5), "<u4") + bytes(100), "allowed are uint8 and uint16"),
     "record": (header((1, 5, 5), [("a", "|u1")]) + bytes(25), "allowed are uint8 and uint16"),
     "objects": (header((2,), "|O") + pickle.dumps([1, 2]), r"Python objects, which are a pickle.*np\.stack"),
-    "Fortran": (header((2, 5, 5), "|u1", True) + bytes(50), "Fortran order; save it in C order"),
+    "Fortran": (header((2, 5, 5), "|u1", True) + bytes(50), "Fortran order; images are in C order"),
     "cut": (header((2, 5, 5)) + bytes(49), "does not fit into .*; it is damaged or cut"),
     "absurd": (header((HUGE, HUGE, HUGE)) + bytes(50), "does not fit into"),
     "negative": (header((-2, -5, 5)) + bytes(50), "does not fit into"),
@@ -381,8 +384,8 @@ BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
     "version 9": (header((1, 5, 5)).replace(b"\x01\x00", b"\x09\x00", 1), r"no \.npy that can be read"),
     "a program": (header("__import__('os')") + bytes(9), r"no \.npy that can be read"),
     "unclosed": (b"\x93NUMPY\x01\x00\x05\x00{'a':", r"no \.npy that can be read"),
-    "text": (b"This is no array.", r"no \.npy that can be read"),
-    "empty": (b"", r"no \.npy that can be read"),
+    "text": (b"This is no array.", r"begins with b'This i'; copy it again|no \.npy that can be read"),
+    "empty": (b"", r"the file is empty; copy or make it again|no \.npy that can be read"),
 }  # fmt: skip
 
 
@@ -453,6 +456,7 @@ def test_damaged_npz_are_refused(tmp_path: Path) -> None:
     encrypted[central + 8] |= 1
     for data, message in (
         (whole[: len(whole) // 2], r"is no \.npz, damaged or cut"),
+        (whole[:-1], r"damaged or cut \(there is no whole end record\)"),
         (bytes(bomb), "1073741824 bytes from 9"),
         (bytes(strange), "compressed in another way"),
         (bytes(encrypted), "is encrypted"),
@@ -470,7 +474,7 @@ def test_stored_labels_and_names_with_another_crc_are_refused(tmp_path: Path, na
     arrays = {"images": RGB, "labels": LABELS, "class_names": np.array(list("abcdefghijklmnopqrstuvwxyz"))}
     location = Path(save(tmp_path / "a.npz", arrays))
     flip_bit(location, location.read_bytes().index(arrays[name].tobytes()))
-    with pytest.raises(SourceError, match=f"array '{name}' .*CRC-32"):
+    with pytest.raises(SourceError, match=f"array '{name}': its CRC-32"):
         open_source(str(location))
 
 
@@ -763,7 +767,7 @@ def test_class_folders_of_arrays_are_read_like_those_of_images(tmp_path: Path, m
         (header((5,)) + bytes(5), "allowed are (H, W)"),
         (header((2,), "|O"), "Python objects"),
         (b"PK\3\4" + bytes(100), "no .npz"),
-        (b"text", "no .npy"),
+        (b"text", "neither an .npz nor an .npy"),
     ],
 )
 def test_a_file_that_holds_no_image_is_a_reject(tmp_path: Path, content: bytes, detail: str) -> None:
@@ -803,6 +807,166 @@ def test_a_build_from_an_array_is_one_from_the_same_images(
     assert (read_shards(ours)[order] == read_shards(theirs)).all()
     assert read_shards(ours, "labels").tolist() == LABELS.tolist()
     assert read_shards(ours).std() > 0
+
+
+# Advice that works when it is followed
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "deflated.npz"])
+def test_an_array_in_fortran_order_is_converted_by_the_code_in_the_message(tmp_path: Path, name: str) -> None:
+    array, suffix = np.asfortranarray(RGB), Path(name).suffix
+    if name == "a.npy":
+        np.save(tmp_path / name, array)
+    else:
+        (np.savez if name == "a.npz" else np.savez_compressed)(tmp_path / name, pictures=array, labels=LABELS)
+    with pytest.raises(SourceError, match="is in Fortran order") as caught:
+        open_source(tmp_path / name)
+    code, new = str(caught.value).partition("in Python: ")[2], f"{tmp_path}/new{suffix}"
+    exec(code, {"np": np, "OLD": tmp_path / name, "NEW": new})
+    source = open_source(new)
+    assert (np.stack([np.asarray(picture) for picture in pictures(source)]) == RGB).all()
+    assert labels_of(source) == ([None] * 6 if suffix == ".npy" else LABELS.tolist())
+
+
+@pytest.mark.parametrize(
+    ("array", "pixels"),
+    [
+        (GRAY > 99, (GRAY > 99) * np.uint8(255)),
+        (np.rec.fromarrays([RGB[..., channel] for channel in range(3)], names="r,g,b"), RGB),
+        (RGB.astype(np.int64), RGB),
+    ],
+    ids=["bool", "fields", "int64"],
+)
+def test_an_array_of_another_dtype_becomes_pixels_by_the_code_in_the_message(
+    tmp_path: Path, array: Any, pixels: Any
+) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(SourceError, match="allowed are uint8 and uint16") as caught:
+        open_source(tmp_path / "a.npy")
+    code = re.search(r"array\.astype\('uint8'\)( \* 255)?|np\.stack\(.*-1\)", str(caught.value))
+    assert code is not None
+    np.save(tmp_path / "b.npy", eval(code[0], {"np": np, "array": array}))
+    assert (np.stack([np.asarray(picture) for picture in pictures(open_source(tmp_path / "b.npy"))]) == pixels).all()
+
+
+BEYOND = np.array([0, 1, 2, 3, 4, 2**63 + 5], np.uint64)
+
+
+@pytest.mark.parametrize("labels", ["an array", "a file"])
+@pytest.mark.parametrize("kind", ["", ":integer", ":float"])
+@pytest.mark.parametrize(
+    "values",
+    [BEYOND, BEYOND + np.uint64(2**63), np.stack([BEYOND, BEYOND], 1), np.where(LABELS > 1, np.inf, LABELS)],
+    ids=["some beyond int64", "all beyond int64", "columns", "infinite"],
+)
+def test_labels_that_no_number_can_hold_are_refused_with_an_option_that_works(
+    tmp_path: Path, labels: str, kind: str, values: Any
+) -> None:
+    if labels == "an array":
+        location, given = save(tmp_path / "a.npz", {"images": RGB, "ids": values}), "ids"
+    else:
+        location, given = save(tmp_path / "a.npy", RGB), save(tmp_path / "labels.npy", values)
+    with pytest.raises(
+        SourceError, match=r"has (\d{19,}|inf) for image \d; labels are finite floats, or integers"
+    ) as caught:
+        open_source(location, BuildConfig(labels=given + kind))
+    advice = re.search(r"say --labels (\S+)", str(caught.value))
+    assert advice is not None
+    source = open_source(location, BuildConfig(labels=advice[1]))
+    if values.ndim == 1:
+        assert source.class_names is not None
+        assert [source.class_names[label] for label in labels_of(source)] == [*map(str, values.tolist())]
+    else:
+        assert [column.kind for column in source.columns] == ["class", "class"]
+
+
+def test_an_array_in_a_folder_of_an_npz_is_named_with_the_folder(tmp_path: Path) -> None:
+    arrays = {"a/images": RGB, "b/images": GRAY, "ünï/labels": LABELS}
+    location = save(tmp_path / "a.npz", arrays)
+    for name in ("a/images", "b/images"):
+        assert len(items(open_source(f"{location}/{name}.npy", BuildConfig(labels="ünï/labels")))) == 6
+    (tmp_path / "dir.npz/sub").mkdir(parents=True)
+    assert len(items(open_source(save(tmp_path / "dir.npz/sub/x.npy", RGB)))) == 6
+
+
+@pytest.mark.parametrize(
+    ("arrays", "way"),
+    [
+        ({}, r"save arrays with np\.savez"),
+        ({"images": np.array([None, RGB[0]], dtype=object)}, r"np\.stack\(list\(images\)\)"),
+        ({"images": RGB.reshape(6, -1)}, r"array\.reshape\(len\(array\), H, W, C\)"),
+        ({"images": RGB[0, :, :, 0]}, r"of one image array\[None\]"),
+    ],
+)
+def test_a_file_without_images_is_refused_with_how_to_make_some(
+    tmp_path: Path, arrays: dict[str, Any], way: str
+) -> None:
+    with pytest.raises(SourceError, match=rf"no array has the dimensions of images.*{way}"):
+        open_source(save(tmp_path / "a.npz", arrays))
+
+
+# Damage in stored images, which no single row can show
+
+
+def damage(path: Path, at: bytes) -> int:
+    """Flips a bit of a file behind the place of `at`, and returns where."""
+    place = path.read_bytes().index(at) + 5
+    flip_bit(path, place)
+    return place
+
+
+def test_a_flipped_bit_in_stored_images_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    location, out = tmp_path / "a.npz", tmp_path / "out"
+    save(location, {"images": RGB, "labels": LABELS})
+    place, events = damage(location, RGB[4].tobytes()), []
+    for settings in ({}, {"normalize": "dataset"}):
+        with pytest.raises(
+            SourceError, match=r"a\.npz': array 'images': its CRC-32 does not match its data; it is dam"
+        ):
+            gpu_npz.build(location, out, cpu_config(**settings), progress=events.append)
+        assert not out.exists()
+    assert not [event for event in events if isinstance(event, Measuring)]
+    build_cpu(location, out, preflight=False)
+    flip_bit(location, place)
+    assert not np.array_equal(read_shards(out), read_shards(build_cpu(location, tmp_path / "sound")))
+
+
+def test_a_deflated_array_with_a_flipped_bit_is_never_built(tmp_path: Path) -> None:
+    location = tmp_path / "a.npz"
+    np.savez_compressed(location, images=RGB)
+    flip_bit(location, 600)
+    with pytest.raises(ShardError, match=r"array 'images': its .*; it is damaged or cut"):
+        build_cpu(location, tmp_path / "out", labels="none")
+
+
+def test_only_the_files_of_the_shards_that_are_built_are_compared(tmp_path: Path) -> None:
+    for number in range(3):
+        np.savez(tmp_path / f"{number}.npz", images=RGB + np.uint8(number), labels=LABELS)
+    pattern, out = tmp_path / "*.npz", tmp_path / "out"
+    build_cpu(pattern, out, shard_size=6, part="1/3")
+    damage(tmp_path / "0.npz", RGB[1].tobytes())
+    place = damage(tmp_path / "2.npz", (RGB[1] + np.uint8(2)).tobytes())
+    build_cpu(pattern, out, shard_size=6, part="2/3")
+    with pytest.raises(SourceError, match=r"2\.npz': array 'images': its CRC-32"):
+        build_cpu(pattern, out, shard_size=6, part="3/3")
+    flip_bit(tmp_path / "2.npz", place)
+    build_cpu(pattern, out, shard_size=6, part="3/3")
+    assert len(read_shards(out)) == 18
+
+
+def test_a_repair_from_a_damaged_file_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    location = tmp_path / "a.npz"
+    save(location, {"images": RGB, "labels": LABELS})
+    out = build_cpu(location, tmp_path / "out", shard_size=3)
+    flip_bit(out / "shard-00001.npz", 5000)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    place = damage(location, RGB[4].tobytes())
+    with pytest.raises(SourceError, match="its CRC-32 does not match"):
+        repair(out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    flip_bit(location, place)
+    assert repair(out).shards == (1,)
+    assert verify(out).ok
 
 
 # Sides of a split that a file has

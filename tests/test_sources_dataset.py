@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import build_cpu, cpu_config, items, read_shards
+from support import build_cpu, cpu_config, flip_bit, items, read_shards
 
 import gpu_npz
 from gpu_npz.builder.build import build_split
@@ -26,6 +26,7 @@ from gpu_npz.errors import (
     StorageError,
     UsageError,
 )
+from gpu_npz.npz.reader import NpzReader
 from gpu_npz.sources.base import Item, read_item
 from gpu_npz.sources.rejects import BadItem
 
@@ -41,6 +42,19 @@ def tree(tmp_path: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{row}.png")
     return tmp_path / "tree"
+
+
+@pytest.mark.parametrize("compress", ["none", "deflate"])
+@pytest.mark.parametrize("member", ["images", "labels", "paths"])
+def test_a_flipped_bit_in_a_shard_is_refused_before_anything_is_built(
+    tree: Path, tmp_path: Path, compress: str, member: str
+) -> None:
+    src = build_cpu(tree, tmp_path / "src", dtype="uint8", shard_size=5, compress=compress)
+    shard = src / "shard-00001.npz"
+    flip_bit(shard, NpzReader(shard).directory.members[member].data_offset + 1)
+    with pytest.raises((SourceError, FormatError), match=r"shard-00001.*verify"):
+        build_cpu(src, tmp_path / "out", dtype="uint8")
+    assert not (tmp_path / "out").exists()
 
 
 def facts(out: Path) -> list[Any]:

@@ -29,7 +29,7 @@ from ..storage import open_storage
 from ..storage.base import Storage
 from ..workers.worker import provenance_of, require_provenance
 from .parts import live_parts, require_no_parts
-from .planning import backend, require_revision
+from .planning import backend, require_revision, require_sound
 from .report import BuildReport, OnEvent
 from .run import run
 
@@ -271,6 +271,7 @@ def _rebuild(
 ) -> RepairResult:
     start = time.perf_counter()
     _require_decoder(job, source, config, committed(storage, job))
+    require_sound(source, job.plan, config, shards)
     if storage.size(MANIFEST) is not None:  # the rejects were accepted when the dataset was finished
         config = config.model_copy(update={"max_rejects": "100%"})
     for name in (MANIFEST, INDEX, REJECTS):

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,6 +202,7 @@ def _begin(
     require_room(storage, plan, config, row_bytes, shards, space.held_bytes(storage.root))
     _require_even_paths(plan, source)
     if config.normalize == "dataset" and config.mean is None:
+        require_sound(source, plan, config, range(plan.shard_count))
         config = _measured(plan, source, config, size, choice, progress)
     if config.overwrite or storage.size(JOB) is not None:
         clear(storage)  # only after everything else has succeeded
@@ -229,6 +230,12 @@ def require_room(
             pixel_dtype=config.pixel_dtype,
             freed_bytes=freed_bytes,
         )
+
+
+def require_sound(source: Source, plan: Plan, config: BuildConfig, shards: Iterable[int]) -> None:
+    """Raises SourceError if the files of these shards are damaged in a way that reading an item cannot notice."""
+    if config.preflight and (places := plan.places(shards)) is not None:
+        source.require_sound(places)
 
 
 def _require_even_paths(plan: Plan, source: Source) -> None:

@@ -26,7 +26,7 @@ from ..workers.events import Committed, Event, Progress, ShardCounts, Task, Work
 from ..workers.messages import DecoderMessages, Messages
 from .pace import Stopwatch
 from .parts import PLAN_WAIT_S, Part
-from .planning import backend, require_revision, require_room
+from .planning import backend, require_revision, require_room, require_sound
 from .report import (
     BuildReport,
     OnEvent,
@@ -122,6 +122,7 @@ def run(
     state = _RunState(records, watch, Stopwatch(start))
     if missing:
         _require_resumable(storage, job, config, records, missing)
+        require_sound(source, plan, config, missing)
         storage.remove(MANIFEST)  # a dataset with a lost shard is not complete until the shard is rebuilt
         provenance, drop_cache = _expected_provenance(records, config), _drops_cache(storage, job, config)
         task = Task(storage.root, source, None, tuning, provenance, fence=storage.fence, drop_cache=drop_cache)

@@ -28,6 +28,7 @@ from .manifest import Manifest, shard_table_digest
 from .records import open_npz
 
 _OPEN_SHARDS = 8
+_REPAIR = "repair the dataset: gpu-npz verify --repair"
 KIND = "dataset"
 
 
@@ -100,6 +101,7 @@ class DatasetSource(Source):
         rows, sizes = index["shard_rows"].tolist(), index["shard_bytes"].tolist()
         self.files = tuple((shard_name(shard, len(rows)), size) for shard, size in enumerate(sizes))
         self._rows: list[int] = rows
+        self._sound: set[int] = set()  # the shards whose content was compared with their CRC-32
         self._labelled = config.labels != "none" and manifest.labelled
         self._renumbered: NDArray[np.int64] | None = None
         if self._labelled:
@@ -138,9 +140,7 @@ class DatasetSource(Source):
             try:
                 reader = self._shard(shard)
             except OSError as exc:
-                raise SourceError(
-                    f"{self._name(shard)!r}: {exc.strerror}; repair the dataset: gpu-npz verify --repair"
-                ) from exc
+                raise SourceError(f"{self._name(shard)!r}: {exc.strerror}; {_REPAIR}") from exc
             valid = reader.get("valid")
             kept = np.arange(count) if valid is None else np.flatnonzero(valid)
             for start in range(0, len(kept), GROUP_ITEMS):
@@ -168,7 +168,7 @@ class DatasetSource(Source):
         except FileNotFoundError as exc:
             raise OSError(errno.EIO, f"{self._name(shard)} is missing") from exc
         except FormatError as exc:
-            raise OSError(errno.EIO, f"{exc}; repair the dataset: gpu-npz verify --repair") from exc
+            raise OSError(errno.EIO, f"{exc}; {_REPAIR}") from exc
         pixels, images = stored, self._manifest.images
         if self._table is not None:
             pixels = levels(self._table, stored, images.layout)
@@ -181,6 +181,29 @@ class DatasetSource(Source):
         """Raises SourceError if the dataset is gone."""
         if self._storage.size(MANIFEST) is None:
             raise SourceError(f"{self.location!r} is missing; restore it, then run the same command to resume")
+
+    def require_sound(self, places: NDArray[np.int64]) -> None:
+        """Compares the shards of these items with their CRC-32, once each.
+
+        Args:
+            places: of items, (N, 2).
+
+        Raises:
+            SourceError: a shard is damaged, or cannot be read.
+        """
+        for shard in np.unique(places[:, 0]).tolist():
+            if shard in self._sound:
+                continue
+            try:
+                reader = self._shard(shard)
+                damaged = [name for name in reader.directory.members if not reader.crc_matches(name)]
+            except (FormatError, OSError) as exc:
+                raise SourceError(f"{self._name(shard)!r}: {exc}; {_REPAIR}") from exc
+            if damaged:
+                raise SourceError(
+                    f"{self._name(shard)!r}: the CRC-32 of {', '.join(damaged)} does not match; {_REPAIR}"
+                )
+            self._sound.add(shard)
 
     def _name(self, shard: int) -> str:
         return self._storage.path(self.files[shard][0])

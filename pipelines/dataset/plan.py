@@ -88,6 +88,13 @@ class Plan:
             items.append(Item(index, text, None if label == unlabelled else label, place))
         return items
 
+    def places(self, shards: Iterable[int]) -> NDArray[np.int64] | None:
+        """Where the source finds the items of these shards, int64 (items, numbers); None if it does so by paths."""
+        if "places" not in self.arrays:
+            return None
+        listed = [self._listed(span.start, span.stop) for span in map(self.shard_range, shards)]
+        return self.arrays["places"][np.concatenate(listed)] if listed else self.arrays["places"][:0]
+
     def labels(self) -> NDArray[Any]:
         """The label of every item in plan order.
 

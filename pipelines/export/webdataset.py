@@ -54,7 +54,7 @@ def write_tars(
             found = in_order(pool, lambda sample: encoder(sample.image()), rows.samples(start, stop), 2 * threads)
             temporary = storage.temporary(name)
             try:
-                with open(temporary, "wb") as file:
+                with storage.explained(name), open(temporary, "wb") as file:
                     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                         for sample, image in found:
                             _add_sample(tar, rows, sample, encoder.extension, image)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from ..errors import FormatError
 
@@ -39,6 +40,7 @@ _MAX_HEADER_BYTES = 1 << 16
 _MAX_HEADER_TEXT = 10_000  # as numpy.load: Python's parser may crash on longer text
 _PIECE_BYTES = 1 << 20
 _MOST_DEFLATED = 1032  # maximum compression ratio of deflate (https://zlib.net/zlib_tech.html)
+_NPY = b"\x93NUMPY"
 _LONG = re.compile(r"(?<=\d)L\b")  # Python 2 on Windows wrote shapes such as (10L, 3)
 _DAMAGED = "it is damaged or cut: copy or make it again"
 
@@ -106,11 +108,6 @@ class ArrayInfo:
             raise FormatError(f"{self.dtype} {str(self.shape)[:200]} {how} {self.npy_bytes} bytes; {_DAMAGED}")
         return self
 
-    def require_crc(self, data: bytes | memoryview) -> None:
-        """Raises FormatError if the NPY header and the elements, inflated, have another CRC-32 than the file says."""
-        if self.crc32 not in (None, zlib.crc32(data)):
-            raise FormatError("its CRC-32 is another: it is damaged; copy or make it again")
-
 
 class _Member(NamedTuple):
     """A member of a ZIP, as its directory describes it."""
@@ -134,7 +131,15 @@ def read_arrays(read: ReadAt, size: int) -> dict[str, ArrayInfo]:
     Raises:
         FormatError: it is neither, damaged, truncated or ambiguous, or compressed in another way than NumPy's.
     """
-    if bytes(read(0, 4)) not in (b"PK\3\4", b"PK\5\6"):
+    if not size:
+        raise FormatError("the file is empty; copy or make it again")
+    begin = bytes(read(0, len(_NPY)))
+    if begin[:4] not in (b"PK\3\4", b"PK\5\6"):
+        if begin != _NPY:
+            raise FormatError(
+                f"it is neither an .npz nor an .npy that can be read, since it begins with {begin!r}; copy it again, "
+                "or save it with np.savez or np.save"
+            )
         return {"": _array("", bytes(read(0, min(size, _MAX_HEADER_BYTES))), size, 0, size)}
     try:
         members, end = _directory(read, size)
@@ -157,13 +162,32 @@ def read_arrays(read: ReadAt, size: int) -> dict[str, ArrayInfo]:
     return found
 
 
-def inflated(read: ReadAt, array: ArrayInfo) -> Iterator[bytes]:
-    """The NPY header and the elements of a deflated array, piece by piece.
+def content(read: ReadAt, array: ArrayInfo) -> Iterator[bytes | memoryview]:
+    """The NPY header and the elements of an array, inflated if necessary, piece by piece.
 
     Raises:
-        FormatError: they are damaged: another size, or another CRC-32. What was yielded before is then worthless.
+        FormatError: they are damaged: another size, or in an .npz another CRC-32. What was yielded before is then
+            worthless.
     """
-    inflater, crc, done, at = zlib.decompressobj(-zlib.MAX_WBITS), 0, 0, array.begin
+    size = array.npy_bytes if array.crc32 is not None else array.header_bytes + array.data_bytes
+    crc, done = 0, 0
+    for piece in _inflated(read, array) if array.deflated else _stored(read, array.begin, size):
+        crc, done = crc32(piece, crc), done + len(piece)
+        yield piece
+    if done != size:
+        raise FormatError(f"it has {done} bytes instead of {size}; {_DAMAGED}")
+    if array.crc32 not in (None, crc):
+        raise FormatError(f"its CRC-32 does not match its data; {_DAMAGED}")
+
+
+def _stored(read: ReadAt, begin: int, size: int) -> Iterator[bytes | memoryview]:
+    for at in range(begin, begin + size, _PIECE_BYTES):
+        yield read(at, min(_PIECE_BYTES, begin + size - at))
+
+
+def _inflated(read: ReadAt, array: ArrayInfo) -> Iterator[bytes]:
+    """Yields at most as many bytes as the array should have."""
+    inflater, done, at = zlib.decompressobj(-zlib.MAX_WBITS), 0, array.begin
     end, waiting = array.begin + array.packed_bytes, b""
     try:
         while not inflater.eof:
@@ -174,12 +198,12 @@ def inflated(read: ReadAt, array: ArrayInfo) -> Iterator[bytes]:
             if not (piece or waiting or inflater.eof) or done + len(piece) > array.npy_bytes:
                 break
             waiting = inflater.unconsumed_tail
-            crc, done = zlib.crc32(piece, crc), done + len(piece)
+            done += len(piece)
             yield piece
     except zlib.error as exc:
         raise FormatError(f"its deflated data is damaged ({exc}); copy or make it again") from exc
-    if not inflater.eof or done != array.npy_bytes or crc != array.crc32:
-        raise FormatError(f"it does not inflate to {array.npy_bytes} bytes with its CRC-32; {_DAMAGED}")
+    if not inflater.eof:
+        raise FormatError(f"it does not inflate to {array.npy_bytes} bytes; {_DAMAGED}")
 
 
 def _directory(read: ReadAt, size: int) -> tuple[list[_Member], int]:
@@ -191,7 +215,7 @@ def _directory(read: ReadAt, size: int) -> tuple[list[_Member], int]:
     start = max(0, size - _END.size - _MAX_COMMENT_BYTES)
     tail = bytes(read(start, size - start))
     place = tail.rfind(b"PK\5\6")
-    _check(place >= 0, "there is no end record")
+    _check(0 <= place <= len(tail) - _END.size, "there is no whole end record")
     _, disk, first, here, count, length, offset, comment = _END.unpack_from(tail, place)
     stop = start + place
     _check(stop + _END.size + comment == size, "bytes are missing or left over behind the end record")
@@ -222,7 +246,7 @@ def _directory(read: ReadAt, size: int) -> tuple[list[_Member], int]:
 def _entry(entries: bytes, at: int) -> tuple[_Member, int]:
     """The member whose directory entry begins at `at`, and the offset of the next entry."""
     (
-        signature, _, _, flags, method, _, _, crc32, packed, size,
+        signature, _, _, flags, method, _, _, crc, packed, size,
         name_bytes, extra_bytes, comment_bytes, disk, _, _, offset,
     ) = _ENTRY.unpack_from(entries, at)  # fmt: skip
     at += _ENTRY.size
@@ -234,7 +258,7 @@ def _entry(entries: bytes, at: int) -> tuple[_Member, int]:
     _check(min(size, packed, offset) >= 0 and disk in (0, _FULL16), "the directory is damaged")
     name = raw.decode("utf-8" if flags & _UTF8 else "cp437")
     _check("\0" not in name, "the name of a member has a zero byte")  # other readers would cut the name there
-    return _Member(name, flags, method, crc32, packed, size, offset), at
+    return _Member(name, flags, method, crc, packed, size, offset), at
 
 
 def _zip64(extra: bytes) -> tuple[int, ...]:
@@ -257,14 +281,14 @@ def _member_array(read: ReadAt, name: str, member: _Member, stop: int) -> ArrayI
         raise FormatError(f"{member.size} bytes from {member.packed}; {_DAMAGED}")
     _require_room(member, member.offset + _LOCAL.size, stop)
     header = bytes(read(member.offset, _LOCAL.size))
-    signature, _, flags, method, _, _, crc32, packed, size, name_bytes, extra_bytes = _LOCAL.unpack(header)
+    signature, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes = _LOCAL.unpack(header)
     begin = member.offset + _LOCAL.size + name_bytes + extra_bytes
     _require_room(member, begin, stop)
     raw = bytes(read(member.offset + _LOCAL.size, name_bytes))
     same = raw.decode("utf-8" if flags & _UTF8 else "cp437", "replace") == member.name and method == member.method
     if not flags & _DESCRIPTOR:  # with a descriptor, what is not known yet is zero
         sizes = zip((packed, size), (member.packed, member.size), strict=True)
-        same = same and crc32 == member.crc32 and all(each in (long, _FULL) for each, long in sizes)
+        same = same and crc == member.crc32 and all(each in (long, _FULL) for each, long in sizes)
     if signature != b"PK\3\4" or not same or flags & ~_PLAIN_FLAGS:
         raise FormatError(f"its local header at byte {member.offset} contradicts the directory; {_DAMAGED}")
     head = bytes(read(begin, min(member.packed, _MAX_HEADER_BYTES)))
@@ -299,7 +323,7 @@ def _array(
 
 def _npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
     """Dtype, shape, whether in Fortran order, and the size of the header in bytes."""
-    _check(head[:6] == b"\x93NUMPY", "it does not begin as one")
+    _check(head[:6] == _NPY, "it does not begin as one")
     version = tuple(head[6:8])
     _check(version in ((1, 0), (2, 0), (3, 0)), f"its version is {version}")
     length_format = struct.Struct("<H" if version == (1, 0) else "<L")

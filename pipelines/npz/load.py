@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import FormatError, StorageError
 from ..storage.base import is_remote, open_regular
-from .arrays import ArrayInfo, inflated, read_arrays
+from .arrays import ArrayInfo, content, read_arrays
 
 log = logging.getLogger(__name__)
 UNNAMED = "arr_0"  # the name of an .npy's array, as numpy.savez calls it
@@ -100,7 +100,7 @@ class LoadedArrays(Mapping[str, NDArray[Any]]):
         if info.unmappable is None:
             return _view(info, self._buffer, info.data_offset)
         try:
-            data = self._inflated(info) if info.deflated else self._copied(info)
+            data = self._copied(info)
         except FormatError as exc:
             raise FormatError(f"array {name!r}: {exc.problem}", self.path) from exc
         if not info.deflated:
@@ -110,14 +110,8 @@ class LoadedArrays(Mapping[str, NDArray[Any]]):
         return array
 
     def _copied(self, info: ArrayInfo) -> NDArray[np.uint8]:
-        data = _aligned(info)
-        data[:] = np.frombuffer(self._buffer, np.uint8, info.npy_bytes, info.begin)
-        info.require_crc(data.data)
-        return data
-
-    def _inflated(self, info: ArrayInfo) -> NDArray[np.uint8]:
         data, done = _aligned(info), 0
-        for piece in inflated(self._read, info):
+        for piece in content(self._read, info):
             data[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
             done += len(piece)
         return data

@@ -166,6 +166,13 @@ class Source(abc.ABC):
     def check(self) -> None:  # noqa: B027  # optional: most sources have nothing to check
         """Raises SourceError if the whole collection is gone or no longer readable."""
 
+    def require_sound(self, places: NDArray[np.int64]) -> None:  # noqa: B027  # optional
+        """Raises SourceError if files are damaged in a way that `read` cannot notice.
+
+        Args:
+            places: of the items that will be read, (N, numbers); see `Item.place`.
+        """
+
 
 def read_item(source: Source, item: Item) -> bytes:
     """The encoded bytes of an item.

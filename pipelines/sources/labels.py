@@ -128,6 +128,7 @@ def read_labels(
     where: Callable[[int], str],
     classes: Sequence[str] | None = None,
     known: Mapping[str, Sequence[str]] | None = None,
+    option: str | None = None,
 ) -> Labels:
     """Converts the labels of all items to numbers.
 
@@ -143,6 +144,7 @@ def read_labels(
         classes: the names of classes by number, for a single column. Integers (also `2.0`) are indices into it.
         known: for some columns, the names that the source itself gives to integers. Ignored if the column's kind is
             given as integer or float.
+        option: what `--labels` takes for all of the columns, for messages; the name of each column if None.
 
     Raises:
         SourceError: a value is missing or of another kind than the others, or a class is not in the list.
@@ -156,7 +158,9 @@ def read_labels(
         if classes is not None and kind == "float":
             raise UsageError(f"--labels {name}:float and --classes-from contradict each other; omit one of them")
         stripped = [entry.strip() if isinstance(entry, str) else entry for entry in entries]
-        column, found = _Column(name, stripped, location, where).read(kind, classes, (known or {}).get(name))
+        column, found = _Column(name, stripped, location, where, option or name).read(
+            kind, classes, (known or {}).get(name)
+        )
         columns.append(column)
         numbers.append(found)
     if {"float", "integer"} <= {column.kind for column in columns}:
@@ -186,6 +190,7 @@ def array_labels(
     *,
     names: Sequence[str] | None = None,
     kind: Kind | None = None,
+    option: str | None = None,
 ) -> Labels:
     """As `read_labels`, for labels in one array.
 
@@ -195,6 +200,7 @@ def array_labels(
         location, classes: as for `read_labels`.
         names: the names that the source gives to the integers of a single column, if any.
         kind: given for the labels, if any.
+        option: what `--labels` takes for the array, for messages; `name` if None.
 
     Raises:
         SourceError, UsageError: as `read_labels`.
@@ -223,7 +229,13 @@ def array_labels(
         listed = [[*map(int, column)] for column in listed]
     meaning = None if names is None else {name: names}
     return read_labels(
-        asked, listed, location=location, where=lambda row: f"image {row}", classes=classes, known=meaning
+        asked,
+        listed,
+        location=location,
+        where=lambda row: f"image {row}",
+        classes=classes,
+        known=meaning,
+        option=option or name,
     )
 
 
@@ -258,12 +270,14 @@ class _Column:
         entries: a label for each item: text without surrounding blanks, a number, or None.
         location: the source, for messages.
         where: says which item an entry belongs to, for messages.
+        option: what `--labels` takes for the column, for messages.
     """
 
     name: str
     entries: Sequence[Any]
     location: str
     where: Callable[[int], str]
+    option: str
 
     def read(
         self, kind: Kind | None, classes: Sequence[str] | None, known: Sequence[str] | None
@@ -318,19 +332,27 @@ class _Column:
         missing = [row for row, entry in enumerate(self.entries) if is_missing(entry)]
         if missing:
             more = f", and in {len(missing) - 1} more" if len(missing) > 1 else ""
+            what = "NaN" if isinstance(self.entries[missing[0]], float) else "no label"
             raise SourceError(
-                f"{self.location!r}: column {self.name!r} has no label for {self.where(missing[0])}{more}; fill it in, "
+                f"{self.location!r}: column {self.name!r} has {what} for {self.where(missing[0])}{more}; fill it in, "
                 "or remove the rows"
             )
 
     def _refuse_texts(self, wanted: Kind | None, kinds: Sequence[Kind]) -> None:
-        """Raises SourceError if the texts among the entries should be numbers."""
+        """Raises SourceError if the texts among the entries should be numbers, or are numbers that cannot be stored."""
         texts = [row for row, kind in enumerate(kinds) if kind == "class"]
+        beyond = next((row for row in texts if isinstance(self.entries[row], (int, float))), None)
+        if beyond is not None:
+            raise SourceError(
+                f"{self.location!r}: column {self.name!r} has {self.entries[beyond]!r} for {self.where(beyond)}; "
+                f"labels are finite floats, or integers of int64, from {-(2**63)} to {2**63 - 1}: save such, or say "
+                f"--labels {self.option}:class to make each different number a class"
+            )
         first = f"{self.entries[texts[0]]!r} for {self.where(texts[0])}"
         if all(_DECIMAL_COMMA.fullmatch(str(self.entries[row])) for row in texts):
             raise SourceError(
                 f"{self.location!r}: column {self.name!r} has decimal commas ({first}); write points, or say --labels "
-                f"{self.name}:class"
+                f"{self.option}:class"
             )
         if wanted is not None:
             raise self._no_number(wanted, texts[0])
@@ -338,13 +360,13 @@ class _Column:
         if number is not None:
             raise SourceError(
                 f"{self.location!r}: column {self.name!r} has both texts ({first}) and numbers "
-                f"({self.entries[number]!r} for {self.where(number)}); fix it, or say --labels {self.name}:class"
+                f"({self.entries[number]!r} for {self.where(number)}); fix it, or say --labels {self.option}:class"
             )
 
     def _no_number(self, wanted: Kind, row: int) -> SourceError:
         return SourceError(
             f"{self.location!r}: column {self.name!r} has {self.entries[row]!r} for {self.where(row)}, which is no "
-            f"{'whole ' if wanted == 'integer' else ''}number; fix it, or say --labels {self.name}:class"
+            f"{'whole ' if wanted == 'integer' else ''}number; fix it, or say --labels {self.option}:class"
         )
 
     def _indices(self, names: Sequence[str]) -> list[int]:

@@ -61,9 +61,19 @@ def image_array(arrays: Mapping[str, Array], wanted: str, location: str) -> str:
     if name is None:
         raise SourceError(
             f"{location!r}: {'no array has' if not many else 'several arrays have'} the dimensions of images; it has "
-            f"{shown(arrays)}; allowed is (N, H, W), (N, H, W, C) or (N, C, H, W), and {location}/NAME.npy says which"
+            f"{shown(arrays)}; allowed is (N, H, W), (N, H, W, C) or (N, C, H, W)"
+            + (f", and {location}/NAME.npy says which" if many else f": {_way_to_images(arrays)}")
         )
     return name
+
+
+def _way_to_images(arrays: Mapping[str, Array]) -> str:
+    """How to make a file that has images out of one that has none."""
+    if any(array.dtype.hasobject for array in arrays.values()):
+        return "of images in an array of Python objects make one array, np.stack(list(images)), and save that"
+    if not arrays:
+        return "save arrays with np.savez(FILE, images=images, labels=labels)"
+    return "of rows of pixels make images, array.reshape(len(array), H, W, C), of one image array[None], and save those"
 
 
 def single_image(arrays: Mapping[str, Array]) -> str | None:

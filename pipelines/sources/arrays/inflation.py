@@ -11,7 +11,7 @@ import weakref
 from typing import Any, BinaryIO
 
 from ...errors import FormatError, SourceError
-from ...npz.arrays import inflated
+from ...npz.arrays import content
 from ..access.files import Files
 from . import npy
 from .npy import Array
@@ -64,7 +64,7 @@ class Inflated:
         target.seek(self._end)
         try:
             with self._files.opened(array.number) as packed:
-                for piece in inflated(npy.reading(packed), array.info):
+                for piece in content(npy.reading(packed), array.info):
                     target.write(piece)
         except (SourceError, FormatError) as exc:
             raise OSError(errno.EIO, f"{array.where}: {exc}") from exc

@@ -25,6 +25,7 @@ def labels_of(
     names: Sequence[str] | None,
     classes: Sequence[str] | None,
     from_one: bool,
+    option: str,
 ) -> Labels:
     """The labels of images; see `array_labels`.
 
@@ -37,6 +38,7 @@ def labels_of(
         classes: the names of classes by number that `--classes-from` gives.
         from_one: whether integers are classes that count from 1, as in downsampled ImageNet. Without names, each number
             is the name of its class.
+        option: what `--labels` takes for these labels, for messages.
 
     Raises:
         SourceError, UsageError: as `array_labels`; or `names` do not fit the labels.
@@ -46,13 +48,13 @@ def labels_of(
     if values.ndim == 2:
         if classes is None and names is not None and len(names) == values.shape[1]:
             classes = names
-        return array_labels(column, values, location, classes, kind=kind)
+        return array_labels(column, values, location, classes, kind=kind, option=option)
     if from_one and kind is None and values.dtype.kind in "iu":
         given = names or classes
         if given is None or {*map(str, np.unique(values).tolist())} <= {*given}:
             kind = "class"
         else:
-            values = _from_zero(column, values, location, len(given))
+            values = _from_zero(column, values, location, len(given), option)
     if names is not None and values.dtype.kind in "US":
         if classes is None:
             try:
@@ -64,16 +66,16 @@ def labels_of(
                 ) from exc
             classes = names
         names = None
-    return array_labels(column, values, location, classes, names=names, kind=kind)
+    return array_labels(column, values, location, classes, names=names, kind=kind, option=option)
 
 
-def _from_zero(column: str, values: NDArray[Any], location: str, count: int) -> NDArray[Any]:
+def _from_zero(column: str, values: NDArray[Any], location: str, count: int, option: str) -> NDArray[Any]:
     """Labels from 1 to `count` as those from 0; labels that begin at 0 as they are."""
     low, high = int(values.min()), int(values.max())
     if low >= 1 and high < count:
         raise SourceError(
             f"{location!r}: {column!r} has labels from {low} to {high} for {count} names of classes, which could be "
-            f"those of 0 to {count - 1} or of 1 to {count}; use --labels {column}:integer for the former, or give "
+            f"those of 0 to {count - 1} or of 1 to {count}; use --labels {option}:integer for the former, or give "
             f"--classes-from the dataset that was built of all classes"
         )
     return values - 1 if low >= 1 and high == count else values

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import FormatError, SourceError
-from ...npz.arrays import ArrayInfo, ReadAt, inflated, read_arrays
+from ...npz.arrays import ArrayInfo, ReadAt, content, read_arrays
 from ..access.files import Files
 
 _MAX_VALUE_BYTES = 1 << 30
@@ -89,8 +89,10 @@ def as_damage(array: Array) -> Iterator[None]:
     """Turns errors of reading an array into SourceError."""
     try:
         yield
-    except (FormatError, OSError) as exc:
-        raise SourceError(f"{array.where} is damaged ({exc}); copy or make it again") from exc
+    except FormatError as exc:
+        raise SourceError(f"{array.where}: {exc.problem}") from exc
+    except OSError as exc:
+        raise SourceError(f"{array.where} cannot be read ({exc}); check the disk, then run the command again") from exc
 
 
 def values(files: Files, array: Array) -> NDArray[Any]:
@@ -101,13 +103,6 @@ def values(files: Files, array: Array) -> NDArray[Any]:
     if info.data_bytes > _MAX_VALUE_BYTES:
         raise SourceError(f"{array.where}: {info.data_bytes} bytes of labels; at most {_MAX_VALUE_BYTES} are allowed")
     with as_damage(array), files.opened(array.number) as file:
-        read = reading(file)
-        if info.deflated:
-            data = b"".join(inflated(read, info))
-        else:
-            data = bytes(read(info.begin, info.header_bytes + info.data_bytes))
-            info.require_crc(data)
-    if len(data) < info.header_bytes + info.data_bytes:
-        raise SourceError(f"{array.where} is cut; copy or make it again")
+        data = b"".join(content(reading(file), info))
     found = np.frombuffer(memoryview(data)[info.header_bytes :], info.dtype)
     return found.reshape(info.shape, order="F" if info.fortran else "C")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...config import BuildConfig
 from ...errors import SourceError, UsageError
-from ...npz.arrays import inflated
+from ...npz.arrays import content
 from ...storage.base import is_remote
 from ..access.files import GROUP_ITEMS, Files, place_of, read_piece
 from ..base import Group, Item, some, split_sides
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _PATTERN = "*.np[yz]"  # of the files in a folder
 _SAMPLED = 32  # images of floats that are looked at
 _SAMPLED_BYTES = 64 << 20  # of them, at most
-_IN_NPZ = re.compile(r"(.+\.npz)/([^/]+)\.npy", re.IGNORECASE | re.DOTALL)
+_IN_NPZ = re.compile(r"(.+\.npz)/(.+)\.npy", re.IGNORECASE | re.DOTALL)
 
 
 class NumpySource(LabelledSource[Listing]):
@@ -57,9 +57,10 @@ class NumpySource(LabelledSource[Listing]):
     An array `data` of uint8 (N, 3 * side * side), as in downsampled ImageNet, has rows of three planes; its labels,
     which count from 1, are classes.
 
-    Nothing is mapped or loaded in advance: each row is read on demand. Rows of an array that np.savez_compressed
-    deflated cannot be read alone, so each process that reads it inflates it once into an unnamed temporary file
-    (TMPDIR).
+    Nothing is mapped or loaded in advance: each row is read on demand. Rows have no checksum of their own, so a build
+    first reads each array in an .npz once and compares it with its CRC-32 (`require_sound`); an .npy has none. Rows of
+    an array that np.savez_compressed deflated cannot be read alone, so each process that reads it inflates it once,
+    checked, into an unnamed temporary file (TMPDIR).
 
     Items are named `00000` and so on; with several files, `part_0/00000`. An item's place: its row; with several files,
     the number of the file and the row.
@@ -75,7 +76,7 @@ class NumpySource(LabelledSource[Listing]):
     def __init__(self, location: str, config: BuildConfig, classes: Sequence[str] | None) -> None:
         self._asked, self._classes = _label_spec(config.labels), classes
         path, wanted = location, ""
-        if match := _IN_NPZ.fullmatch(location):
+        if (match := _IN_NPZ.fullmatch(location)) and not os.path.isdir(match[1]):
             path, wanted = match.groups()
         self._files = Files(path, _PATTERN)
         self.location = self._files.location + (f"/{wanted}.npy" if wanted else "")
@@ -93,6 +94,7 @@ class NumpySource(LabelledSource[Listing]):
             array = self._arrays[0]
             require_scale(self._sample(), config.scale, f"{array.where} has {array.dtype} {array.shape}")
         self._inflated = Inflated(self._files)
+        self._sound: set[int] = set()  # the numbers of the files whose images were compared with their CRC-32
         if deflated := [array.info.npy_bytes for array in self._arrays if array.info.deflated]:
             log.warning(
                 "%s is compressed, so each process that reads it decompresses it once, into %d MB in %s; to avoid "
@@ -134,7 +136,7 @@ class NumpySource(LabelledSource[Listing]):
         if (info := self._arrays[0].info).deflated:
             count, data = min(count, self._arrays[0].shape[0]), bytearray()
             with self._files.opened(0) as packed, as_damage(self._arrays[0]):
-                for piece in inflated(npy.reading(packed), info):
+                for piece in content(npy.reading(packed), info):
                     data += piece
                     if len(data) >= info.header_bytes + count * size:
                         break
@@ -187,6 +189,24 @@ class NumpySource(LabelledSource[Listing]):
         """Raises SourceError if a file is gone or no longer readable."""
         self._files.check()
 
+    def require_sound(self, places: NDArray[np.int64]) -> None:
+        """Compares the arrays of these items with their CRC-32, once each; those that are inflated are checked then.
+
+        Args:
+            places: of items, (N, 1), or (N, 2) with several files.
+
+        Raises:
+            SourceError: an array is damaged, or cannot be read.
+        """
+        numbers = np.unique(places[:, 0]).tolist() if len(self._files) > 1 else [0]
+        for array in (self._arrays[number] for number in numbers if number not in self._sound):
+            if array.in_npz and not array.info.deflated:
+                log.info("comparing %s, %d bytes, with its CRC-32", array.where, array.info.npy_bytes)
+                with as_damage(array), self._files.opened(array.number) as file:
+                    for _ in content(npy.reading(file), array.info):
+                        pass
+            self._sound.add(array.number)
+
     def _find_labels(self, found: Sequence[Mapping[str, Array]]) -> list[tuple[Files, Array]]:
         """The arrays with the labels, and the files that they are in; none if there are no labels."""
         first = found[0]
@@ -230,6 +250,7 @@ class NumpySource(LabelledSource[Listing]):
             names=class_names(self._files, self._names_arrays),
             classes=self._classes,
             from_one=self._flat,
+            option=self._asked[0] if self._asked else self._column,
         )
         return Listing(labels)
 

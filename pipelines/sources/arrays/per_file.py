@@ -11,7 +11,7 @@ import numpy as np
 
 from ...config import BuildConfig
 from ...errors import FormatError, SourceError, UsageError
-from ...npz.arrays import inflated, read_arrays
+from ...npz.arrays import content, read_arrays
 from ..base import Item, Source, as_bytes, as_text, is_hidden
 from ..folders.folder import LABELS, FolderSource
 from ..rejects import BadItem
@@ -117,9 +117,5 @@ def _image(data: memoryview, scale: Scale, where: str, max_pixels: int) -> tuple
     form = image_of(found[name], scale)
     if (pixels := math.prod(form.shape) // form.channels) > max_pixels:
         raise BadItem("decode", "too-large", f"{pixels} pixels; at most {max_pixels}")
-    if info.deflated:
-        npy: bytes | memoryview = b"".join(inflated(read, info))
-    else:
-        npy = read(info.begin, info.npy_bytes)
-        info.require_crc(npy)
-    return form, bytes(npy[info.header_bytes : info.header_bytes + form.row_bytes])
+    npy = b"".join(content(read, info))
+    return form, npy[info.header_bytes : info.header_bytes + form.row_bytes]

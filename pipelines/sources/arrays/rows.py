@@ -70,8 +70,14 @@ def rows_of(array: Array, scale: Scale, *, flat: bool = False) -> RowFormat:
     """
     shape, got = array.shape, f"{array.where} has {array.dtype} {array.shape}"
     if array.info.fortran and len(shape) > 1:
+        name = array.info.name
+        copy = (
+            f"a = dict(np.load(OLD)); a[{name!r}] = np.ascontiguousarray(a[{name!r}]); np.savez(NEW, **a)"
+            if array.in_npz
+            else "np.save(NEW, np.ascontiguousarray(np.load(OLD)))"
+        )
         raise SourceError(
-            f"{array.where} is in Fortran order; save it in C order: np.save(file, np.ascontiguousarray(array))"
+            f"{array.where} is in Fortran order; images are in C order: save it as such in Python: {copy}"
         )
     if flat:
         side = flat_side(array)
@@ -110,14 +116,27 @@ def _format(array: Array, shape: tuple[int, ...], scale: Scale, got: str, allowe
     return RowFormat(array.dtype, shape, first, channels, array.info.fortran, scale)
 
 
+def _way_to_levels(dtype: np.dtype[Any]) -> str:
+    """How to make pixels of an array whose dtype is not allowed."""
+    if dtype.kind == "b":
+        return "save array.astype('uint8') * 255"
+    if dtype.kind in "iu":
+        return "save array.astype('uint8') if values are 0 to 255, .astype('uint16') up to 65535; scale others first"
+    if dtype.kind == "f":
+        return "save array.astype('float32')"
+    if dtype.names:
+        return "save its fields as channels, np.stack([array[name] for name in array.dtype.names], axis=-1)"
+    return "convert it to one of these"
+
+
 def _required(array: Array, found: RowFormat, got: str) -> RowFormat:
     """The format itself. Raises SourceError for another dtype, and for an array without images, or too large ones."""
     dtype = found.dtype
     floats = dtype.kind == "f" and dtype.itemsize <= 8
     if not floats and (dtype.kind != "u" or dtype.itemsize > 2):
         raise SourceError(
-            f"{got}; allowed are uint8 and uint16, and float16, float32 and float64 with --scale: scale it to 0 to 255 "
-            "(or 65535), round, and save it as .astype('uint8')"
+            f"{got}; allowed are uint8 and uint16, and float16, float32 and float64 with --scale: "
+            + _way_to_levels(dtype)
         )
     if found.scale != "none" and not floats:
         raise UsageError(f"--scale {found.scale} is for floats; {got}: omit it")
