@@ -122,9 +122,10 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def rows_of(self, epoch: int) -> Places:
         """The row of each image of an epoch, int64 (N,)."""
-        if self._drawn[0] != epoch:
-            self._drawn = epoch, kept_rows(self.data, self._keep_blank, epoch)
-        return self._drawn[1]
+        drawn = self._drawn
+        if drawn[0] != epoch:
+            self._drawn = drawn = epoch, kept_rows(self.data, self._keep_blank, epoch)
+        return drawn[1]  # another thread may have drawn another epoch
 
     @functools.cached_property
     def targets(self) -> list[Any] | None:
