@@ -193,6 +193,17 @@ def test_global_batches_that_make_no_sense_are_refused(out: Path) -> None:
             stream_of(out, **options)
 
 
+@pytest.mark.parametrize("transform", [None, torch.neg])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"collate_fn": reader.collate}], ids=["torch's collate", "ours"])
+def test_a_dataloader_that_would_put_steps_into_batches_is_told_how_to_be_created(
+    out: Path, transform: Any, workers: int, options: dict[str, Any]
+) -> None:
+    batches = DataLoader(stream_of(out, transform=transform), batch_size=2, num_workers=workers, **options)
+    with pytest.raises(UsageError, match=r"create the DataLoader with batch_size=None"):
+        next(iter(batches))
+
+
 def test_transforms_are_applied(out: Path) -> None:
     expected = [(-images, labels) for images, labels in stream_of(out)]
     for workers in (0, 2):

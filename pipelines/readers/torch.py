@@ -33,7 +33,7 @@ except ImportError as exc:
 
 from .torch_crops import read
 from .torch_loader import Loader, loader, look_up, ranks
-from .torch_workers import KEPT, Batch, collate, shared_buffers, tensor
+from .torch_workers import KEPT, Batch, Step, collate, shared_buffers, tensor
 
 __all__ = ["Loader", "ShardDataset", "ShardIterable", "collate", "loader", "look_up"]
 
@@ -401,7 +401,8 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
             start, stop = part(len(places), self.rank, self.world_size)
             samples = self.dataset.samples(rows[places[start:stop]], epoch)
             self._begun = epoch, step + 1
-            yield collate(samples)
+            found = collate(samples)
+            yield Step(found) if isinstance(found, (tuple, list)) else found
 
     def _elastic_identity(self) -> dict[str, Any]:
         """Everything that decides the images of each step."""

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 import torch.utils.data
 from numpy.typing import NDArray
+from torch.utils.data._utils.collate import default_collate_fn_map  # to be extended, says default_collate
 
 from ..config import Layout
+from ..errors import UsageError
 from .buffers import Buffers, Bytes
 
 KEPT = 16  # buffers of a worker: more than the batches that a DataLoader prefetches from it
@@ -73,6 +75,16 @@ def collate(samples: Sequence[Any]) -> Any:
     if torch.utils.data.get_worker_info() is None:
         return _whole(samples.images, samples.labels, samples.layout)
     return _Message(samples)
+
+
+class Step(tuple[torch.Tensor, torch.Tensor]):
+    """Images and labels of a step, which a DataLoader must not put into batches once more."""
+
+    __slots__ = ()
+
+
+def _refuse(steps: Any, *, collate_fn_map: Any = None) -> Any:
+    raise UsageError("a stream with global_batch gives whole batches; create the DataLoader with batch_size=None")
 
 
 def shared_buffers() -> Buffers:
@@ -194,6 +206,7 @@ def _before_fork() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_mapped.clear)
+default_collate_fn_map.update({Step: _refuse, _Message: _refuse})
 
 
 def _whole(images: NDArray[Any], labels: NDArray[Any] | None, layout: Layout) -> Any:
