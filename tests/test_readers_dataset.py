@@ -636,6 +636,27 @@ def test_a_column_with_other_than_an_entry_for_each_image_is_refused(make_datase
     assert [problem.file for problem in compare(out, 100).problems] == ["shard-00001.npz"]
 
 
+@pytest.mark.parametrize("text", ["\U00010000", "a/\U00010000.jpg"])
+def test_a_path_with_code_points_beyond_unicode_is_no_text(make_dataset: MakeDataset, text: str) -> None:
+    shard = (out := make_dataset()) / "shard-00001.npz"
+    reader = NpzReader(shard)
+    arrays = {name: reader[name].copy() for name in reader.directory.members}
+    arrays["paths"][3] = text
+    codes = arrays["paths"].view(np.uint32)
+    codes[codes == 0x10000] = 0x110000
+    with NpzWriter(shard) as file:
+        for name, array in arrays.items():
+            file.add(name, array)
+        file.close(reader.directory.comment)
+    dataset = gpu_npz.open_dataset(out)
+    assert dataset.paths[9] == str(arrays["paths"][2])
+    for data, rows in ((dataset, 10), (dataset, slice(2, 12)), (dataset.subset([10, 0]), 0)):
+        with pytest.raises(FormatError, match=r"out: a path is no text; run gpu-npz verify"):
+            _ = data.paths[rows]
+    problems = [problem.what for problem in gpu_npz.verify(out).problems if problem.file == shard.name]
+    assert "paths has code points that are not in Unicode" in problems
+
+
 # A build that goes on
 
 

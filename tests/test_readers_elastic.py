@@ -12,7 +12,7 @@ import pytest
 from support import MakeDataset, read_shards
 
 from gpu_npz.errors import UsageError
-from gpu_npz.readers.order import ElasticOrder
+from gpu_npz.readers.order import ElasticOrder, part, shards_in
 
 torch = pytest.importorskip("torch", reason="NOT TESTED: torch is not installed")
 
@@ -77,6 +77,19 @@ def test_a_rank_reads_few_shards_where_the_ranks_divide_the_lanes() -> None:
         for number in (0, 3, 100, 249):
             parts = np.split(order.step(number), ranks)
             assert all(len(np.unique(part // 1000)) <= 4 * 8 // ranks for part in parts)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_a_rank_that_begins_at_any_step_knows_every_shard_that_it_will_read(seed: int | None, world_size: int) -> None:
+    bounds = np.cumsum([0, 3, 0, 8, 1, 13, 5, 2, 21, 4])
+    order = ElasticOrder(bounds, 8, 4, 7, seed, 1)
+    for first in range(order.steps):
+        for rank in range(world_size):
+            known = shards_in(bounds, order.spans(first, rank, world_size), seed, 1)
+            for step in map(order.step, range(first, order.steps)):
+                mine = step[slice(*part(len(step), rank, world_size))]
+                assert set(np.searchsorted(bounds[1:], mine, side="right")) <= set(known)
 
 
 # The stream
@@ -178,6 +191,17 @@ def test_global_batches_that_make_no_sense_are_refused(out: Path) -> None:
     for options in ({"global_batch": 10}, {"world_size": 16, "rank": 0}, {"global_batch": 0}, {"lanes": 0}):
         with pytest.raises(UsageError, match=r"(global_batch|lanes): got"):
             stream_of(out, **options)
+
+
+@pytest.mark.parametrize("transform", [None, torch.neg])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"collate_fn": reader.collate}], ids=["torch's collate", "ours"])
+def test_a_dataloader_that_would_put_steps_into_batches_is_told_how_to_be_created(
+    out: Path, transform: Any, workers: int, options: dict[str, Any]
+) -> None:
+    batches = DataLoader(stream_of(out, transform=transform), batch_size=2, num_workers=workers, **options)
+    with pytest.raises(UsageError, match=r"create the DataLoader with batch_size=None"):
+        next(iter(batches))
 
 
 def test_transforms_are_applied(out: Path) -> None:

@@ -594,6 +594,78 @@ def test_copies_that_are_damaged_or_of_another_name_are_refused(proxy: Requests,
         np.testing.assert_array_equal(data[row], gpu_npz.open_dataset(stored)[row])
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["files", "folder"])
+def test_a_cache_that_is_deleted_during_a_download_is_filled_anew(
+    proxy: Requests,
+    stored: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    whole: bool,
+) -> None:
+    cache, times, real = tmp_path / "cache", itertools.count(), os.pwrite
+
+    def write(descriptor: int, data: bytes, position: int) -> int:
+        if next(times) == 2:
+            for path in cache.iterdir():
+                path.unlink()
+            if whole:
+                cache.rmdir()
+        return real(descriptor, data, position)
+
+    monkeypatch.setattr(remote, "_DOWNLOADS", 1)
+    monkeypatch.setattr(os, "pwrite", write)
+    data = gpu_npz.open_dataset(upload(stored), cache=cache)
+    data.fill()
+    settled(data)
+    assert files_in(cache) == [".npz"] * 4  # without the two that were complete
+    np.testing.assert_array_equal(list(data), gpu_npz.open_dataset(stored)[:])
+    assert files_in(cache) == [".npz"] * 6
+    assert not caplog.records
+
+
+def test_a_file_that_another_process_puts_in_place_of_a_deleted_one_stays(
+    proxy: Requests, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, real, begun = tmp_path / "cache", os.pwrite, []
+
+    def write(descriptor: int, data: bytes, position: int) -> int:
+        if not begun:
+            (part,) = cache.glob("*.part")
+            part.unlink()
+            begun.append(os.open(part, os.O_RDWR | os.O_CREAT))  # as another process does
+            fcntl.flock(begun[0], fcntl.LOCK_EX)
+            os.ftruncate(begun[0], len(data))
+        return real(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    data = gpu_npz.open_dataset(upload(stored), cache=cache)
+    assert data._remote is not None
+    assert data._remote._keep(0, wait=False) is None
+    assert files_in(cache) == [".part"]
+    os.close(begun[0])
+    assert data._remote._keep(0, wait=True)
+    np.testing.assert_array_equal(data[0], gpu_npz.open_dataset(stored)[0])
+
+
+def test_a_copy_that_is_deleted_while_it_is_opened_is_read_from_the_store(
+    proxy: Requests, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, expected = upload(stored), gpu_npz.open_dataset(stored)
+    list(gpu_npz.open_dataset(url, cache=tmp_path / "cache"))
+    exists = os.path.exists
+
+    def delete(path: str) -> bool:
+        found = exists(path)
+        if found and path.endswith(".npz"):
+            os.unlink(path)
+        return found
+
+    monkeypatch.setattr(os.path, "exists", delete)
+    data = gpu_npz.open_dataset(url, cache=tmp_path / "cache")
+    np.testing.assert_array_equal(data[39], expected[39])
+
+
 def test_settings_of_the_cache_are_checked_and_a_folder_needs_none(
     proxy: Requests, stored: Path, tmp_path: Path
 ) -> None:

@@ -67,6 +67,39 @@ def test_images_alone_and_datasets_with_transforms_are_collated(
         assert_same(batches_of(subset, batch_size=3, num_workers=workers), DataLoader(subset, 3))
 
 
+class Changing(torch.utils.data.Dataset[Any]):
+    """A dataset that wraps another one, and changes the list of a batch's samples."""
+
+    def __init__(self, dataset: ShardDataset, change: Callable[[Any], object]) -> None:
+        self.dataset, self.change = dataset, change
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        samples = self.dataset.__getitems__(indices)
+        self.change(samples)
+        return samples
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda samples: samples.reverse(),
+        lambda samples: samples.pop(),
+        lambda samples: samples.append(samples[0]),
+        lambda samples: samples.__setitem__(0, (-samples[0][0], 7)),
+    ],
+    ids=["reversed", "shorter", "longer", "replaced"],
+)
+def test_a_dataset_that_wraps_another_may_change_the_samples_of_a_batch(
+    pixels: Path, workers: int, change: Callable[[Any], object]
+) -> None:
+    dataset = Changing(ShardDataset(pixels), change)
+    assert_same(batches_of(dataset, num_workers=workers), DataLoader(dataset, 7))
+
+
 HOLDS: dict[str, Callable[[Any], Any]] = {
     "batch": lambda images: images,
     "slice": lambda images: images[:3],
@@ -187,6 +220,27 @@ def test_iterations_that_stop_early_and_begin_anew(pixels: Path) -> None:
             if number == stop:
                 break
     assert_same(batches, DataLoader(dataset, 2))
+
+
+def test_a_message_names_the_buffers_of_the_time_at_which_it_was_made() -> None:
+    # It is pickled by another thread, while the worker's own thread may make a buffer.
+    buffers = torch_workers.shared_buffers()
+    images = buffers.take((2, 3, 4, 5), np.dtype(np.uint8))
+    message = torch_workers._Message(torch_workers.Batch(images, None, "NCHW"))
+    later = torch_workers._make(100)
+    _, ((_, serial), kept, *_) = message.__reduce__()
+    assert serial in kept
+    assert int(later[-16:-8].view(np.int64)[0]) not in kept
+
+
+def test_a_worker_whose_number_a_process_of_another_user_has_taken_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: int, signal: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    monkeypatch.setitem(torch_workers._mapped, (4_000_000, 0), np.zeros(32, np.uint8))
+    torch_workers._unmap()
+    assert (4_000_000, 0) not in torch_workers._mapped
 
 
 def test_torchs_other_way_to_share_memory_works(pixels: Path) -> None:

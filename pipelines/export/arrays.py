@@ -15,7 +15,7 @@ from ..dataset.space import lack_of_space
 from ..errors import StorageError, UsageError
 from ..npz.writer import NpzWriter
 from .place import new_files
-from .rows import Rows
+from .rows import ExportedRows
 
 Progress = Callable[[int, int], None]
 _NAME = re.compile(r"[\w.-]{1,100}", re.ASCII)
@@ -23,7 +23,7 @@ _OTHERS = ("paths", "class_names", "label_names")
 _TEXTS_AT_ONCE = 4096
 
 
-def write_npz(rows: Rows, dest: str, keys: tuple[str, str], progress: Progress) -> None:
+def write_npz(rows: ExportedRows, dest: str, keys: tuple[str, str], progress: Progress) -> None:
     """Writes all rows to one .npz, in memory that does not grow with their number.
 
     Its arrays: the images as stored, (N, C, H, W) or (N, H, W, C); the labels, (N,) or (N, K), if there are any;
@@ -72,7 +72,7 @@ def write_npz(rows: Rows, dest: str, keys: tuple[str, str], progress: Progress) 
             rows.require_sound()
 
 
-def _names(rows: Rows) -> dict[str, list[str]]:
+def _names(rows: ExportedRows) -> dict[str, list[str]]:
     if len(rows.columns) > 1:
         return {"label_names": [column.name for column in rows.columns]}
     classes = rows.columns[0].classes if rows.columns else None
@@ -85,7 +85,7 @@ def _add_texts(file: NpzWriter, name: str, parts: Iterable[NDArray[Any]], width:
         file.append(part.astype(f"<U{width}"))
 
 
-def write_npy(rows: Rows, dest: str, progress: Progress) -> None:
+def write_npy(rows: ExportedRows, dest: str, progress: Progress) -> None:
     """Writes the images as stored to one .npy, and the labels, if there are any, to `NAME-labels.npy` beside it.
 
     The arguments and errors are those of `write_npz`.
@@ -117,7 +117,7 @@ def _flush(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _require_space(rows: Rows, dest: str) -> None:
+def _require_space(rows: ExportedRows, dest: str) -> None:
     """Raises StorageError if the images do not fit on the filesystem."""
     if lack := lack_of_space(dest, len(rows) * rows.image_bytes, 0):
         raise StorageError(f"{lack}; free some space or choose another DEST")

@@ -15,13 +15,13 @@ from .arrays import Progress
 from .encoder import Encoder
 from .names import column_names, file_name, numbered, portable, repeated
 from .place import ignores_case, new_folder
-from .rows import Rows, Sample, in_order
+from .rows import ExportedRows, Sample, in_order
 
 TABLE = "metadata.csv"
 
 
 def write_folder(
-    rows: Rows, dest: str, encoder: Encoder, content: dict[str, Any], threads: int, progress: Progress
+    rows: ExportedRows, dest: str, encoder: Encoder, content: dict[str, Any], threads: int, progress: Progress
 ) -> int:
     """Writes each row to a file, and returns how many files were there already.
 
@@ -65,7 +65,7 @@ def write_folder(
         return there
 
 
-def _class_folders(rows: Rows, *, ignore_case: bool) -> dict[int, str]:
+def _class_folders(rows: ExportedRows, *, ignore_case: bool) -> dict[int, str]:
     """The folder of each label that occurs; empty if labels are not classes or whole numbers."""
     if rows.labels is None or not rows.by_class:
         return {}
@@ -82,7 +82,9 @@ def _class_folders(rows: Rows, *, ignore_case: bool) -> dict[int, str]:
     }
 
 
-def _naming(rows: Rows, folders: dict[int, str], extension: str, *, ignore_case: bool) -> Callable[[int, str], str]:
+def _naming(
+    rows: ExportedRows, folders: dict[int, str], extension: str, *, ignore_case: bool
+) -> Callable[[int, str], str]:
     """A function that gives the file of a row, relative to DEST, by its position and its path."""
     classes = rows.manifest.classes
 
@@ -102,7 +104,7 @@ def _naming(rows: Rows, folders: dict[int, str], extension: str, *, ignore_case:
     return name_of
 
 
-def _write_table(storage: LocalStorage, rows: Rows, name_of: Callable[[int, str], str]) -> None:
+def _write_table(storage: LocalStorage, rows: ExportedRows, name_of: Callable[[int, str], str]) -> None:
     temporary = storage.temporary(TABLE)
     try:
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:

@@ -80,7 +80,7 @@ class Sample:
         return found
 
 
-class Rows:
+class ExportedRows:
     """The rows of a finished dataset, without blank ones.
 
     Only one shard is mapped at a time, so memory does not grow with the dataset, except for some 24 bytes per row.

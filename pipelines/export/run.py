@@ -14,7 +14,7 @@ from ..storage.base import is_remote
 from .arrays import write_npy, write_npz
 from .encoder import Encoder, ImageFormat
 from .folder import write_folder
-from .rows import Rows
+from .rows import ExportedRows
 from .webdataset import write_tars
 
 Kind = Literal["npz", "npy", "folder", "webdataset"]
@@ -91,7 +91,7 @@ def export_dataset(
         raise UsageError(f"--quality: got {quality}; allowed: 1 to 100")
     if samples < 1:
         raise UsageError(f"--shard-size: got {samples}; allowed: a positive number")
-    rows, existing = Rows(out), 0
+    rows, existing = ExportedRows(out), 0
     root = os.path.realpath(rows.path)
     if os.path.commonpath([root, os.path.realpath(place)]) == root:
         raise UsageError(f"DEST {place!r} lies inside the dataset; choose a place outside of {rows.path!r}")

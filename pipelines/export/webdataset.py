@@ -16,11 +16,17 @@ from .arrays import Progress
 from .encoder import Encoder
 from .names import column_names
 from .place import new_folder
-from .rows import Rows, Sample, in_order
+from .rows import ExportedRows, Sample, in_order
 
 
 def write_tars(
-    rows: Rows, dest: str, encoder: Encoder, samples: int, content: dict[str, Any], threads: int, progress: Progress
+    rows: ExportedRows,
+    dest: str,
+    encoder: Encoder,
+    samples: int,
+    content: dict[str, Any],
+    threads: int,
+    progress: Progress,
 ) -> int:
     """Writes the rows to `shard-000000.tar` and so on, and returns how many rows are in tars that were there already.
 
@@ -67,7 +73,7 @@ def write_tars(
     return there
 
 
-def _add_sample(tar: tarfile.TarFile, rows: Rows, sample: Sample, extension: str, image: bytes) -> None:
+def _add_sample(tar: tarfile.TarFile, rows: ExportedRows, sample: Sample, extension: str, image: bytes) -> None:
     names = column_names([column.name for column in rows.columns], "path")
     columns = zip(names, rows.label(sample.position), strict=True)
     files = {extension: image}

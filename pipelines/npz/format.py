@@ -30,6 +30,7 @@ import hashlib
 import math
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -277,6 +278,14 @@ def read_member(member: Member, content: bytes, label: str) -> NDArray[Any]:
     if array.size:
         array.reshape(-1).view(np.uint8)[:] = np.frombuffer(content, np.uint8, offset=start)
     return array
+
+
+def is_text(values: NDArray[Any]) -> bool:
+    """Whether an array consists of strings `<U` whose code points Unicode has. NumPy makes invalid `str` of others."""
+    codes = np.ascontiguousarray(values).reshape(-1)
+    if codes.dtype.kind != "U" or not codes.nbytes:
+        return codes.dtype.kind == "U"
+    return bool(codes.view(np.uint32).max() <= sys.maxunicode)
 
 
 @contextlib.contextmanager

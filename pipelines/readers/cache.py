@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from ..config import SHARD_UNITS, parse_bytes
-from ..errors import StorageError, UsageError
+from ..errors import FormatError, StorageError, UsageError
 
 log = logging.getLogger(__name__)
 _OURS = re.compile(r"[0-9a-f]{64}\.(npz|part)")
@@ -79,6 +79,7 @@ class ShardCache:
                 if self.is_full:
                     return False
                 part = os.path.join(self.folder, f"{digest}.part")
+                os.makedirs(self.folder, exist_ok=True)
                 descriptor = os.open(part, _FLAGS, 0o666)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -86,6 +87,8 @@ class ShardCache:
                         self._complete(descriptor, part, digest, size, fill)
                 except BlockingIOError:
                     return None
+                except FileNotFoundError:  # somebody deleted the file or the folder meanwhile
+                    continue
                 finally:
                     fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may hold the descriptor, too
                     os.close(descriptor)
@@ -94,14 +97,21 @@ class ShardCache:
         return os.path.exists(self.path(digest))
 
     def _complete(self, descriptor: int, part: str, digest: str, size: int, fill: Callable[[int, str], None]) -> None:
-        """Fills a file whose flock is held and gives it its final name; else removes it."""
+        """Fills a file whose flock is held and gives it its final name; else removes it.
+
+        If somebody deletes the file meanwhile, another process may put one of its own in its place, which stays.
+        """
         try:
             if not os.path.exists(self.path(digest)) and self._reserve(descriptor, part, size):
                 fill(descriptor, part)
                 os.fsync(descriptor)
-                os.rename(part, self.path(digest))
+                if _is_at(descriptor, part):
+                    os.rename(part, self.path(digest))
+        except FormatError:
+            if _is_at(descriptor, part):
+                raise
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            if _is_at(descriptor, part):
                 os.unlink(part)
 
     def _reserve(self, descriptor: int, part: str, size: int) -> bool:
@@ -123,7 +133,7 @@ class ShardCache:
             self.is_full = True
             log.warning(
                 "cache %r: %s; the shards that are not there are read from the store by rows; to keep more of them, "
-                "give a larger cache_size or a disk with more space",
+                "give a larger cache_size, or a folder with more space that you may write to",
                 self.folder, why,
             )  # fmt: skip
 

@@ -23,6 +23,7 @@ from ..dataset.manifest import Manifest, so_far
 from ..dataset.records import open_npz
 from ..errors import FormatError, IncompleteError, StorageError
 from ..machine.environment import usable_cpus
+from ..npz.format import is_text
 from ..npz.reader import CachedDirectory, DeflatedRows, NpzReader
 from ..preprocess.normalize import images_together
 from ..sources.base import label_form
@@ -518,7 +519,7 @@ def column_fault(reader: NpzReader, name: str, manifest: Manifest) -> str | None
     shape = (len(reader.rows("images")), *(label_shape if name == "labels" else ()))
     column, kind = reader[name], kinds[name]
     if (column.shape, column.dtype.kind) == (shape, kind):
-        return None
+        return f"{name} has code points that are not in Unicode" if kind == "U" and not is_text(column) else None
     return f"{name} is {column.dtype} {column.shape}; {kind!r} {shape} belongs there"
 
 

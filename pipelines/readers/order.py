@@ -141,10 +141,10 @@ class ElasticOrder:
         return np.concatenate(parts)
 
     def spans(self, step: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-        """Start and stop, in the sequence of all shards, of what a rank has yet to read of each lane at this step."""
-        count = len(self._lanes)
+        """Start and stop, in the sequence of all shards, of the windows that a rank has yet to read of each lane."""
+        count, done = len(self._lanes), step * self._each
         lanes = self._lanes[count * rank // world_size : -(-count * (rank + 1) // world_size)]
-        return [(min(start + step * self._each, stop), stop) for start, stop in lanes]
+        return [(min(start + done - done % self._buffer, stop), stop) for start, stop in lanes]
 
     def _window(self, lane: int, number: int) -> Places:
         if self._windows.get(lane, (-1,))[0] != number:

@@ -245,6 +245,8 @@ class RemoteShards:
             return None
         try:
             reader = NpzReader(path)
+        except FileNotFoundError:  # somebody deleted it meanwhile
+            return None
         except OSError as exc:
             raise StorageError(
                 f"{path}: {exc.strerror}; raise the limit of open files (ulimit -n), if it is that"

@@ -33,7 +33,7 @@ except ImportError as exc:
 
 from .torch_crops import read
 from .torch_loader import Loader, loader, look_up, ranks
-from .torch_workers import KEPT, Batch, collate, shared_buffers, tensor
+from .torch_workers import KEPT, Batch, Step, collate, shared_buffers, tensor
 
 __all__ = ["Loader", "ShardDataset", "ShardIterable", "collate", "loader", "look_up"]
 
@@ -122,9 +122,10 @@ class ShardDataset(torch.utils.data.Dataset[Any]):
 
     def rows_of(self, epoch: int) -> Places:
         """The row of each image of an epoch, int64 (N,)."""
-        if self._drawn[0] != epoch:
-            self._drawn = epoch, kept_rows(self.data, self._keep_blank, epoch)
-        return self._drawn[1]
+        drawn = self._drawn
+        if drawn[0] != epoch:
+            self._drawn = drawn = epoch, kept_rows(self.data, self._keep_blank, epoch)
+        return drawn[1]  # another thread may have drawn another epoch
 
     @functools.cached_property
     def targets(self) -> list[Any] | None:
@@ -400,7 +401,8 @@ class ShardIterable(torch.utils.data.IterableDataset[Any]):
             start, stop = part(len(places), self.rank, self.world_size)
             samples = self.dataset.samples(rows[places[start:stop]], epoch)
             self._begun = epoch, step + 1
-            yield collate(samples)
+            found = collate(samples)
+            yield Step(found) if isinstance(found, (tuple, list)) else found
 
     def _elastic_identity(self) -> dict[str, Any]:
         """Everything that decides the images of each step."""

@@ -9,6 +9,7 @@ whether the parent still uses the batch.
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 import torch.utils.data
 from numpy.typing import NDArray
+from torch.utils.data._utils.collate import default_collate_fn_map  # to be extended, says default_collate
 
 from ..config import Layout
+from ..errors import UsageError
 from .buffers import Buffers, Bytes
 
 KEPT = 16  # buffers of a worker: more than the batches that a DataLoader prefetches from it
@@ -52,6 +55,12 @@ class Batch(list[Any]):
             each = torch.from_numpy(labels).unbind() if labels.ndim > 1 and len(labels) else labels.tolist()
             samples = list(zip(samples, each, strict=True))
         super().__init__(samples)
+        self._read = tuple(samples)
+
+    @property
+    def is_as_read(self) -> bool:
+        """Whether the list still has exactly the samples that were read, which a wrapping dataset may change."""
+        return len(self) == len(self._read) and all(map(operator.is_, self, self._read))
 
 
 def collate(samples: Sequence[Any]) -> Any:
@@ -61,11 +70,21 @@ def collate(samples: Sequence[Any]) -> Any:
     them into shared memory that is used again when the batch, its views and its NumPy arrays are gone. With transforms,
     this is torch's own function. In a worker, what it returns becomes tensors when the parent process receives it.
     """
-    if not isinstance(samples, Batch) or not samples:
+    if not isinstance(samples, Batch) or not samples or not samples.is_as_read:
         return torch.utils.data.default_collate(samples)  # type: ignore[arg-type]
     if torch.utils.data.get_worker_info() is None:
         return _whole(samples.images, samples.labels, samples.layout)
     return _Message(samples)
+
+
+class Step(tuple[torch.Tensor, torch.Tensor]):
+    """Images and labels of a step, which a DataLoader must not put into batches once more."""
+
+    __slots__ = ()
+
+
+def _refuse(steps: Any, *, collate_fn_map: Any = None) -> Any:
+    raise UsageError("a stream with global_batch gives whole batches; create the DataLoader with batch_size=None")
 
 
 def shared_buffers() -> Buffers:
@@ -105,6 +124,7 @@ class _Message:
         memory = batch.images.base
         assert memory is not None
         self._batch, self._memory = batch, memory
+        self._kept = list(_made)  # now, since another thread pickles this, while this thread may make a buffer
         memory[_LENT] = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -113,7 +133,7 @@ class _Message:
         storage = None if memory[_KNOWN] else memory.base
         memory[_KNOWN] = 1
         images = batch.images.shape, batch.images.dtype.str
-        return _received, ((os.getpid(), serial), list(_made), storage, images, batch.labels, batch.layout)
+        return _received, ((os.getpid(), serial), self._kept, storage, images, batch.labels, batch.layout)
 
 
 def _received(
@@ -173,7 +193,7 @@ def _unmap(is_dropped: Callable[[int, int], bool] = lambda worker, serial: False
 def _lives(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # a process of another user has the number now
         return False
     return True
 
@@ -186,6 +206,7 @@ def _before_fork() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_mapped.clear)
+default_collate_fn_map.update({Step: _refuse, _Message: _refuse})
 
 
 def _whole(images: NDArray[Any], labels: NDArray[Any] | None, layout: Layout) -> Any:

@@ -9,13 +9,15 @@ import abc
 import functools
 import hashlib
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, Literal, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..errors import FormatError, UsageError
+from ..npz.format import is_text
 from ..sources.base import LabelColumn, label_form
 from .inference import Preprocess
 
@@ -349,8 +351,11 @@ class _Paths(Sequence[str]):
     def __getitem__(self, rows: slice) -> list[str]: ...
 
     def __getitem__(self, rows: int | slice) -> str | list[str]:
-        paths = self._rows.column("paths", rows)
-        return paths.tolist() if isinstance(rows, slice) else str(paths)
+        found = self._rows.column("paths", rows if isinstance(rows, slice) else [operator.index(rows)])
+        if not is_text(found):
+            raise FormatError("a path is no text; run gpu-npz verify", self._rows.path)
+        paths: list[str] = found.tolist()
+        return paths if isinstance(rows, slice) else paths[0]
 
 
 def numbers_of(rows: Any, count: int) -> Numbers:
