@@ -40,6 +40,30 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     pytest.skip(f"NOT TESTED, no GPU: {reason} (with GPU_NPZ_REQUIRE_GPU=1 this fails)")
 
 
+# The files that take longest. They come first: a process that begins one last keeps the others waiting.
+LONGEST = ("test_published.py", "test_workers_ray.py", "test_docker.py", "test_npz.py", "test_workers_local.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files that have most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waits_for_the_disk() -> Iterator[None]:
+    """Turns `os.fsync` into a check of its descriptor, except in processes that a test starts.
+
+    It takes milliseconds, thousands of times, and changes nothing that a running machine could read.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: (os.fstat(descriptor), None)[1])
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_logger(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line takes the library's logger over; the next test gets it back."""
@@ -116,9 +140,7 @@ def many_shards(make_dataset: MakeDataset, tmp_path_factory: pytest.TempPathFact
         (folder / str(label)).mkdir()
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (2000, 8, 8, 3), np.uint8)):
         Image.fromarray(pixels).save(folder / f"{number % 10}/{number:04d}.png", compress_level=1)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda descriptor: None)  # 8,000 of them take their time and matter to no reader
-        return make_dataset(folder, shard_size=1, size=8, dtype="uint8")
+    return make_dataset(folder, shard_size=1, size=8, dtype="uint8")
 
 
 @pytest.fixture

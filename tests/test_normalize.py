@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ PER_IMAGE = ("standardize", "minmax", "maxabs", "l2")
 LAYOUTS, CHANNELS, DTYPES = ("NCHW", "NHWC"), ("rgb", "bgr", "gray"), ("float32", "float16", "uint8")
 
 
+@functools.cache
 def logarithm(number: int) -> Fraction:
     """ln by its series 2 (z + z^3/3 + z^5/5 + ...), z = (m - 1) / (m + 1), of m in 1 to 2, plus n ln 2: 60 digits."""
     halvings = max(0, number.bit_length() - 1)
@@ -580,28 +581,40 @@ def test_buffers_in_flight_do_not_disturb_each_other() -> None:
             rows[...] = -99
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """`compiled("float16")`: the GPU's kernel for values of this dtype, compiled for the CPU, once for each size.
+
+    It does what a GPU's threads do, one after the other: no GPU is needed to see a wrong index.
+    """
+
+    @functools.cache
+    def compiled(bits: str) -> Any:
+        kernel = normalize_cuda._KERNEL.replace('extern "C" __global__', "").replace("VALUE", bits)
+        grid = "static struct { int x, y; } blockIdx, threadIdx, blockDim;\n"
+        launch = """
+        void launch(int blocks, int images, int threads, void *pixels, void *kept, void *table, void *out, int plane,
+                    int channels, int planar, int swap, int image_step, int channel_step) {
+          for (blockDim.x = threads, blockIdx.y = 0; blockIdx.y < images; blockIdx.y++)
+            for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+              for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
+                normalize(pixels, kept, table, out, plane, channels, planar, swap, image_step, channel_step);
+        }"""
+        folder = tmp_path_factory.mktemp("kernel")
+        (folder / "kernel.c").write_text(grid + kernel + launch)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "kernel.so", folder / "kernel.c"], check=True)
+        return ctypes.CDLL(str(folder / "kernel.so")).launch
+
+    return lambda dtype: compiled(normalize_cuda._BITS[np.dtype(dtype).itemsize])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["mean-std", "standardize"])
 def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
-    kind: str, dtype: str, channels: str, layout: str, tmp_path: Path
+    kind: str, dtype: str, channels: str, layout: str, compiled: Callable[[str], Any]
 ) -> None:
-    # What a GPU's threads do, one after the other: no GPU is needed to see a wrong index.
-    kernel = normalize_cuda._KERNEL.replace('extern "C" __global__', "").replace(
-        "VALUE", normalize_cuda._BITS[np.dtype(dtype).itemsize]
-    )
-    grid = "static struct { int x, y; } blockIdx, threadIdx, blockDim;\n"
-    launch = """
-    void launch(int blocks, int images, int threads, void *pixels, void *kept, void *table, void *out, int plane,
-                int channels, int planar, int swap, int image_step, int channel_step) {
-      for (blockDim.x = threads, blockIdx.y = 0; blockIdx.y < images; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
-          for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
-            normalize(pixels, kept, table, out, plane, channels, planar, swap, image_step, channel_step);
-    }"""
-    (tmp_path / "kernel.c").write_text(grid + kernel + launch)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "kernel.so", tmp_path / "kernel.c"], check=True)
     settings = config_of("mean-std", channels) if kind == "mean-std" else BuildConfig(normalize=kind, channels=channels)
     config = settings.model_copy(update={"dtype": dtype, "layout": layout})
     pixels, kept, values = pixels_with_every_level(channels), np.array([2, 0], np.int32), table(config)
@@ -611,8 +624,7 @@ def test_the_gpus_kernel_compiled_for_the_cpu_gives_the_cpus_rows(
         values, steps = np.stack([image_table(config, Sums.of(pixels[place])) for place in kept]), (256, 0)
     out = np.full((3, *row_shape(config, 16, 24)), 99, dtype)
     arrays = [array.ctypes.data_as(ctypes.c_void_p) for array in (pixels, kept, values, out)]
-    launched = ctypes.CDLL(str(tmp_path / "kernel.so")).launch
-    launched(2, len(kept), 256, *arrays, 16 * 24, pixels.shape[3], layout == "NCHW", channels == "bgr", *steps)
+    compiled(dtype)(2, len(kept), 256, *arrays, 16 * 24, pixels.shape[3], layout == "NCHW", channels == "bgr", *steps)
     np.testing.assert_array_equal(out[:2], expected, strict=True)
     assert (out[2] == 99).all()
 
