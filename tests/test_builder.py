@@ -868,7 +868,7 @@ def test_an_empty_folder_is_a_fine_out(pictures: Path, out: Path) -> None:
         (None, "No such file or directory; give SRC as a folder, an archive or a table"),
         ({}, r"holds no images \(\.bmp .*\); give a folder of class folders"),
         ({"a/": b"", "b/": b""}, r"holds no images \(\.bmp .*\); give a folder of class folders"),
-        ({"a/IM0001": b""}, r"; 1 files are ignored because of their names \(1 without extension\); SRC is"),
+        ({"a/IM0001": b""}, r"; 1 files are ignored because of their names \(1 without extension\); give a folder"),
         ({"1.jpg": "jpeg", "a/2.jpg": "jpeg"}, "holds both images"),
     ],
 )

@@ -553,7 +553,7 @@ def test_a_file_has_the_extension_of_its_kind_and_is_never_overwritten(
     make_dataset: MakeDataset, tmp_path: Path, kind: Kind
 ) -> None:
     out = make_dataset()
-    with pytest.raises(UsageError, match=rf"--as {kind} makes one file; let its name end with \.{kind}"):
+    with pytest.raises(UsageError, match=rf"--as {kind} makes one file, whose name must end with \.{kind}"):
         export(out, tmp_path / "export", kind)
     dest = tmp_path / f"x.{kind}"
     dest.write_bytes(b"mine")

@@ -590,7 +590,7 @@ def test_rows_of_downsampled_imagenet_are_planes_and_its_labels_classes(tmp_path
     for array in (planes(SQUARES)[:, :-1], planes(SQUARES).astype(np.uint16), planes(SQUARES[:, :2, :2])):
         with pytest.raises(SourceError, match="no array has the dimensions of images"):
             open_source(save(tmp_path / "a.npz", {"data": array}))
-    with pytest.raises(SourceError, match=r"of rows of pixels make images, array\.reshape"):
+    with pytest.raises(SourceError, match=r"turn rows of pixels into images with array\.reshape"):
         open_source(save(tmp_path / "a.npy", planes(SQUARES)))
 
 

@@ -1,6 +1,6 @@
 """Measures the figures of README.md, and writes them to figures.json beside this file and to the README's table.
 
-    python .github/figures/measure.py SRC     # a folder of at least 1,500 photos; takes about 20 minutes on 2 cores
+    python .github/figures/measure.py SRC     # a folder of at least 300 photos; takes a quarter of an hour on 2 cores
     python .github/figures/measure.py         # only writes the table again
 
 Run it while nothing else uses the machine, in an environment with `gpu-npz[simd,torch,bench]` and what is compared:
@@ -22,8 +22,8 @@ PLOT = README.parent / ".github" / "assets" / "storage.png"
 HEAD = "| images/s | gpu-npz | others |\n|---|---|---|\n"
 BENCHES = {
     "pipeline": ["pipeline", "--device", "cpu", "--images", "750", "--rounds", "3"],
-    "writers": ["writers", "--images", "2000", "--rounds", "3"],
-    "storage": ["storage", "--dtype", "uint8", "--images", "1500", "--rounds", "3", "--plot", str(PLOT)],
+    "writers": ["writers", "--images", "1500", "--rounds", "3"],
+    "storage": ["storage", "--dtype", "uint8", "--images", "750", "--rounds", "3", "--plot", str(PLOT)],
     "loading": ["loading", "--images", "1536", "--rounds", "5"],
 }
 SCRIPT = "Pillow and `np.savez` on all cores"

@@ -70,10 +70,10 @@ def image_array(arrays: Mapping[str, Array], wanted: str, location: str) -> str:
 def _way_to_images(arrays: Mapping[str, Array]) -> str:
     """How to make a file that has images out of one that has none."""
     if any(array.dtype.hasobject for array in arrays.values()):
-        return "of images in an array of Python objects make one array, np.stack(list(images)), and save that"
+        return "turn an array of Python objects into one array with np.stack(list(images)), and save that"
     if not arrays:
         return "save arrays with np.savez(FILE, images=images, labels=labels)"
-    return "of rows of pixels make images, array.reshape(len(array), H, W, C), of one image array[None], and save those"
+    return "turn rows of pixels into images with array.reshape(len(array), H, W, C), or one image with array[None]"
 
 
 def single_image(arrays: Mapping[str, Array]) -> str | None:
