@@ -895,7 +895,7 @@ def test_an_array_in_a_folder_of_an_npz_is_named_with_the_folder(tmp_path: Path)
         ({}, r"save arrays with np\.savez"),
         ({"images": np.array([None, RGB[0]], dtype=object)}, r"np\.stack\(list\(images\)\)"),
         ({"images": RGB.reshape(6, -1)}, r"array\.reshape\(len\(array\), H, W, C\)"),
-        ({"images": RGB[0, :, :, 0]}, r"of one image array\[None\]"),
+        ({"images": RGB[0, :, :, 0]}, r"or one image with array\[None\]"),
     ],
 )
 def test_a_file_without_images_is_refused_with_how_to_make_some(

@@ -89,7 +89,7 @@ def rows_of(array: Array, scale: Scale, *, flat: bool = False) -> RowFormat:
         )
     allowed = "(N, H, W), (N, H, W, C) and (N, C, H, W), C being 1, 3 or 4"
     if len(shape) == 2:
-        allowed += "; of rows of pixels make images, array.reshape(len(array), H, W, C), and save those"
+        allowed += "; turn rows of pixels into images with array.reshape(len(array), H, W, C)"
     return _required(array, _format(array, shape[1:], scale, got, allowed), got)
 
 
