@@ -30,7 +30,7 @@ NEEDED = {  # by writer
     "mds": ("mosaicml-streaming", "numpy", "pillow"),
     "savez": ("numpy", "pillow"),
 }
-_IN_ITS_PLACE = {"pillow": ("pillow-simd",)}
+_IN_ITS_PLACE = {"pillow": "pillow-simd"}
 SPAN = "span.json"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _CHUNK_BYTES = "64MB"  # of litData, as in its documentation; the default of MDSWriter is 64 MiB
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in sorted({package for packages in NEEDED.values() for package in packages}):
-        for name in (package, *_IN_ITS_PLACE.get(package, ())):
+        for name in (package, _IN_ITS_PLACE.get(package, package)):
             with contextlib.suppress(metadata.PackageNotFoundError):
                 found[package] = metadata.version(name)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,9 @@ from .identity import index_comment, shard_comment
 from .layout import INDEX, JOB, MANIFEST, refuse_several, shard_name
 from .manifest import Manifest, shard_table_digest
 from .records import open_npz
+from .space import format_bytes
 
+log = logging.getLogger(__name__)
 _OPEN_SHARDS = 8
 _REPAIR = "repair the dataset: gpu-npz verify --repair"
 KIND = "dataset"
@@ -191,9 +194,11 @@ class DatasetSource(Source):
         Raises:
             SourceError: a shard is damaged, or cannot be read.
         """
-        for shard in np.unique(places[:, 0]).tolist():
-            if shard in self._sound:
-                continue
+        shards = [shard for shard in np.unique(places[:, 0]).tolist() if shard not in self._sound]
+        if shards:
+            size = format_bytes(sum(self.files[shard][1] for shard in shards))
+            log.info("comparing %s of shards of %s with their CRC-32", size, self.location)
+        for shard in shards:
             try:
                 reader = self._shard(shard)
                 damaged = [name for name in reader.directory.members if not reader.crc_matches(name)]

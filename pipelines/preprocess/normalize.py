@@ -474,7 +474,7 @@ class NumpyNormalizer:
         if self._quotient is not None:
             step = images_together(out.shape[1:])
             for start in range(0, len(kept), step):
-                some = pixels[kept[start : start + step]]
+                some = pixels[kept[start : start + step]] if step > 1 else pixels[kept[start], None]  # one is a view
                 some = some.transpose(0, 3, 1, 2) if self._planar else some
                 self._quotient.write(some, self._config.layout, out[start : start + step])
             return _done

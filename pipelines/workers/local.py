@@ -95,9 +95,10 @@ class _LocalWorker:
     silent_s: float = 0.0
     hung: bool = False
 
-
-def _starting(worker: _LocalWorker) -> bool:
-    return worker.dismissed is None
+    @property
+    def starting(self) -> bool:
+        """Whether it has not requested a shard yet."""
+        return self.dismissed is None
 
 
 class _LocalWorkers:
@@ -129,7 +130,7 @@ class _LocalWorkers:
         """Stops all workers."""
         for connection, worker in self._workers.items():
             connection.close()  # ends the worker
-            if _starting(worker):
+            if worker.starting:
                 worker.process.kill()  # it does not notice before it has loaded everything, and it has no shard
         for worker in self._workers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -140,7 +141,7 @@ class _LocalWorkers:
 
     def events(self) -> Iterator[Event]:
         """The events of all workers, until all shards are built. It does not wait for workers that still start then."""
-        while self._workers and (len(self._shards) or not all(map(_starting, self._workers.values()))):
+        while self._workers and (len(self._shards) or not all(worker.starting for worker in self._workers.values())):
             begin = time.monotonic()
             ready = wait(list(self._workers), _LOOK_S)
             self._watch(ready, min(time.monotonic() - begin, 2 * _LOOK_S))  # if the machine slept, no worker hung
@@ -160,7 +161,7 @@ class _LocalWorkers:
                     code = worker.process.wait()
                     if counts := worker.output.close(died=code != 0):
                         yield DecoderMessages(counts)
-                    if code or worker.progress or worker.dismissed is None:
+                    if code or worker.progress or worker.starting:
                         yield from self._lost(worker, code)
                     elif not worker.dismissed and self._shards.left(isolated=worker.task.isolated):
                         log.info("a worker process uses too much memory; another one replaces it")
