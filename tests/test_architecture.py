@@ -56,7 +56,7 @@ ROOMS = {
         [
             "preprocess exif fed_pipeline samples geometry normalize resize",
             "jpeg normalize_cuda dali_pipelines",
-            "base dicom png routing tiff",
+            "base dicom png routing tiff turbo",
             "pillow_files",
             "pillow",
             "pillow_16bit dali_reader",

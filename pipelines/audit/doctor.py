@@ -20,6 +20,7 @@ _EXTRAS = {
     "imagecodecs": ("imagecodecs", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
     "tifffile": ("tifffile", "bits16", "--bit-depth 16, and TIFF that Pillow does not read"),
     "cykooz-resizer": ("cykooz_resizer", "simd", "--resizer simd"),
+    "simplejpeg": ("simplejpeg", "simd", "decoding JPEGs faster with --resizer simd"),
     "pydicom": ("pydicom", "dicom", "DICOM files"),
     "PyArrow": ("pyarrow", "parquet", "Parquet files"),
     "SciPy": ("scipy", "imagenet", "the devkit of ILSVRC2012"),

@@ -1,4 +1,7 @@
-"""Decodes and resizes images with Pillow, or with Pillow-SIMD if that is installed in its place."""
+"""Decodes and resizes images with Pillow, or with Pillow-SIMD if that is installed in its place.
+
+With the SIMD resizer, simplejpeg decodes ordinary JPEGs, if it is installed.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,14 @@ from ..errors import UsageError
 from ..sources.base import Batch, Item, Source, read_item
 from ..sources.dicom_frames import require_pydicom
 from ..sources.rejects import BadItem, Reject, Stage
+from . import turbo
 from .base import DECODING_REVISION, DecodedBatch, with_reads
 from .dicom import DicomFile, is_dicom, size_of
 from .geometry import Geometry, Placement
 from .jpeg import read_header
 from .pillow_files import as_bad_item, enough_memory, file_of, opened, orientation_of, pillow_settings
 from .png import is_png, samples16, without_extras
-from .resize import is_simd, simd_resizer
+from .resize import is_simd, samples_of, simd_resizer
 from .samples import is_sixteen_bit, plain, sixteen_bit_samples, turned
 from .tiff import Tiff, is_tiff
 
@@ -71,6 +75,7 @@ class PillowDecoder:
         self._mode = "L" if config.channels == "gray" else "RGB"
         self._filter = _FILTERS[config.interpolation]
         self._simd = simd_resizer(config)
+        self._turbo = self._simd is not None and self._mode == "RGB" and turbo.is_installed()
         self._may_draft = config.reduces_jpegs
         self.sixteen_bit: str | None = None
         self._frames = threading.local()
@@ -90,15 +95,15 @@ class PillowDecoder:
 
     @property
     def libraries(self) -> dict[str, Any]:
-        """As `versions`, and the version of the resizer if it is not Pillow's."""
-        return versions() if self._simd is None else {**versions(), "resizer": self._simd.version}
+        """As `versions`, and the versions of the resizer and of the JPEG decoder that are used besides Pillow."""
+        resizer = {} if self._simd is None else {"resizer": self._simd.version}
+        return {**versions(), **resizer, **({"jpeg_decoder": turbo.version()} if self._turbo else {})}
 
     def decode(self, batches: Iterable[Batch]) -> Iterator[DecodedBatch]:
         """See `Decoder.decode`."""
         assert self._source is not None
-        shape = (self._geometry.height, self._geometry.width, self._config.channel_count)
         for batch, reads in with_reads(self._source, batches):
-            pixels = np.empty((len(batch.items), *shape), self._config.pixel_dtype)
+            pixels = self._empty(len(batch.items))
             source_bytes = np.zeros(len(batch.items), np.int64)
             kept: list[int] = []
             rejects: list[Reject] = []
@@ -109,7 +114,7 @@ class PillowDecoder:
                     data = read()
                     reading += time.perf_counter() - start
                     source_bytes[position] = len(data)
-                    pixels[position] = self.decode_image(data, item.path, self._source.frame(item))
+                    _fill(pixels[position], self.decode_image(data, item.path, self._source.frame(item)))
                     kept.append(position)
                 except BadItem as bad:
                     rejects.append(bad.of(item.path, item.index))
@@ -126,13 +131,26 @@ class PillowDecoder:
                     frame = self._source.frame(item)
                     if last == "resize":
                         self.decode_image(data, item.path, frame)
-                    elif last == "decode" and self._elsewhere(data, item.path, frame) is None:
-                        with opened(self.prepared(data), item.path) as image:
-                            self._upright(image)
+                    elif last == "decode":
+                        self._decode_only(data, item.path, frame)
             yield batch
+
+    def _decode_only(self, data: bytes, path: str, frame: int | None) -> None:
+        if self._elsewhere(data, path, frame) is None and not (self._turbo and self._plain_jpeg(data, path)):
+            with opened(self.prepared(data), path) as image:
+                self._upright(image)
+
+    def _empty(self, count: int) -> NDArray[Any]:
+        """Memory for `count` images (N, H, W, C), whose planes are contiguous if those of the stored images are."""
+        height, width, channels = self._geometry.height, self._geometry.width, self._config.channel_count
+        if self._config.layout == "NHWC":
+            return np.empty((count, height, width, channels), self._config.pixel_dtype)
+        return np.empty((count, channels, height, width), self._config.pixel_dtype).transpose(0, 2, 3, 1)
 
     def decode_image(self, data: bytes, path: str, frame: int | None = None) -> NDArray[Any]:
         """The pixels of one encoded image: uint8, or uint16 in 16 bits, (H, W, C), C = 3 in R,G,B or 1 in gray.
+
+        The array may be a view with any strides.
 
         Args:
             data: the encoded image.
@@ -147,12 +165,30 @@ class PillowDecoder:
         levels = self._elsewhere(data, path, frame)
         if levels is not None:
             return self.pixels_of(levels, path)
+        if self._turbo and (found := self._plain_jpeg(data, path)) is not None:
+            return self._resized_by_simd(*found)
         with opened(self.prepared(data), path) as image:
             if self.sixteen_bit is None and self._config.bit_depth == 8 and is_sixteen_bit(image):
                 self.sixteen_bit = path
             picture, place = self._upright(image)
         with enough_memory(path):
             return self._place(picture, place)
+
+    def _plain_jpeg(self, data: bytes, path: str) -> tuple[NDArray[np.uint8], Placement] | None:
+        """The whole upright pixels (H, W, 4) of an ordinary color JPEG, as `turbo.decode`, and its placement.
+
+        None for all other files, and for damaged data, which Pillow decodes or refuses with a reason. Raises as
+        `decode_image`.
+        """
+        header = read_header(data)
+        if header is None or not header.plain or header.components != 3:
+            return None
+        self._check_pixels(header.width, header.height)
+        orientation = header.orientation if self._config.exif_orientation else 1
+        place, factor = self._placed(header.height, header.width, orientation)
+        with enough_memory(path):
+            pixels = turbo.decode(data, header, factor)
+        return None if pixels is None else (turned(pixels, orientation), place)
 
     def _elsewhere(self, data: bytes, path: str, frame: int | None) -> NDArray[Any] | None:
         """The upright levels of a file that another library decodes: DICOM, and some TIFF. None for all other files."""
@@ -285,17 +321,23 @@ class PillowDecoder:
             image.load()
         width, height = image.size
         orientation = orientation_of(image) if config.exif_orientation else 1
+        place, factor = self._placed(height, width, orientation)
+        # libjpeg-turbo decodes lossless JPEGs only at full size.
+        if factor > 1 and image.format == "JPEG" and not _is_lossless(image):
+            image.draft(None, (width // factor, height // factor))
+        image.load()
+        return orientation, place
+
+    def _placed(self, height: int, width: int, orientation: int) -> tuple[Placement, int]:
+        """The placement of a stored image of this size, and by which factor a JPEG is decoded smaller: 1, 2, 4 or 8.
+
+        A reduced JPEG has at least twice the sides of the resized image. Raises as `_placement`.
+        """
         if orientation >= 5:
             height, width = width, height
         place = self._placement(height, width)
-        if self._may_draft and image.format == "JPEG":
-            wanted = (2 * place.width, 2 * place.height)
-            wanted = wanted if orientation < 5 else wanted[::-1]
-            reduced = image.width // wanted[0] > 1 and image.height // wanted[1] > 1
-            if not (reduced and _is_lossless(image)):  # libjpeg-turbo decodes lossless JPEGs only at full size
-                image.draft(None, wanted)  # never smaller than `wanted`
-        image.load()
-        return orientation, place
+        ratio = min(height // (2 * place.height), width // (2 * place.width)) if self._may_draft else 1
+        return place, next((factor for factor in (8, 4, 2) if factor <= ratio), 1)
 
     def _placement(self, height: int, width: int) -> Placement:
         """The placement of an upright image of this size. Raises BadItem if it exceeds the limits."""
@@ -311,17 +353,22 @@ class PillowDecoder:
     def _place(self, image: Image.Image, place: Placement) -> NDArray[Any]:
         if image.size != (place.width, place.height):
             if self._simd and image.mode == self._mode:  # straight to an array, without a copy by Pillow
-                pixels = self._simd.resize(image, place.height, place.width)
-                return self._on_canvas(pixels.reshape(place.height, place.width, -1), place)
+                return self._resized_by_simd(samples_of(image), place)
             image = self._resized(image, place)
         if image.mode != self._mode:
             image = image.convert(self._mode)
         return self._on_canvas(np.asarray(image).reshape(place.height, place.width, -1), place)
 
     def _resized(self, image: Image.Image, place: Placement) -> Image.Image:
-        if self._simd:
-            return Image.fromarray(self._simd.resize(image, place.height, place.width))
+        if self._simd:  # `convert` ignores the fourth channel
+            return Image.fromarray(self._simd.resize(samples_of(image), place.height, place.width).squeeze(2))
         return image.resize((place.width, place.height), self._filter)
+
+    def _resized_by_simd(self, samples: NDArray[np.uint8], place: Placement) -> NDArray[np.uint8]:
+        assert self._simd is not None
+        if samples.shape[:2] != (place.height, place.width):
+            samples = self._simd.resize(samples, place.height, place.width)
+        return self._on_canvas(samples[..., : self._config.channel_count], place)
 
     def _on_canvas(self, pixels: NDArray[Any], place: Placement) -> NDArray[Any]:
         """Resized pixels (height, width, C), cropped or padded to the output size."""
@@ -332,6 +379,15 @@ class PillowDecoder:
         canvas = np.full((height, width, pixels.shape[2]), level, pixels.dtype)
         canvas[place.top : place.top + place.height, place.left : place.left + place.width] = pixels
         return canvas
+
+
+def _fill(target: NDArray[Any], pixels: NDArray[Any]) -> None:
+    """Copies pixels (H, W, C). NumPy is slow at lines of C values."""
+    if pixels.strides[1] == pixels.shape[2] * pixels.itemsize:
+        target[...] = pixels
+    else:
+        for channel in range(pixels.shape[2]):
+            target[..., channel] = pixels[..., channel]
 
 
 def first_size(source: Source, items: Iterable[Item], config: BuildConfig) -> tuple[int, int] | None:

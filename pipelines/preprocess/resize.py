@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom", "lanczos": "lanczos3"}
-_PIXEL_TYPES = {"L": "U8", "RGB": "U8x3"}
+_PIXEL_TYPES = {1: "U8", 4: "U8x4"}  # by number of channels
 
 
 def is_simd() -> bool:
@@ -69,7 +69,7 @@ def advice(config: BuildConfig) -> str | None:
 
 
 class SimdResizer:
-    """Resizes 8-bit L and RGB images. Threads may share it.
+    """Resizes 8-bit samples of one or four channels. Threads may share it.
 
     Args:
         interpolation: bilinear, bicubic or lanczos.
@@ -89,21 +89,30 @@ class SimdResizer:
 
         return f"cykooz-resizer {version('cykooz-resizer')}"
 
-    def resize(self, image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-        """The image, which is L or RGB, resized: (height, width) or (height, width, 3). Raises MemoryError."""
+    def resize(self, samples: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+        """Samples (H, W, 1) or (H, W, 4), resized to (height, width, 1) or (height, width, 4). Raises MemoryError."""
         library = self._library
         if not hasattr(self._own, "resizer"):
             self._own.resizer = library.Resizer(), library.ResizeOptions(self._algorithm, use_alpha=False)
         resizer, options = self._own.resizer
-        channels, pixel_type = len(image.mode), getattr(library.PixelType, _PIXEL_TYPES[image.mode])
+        rows, columns, channels = samples.shape
+        pixel_type = getattr(library.PixelType, _PIXEL_TYPES[channels])
         # Pixels are passed as bytes: `resize_pil` reads Pillow's C structures, whose layout depends on its version.
         # Where memory is short, Rust ends the process; NumPy raises MemoryError.
-        np.empty(2 * channels * (image.width * image.height + width * height), np.uint8)
-        source = library.ImageData(*image.size, pixel_type, image.tobytes())
+        np.empty(2 * channels * (rows * columns + width * height), np.uint8)
+        source = library.ImageData(columns, rows, pixel_type, samples.tobytes())
         target = library.ImageData(width, height, pixel_type)
         resizer.resize(source, target, options)
-        pixels = np.frombuffer(target.get_buffer(), np.uint8)
-        return pixels.reshape((height, width, channels) if channels > 1 else (height, width))
+        return np.frombuffer(target.get_buffer(), np.uint8).reshape(height, width, channels)
+
+
+def samples_of(image: Image.Image) -> NDArray[np.uint8]:
+    """The samples of an L image (H, W, 1), or of an RGB image (H, W, 4) with an undefined fourth channel.
+
+    Four channels are resized twice as fast as three.
+    """
+    data = image.tobytes("raw", "RGBX") if image.mode == "RGB" else image.tobytes()
+    return np.frombuffer(data, np.uint8).reshape(image.height, image.width, -1)
 
 
 def simd_resizer(config: BuildConfig) -> SimdResizer | None:
