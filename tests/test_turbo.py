@@ -67,6 +67,25 @@ def test_exif_orientations_are_turned_alike(orientation: int, upright: bool) -> 
     np.testing.assert_array_equal(decode(data, **given), as_pillow(data, **given))
 
 
+def test_the_first_image_of_an_mpo_is_decoded_as_a_jpeg() -> None:
+    """Phones append smaller images to a JPEG, in the format MPO, for which Pillow has another plug-in."""
+    file = io.BytesIO()
+    first, second = (Image.fromarray(paint(400, 600, seed)) for seed in (1, 2))
+    first.save(file, "MPO", save_all=True, append_images=[second])
+    header = read_header(file.getvalue())
+    assert header is not None
+    with Image.open(file) as image:
+        assert image.format == "MPO"
+        for resizer in ("simd", "pillow"):
+            given: dict[str, Any] = {"size": (50, 60), "resizer": resizer}
+            pixels = decode(file.getvalue(), **given)
+            np.testing.assert_array_equal(pixels, as_pillow(file.getvalue(), **given))
+            with pillow_of(**given) as decoder:
+                np.testing.assert_array_equal(decoder.pixels_of(image, "image"), pixels)
+    alone = file.getvalue()[: file.getvalue().rindex(b"\xff\xd8\xff\xe0")]
+    np.testing.assert_array_equal(decode(alone, **given), pixels)
+
+
 @pytest.mark.parametrize("side", [256, 100, 40, 13, 3])
 @pytest.mark.parametrize("size", [(517, 803), (1000, 333)])
 def test_large_jpegs_are_reduced_alike(side: int, size: tuple[int, int]) -> None:

@@ -53,7 +53,7 @@ def on_host(pixels: Any) -> NDArray[Any]:
 
 # Increase by one whenever this code may give other pixels or rejects for the same file with the same libraries. It is
 # part of `Decoder.provenance`, so a build never continues with another revision.
-DECODING_REVISION = 3
+DECODING_REVISION = 4
 
 Reads = list[Callable[[], bytes]]
 

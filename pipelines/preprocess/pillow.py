@@ -66,7 +66,7 @@ class PillowDecoder:
     """
 
     # Formats whose files may give other pixels than a PIL image that was opened elsewhere.
-    _whole_files: tuple[str, ...] = ("JPEG", "PNG", "TIFF")
+    _whole_files: tuple[str, ...] = ("JPEG", "MPO", "PNG", "TIFF")
 
     def __init__(self, config: BuildConfig, geometry: Geometry, source: Source | None) -> None:
         self._config = config

@@ -38,7 +38,7 @@ class SixteenBitDecoder(PillowDecoder):
         BackendError: imagecodecs or tifffile is missing.
     """
 
-    _whole_files = ("JPEG", "PNG", "PPM", "TIFF")
+    _whole_files = ("JPEG", "MPO", "PNG", "PPM", "TIFF")
 
     def __init__(self, config: BuildConfig, geometry: Geometry, source: Source | None) -> None:
         super().__init__(config, geometry, source)

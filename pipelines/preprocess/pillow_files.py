@@ -84,6 +84,8 @@ def opened(data: bytes, path: str) -> Iterator[Image.Image]:
     with as_bad_item(path), _open(data) as image:
         if image.format == "PNG":
             set_transparency(image)
+        if image.format == "MPO":  # a JPEG with more images after its end, as phones write them; only the first counts
+            image.format = "JPEG"
         image.info.pop("xmp", None)  # Pillow would turn a TIFF without an orientation tag by its XMP
         try:
             yield image
