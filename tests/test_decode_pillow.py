@@ -321,7 +321,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_draft_leaves_at_least_twice_the_target(drafted: list[tuple[int, int]], scale: int, divisor: int) -> None:
     data = encode(paint(24 * scale, 32 * scale, 0), quality=95)
     pixels = decoded(data, size="24x32")
-    assert drafted == [(32 * scale // divisor, 24 * scale // divisor)]
+    assert drafted == ([(32 * scale // divisor, 24 * scale // divisor)] if divisor > 1 else [])
     exact = np.asarray(by_pillow(data).resize((32, 24), FILTERS["bilinear"]))
     difference = np.abs(pixels.astype(int) - exact).mean()
     print(f"scale {scale}: mean difference to decoding in full {difference:.3f} levels")
@@ -336,7 +336,7 @@ def test_draft_looks_at_the_upright_image(drafted: list[tuple[int, int]]) -> Non
 
 def test_draft_looks_at_what_is_covered_and_not_at_what_is_cut(drafted: list[tuple[int, int]]) -> None:
     decoded(encode(paint(400, 400, 0)), size=100, resize_mode="center-crop", crop_pct=0.5)
-    assert drafted == [(400, 400)]
+    assert not drafted
 
 
 @pytest.mark.parametrize(
