@@ -1057,7 +1057,8 @@ def test_progress_adds_up_to_the_plan(mixed: Path, out: Path, options: dict[str,
     assert progressed(seen) == (ITEMS, len(REJECTS), source_bytes)
     records = [event.record for event in seen if isinstance(event, Committed)]
     assert sorted(record.shard for record in records) == list(range(6))
-    assert len([event for event in seen if isinstance(event, WorkerEnded)]) == max(1, workers)
+    ended = len([event for event in seen if isinstance(event, WorkerEnded)])
+    assert 1 <= ended <= max(1, workers)  # a worker that is still starting when all shards are done is not waited for
 
 
 def test_progress_of_a_resumed_build_adds_up_with_what_was_done(mixed: Path, copied: Path) -> None:
