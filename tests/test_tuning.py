@@ -9,8 +9,8 @@ from gpu_npz.machine.environment import Choice, Machine, choose
 from gpu_npz.machine.tuning import Tuning
 
 
-def tuning_of(choice: Choice, *, shards: int = 100, **settings: object) -> Tuning:
-    return Tuning.of(BuildConfig(**settings), choice, row_bytes=150_528, shard_rows=1024, shards=shards)
+def tuning_of(choice: Choice, *, shards: int = 100, row_bytes: int = 150_528, **settings: object) -> Tuning:
+    return Tuning.of(BuildConfig(**settings), choice, row_bytes=row_bytes, shard_rows=1024, shards=shards)
 
 
 def test_a_gpu_gets_two_pipelines_that_share_all_cores_but_two() -> None:
@@ -35,6 +35,13 @@ def test_cpu_operators_have_one_pipeline_with_all_threads_of_a_worker() -> None:
 def test_pillow_has_a_worker_per_core_and_never_more_than_shards() -> None:
     assert tuning_of(Choice("pillow", cpus=8)).workers == 8
     assert tuning_of(Choice("pillow", cpus=8), shards=3).workers == 3
+
+
+@pytest.mark.parametrize(("row_bytes", "pillow", "dali"), [(150_528, 32, 32), (602_112, 8, 32), (1 << 27, 1, 2)])
+def test_large_rows_make_small_batches(row_bytes: int, pillow: int, dali: int) -> None:
+    assert tuning_of(Choice("pillow", cpus=2), row_bytes=row_bytes).batch_size == pillow
+    assert tuning_of(Choice("dali", cpus=2), row_bytes=row_bytes).batch_size == dali
+    assert tuning_of(Choice("pillow", cpus=2), row_bytes=row_bytes, batch_size=40).batch_size == 40
 
 
 def test_what_the_settings_say_is_taken() -> None:

@@ -1,6 +1,6 @@
 """Decodes JPEGs with simplejpeg, an optional part that saves what Pillow spends besides calling libjpeg-turbo.
 
-Both give the same pixels, since both use libjpeg-turbo: its accurate IDCT is exact, and so is its smooth upsampling.
+Both give the same pixels, since both call libjpeg-turbo with its accurate IDCT and its smooth upsampling.
 """
 
 from __future__ import annotations
