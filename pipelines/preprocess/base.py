@@ -25,7 +25,8 @@ class DecodedBatch:
         batch: the batch that was decoded.
         pixels: (N, H, W, C) in R,G,B (C=3) or gray (C=1), uint8 or, in 16 bits, uint16: one image for each of the
             batch's N items; undefined for rejects. A NumPy array with any strides, or a CuPy array on the decoder's GPU
-            that is ready in the order of the decoder's stream. On a GPU, keep a reference until that stream no longer reads it.
+            that is ready in the order of the decoder's stream. On a GPU, keep a reference until that stream no longer
+            reads it.
         kept: positions in `batch.items` that have pixels, ascending, int64 (rows,).
         source_bytes: encoded size of each item, int64 (N,); 0 if it could not be read.
         rejects: the items without pixels, in order.
